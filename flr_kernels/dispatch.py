@@ -1,0 +1,114 @@
+"""Which implementation of an op runs: ``reference`` (PyTorch), ``triton`` or ``cuda``.
+
+``FLR_BACKEND`` is ``auto`` (default), one backend for every op, or a comma-separated list with per-op choices::
+
+    FLR_BACKEND=reference
+    FLR_BACKEND=triton,group_advantage=cuda
+
+``auto`` takes the first registered backend that accepts the tensors' device and falls back to the reference (logged
+once). A backend that is asked for by name is never replaced by another one: if it cannot run, the call raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+logger = logging.getLogger("flr_kernels")
+
+BACKENDS = ("reference", "triton", "cuda")
+#: Order in which ``auto`` tries backends on a CUDA tensor.
+_AUTO_ORDER = ("cuda", "triton", "reference")
+
+
+class BackendUnavailable(RuntimeError):
+    """Raised by a backend that cannot serve a call; the message says why and what to do."""
+
+
+@dataclass
+class Op:
+    """The implementations of one op by backend name. ``reference`` is always present and serves every device."""
+
+    name: str
+    forward: dict[str, Callable] = field(default_factory=dict)
+    backward: dict[str, Callable] = field(default_factory=dict)
+
+    def register(self, backend: str, forward: Callable, backward: Callable | None = None) -> None:
+        """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones."""
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        self.forward[backend] = forward
+        if backward is not None:
+            self.backward[backend] = backward
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(name: str) -> Op:
+    """The registry entry of an op, made on first use."""
+    return OPS.setdefault(name, Op(name))
+
+
+@lru_cache(maxsize=32)
+def _parse(spec: str) -> dict[str, str]:
+    chosen = {"*": "auto"}
+    for part in filter(None, (p.strip() for p in spec.split(","))):
+        name, _, backend = part.rpartition("=")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"FLR_BACKEND: expected auto, {', '.join(BACKENDS)} or op=backend, got {part!r}")
+        if name and name not in OPS:
+            raise ValueError(f"FLR_BACKEND: unknown op {name!r}, expected one of {sorted(OPS)}")
+        chosen[name or "*"] = backend
+    return chosen
+
+
+@lru_cache(maxsize=64)
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def select(name: str, tensor: torch.Tensor) -> str:
+    """The backend that runs op ``name`` on ``tensor``'s device.
+
+    Raises:
+        BackendUnavailable: the backend named in ``FLR_BACKEND`` has no implementation of this op.
+
+    Example:
+        >>> import torch
+        >>> select("factor_attention", torch.zeros(1))
+        'reference'
+    """
+    chosen = _parse(os.environ.get("FLR_BACKEND", "auto"))
+    backend = chosen.get(name, chosen["*"])
+    implementations = OPS[name].forward
+    if backend != "auto":
+        if backend not in implementations:
+            raise BackendUnavailable(
+                f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(implementations)}; "
+                f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
+            )
+        return backend
+    if not tensor.is_cuda:
+        return "reference"
+    for candidate in _AUTO_ORDER:
+        if candidate in implementations:
+            if candidate == "reference":
+                _log_once(f"{name}: no GPU kernel is available here, using the PyTorch reference")
+            return candidate
+    raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
+
+
+def forward(name: str, tensor: torch.Tensor) -> Callable:
+    """The forward implementation that :func:`select` picks."""
+    return OPS[name].forward[select(name, tensor)]
+
+
+def backward(name: str, tensor: torch.Tensor) -> Callable:
+    """The backward implementation that belongs to :func:`forward`'s."""
+    return OPS[name].backward[select(name, tensor)]

@@ -1,0 +1,115 @@
+"""The definition of every op in plain PyTorch. Tests, benchmarks and the ``reference`` backend use these alone.
+
+Shapes: ``B`` users, ``L`` tokens, ``D`` hidden size, ``K`` factors, ``G`` group size, ``S`` target tokens,
+``M`` token rows, ``V`` vocabulary. Reductions run in float32, or in float64 for float64 input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation_dtype
+
+#: Mean token log-probabilities below this are cut, so that a reward is finite: exp(30) ≈ 1e13.
+MIN_MEAN_LOGPROB = -30.0
+#: Rewards given directly are cut to ± this, for the same reason.
+MAX_REWARD = math.exp(-MIN_MEAN_LOGPROB)
+
+
+def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """context [B, K, D], lse [B, K], overlap [B, K, K], entropy [B, K] of softmax(u · h) over valid tokens."""
+    acc = accumulation_dtype(h.dtype)
+    h, u = h.to(acc), u.to(acc)
+    scores = u @ h.transpose(1, 2)  # [B, K, L]
+    valid = torch.ones_like(scores[:, :1], dtype=torch.bool) if mask is None else mask[:, None]  # [B, 1, L]
+    scores = scores.masked_fill(~valid, torch.finfo(acc).min)
+    some = valid.any(-1)  # [B, 1]
+    lse = scores.logsumexp(-1)  # [B, K]
+    log_alpha = (scores - lse[..., None]).masked_fill(~valid, 0)
+    alpha = log_alpha.exp() * valid  # [B, K, L]; all zero for a user without a valid token
+    context = alpha @ h
+    overlap = alpha @ alpha.transpose(1, 2)
+    entropy = -(alpha * log_alpha).sum(-1)
+    return context, lse.masked_fill(~some, -math.inf), overlap, entropy
+
+
+def factor_attention_backward(
+    h: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    overlap: Tensor,
+    entropy: Tensor,
+    d_context: Tensor,
+    d_lse: Tensor,
+    d_overlap: Tensor,
+    d_entropy: Tensor,
+    needs_dh: bool,
+) -> tuple[Tensor, Tensor]:
+    """dh [B, L, D] (empty when not needed) and du [B, K, D], from saved [B, K, ·] tensors only."""
+    dtype, acc = h.dtype, accumulation_dtype(h.dtype)
+    h, u = h.to(acc), u.to(acc)
+    empty = torch.isneginf(lse)  # users without a valid token
+    log_alpha = u @ h.transpose(1, 2) - lse.masked_fill(empty, 0)[..., None]
+    if mask is not None:
+        log_alpha = log_alpha.masked_fill(~mask[:, None], -math.inf)
+    alpha = log_alpha.exp()
+    s = d_overlap + d_overlap.transpose(1, 2)  # [B, K, K]
+    dp = d_context @ h.transpose(1, 2) + s @ alpha - d_entropy[..., None] * log_alpha.masked_fill(alpha == 0, 0)
+    delta = (d_context * context).sum(-1) + (s * overlap).sum(-1) + d_entropy * entropy - d_lse  # [B, K]
+    ds = alpha * (dp - delta[..., None])  # [B, K, L]
+    du = ds @ h
+    dh = alpha.transpose(1, 2) @ d_context + ds.transpose(1, 2) @ u if needs_dh else h.new_empty(0)
+    return dh.to(dtype), du.to(dtype)
+
+
+def factor_aggregate(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """thought [B, D], gates [B, K], orthogonality [B], gate_entropy [B] (nats)."""
+    acc = accumulation_dtype(f.dtype)
+    f, log_gates = f.to(acc), gate_logits.to(acc).log_softmax(-1)
+    gates = log_gates.exp()
+    thought = (gates[..., None] * f).sum(1)
+    unit = f * (f.square().sum(-1, keepdim=True) + eps * eps).rsqrt()
+    num_factors = f.shape[1]
+    cosines = (unit @ unit.transpose(1, 2)).square()  # [B, K, K]
+    off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(-1)
+    orthogonality = off_diagonal / max(num_factors * (num_factors - 1), 1)
+    gate_entropy = -(gates * log_gates.clamp_min(torch.finfo(acc).min)).sum(-1)
+    return thought, gates, orthogonality, gate_entropy
+
+
+def sequence_rewards(token_logprobs: Tensor, mask: Tensor | None, reward: str) -> Tensor:
+    """Reward of every sequence, [B·G], from token log-probabilities [B·G, S]."""
+    acc = accumulation_dtype(token_logprobs.dtype)
+    if reward == "given":
+        return token_logprobs.reshape(len(token_logprobs)).to(acc).clamp(-MAX_REWARD, MAX_REWARD)
+    weight = torch.ones_like(token_logprobs, dtype=acc) if mask is None else mask.to(acc)
+    total = token_logprobs.to(acc).masked_fill(weight == 0, 0).sum(-1)
+    mean = (total / weight.sum(-1).clamp_min(1)).clamp_min(MIN_MEAN_LOGPROB)
+    return mean if reward == "log_likelihood" else -(-mean).exp()
+
+
+def group_advantages(rewards: Tensor, kind: str, eps: float) -> Tensor:
+    """Advantages [B, G] of rewards [B, G]; member 0 of a group is the unperturbed one."""
+    size = rewards.shape[1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if kind == "latentr3":
+        centred = rewards - rewards[:, 0].mean()
+        return centred / (centred.square().sum().sqrt() + eps)
+    if kind == "rloo":
+        return centred * (size / max(size - 1, 1))
+    if kind == "grpo":
+        std = (centred.square().sum(1, keepdim=True) / max(size - 1, 1)).sqrt()
+        return centred / (std + eps)
+    return centred  # dr_grpo
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """log softmax(hidden · weightᵀ)[target], [M]."""
+    acc = accumulation_dtype(hidden.dtype)
+    logits = (hidden @ weight.T).to(acc)
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]

@@ -1,0 +1,117 @@
+"""Log-probability of one target token a row, without a [M, V] tensor in memory.
+
+    logp_m = w[target_m] · h_m - log Σ_v exp(w_v · h_m)
+    dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
+
+The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time, and recomputes them
+in the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, reference
+
+#: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
+CHUNK = 1 << 24
+
+
+def _rows(hidden: Tensor, weight: Tensor) -> list[slice]:
+    step = max(1, CHUNK // max(weight.shape[0], 1))
+    return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
+
+
+def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    out = hidden.new_empty(hidden.shape[0], dtype=checks.accumulation_dtype(hidden.dtype))
+    for rows in _rows(hidden, weight):
+        out[rows] = reference.token_logprob(hidden[rows], weight, target[rows])
+    return out
+
+
+def _chunked_backward(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
+    for rows in _rows(hidden, weight):
+        p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
+        d_logits = p.mul_(-grad[rows, None])
+        d_logits.scatter_add_(1, target[rows, None], grad[rows, None])
+        d_logits = d_logits.to(hidden.dtype)
+        if needs_dh:
+            d_hidden[rows] = d_logits @ weight
+        if needs_dw:
+            d_weight += d_logits.T @ hidden[rows]
+    return d_hidden, d_weight.to(weight.dtype)
+
+
+dispatch.op("token_logprob").register("reference", _chunked, _chunked_backward)
+
+
+@torch.library.custom_op("flr::token_logprob", mutates_args=())
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return dispatch.forward("token_logprob", hidden)(hidden, weight, target)
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=checks.accumulation_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("flr::token_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return dispatch.backward("token_logprob", hidden)(hidden, weight, target, grad, needs_dh, needs_dw)
+
+
+@_backward.register_fake
+def _(hidden, weight, target, grad, needs_dh, needs_dw):
+    return (
+        hidden.new_empty(hidden.shape if needs_dh else (0,)),
+        weight.new_empty(weight.shape if needs_dw else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    needs_dh, needs_dw, _ = ctx.needs_input_grad
+    d_hidden, d_weight = _backward(*ctx.saved_tensors, grad, needs_dh, needs_dw)
+    return d_hidden if needs_dh else None, d_weight if needs_dw else None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of ``target`` under softmax(hidden · weightᵀ), one a row.
+
+    Args:
+        hidden: [M, D]; float32, float64, bfloat16 or float16. M = 0 is allowed.
+        weight: lm_head weight [V, D], dtype and device of ``hidden``.
+        target: int64 [M], in [0, V).
+
+    Returns:
+        [M] in the accumulation dtype, in (-inf, 0]. Differentiable once in ``hidden`` and ``weight``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit. Targets out of range raise IndexError on the CPU.
+
+    Example:
+        >>> import torch
+        >>> token_logprob(torch.zeros(2, 4), torch.randn(10, 4), torch.tensor([3, 7])).exp()
+        tensor([0.1000, 0.1000])
+    """
+    checks.tensor("hidden", hidden, "M D")
+    checks.tensor("weight", weight, "V D", dtypes=(hidden.dtype,))
+    checks.tensor("target", target, "M", dtypes=(torch.int64,))
+    checks.same("weight", weight.shape[1], hidden.shape[1], "D of hidden")
+    checks.same("target", target.shape[0], hidden.shape[0], "M of hidden")
+    for name, x in (("weight", weight), ("target", target)):
+        checks.same(name, x.device, hidden.device, "device of hidden")
+    return _forward(hidden, weight, target)
