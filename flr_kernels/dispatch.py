@@ -104,11 +104,13 @@ def select(name: str, tensor: torch.Tensor) -> str:
     raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
 
 
-def forward(name: str, tensor: torch.Tensor) -> Callable:
-    """The forward implementation that :func:`select` picks."""
-    return OPS[name].forward[select(name, tensor)]
+def forward(name: str, tensor: torch.Tensor, *args):
+    """Run the forward that :func:`select` picks; ``tensor`` is its first argument. Autocast is off inside."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return OPS[name].forward[select(name, tensor)](tensor, *args)
 
 
-def backward(name: str, tensor: torch.Tensor) -> Callable:
-    """The backward implementation that belongs to :func:`forward`'s."""
-    return OPS[name].backward[select(name, tensor)]
+def backward(name: str, tensor: torch.Tensor, *args):
+    """Run the backward that belongs to :func:`forward`'s implementation."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return OPS[name].backward[select(name, tensor)](tensor, *args)

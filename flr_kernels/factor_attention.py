@@ -39,7 +39,7 @@ dispatch.op("factor_attention").register("reference", reference.factor_attention
 
 @torch.library.custom_op("flr::factor_attention", mutates_args=())
 def _forward(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_attention", h)(h, u, mask)
+    return dispatch.forward("factor_attention", h, u, mask)
 
 
 @_forward.register_fake
@@ -71,7 +71,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     saved = (context, lse, overlap, entropy)
     grads = (d_context, d_lse, d_overlap, d_entropy)
-    return dispatch.backward("factor_attention", h)(h, u, mask, *saved, *grads, needs_dh)
+    return dispatch.backward("factor_attention", h, u, mask, *saved, *grads, needs_dh)
 
 
 @_backward.register_fake
