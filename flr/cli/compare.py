@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from flr.config import FLRConfig
@@ -58,8 +59,9 @@ class CompareOptions:
 def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
     """The configuration of a mode: everything but the variant (and the regularisers) as given."""
     if mode == "flr-plain":
-        off = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
-        return dataclasses.replace(config, variant="flr", **off)
+        return dataclasses.replace(
+            config, variant="flr", orthogonality_weight=0.0, diversity_weight=0.0, sparsity_weight=0.0
+        )
     return dataclasses.replace(config, variant=mode)
 
 
@@ -144,7 +146,7 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
     """Mean, low and high of the difference; users are resampled, their values averaged over seeds first."""
     from flr.metrics import paired_difference, row_metrics
 
-    values = [sum(row_metrics(r.ranks["item"])[metric] for r in group) / len(group) for group in (control, runs)]
+    values = [np.mean([row_metrics(r.ranks["item"])[metric] for r in group], axis=0) for group in (control, runs)]
     d = paired_difference(values[0], values[1], control[0].users, control[0].samples)
     return (d.mean, d.low, d.high)
 
