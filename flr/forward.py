@@ -69,6 +69,11 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
+def _looks_cheap(input_ids: Tensor) -> bool:
+    """Whether reading token ids costs no device synchronisation, and there is more than a decoding step to read."""
+    return input_ids.device.type == "cpu" and input_ids.shape[1] > 1
+
+
 def _is_checkpointing(model: Any) -> bool:
     name = "is_activation_checkpointing"  # transformers >= 5.20; the old name warns there
     return getattr(model, name) if hasattr(type(model), name) else model.is_gradient_checkpointing
@@ -284,18 +289,19 @@ def flr_forward(
             accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
             tokens, so that any split of a batch gives the same sum.
 
-    A thought token is recognised in ``input_ids`` only. After a prefill (``past_key_values`` not empty) tokens are
-    plain; a thought token among several of them raises, because the prompt's hidden states are gone.
+    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
+    not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
     """
     config: FLRConfig = self._flr_patch.config
     return_dict = kwargs.pop("return_dict", None)
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    plain = input_ids is None or config.thought_count == 0 or (past > 0 and input_ids.shape[1] == 1)
+    plain = input_ids is None or config.thought_count == 0 or past > 0
     is_thought: Any = None
-    if not plain:
-        assert input_ids is not None
+    if input_ids is not None and config.thought_count and (past == 0 or _looks_cheap(input_ids)):
         is_thought = input_ids == config.thought_token_id
-        plain = thought_start is None and not bool(is_thought.any())
+        if past > 0 and bool(is_thought.any()):
+            raise ValueError("input_ids: expected no thought token after the prefill, got one; pass it with the prompt")
+        plain = plain or (thought_start is None and not bool(is_thought.any()))
     if plain and labels is None:  # nothing of ours: the model as it was
         return self._flr_patch.original(
             input_ids=input_ids,
@@ -308,8 +314,6 @@ def flr_forward(
             **kwargs,
             **({} if return_dict is None else {"return_dict": return_dict}),
         )
-    if past > 0 and not plain:
-        raise ValueError("input_ids: expected no thought token after the prefill, got one; pass it with the prompt")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
     if inputs_embeds is None:
