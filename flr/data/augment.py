@@ -1,0 +1,138 @@
+"""Training-time changes to histories, as a pure function of (seed, epoch, row).
+
+No generator is kept: every random number is a hash of the seed, the epoch, the row and a counter. So the same
+draw of the same row is changed in the same way whatever the batch, the worker process or the step at which training was
+resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flr.data.interactions import CSR, Interaction
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_PREFIX, _SUFFIX, _DROP, _SHUFFLE = 1, 2, 3, 4  # streams of random numbers of one row
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may be changed in a training row; everything is off by default. Applied in the order listed here.
+
+    Attributes
+    ----------
+    prefix : probability that a row is cut at a random place: the item there becomes the target, those before it the history
+    suffix : probability that only a random number of the latest items is kept
+    drop_item : probability that an item of the history is left out (where all would be, the last one stays)
+    shuffle : probability that a history is shuffled locally
+    shuffle_window : how far: items that are this many places apart or more keep their order
+
+    A history never becomes empty by this. Probabilities are in 0..1.
+
+    Examples
+    --------
+    >>> row = Interaction("ann", np.arange(6, dtype=np.int32), 9, row=3, epoch=0)
+    >>> histories, targets = Augment(drop_item=0.5)([row], seed=1)
+    >>> again, _ = Augment(drop_item=0.5)([row], seed=1)
+    >>> histories.values.tolist() == again.values.tolist(), targets.tolist()
+    (True, [9])
+    """
+
+    prefix: float = 0.0
+    suffix: float = 0.0
+    drop_item: float = 0.0
+    shuffle: float = 0.0
+    shuffle_window: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("prefix", "suffix", "drop_item", "shuffle"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
+        if self.shuffle_window < 2:
+            raise ValueError(f"shuffle_window: expected at least 2, got {self.shuffle_window}")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything can change."""
+        return max(self.prefix, self.suffix, self.drop_item, self.shuffle) > 0
+
+    def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
+        """Changed histories and targets (int32 [B]) of `rows`."""
+        histories = CSR.from_rows([row.history for row in rows])
+        targets = np.array([row.target for row in rows], np.int32)
+        if not self.enabled or not rows:
+            return histories, targets
+        keys = row_keys(rows, seed)
+        starts, ends = histories.offsets[:-1].copy(), histories.offsets[1:].copy()
+        if self.prefix:
+            coin, place = uniforms(keys, _PREFIX, 2).T
+            lengths = ends - starts
+            chosen = np.flatnonzero((coin < self.prefix) & (lengths > 1))
+            cut = 1 + (place * (lengths - 1)).astype(np.int64)  # 1..length - 1
+            ends[chosen] = (starts + cut)[chosen]
+            targets[chosen] = histories.values[ends[chosen]]
+        if self.suffix:
+            coin, place = uniforms(keys, _SUFFIX, 2).T
+            lengths = ends - starts
+            chosen = (coin < self.suffix) & (lengths > 1)
+            starts = np.where(chosen, ends - 1 - (place * lengths).astype(np.int64), starts)  # keeps 1..length
+        histories = histories.slice(starts, ends)
+        if self.drop_item and histories.values.size:
+            histories = self._drop(histories, keys)
+        if self.shuffle and histories.values.size:
+            histories = self._shuffle(histories, keys)
+        return histories, targets
+
+    def _drop(self, histories: CSR, keys: np.ndarray) -> CSR:
+        lengths, width, row, column = _cells(histories)
+        keep = uniforms(keys, _DROP, width)[row, column] >= self.drop_item
+        none_left = np.bincount(row, keep, minlength=len(lengths)) == 0
+        keep[histories.offsets[1:][none_left & (lengths > 0)] - 1] = True
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(np.bincount(row[keep], minlength=len(lengths)), out=offsets[1:])
+        return CSR(histories.values[keep], offsets)
+
+    def _shuffle(self, histories: CSR, keys: np.ndarray) -> CSR:
+        _, width, row, column = _cells(histories)
+        draws = uniforms(keys, _SHUFFLE, width + 1)
+        reach = np.where(draws[:, 0] < self.shuffle, float(self.shuffle_window), 0.0)
+        place = column + reach[row] * draws[row, column + 1]
+        return CSR(histories.values[np.lexsort((place, row))], histories.offsets)
+
+
+def row_keys(rows: Sequence[Interaction], seed: int) -> np.ndarray:
+    """One 64-bit key a row, uint64 [B], from (seed, epoch, row); a row that no data set gave (row -1) is known by its content."""
+    epochs = np.array([row.epoch for row in rows], np.uint64)
+    numbers = np.array([row.row if row.row >= 0 else _content(row) for row in rows], np.uint64)
+    return _mix(_mix(_mix(np.full(len(rows), seed % 2**64, np.uint64)) + epochs) + numbers)
+
+
+def uniforms(keys: np.ndarray, stream: int, count: int) -> np.ndarray:
+    """Random numbers in [0, 1), float64 [B, count], for the keys (uint64 [B]) of rows."""
+    counters = _mix(np.arange(count, dtype=np.uint64) + (np.uint64(stream) << np.uint64(32)))
+    return (_mix(keys[:, None] + counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on uint64 arrays; sums wrap around."""
+    values = values + _GOLDEN
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _content(row: Interaction) -> int:
+    data = np.append(np.asarray(row.history, "<i4"), np.array(row.target, "<i4")).astype("<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _cells(histories: CSR) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    """Lengths, the longest, and row and column of every value."""
+    lengths = histories.lengths
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    return lengths, int(lengths.max()), row, np.arange(len(histories.values)) - histories.offsets[row]
