@@ -30,8 +30,8 @@ def train(
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
-    rows = augment.rows(dataset.train, data.max_history)
-    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, augment.augment())
+    rows, changes = augment.apply(dataset, data.max_history)
+    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     checkpoint = last_complete_checkpoint(str(args.output_dir)) if resume else None
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")

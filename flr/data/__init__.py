@@ -10,27 +10,30 @@ was expected and what was given.
 """
 
 from flr.data.amazon import prepare_amazon
-from flr.data.augment import Augment
+from flr.data.augment import CATALOGUE_USER, Augment, Neighbours
 from flr.data.catalogue import Catalogue
 from flr.data.codecs import ItemCodec, build_codec
 from flr.data.collator import EpochSampler, InteractionDataset, SFTCollator, expand_prefixes
 from flr.data.interactions import CSR, Interaction, Interactions, RecDataset
 from flr.data.planted import planted_dataset
-from flr.data.processor import PromptTemplate, RecProcessor
+from flr.data.processor import HistoryViews, PromptTemplate, RecProcessor
 from flr.data.readers import load_dataset
 from flr.data.report import BadRow, ReadReport
 from flr.data.tokenizers import build_tokenizer
 
 __all__ = [
+    "CATALOGUE_USER",
     "CSR",
     "Augment",
     "BadRow",
     "Catalogue",
     "EpochSampler",
+    "HistoryViews",
     "Interaction",
     "InteractionDataset",
     "Interactions",
     "ItemCodec",
+    "Neighbours",
     "PromptTemplate",
     "ReadReport",
     "RecDataset",

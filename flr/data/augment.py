@@ -10,13 +10,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from flr.data.interactions import CSR, Interaction
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_PREFIX, _SUFFIX, _DROP, _SHUFFLE = 1, 2, 3, 4  # streams of random numbers of one row
+_PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR = 1, 2, 3, 4, 6, 7  # streams of random numbers of one row
+
+#: User of rows that stand for an item of the catalogue: history [i], target one of its neighbours.
+CATALOGUE_USER = "<catalogue>"
+
+
+class Neighbours(NamedTuple):
+    """For every item, items that are likely with it (see :func:`flr.train.item_neighbours`)."""
+
+    items: np.ndarray  # int32 [C, n]
+    cumulative: np.ndarray  # float64 [C, n], running sums of their weights; the last is 1, or 0 for an item without any
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,11 @@ class Augment:
     drop_item : probability that an item of the history is left out (where all would be, the last one stays)
     shuffle : probability that a history is shuffled locally
     shuffle_window : how far: items that are this many places apart or more keep their order
+    single : probability that one item of the history is all that is kept, drawn with weight decay^age
+    neighbour : probability that the target is replaced: by a neighbour, drawn by weight, of an item of the prompt, which is drawn with
+        weight decay^age. Soft targets, one sample at a time, for any codec. Rows of CATALOGUE_USER are always replaced.
+    decay : of the two above, 0..1
+    neighbours : needed by `neighbour`
 
     A history never becomes empty by this. Probabilities are in 0..1.
 
@@ -47,19 +63,26 @@ class Augment:
     drop_item: float = 0.0
     shuffle: float = 0.0
     shuffle_window: int = 3
+    single: float = 0.0
+    neighbour: float = 0.0
+    decay: float = 0.8
+    neighbours: Neighbours | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prefix", "suffix", "drop_item", "shuffle"):
+        for name in ("prefix", "suffix", "drop_item", "shuffle", "single", "neighbour", "decay"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
         if self.shuffle_window < 2:
             raise ValueError(f"shuffle_window: expected at least 2, got {self.shuffle_window}")
+        if self.neighbour and self.neighbours is None:
+            raise ValueError("neighbours: expected a table for neighbour > 0, got None")
 
     @property
     def enabled(self) -> bool:
         """Whether anything can change."""
-        return max(self.prefix, self.suffix, self.drop_item, self.shuffle) > 0
+        chances = (self.prefix, self.suffix, self.drop_item, self.shuffle, self.single, self.neighbour)
+        return max(chances) > 0 or self.neighbours is not None
 
     def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
         """Changed histories and targets (int32 [B]) of `rows`."""
@@ -86,7 +109,36 @@ class Augment:
             histories = self._drop(histories, keys)
         if self.shuffle and histories.values.size:
             histories = self._shuffle(histories, keys)
+        if self.single:
+            coin, place = uniforms(keys, _SINGLE, 2).T
+            chosen = (coin < self.single) & (histories.lengths > 1)
+            kept = self._draw(histories, place)
+            starts = np.where(chosen, kept, histories.offsets[:-1])
+            histories = histories.slice(starts, np.where(chosen, kept + 1, histories.offsets[1:]))
+        if self.neighbours is not None and histories.values.size:
+            targets = self._neighbours(self.neighbours, rows, histories, targets, keys)
         return histories, targets
+
+    def _draw(self, histories: CSR, place: np.ndarray) -> np.ndarray:
+        """An index into ``histories.values`` for each row, int64 [B], with weight decay^age; a row's start if it is empty."""
+        lengths = histories.lengths
+        age = np.arange(int(lengths.max(initial=1)))
+        share = np.cumsum(self.decay**age)
+        drawn = np.searchsorted(share, place * share[np.maximum(lengths, 1) - 1], side="right")
+        drawn = np.minimum(drawn, np.maximum(lengths, 1) - 1)
+        return np.where(lengths > 0, histories.offsets[1:] - 1 - drawn, histories.offsets[:-1])
+
+    def _neighbours(
+        self, table: Neighbours, rows: Sequence[Interaction], histories: CSR, targets: np.ndarray, keys: np.ndarray
+    ) -> np.ndarray:
+        coin, place, which = uniforms(keys, _NEIGHBOUR, 3).T
+        whole_catalogue = np.array([row.user == CATALOGUE_USER for row in rows])
+        chosen = ((coin < self.neighbour) | whole_catalogue) & (histories.lengths > 0)
+        source = histories.values[np.minimum(self._draw(histories, place), len(histories.values) - 1)]
+        weights = table.cumulative[source]  # [B, n]
+        chosen &= weights[:, -1] > 0
+        drawn = np.minimum((weights <= which[:, None]).sum(1), weights.shape[1] - 1)
+        return np.where(chosen, table.items[source, drawn], targets).astype(np.int32)
 
     def _drop(self, histories: CSR, keys: np.ndarray) -> CSR:
         lengths, width, row, column = _cells(histories)

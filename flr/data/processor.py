@@ -66,6 +66,26 @@ class PromptTemplate:
 
 
 @dataclass(frozen=True)
+class HistoryViews:
+    """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.views`).
+
+    Attributes
+    ----------
+    weight : of the one-item views together, 0..1; the whole prompt has the rest
+    decay : weight of an item relative to the next later one, in (0, 1]
+    """
+
+    weight: float = 0.5
+    decay: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight: expected a number in 0..1, got {self.weight}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
+
+
+@dataclass(frozen=True)
 class Segment:
     """Prompts of a batch before padding: one flat array of tokens and, for each, the history entry that it belongs to."""
 
@@ -88,6 +108,7 @@ class RecProcessor:
     max_prompt_tokens : upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
         It must leave room for the template and the longest item.
     max_title_tokens : codec "title" only, cuts long titles
+    views : how evaluation and recommendation weigh several views of a history; None for the whole prompt alone
 
     Attributes
     ----------
@@ -123,6 +144,7 @@ class RecProcessor:
         thought_token: str = THOUGHT_TOKEN,
         max_prompt_tokens: int | None = None,
         max_title_tokens: int | None = None,
+        views: HistoryViews | None = None,
     ) -> None:
         if max_history < 1:
             raise ValueError(f"max_history: expected at least 1, got {max_history}")
@@ -138,6 +160,7 @@ class RecProcessor:
         self.thought_token = thought_token
         self.max_prompt_tokens = max_prompt_tokens
         self.max_title_tokens = max_title_tokens
+        self.views = views
         self.thought_token_id: int | None = None
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
@@ -283,6 +306,7 @@ class RecProcessor:
                 "thought_token_id": self.thought_token_id,
                 "max_prompt_tokens": self.max_prompt_tokens,
                 "max_title_tokens": self.max_title_tokens,
+                "views": None if self.views is None else asdict(self.views),
                 "vocabulary_size": len(self.tokenizer),
                 "codec_tokens": len(self.item_codec.tokens),
             },
@@ -309,6 +333,7 @@ class RecProcessor:
             thought_token=config["thought_token"],
             max_prompt_tokens=config["max_prompt_tokens"],
             max_title_tokens=config["max_title_tokens"],
+            views=None if config.get("views") is None else HistoryViews(**config["views"]),
         )
         found = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
         saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])

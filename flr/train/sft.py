@@ -32,6 +32,9 @@ class SFTConfig(TrainingArguments):
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the token tables. Default: --learning_rate."}
     )
+    embedding_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
+    )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})
     output_dropout: float = field(default=0.0, metadata={"help": "Dropout on the lm_head's input, in [0, 1)."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
@@ -137,6 +140,7 @@ class SFTTrainer(Trainer):
         tables = {id(unwrapped.get_input_embeddings().weight), id(unwrapped.get_output_embeddings().weight)}
         slow = args.learning_rate / 10 if args.reasoner_learning_rate is None else args.reasoner_learning_rate
         table_rate = args.learning_rate if args.embedding_learning_rate is None else args.embedding_learning_rate
+        table_decay = args.weight_decay if args.embedding_weight_decay is None else args.embedding_weight_decay
         groups: dict[tuple[float, float], list[torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -144,7 +148,7 @@ class SFTTrainer(Trainer):
             if ".flr." in f".{name}":
                 key = (slow, args.reasoner_weight_decay)
             elif id(parameter) in tables:
-                key = (table_rate, args.weight_decay)
+                key = (table_rate, table_decay)
             else:
                 key = (args.learning_rate, args.weight_decay if name in decayed else 0.0)
             groups.setdefault(key, []).append(parameter)
