@@ -116,6 +116,7 @@ class ModelOptions:
     initializer_range: float = _option(0.02, "From scratch: standard deviation of initial weights.")
     embedding_scale: float | None = _option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
     init_items: str = _option("random", f"From scratch: item embeddings, one of {', '.join(INITS)}.")
+    title_power: float = _option(0.5, "init_items title: weight of words that many titles share, see item_features.")
     freeze_backbone: bool = _option(False, "Train the reasoner alone.")
 
     def build(
@@ -143,7 +144,7 @@ class ModelOptions:
         )
         model = self._scratch(tokenizer) if self.model is None else self._pretrained(tokenizer)
         if self.model is None and self.init_items == "title":
-            init_item_embeddings(model, processor, seed, self.embedding_scale)
+            init_item_embeddings(model, processor, seed, self.embedding_scale, self.title_power)
         patch_model(model, tokenizer, config)
         if self.freeze_backbone:
             for name, parameter in model.named_parameters():

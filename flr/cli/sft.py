@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def train(
     checkpoint = last_complete_checkpoint(str(args.output_dir)) if resume else None
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(args.output_dir))
     trainer.save_state()
     summary = {

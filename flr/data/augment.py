@@ -86,10 +86,15 @@ class Augment:
 
     def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
         """Changed histories and targets (int32 [B]) of `rows`."""
+        return self.with_sources(rows, seed)[:2]
+
+    def with_sources(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray, np.ndarray]:
+        """Histories, targets, and for each replaced target the item whose neighbour it is, -1 for the others (int64 [B])."""
         histories = CSR.from_rows([row.history for row in rows])
         targets = np.array([row.target for row in rows], np.int32)
+        sources = np.full(len(rows), -1, np.int64)
         if not self.enabled or not rows:
-            return histories, targets
+            return histories, targets, sources
         keys = row_keys(rows, seed)
         starts, ends = histories.offsets[:-1].copy(), histories.offsets[1:].copy()
         if self.prefix:
@@ -116,8 +121,8 @@ class Augment:
             starts = np.where(chosen, kept, histories.offsets[:-1])
             histories = histories.slice(starts, np.where(chosen, kept + 1, histories.offsets[1:]))
         if self.neighbours is not None and histories.values.size:
-            targets = self._neighbours(self.neighbours, rows, histories, targets, keys)
-        return histories, targets
+            targets, sources = self._neighbours(self.neighbours, rows, histories, targets, keys)
+        return histories, targets, sources
 
     def _draw(self, histories: CSR, place: np.ndarray) -> np.ndarray:
         """An index into ``histories.values`` for each row, int64 [B], with weight decay^age; a row's start if it is empty."""
@@ -130,7 +135,7 @@ class Augment:
 
     def _neighbours(
         self, table: Neighbours, rows: Sequence[Interaction], histories: CSR, targets: np.ndarray, keys: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         coin, place, which = uniforms(keys, _NEIGHBOUR, 3).T
         whole_catalogue = np.array([row.user == CATALOGUE_USER for row in rows])
         chosen = ((coin < self.neighbour) | whole_catalogue) & (histories.lengths > 0)
@@ -138,7 +143,8 @@ class Augment:
         weights = table.cumulative[source]  # [B, n]
         chosen &= weights[:, -1] > 0
         drawn = np.minimum((weights <= which[:, None]).sum(1), weights.shape[1] - 1)
-        return np.where(chosen, table.items[source, drawn], targets).astype(np.int32)
+        replaced = np.where(chosen, table.items[source, drawn], targets).astype(np.int32)
+        return replaced, np.where(chosen, source, -1)
 
     def _drop(self, histories: CSR, keys: np.ndarray) -> CSR:
         lengths, width, row, column = _cells(histories)

@@ -48,10 +48,14 @@ class SFTCollator:
 
     def __call__(self, rows: Sequence[Interaction]) -> dict[str, torch.Tensor]:
         """What the processor returns (input_ids, attention_mask, position_ids, item_positions int64, reasoner_mask bool), now
-        [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a target's token, -100 elsewhere."""
+        [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a target's token, -100 elsewhere.
+
+        Where targets are drawn from neighbours and every item is one token: soft_targets int64 and soft_weights float32
+        [B, n], the tokens and weights that a replaced target was drawn from (weights 0 in the other rows). Then the
+        exact expectation can stand for the draw."""
         if not rows:
             raise ValueError("rows: expected at least one interaction, got none")
-        histories, targets = self.augment(rows, self.seed)
+        histories, targets, sources = self.augment.with_sources(rows, self.seed)
         codec = self.processor.item_codec
         if not (targets.min() >= 0 and targets.max() < len(codec)):
             raise ValueError(f"rows: expected targets in 0..{len(codec) - 1}, got {targets.min()}..{targets.max()}")
@@ -64,7 +68,14 @@ class SFTCollator:
         labels = np.full_like(arrays["input_ids"], IGNORE)
         arrays["input_ids"][row, column] = labels[row, column] = sequences.values
         arrays["attention_mask"][row, column] = 1
-        return finish_batch({**arrays, "labels": labels})
+        batch = finish_batch({**arrays, "labels": labels})
+        table = self.augment.neighbours
+        if table is not None and int(lengths.max()) == 1:
+            known = np.maximum(sources, 0)
+            weights = np.diff(table.cumulative[known], prepend=0.0, axis=1) * (sources >= 0)[:, None]
+            batch["soft_targets"] = torch.from_numpy(codec.tokens[table.items[known]].astype(np.int64))
+            batch["soft_weights"] = torch.from_numpy(weights.astype(np.float32))
+        return batch
 
 
 class InteractionDataset(Dataset[Interaction]):

@@ -35,12 +35,16 @@ def _fit(vectoriser: TfidfVectorizer, titles: list[str]) -> sp.csr_matrix:
         return sp.csr_matrix((len(titles), 1))
 
 
-def item_features(catalogue: Catalogue, size: int, seed: int = 0) -> np.ndarray:
+def item_features(catalogue: Catalogue, size: int, seed: int = 0, power: float = 0.5) -> np.ndarray:
     """Title features of every item: :func:`title_tfidf` reduced by a truncated SVD.
 
+    Args:
+        size: columns. seed: of the SVD.
+        power: directions are scaled by their singular value to this power, >= 0. 1 is the plain SVD, in which words that
+            many titles share (a genre) come first; less lets rare words (a name) count.
+
     Returns:
-        float32 [C, size]; rows of unit length (zero for an item whose title has no known feature). Directions are scaled by
-        the square root of their singular value, so that frequent words do not drown the rest. Fewer than ``size``
+        float32 [C, size]; rows of unit length (zero for an item whose title has no known feature). Fewer than ``size``
         informative columns are filled up with zeros.
 
     Example:
@@ -57,16 +61,19 @@ def item_features(catalogue: Catalogue, size: int, seed: int = 0) -> np.ndarray:
     if rank >= 1:
         svd = TruncatedSVD(rank, random_state=seed)
         reduced = svd.fit_transform(tfidf)
-        features[:, :rank] = normalize(reduced / np.sqrt(np.maximum(svd.singular_values_, 1e-12)))
+        features[:, :rank] = normalize(reduced * np.maximum(svd.singular_values_, 1e-12) ** (power - 1))
     return features
 
 
 @torch.no_grad()
-def init_item_embeddings(model: Any, processor: RecProcessor, seed: int = 0, scale: float | None = None) -> None:
+def init_item_embeddings(
+    model: Any, processor: RecProcessor, seed: int = 0, scale: float | None = None, power: float = 0.5
+) -> None:
     """Write title features into the rows of the items' tokens, input and output table alike.
 
     A token that several items carry (a semantic-ID code) gets the mean of theirs. The features are turned by a random
-    rotation, so that no dimension is special, and scaled to the table's RMS (or to ``scale``).
+    rotation, so that no dimension is special, and scaled to the table's RMS (or to ``scale``). ``power``: as for
+    :func:`item_features`.
 
     Raises:
         ValueError: the codec is "title", whose tokens are text and not items.
@@ -76,7 +83,7 @@ def init_item_embeddings(model: Any, processor: RecProcessor, seed: int = 0, sca
         raise ValueError('codec: expected "id" or "sid" to initialise item tokens, got "title"')
     table = model.get_input_embeddings().weight
     size = table.shape[1]
-    features = torch.from_numpy(item_features(processor.catalogue, size, seed)).to(table)
+    features = torch.from_numpy(item_features(processor.catalogue, size, seed, power)).to(table)
     generator = torch.Generator().manual_seed(seed)
     rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     features = features @ rotation.to(table)

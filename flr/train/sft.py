@@ -158,11 +158,30 @@ class SFTTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        soft = (inputs.pop("soft_targets", None), inputs.pop("soft_weights", None))
+        if soft[0] is None or not model.training:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            outputs = self._soft_loss(model, inputs, *soft, num_items_in_batch)
         if model.training and outputs.flr is not None:
             for name, value in outputs.flr.losses.items():
                 self._terms.setdefault(name, []).append(value.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @staticmethod
+    def _soft_loss(model, inputs, targets, weights, num_items):
+        """Rows with weights: cross-entropy against the whole distribution that their label was drawn from."""
+        labels = inputs["labels"]
+        items = (labels != IGNORE).sum() if num_items is None else num_items
+        is_soft = weights.sum(1) > 0
+        # one-token targets end every row: column -2, the last of the prompt, predicts them
+        keep = torch.tensor([labels.shape[1] - 2], device=labels.device)
+        hard = labels.masked_fill(is_soft[:, None], IGNORE)
+        inputs = {**inputs, "labels": hard, "logits_to_keep": keep, "skip_logits": False}
+        outputs = model(**inputs, num_items_in_batch=items)
+        logp = outputs.logits[:, 0].float().log_softmax(-1)
+        outputs.loss = outputs.loss - (logp.gather(1, targets) * weights).sum() / items
+        return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:
