@@ -49,8 +49,8 @@ class Op:
     ) -> None:
         """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones.
 
-        ``check`` takes the tensors that :func:`select` gets and raises :class:`BackendUnavailable` or ``ValueError``
-        if the backend cannot serve them.
+        ``check`` takes the arguments of either and raises :class:`BackendUnavailable` or ``ValueError`` if the backend
+        cannot serve them.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -87,14 +87,14 @@ def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def _accepts(backend: str, name: str, tensors: tuple[torch.Tensor, ...]) -> None:
+def _accepts(backend: str, name: str, args: tuple) -> None:
     check = OPS[name].check.get(backend)
     if check is not None:
-        check(*tensors)
+        check(*args)
 
 
-def select(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> str:
-    """The backend that runs op ``name`` on ``tensor``'s device; ``more`` are tensors whose shapes matter to the choice.
+def select(name: str, tensor: torch.Tensor, *args) -> str:
+    """The backend that runs op ``name`` on ``tensor``'s device; ``tensor`` and ``args`` are the op's arguments.
 
     Raises:
         BackendUnavailable: the backend named in ``FLR_BACKEND`` has no implementation of this op, or cannot run here.
@@ -114,7 +114,7 @@ def select(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> str:
                 f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(implementations)}; "
                 f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
             )
-        _accepts(backend, name, (tensor, *more))
+        _accepts(backend, name, (tensor, *args))
         return backend
     if not tensor.is_cuda:
         return "reference"
@@ -123,7 +123,7 @@ def select(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> str:
             if candidate == "reference":
                 _log_once(f"{name}: no GPU kernel is available here, using the PyTorch reference")
             try:
-                _accepts(candidate, name, (tensor, *more))
+                _accepts(candidate, name, (tensor, *args))
             except (BackendUnavailable, ValueError) as reason:
                 _log_once(f"{name}: {reason}")
                 continue
@@ -131,11 +131,13 @@ def select(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> str:
     raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
 
 
-def forward(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> Callable:
-    """The forward implementation that :func:`select` picks."""
-    return OPS[name].forward[select(name, tensor, *more)]
+def forward(name: str, tensor: torch.Tensor, *args):
+    """Run the forward that :func:`select` picks; ``tensor`` is its first argument. Autocast is off inside."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return OPS[name].forward[select(name, tensor, *args)](tensor, *args)
 
 
-def backward(name: str, tensor: torch.Tensor, *more: torch.Tensor) -> Callable:
-    """The backward implementation that belongs to :func:`forward`'s, if it gets tensors of the same shapes."""
-    return OPS[name].backward[select(name, tensor, *more)]
+def backward(name: str, tensor: torch.Tensor, *args):
+    """Run the backward that belongs to :func:`forward`'s implementation: the same device and shapes, the same choice."""
+    with torch.autocast(tensor.device.type, enabled=False):
+        return OPS[name].backward[select(name, tensor, *args)](tensor, *args)

@@ -61,7 +61,7 @@ def _triton_backward(*args):
     return triton_factor_aggregate.backward(*args)
 
 
-def _triton_check(f: Tensor) -> None:
+def _triton_check(f: Tensor, *_) -> None:
     triton_config.check_device(f)
     triton_config.check_shape("f", f, f.shape[1])
 
@@ -73,7 +73,7 @@ _OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 @torch.library.custom_op("flr::factor_aggregate", mutates_args=())
 def _forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_aggregate", f)(f, gate_logits, eps)
+    return dispatch.forward("factor_aggregate", f, gate_logits, eps)
 
 
 @_forward.register_fake
@@ -92,7 +92,7 @@ def _(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tenso
 def _backward(
     f: Tensor, gates: Tensor, d_thought: Tensor, d_gates: Tensor, d_orth: Tensor, d_entropy: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.backward("factor_aggregate", f)(f, gates, d_thought, d_gates, d_orth, d_entropy, eps)
+    return dispatch.backward("factor_aggregate", f, gates, d_thought, d_gates, d_orth, d_entropy, eps)
 
 
 @_backward.register_fake

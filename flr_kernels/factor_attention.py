@@ -46,7 +46,7 @@ def _triton_backward(*args):
     return triton_factor_attention.backward(*args)
 
 
-def _triton_check(h: Tensor, u: Tensor) -> None:
+def _triton_check(h: Tensor, u: Tensor, *_) -> None:
     triton_config.check_device(h)
     triton_config.check_shape("h", h, u.shape[1])
 
@@ -58,7 +58,7 @@ _OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 @torch.library.custom_op("flr::factor_attention", mutates_args=())
 def _forward(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_attention", h, u)(h, u, mask)
+    return dispatch.forward("factor_attention", h, u, mask)
 
 
 @_forward.register_fake
@@ -90,7 +90,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     saved = (context, lse, overlap, entropy)
     grads = (d_context, d_lse, d_overlap, d_entropy)
-    return dispatch.backward("factor_attention", h, u)(h, u, mask, *saved, *grads, needs_dh)
+    return dispatch.backward("factor_attention", h, u, mask, *saved, *grads, needs_dh)
 
 
 @_backward.register_fake

@@ -59,8 +59,7 @@ dispatch.op("group_advantage").register("reference", _reference, _reference_back
 def _forward(
     token_logprobs: Tensor, mask: Tensor | None, group_size: int, kind: str, reward: str, eps: float
 ) -> tuple[Tensor, Tensor]:
-    run = dispatch.forward("group_advantage", token_logprobs)
-    return run(token_logprobs, mask, group_size, kind, reward, eps)
+    return dispatch.forward("group_advantage", token_logprobs, mask, group_size, kind, reward, eps)
 
 
 @_forward.register_fake
@@ -72,7 +71,7 @@ def _(token_logprobs, mask, group_size, kind, reward, eps):
 
 @torch.library.custom_op("flr::group_advantage_backward", mutates_args=())
 def _backward(token_logprobs: Tensor, mask: Tensor | None, rewards: Tensor, d_rewards: Tensor, reward: str) -> Tensor:
-    return dispatch.backward("group_advantage", token_logprobs)(token_logprobs, mask, rewards, d_rewards, reward)
+    return dispatch.backward("group_advantage", token_logprobs, mask, rewards, d_rewards, reward)
 
 
 @_backward.register_fake

@@ -52,7 +52,7 @@ dispatch.op("token_logprob").register("reference", _chunked, _chunked_backward)
 
 @torch.library.custom_op("flr::token_logprob", mutates_args=())
 def _forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return dispatch.forward("token_logprob", hidden)(hidden, weight, target)
+    return dispatch.forward("token_logprob", hidden, weight, target)
 
 
 @_forward.register_fake
@@ -64,7 +64,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def _backward(
     hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.backward("token_logprob", hidden)(hidden, weight, target, grad, needs_dh, needs_dw)
+    return dispatch.backward("token_logprob", hidden, weight, target, grad, needs_dh, needs_dw)
 
 
 @_backward.register_fake

@@ -1,0 +1,23 @@
+"""Factorized Latent Reasoning for LLM-based sequential recommendation.
+
+model = flr.patch_model(model, tokenizer, flr.FLRConfig(num_factors=4))
+"""
+
+from .checkpoint import from_pretrained, load_latentr3
+from .config import FLRConfig
+from .patch import is_patched, patch_model, reasoner_parameters, unpatch_model
+from .reasoner import FactorizedReasoner, ReasonerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FLRConfig",
+    "FactorizedReasoner",
+    "ReasonerOutput",
+    "from_pretrained",
+    "is_patched",
+    "load_latentr3",
+    "patch_model",
+    "reasoner_parameters",
+    "unpatch_model",
+]

@@ -1,0 +1,39 @@
+"""``flr explain``: what each factor looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .options import console, emit, parse
+
+ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
+
+
+@dataclass
+class ExplainOptions:
+    """For which history, and where to."""
+
+    model: str = field(default="runs/sft", metadata={"help": "Folder that flr sft wrote."})
+    history: list[str] = field(default_factory=list, metadata={"help": "Item ids or titles, oldest first."})
+    k: int = field(default=5, metadata={"help": "Recommendations that are explained."})
+    png: str | None = field(default=None, metadata={"help": "Heat map to write."})
+    html: str | None = field(default=None, metadata={"help": "Self-contained page to write."})
+
+
+def main(argv: list[str]) -> int:
+    options, rest = parse("explain", ABOUT, (ExplainOptions,), argv)
+    if not options.history:
+        raise ValueError("history: expected item ids or titles, got none")
+    if not (options.png or options.html or rest.json):
+        options.png, options.html = "explanation.png", "explanation.html"
+    from flr.recommender import Recommender
+
+    explanation = Recommender.from_pretrained(options.model).explain(options.history, k=options.k)
+    if options.png:
+        explanation.heatmap(options.png)
+        console.print(f"written: {options.png}")
+    if options.html:
+        explanation.html(options.html)
+        console.print(f"written: {options.html}")
+    emit(explanation.to_dict(), rest.json)
+    return 0

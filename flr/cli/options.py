@@ -1,0 +1,202 @@
+"""Options that commands share, and how they are read: flags over a YAML file over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from flr.config import FLRConfig
+from flr.data import Augment, Interactions, PromptTemplate, RecDataset, RecProcessor, build_tokenizer, load_dataset
+from flr.data import expand_prefixes as all_prefixes
+from flr.patch import patch_model
+from flr.train.features import INITS, init_item_embeddings
+
+console = Console(stderr=True)
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataOptions:
+    """What to learn from."""
+
+    data: str = _option("planted", "Folder or file of interactions, or 'planted' for generated data.")
+    data_format: str = _option("auto", "auto, prepared, csv, recbole or parquet.")
+    codec: str = _option("id", "How an item is written: title, sid or id.")
+    template: str | None = _option(None, "Prompt text with the placeholder {history}. Default: by codec.")
+    max_history: int = _option(10, "Latest items of a history that enter the prompt.")
+    max_title_tokens: int | None = _option(None, "Codec title: tokens kept of a title.")
+    vocab_size: int = _option(8192, "Codec title: size of the tokenizer trained from scratch.")
+    planted_items: int = _option(500, "Generated data: items.")
+    planted_users: int = _option(2000, "Generated data: users.")
+
+    def load(self) -> RecDataset:
+        if self.data == "planted":
+            from flr.data import planted_dataset
+
+            return planted_dataset(num_items=self.planted_items, num_users=self.planted_users)
+        return load_dataset(self.data, self.data_format)
+
+
+@dataclass
+class AugmentOptions:
+    """How training histories are varied."""
+
+    expand_prefixes: bool = _option(False, "Train on every prefix of a history too.")
+    augment_prefix: float = _option(0.0, "Probability that a row is cut at a random place.")
+    augment_suffix: float = _option(0.0, "Probability that only a random number of the latest items is kept.")
+    augment_drop_item: float = _option(0.0, "Probability that an item of a history is left out.")
+    augment_shuffle: float = _option(0.0, "Probability that a history is shuffled locally.")
+    augment_single: float = _option(0.0, "Probability that a history is reduced to one of its items.")
+
+    def augment(self) -> Augment:
+        names = {f.name for f in dataclasses.fields(Augment)}
+        given = {f.name[8:]: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.startswith("augment_")}
+        return Augment(**{name: value for name, value in given.items() if name in names})
+
+    def rows(self, train: Interactions, max_history: int) -> Interactions:
+        return all_prefixes(train, max_history=max_history) if self.expand_prefixes else train
+
+
+@dataclass
+class ModelOptions:
+    """The backbone: a pretrained causal LM, or a small one from scratch."""
+
+    model: str | None = _option(None, "Folder of a pretrained causal LM. Default: from scratch, by the options below.")
+    architecture: str = _option("llama", "From scratch: model type, e.g. llama, qwen2, gpt2.")
+    hidden_size: int = _option(128, "From scratch: D.")
+    intermediate_size: int = _option(256, "From scratch: size of the feed-forward layer.")
+    num_hidden_layers: int = _option(1, "From scratch: layers.")
+    num_attention_heads: int = _option(4, "From scratch: attention heads.")
+    attention_dropout: float = _option(0.0, "From scratch: dropout on attention weights.")
+    tie_word_embeddings: bool = _option(True, "From scratch: one table for input and output.")
+    initializer_range: float = _option(0.02, "From scratch: standard deviation of initial weights.")
+    embedding_scale: float | None = _option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
+    init_items: str = _option("random", f"From scratch: item embeddings, one of {', '.join(INITS)}.")
+    freeze_backbone: bool = _option(False, "Train the reasoner alone.")
+
+    def build(
+        self, options: DataOptions, config: FLRConfig, dataset: RecDataset, seed: int
+    ) -> tuple[Any, RecProcessor]:
+        """A patched model and its processor."""
+        if self.init_items not in INITS:
+            raise ValueError(f"init_items: expected one of {', '.join(INITS)}, got {self.init_items!r}")
+        torch.manual_seed(seed)
+        tokenizer: Any
+        if self.model is None:
+            tokenizer = build_tokenizer(dataset.catalogue, options.codec, vocab_size=options.vocab_size)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+        processor = RecProcessor(
+            tokenizer,
+            dataset.catalogue,
+            options.codec,
+            None if options.template is None else PromptTemplate(options.template),
+            options.max_history,
+            config.thought_count,
+            thought_token=config.thought_token,
+            max_title_tokens=options.max_title_tokens,
+        )
+        model = self._scratch(tokenizer) if self.model is None else self._pretrained(tokenizer)
+        if self.model is None and self.init_items == "title":
+            init_item_embeddings(model, processor, seed, self.embedding_scale)
+        patch_model(model, tokenizer, config)
+        if self.freeze_backbone:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("flr."))
+        return model, processor
+
+    def _scratch(self, tokenizer: Any) -> Any:
+        shape = {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size,
+            "attention_dropout": self.attention_dropout,
+            "initializer_range": self.initializer_range,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if self.architecture == "gpt2":
+            shape |= {"n_inner": shape.pop("intermediate_size"), "attn_pdrop": shape.pop("attention_dropout")}
+        elif self.architecture in ("llama", "qwen2", "qwen3", "mistral"):
+            shape["num_key_value_heads"] = self.num_attention_heads
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(self.architecture, **shape))
+
+    def _pretrained(self, tokenizer: Any) -> Any:
+        assert self.model is not None
+        model: Any = AutoModelForCausalLM.from_pretrained(self.model, use_safetensors=True)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+        return model
+
+
+def _docstring_help(cls: type) -> dict[str, str]:
+    """Help texts from a docstring's Attributes section: ``name: text`` and ``a, b: text``."""
+    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.splitlines():
+        match = re.match(r"    ([a-z_, ]+): (.*)", line)
+        if match:
+            names = match[1].split(", ")
+            texts |= dict.fromkeys(names, match[2])
+        else:
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in names}
+    return {name: text.replace("``", "").replace("%", "%%") for name, text in texts.items()}
+
+
+def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """Options of a command: one instance of each dataclass.
+
+    ``--config FILE.yaml`` gives values by option name, flags override them. An unknown name raises ValueError.
+    """
+    parser = HfArgumentParser(classes, prog=f"flr {command}", description=about)  # type: ignore[arg-type]
+    parser.add_argument("--config", default=None, help="YAML file with values for the options below.")
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
+    documented = {k: v for cls in classes for k, v in _docstring_help(cls).items() if cls is FLRConfig}
+    for action in parser._actions:
+        action.help = action.help or documented.get(action.dest)
+    known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
+    config = _config_file(argv)
+    if config is not None:
+        values = yaml.safe_load(config.read_text()) or {}
+        if not isinstance(values, dict) or set(values) - known:
+            odd = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{config}: expected options of flr {command}, got {odd}")
+        parser.set_defaults(**values)
+    *parsed, rest = parser.parse_args_into_dataclasses(argv)
+    return (*parsed, types.SimpleNamespace(**vars(rest)))
+
+
+def _config_file(argv: list[str]) -> Path | None:
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def emit(result: dict[str, Any], as_json: bool) -> None:
+    """The machine-readable result on standard output, if asked for."""
+    if as_json:
+        json.dump(result, sys.stdout, indent=2)
+        print()

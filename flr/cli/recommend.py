@@ -1,0 +1,53 @@
+"""``flr recommend``: top-k items for histories."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from .options import console, emit, parse
+
+ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
+
+
+@dataclass
+class RecommendOptions:
+    """For whom, and how many."""
+
+    model: str = field(default="runs/sft", metadata={"help": "Folder that flr sft wrote."})
+    history: list[str] = field(
+        default_factory=list, metadata={"help": "Item ids or titles, oldest first. None: one history a line on stdin."}
+    )
+    k: int = field(default=10, metadata={"help": "Items to recommend."})
+    num_beams: int = field(default=20, metadata={"help": "Beams, for codecs of several tokens an item."})
+    exclude_seen: bool = field(default=False, metadata={"help": "Never recommend an item of the history."})
+    on_unknown: str = field(default="raise", metadata={"help": "raise or skip items that the catalogue lacks."})
+
+
+def main(argv: list[str]) -> int:
+    options, rest = parse("recommend", ABOUT, (RecommendOptions,), argv)
+    from flr.recommender import Recommender
+
+    recommender = Recommender.from_pretrained(options.model)
+    histories = [options.history]
+    if not options.history:
+        histories = [line.rstrip("\n").split("\t") for line in sys.stdin if line.strip()]
+    found = recommender.recommend(
+        histories,
+        k=options.k,
+        num_beams=options.num_beams,
+        exclude_seen=options.exclude_seen,
+        on_unknown=options.on_unknown,
+    )
+    for history, items in zip(histories, found, strict=True):
+        table = Table(title=" → ".join(history[-3:]))
+        for name in ("item", "title", "log-probability", "factor shares"):
+            table.add_column(name)
+        for item in items:
+            shares = " ".join(f"{share:.0%}" for share in item.factor_shares)
+            table.add_row(item.item_id, item.title, f"{item.score:.3f}", shares)
+        console.print(table)
+    emit({"recommendations": [[item.to_dict() for item in items] for items in found]}, rest.json)
+    return 0

@@ -1,0 +1,107 @@
+"""Configuration of the latent thought. Stored in ``model.config.flr`` and therefore in the saved ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+VARIANTS = ("flr", "latentr3", "anchor", "none")
+ANCHORS = ("token", "last", "none")
+SPARSITY_TARGETS = ("gate", "attention", "both")
+
+
+@dataclass
+class FLRConfig:
+    """How a model makes its latent thought.
+
+    Attributes:
+        variant: ``"flr"`` K factors; ``"latentr3"`` the single-factor predecessor (K = 1, T = 1, F = D, biases, rotary
+            positions, no anchor); ``"anchor"`` one more token and no factors, the control; ``"none"`` no thought.
+        num_factors: K, 1 to 16.
+        factor_size: F, the head size of a factor; None for D / K (at least 1), about 4 D² weights whatever K is.
+        num_refinements: T >= 1, how often the thought is refined.
+        num_thoughts: N >= 1, thought tokens between prompt and target.
+        anchor: what the factors' sum is added to: ``"token"`` the embedding of the thought token, ``"last"`` that of
+            the last prompt token (for one-token item codecs), ``"none"``.
+        gate_temperature: τ > 0 of the gate softmax.
+        dropout: on the factors' sum r, in [0, 1).
+        init_scale: RMS of r in a freshly patched model relative to the RMS of the input embeddings.
+        orthogonality_weight, diversity_weight, sparsity_weight: λ >= 0 of the regularisers, each of which is in [0, 1].
+        sparsity_target: entropy of the gates, of the attention, or the mean of both.
+        thought_token: text of the thought token, added to the tokenizer when it is missing.
+        thought_token_id: its id; taken from the tokenizer, or given when there is none.
+        input_scale: RMS of the model's input embeddings, the unit in which a contribution is short or long; measured
+            by ``patch_model`` when None.
+
+    Example:
+        >>> FLRConfig(num_factors=4).head_size(hidden_size=64)
+        16
+        >>> FLRConfig(num_factors=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_factors: expected 1 to 16, got 0
+    """
+
+    variant: str = "flr"
+    num_factors: int = 4
+    factor_size: int | None = None
+    num_refinements: int = 2
+    num_thoughts: int = 1
+    anchor: str = "token"
+    gate_temperature: float = 1.0
+    dropout: float = 0.0
+    init_scale: float = 0.01
+    orthogonality_weight: float = 0.01
+    diversity_weight: float = 0.01
+    sparsity_weight: float = 0.001
+    sparsity_target: str = "gate"
+    thought_token: str = "<|thought|>"
+    thought_token_id: int | None = None
+    input_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("variant", VARIANTS), ("anchor", ANCHORS), ("sparsity_target", SPARSITY_TARGETS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.variant == "latentr3":
+            self.num_factors, self.num_refinements, self.factor_size, self.anchor = 1, 1, None, "none"
+        self._check("num_factors", isinstance(self.num_factors, int) and 1 <= self.num_factors <= 16, "1 to 16")
+        for name in ("num_refinements", "num_thoughts"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, int) and value >= 1, "an integer >= 1")
+        size, token = self.factor_size, self.thought_token_id
+        self._check("factor_size", size is None or (isinstance(size, int) and size >= 1), "None or an integer >= 1")
+        self._check("thought_token_id", token is None or (isinstance(token, int) and token >= 0), "None or an id >= 0")
+        self._check("input_scale", self.input_scale is None or self.input_scale > 0, "None or a positive number")
+        self._check("gate_temperature", self.gate_temperature > 0, "a positive number")
+        self._check("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        self._check("init_scale", self.init_scale >= 0, "a number >= 0")
+        for name in ("orthogonality_weight", "diversity_weight", "sparsity_weight"):
+            self._check(name, getattr(self, name) >= 0, "a number >= 0")
+        self._check("thought_token", bool(self.thought_token), "a token's text")
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def thought_count(self) -> int:
+        """Thought tokens that a prompt of this variant ends with: N, or 0 for ``"none"``."""
+        return 0 if self.variant == "none" else self.num_thoughts
+
+    def head_size(self, hidden_size: int) -> int:
+        """F for a backbone of this hidden size."""
+        return self.factor_size or max(hidden_size // self.num_factors, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FLRConfig:
+        """The inverse of :meth:`to_dict`; an unknown key raises ValueError."""
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"FLRConfig: unknown option {', '.join(sorted(unknown))}")
+        return cls(**values)

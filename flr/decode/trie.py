@@ -1,0 +1,290 @@
+"""The catalogue as a trie in compressed sparse rows.
+
+Nodes are numbered breadth first, children of a node next to each other and ordered by token; node 0 is the root. A node
+other than the root has exactly one edge into it, so the edge *is* the child: the children of node `n` are the nodes
+`children[n] .. children[n + 1] - 1`, `tokens[child]` labels the edge. Items are leaves, numbered depth first ("leaf
+positions"), so that the items below a node are the contiguous range `leaf_begin[n] .. leaf_end[n] - 1`: how many of
+them a request allows is a difference of two prefix sums (see `filters`).
+
+    children    int32 [M + 1]   first child of a node; a leaf has none
+    tokens      int32 [M]       token on the edge into the node, -1 for the root
+    leaf_begin  int32 [M]       leaf positions below the node
+    leaf_end    int32 [M]
+    items       int32 [C]       leaf position -> item index
+    lengths     int32 [C]       leaf position -> number of tokens of the item
+
+M nodes, C items; nothing is padded to the longest item: 16 bytes a node and 8 an item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flr.data._io import atomic_file
+
+_FORMAT = "flr-catalogue-trie-1"
+_ARRAYS = ("children", "tokens", "leaf_begin", "leaf_end", "items", "lengths")
+
+
+class Codec(Protocol):
+    """What the trie needs of an item codec: the token sequence of every item, unique and prefix-free."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...  # int32 [total]
+
+    @property
+    def offsets(self) -> np.ndarray: ...  # int64 [C + 1]
+
+
+class CatalogueTrie:
+    """Trie over the token sequences of C items; see the module's text for the arrays.
+
+    Build it with `from_codec` or `from_sequences`. `depth` is the number of tokens of the longest item, level `d` holds
+    the nodes reached by `d` tokens. Host-side numbers per level (`level_start`, `max_fanout`, `num_internal`,
+    `num_leaves`) let a decoder choose sizes without asking the device.
+
+    >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
+    >>> trie.num_items, trie.num_nodes, trie.num_edges, trie.depth
+    (3, 5, 4, 2)
+    >>> trie.walk([5]), trie.allowed_tokens([5]), trie.item_at(trie.walk([5, 8]))
+    (1, [7, 8], 1)
+    >>> trie.walk([9])
+    Traceback (most recent call last):
+        ...
+    ValueError: no item of the catalogue starts with tokens [9]
+    """
+
+    def __init__(
+        self,
+        children: torch.Tensor,
+        tokens: torch.Tensor,
+        leaf_begin: torch.Tensor,
+        leaf_end: torch.Tensor,
+        items: torch.Tensor,
+        lengths: torch.Tensor,
+        level_start: Sequence[int],
+    ) -> None:
+        self.children = children
+        self.tokens = tokens
+        self.leaf_begin = leaf_begin
+        self.leaf_end = leaf_end
+        self.items = items
+        self.lengths = lengths
+        self.level_start = tuple(int(x) for x in level_start)  # [depth + 2]
+        fanout = children[1:] - children[:-1]
+        per_level = [fanout[a:b] for a, b in zip(self.level_start, self.level_start[1:], strict=False)]
+        self.max_fanout = tuple(int(x.max()) for x in per_level)  # [depth + 1], the last is 0
+        self.num_internal = tuple(int((x > 0).sum()) for x in per_level)
+        self.num_leaves = tuple(len(x) - n for x, n in zip(per_level, self.num_internal, strict=True))
+        self.max_token = int(tokens.max())
+        self._leaf_of_item: torch.Tensor | None = None
+
+    # ---------------------------------------------------------------- building
+
+    @classmethod
+    def from_codec(cls, codec: Codec) -> CatalogueTrie:
+        """Trie of a codec: anything with `tokens` int [total] and `offsets` int [C + 1]."""
+        return cls.from_sequences(codec.tokens, codec.offsets)
+
+    @classmethod
+    def from_sequences(cls, tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> CatalogueTrie:
+        """Trie of the sequences `tokens[offsets[i]:offsets[i + 1]]`, item i = 0..C-1.
+
+        Sorts level by level (one stable sort of the items that are not yet alone under their prefix), vectorised:
+        10^6 items of 4 tokens take about a second. The result is on the CPU.
+
+        Raises:
+            ValueError: no items, an empty or negative-token sequence, malformed offsets, or two items of which one's
+                sequence equals or is a prefix of the other's (both are named).
+        """
+        tokens = np.ascontiguousarray(tokens)
+        offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+        if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+            raise ValueError(f"tokens must be integers [total], got {tokens.dtype} {list(tokens.shape)}")
+        if offsets.ndim != 1 or len(offsets) < 2:
+            raise ValueError(f"offsets must be [C + 1] with at least one item, got shape {list(offsets.shape)}")
+        length = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (length < 0).any():
+            raise ValueError(
+                f"offsets must rise from 0 to len(tokens) = {len(tokens)}, got {offsets[0]}..{offsets[-1]}"
+            )
+        if (length == 0).any():
+            raise ValueError(f"item {int(np.argmin(length))} has no tokens")
+        if tokens.min() < 0 or tokens.max() >= 2**31:
+            raise ValueError(f"tokens must be in [0, 2**31), got {tokens.min()}..{tokens.max()}")
+        if len(tokens) >= 2**31 - 1:
+            raise ValueError(f"at most 2**31 - 2 tokens in all, got {len(tokens)}")
+        return cls._build(tokens.astype(np.int64, copy=False), offsets[:-1], length)
+
+    @classmethod
+    def _build(cls, tokens: np.ndarray, start: np.ndarray, length: np.ndarray) -> CatalogueTrie:
+        num_items = len(start)
+        order = np.arange(num_items)  # leaf position -> item; refined level by level
+        slots = np.arange(num_items)  # positions whose item has tokens left
+        group = np.zeros(num_items, dtype=np.int64)  # [slots] rank of the slot's node within its level
+        node_token, node_begin, node_end = [np.array([-1])], [np.array([0])], [np.array([num_items])]
+        fanout: list[np.ndarray] = []
+        level_start = [0, 1]
+        span = int(tokens.max()) + 1
+        for level in range(int(length.max())):
+            token = tokens[start[order[slots]] + level]
+            key = group * span + token
+            permutation = np.argsort(key, kind="stable")
+            order[slots] = order[slots[permutation]]
+            key = key[permutation]  # groups keep their slots: they are contiguous and sort first
+            first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))  # [children] slot index
+            size = np.diff(np.append(first, len(slots)))
+            fanout.append(np.bincount(key[first] // span, minlength=level_start[-1] - level_start[-2]))
+            begin = slots[first]
+            node_token.append(key[first] % span)
+            node_begin.append(begin)
+            node_end.append(begin + size)
+            level_start.append(level_start[-1] + len(first))
+
+            ends = length[order[slots]] == level + 1
+            rank = np.repeat(np.arange(len(first)), size)
+            clash = np.flatnonzero(ends & (size[rank] > 1))
+            if clash.size:
+                at = begin[rank[clash[0]]]
+                pair = [int(i) for i in order[at : at + size[rank[clash[0]]]][:2]]
+                ending = int(order[slots[clash[0]]])
+                other = pair[0] if pair[0] != ending else pair[1]
+                raise ValueError(
+                    f"item sequences must be unique and prefix-free: that of item {ending} equals or is a prefix of "
+                    f"that of item {other}"
+                )
+            # an internal node's rank counts leaves too: every node of the level is numbered
+            slots, group = slots[~ends], rank[~ends]
+        fanout.append(np.zeros(level_start[-1] - level_start[-2], dtype=np.int64))
+        children = np.cumsum(np.concatenate(([1], *fanout)))
+
+        def tensor(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x.astype(np.int32))
+
+        return cls(
+            children=tensor(children),
+            tokens=tensor(np.concatenate(node_token)),
+            leaf_begin=tensor(np.concatenate(node_begin)),
+            leaf_end=tensor(np.concatenate(node_end)),
+            items=tensor(order),
+            lengths=tensor(length[order]),
+            level_start=level_start,
+        )
+
+    # ---------------------------------------------------------------- numbers
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_edges(self) -> int:
+        return self.num_nodes - 1
+
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest item."""
+        return len(self.level_start) - 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.children.device
+
+    @property
+    def leaf_of_item(self) -> torch.Tensor:
+        """int64 [C]: item index -> leaf position (the inverse of `items`), made at first use."""
+        if self._leaf_of_item is None:
+            with torch.inference_mode(False):  # it outlives the call, which may be an evaluation's
+                inverse = torch.empty(self.num_items, dtype=torch.int64, device=self.device)
+                inverse[self.items.long()] = torch.arange(self.num_items, device=self.device)
+            self._leaf_of_item = inverse
+        return self._leaf_of_item
+
+    def __repr__(self) -> str:
+        return (
+            f"CatalogueTrie(items={self.num_items}, nodes={self.num_nodes}, depth={self.depth}, device={self.device})"
+        )
+
+    # ---------------------------------------------------------------- walking, on the host
+
+    def walk(self, tokens: Sequence[int]) -> int:
+        """Node reached from the root by `tokens`; ValueError where no item starts so. For callers outside the loop."""
+        node = 0
+        for token in tokens:
+            begin, end = int(self.children[node]), int(self.children[node + 1])
+            at = begin + int(torch.searchsorted(self.tokens[begin:end], int(token)))
+            if at >= end or int(self.tokens[at]) != int(token):
+                raise ValueError(f"no item of the catalogue starts with tokens {[int(t) for t in tokens]}")
+            node = at
+        return node
+
+    def allowed_tokens(self, prefix: Sequence[int]) -> list[int]:
+        """Tokens that may follow `prefix`, ascending; empty for a complete item, ValueError for an impossible prefix."""
+        node = self.walk(prefix)
+        return self.tokens[int(self.children[node]) : int(self.children[node + 1])].tolist()
+
+    def item_at(self, node: int) -> int:
+        """Item index of a leaf node, -1 for an internal one."""
+        if int(self.children[node]) < int(self.children[node + 1]):
+            return -1
+        return int(self.items[int(self.leaf_begin[node])])
+
+    # ---------------------------------------------------------------- moving and storing
+
+    def to(self, device: torch.device | str) -> CatalogueTrie:
+        """The trie on `device`; itself when it is there already."""
+        device = torch.device(device)
+        if device == self.device or (device.index is None and device.type == self.device.type):
+            return self
+        moved = object.__new__(CatalogueTrie)
+        moved.__dict__.update(self.__dict__)
+        moved._leaf_of_item = None
+        for name in _ARRAYS:
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def save(self, path: str | Path) -> None:
+        """Write the arrays to a safetensors file; the file appears complete or not at all."""
+        arrays = {name: getattr(self, name).contiguous().cpu() for name in _ARRAYS}
+        arrays["level_start"] = torch.tensor(self.level_start, dtype=torch.int64)
+        with atomic_file(path) as temporary:
+            save_file(arrays, temporary, metadata={"format": _FORMAT})
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CatalogueTrie:
+        """Read what `save` wrote (memory-mapped). ValueError if the file is something else or does not hang together."""
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                found = (file.metadata() or {}).get("format")
+                if found != _FORMAT:
+                    raise ValueError(f"{path} is not a catalogue trie: format {found!r}, expected {_FORMAT!r}")
+                arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "level_start")}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable catalogue trie: {error}") from error
+        level_start = arrays.pop("level_start").tolist()
+        nodes, items = len(arrays["tokens"]), len(arrays["items"])
+        sizes = {"children": nodes + 1, "leaf_begin": nodes, "leaf_end": nodes, "lengths": items}
+        wrong = [name for name, size in sizes.items() if len(arrays[name]) != size]
+        children = arrays["children"]
+        if (
+            wrong
+            or len(level_start) < 3
+            or level_start[:2] != [0, 1]
+            or level_start[-1] != nodes
+            or int(children[0]) != 1
+            or int(children[-1]) != nodes
+            or bool((children[1:] < children[:-1]).any())
+        ):
+            raise ValueError(f"{path} is a damaged catalogue trie ({', '.join(wrong) or 'levels or children'})")
+        return cls(**arrays, level_start=level_start)

@@ -1,0 +1,128 @@
+"""The trie against a dictionary of prefixes, its filters against counting, its file, and what it refuses."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode_models import codec_of, random_catalogue
+
+from flr.decode import CatalogueTrie, item_filter
+
+
+def leaves_below(trie: CatalogueTrie, node: int) -> list[int]:
+    return sorted(trie.items[int(trie.leaf_begin[node]) : int(trie.leaf_end[node])].tolist())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    bodies=st.lists(st.lists(st.integers(10, 13), max_size=6).map(tuple), min_size=1, max_size=30, unique=True),
+    large=st.booleans(),
+)
+def test_equals_a_dictionary_of_prefixes(bodies, large):
+    offset = 2**30 if large else 0
+    sequences = [(*(t + offset for t in b), 9) for b in bodies]
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    prefixes = {s[:n] for s in sequences for n in range(len(s) + 1)}
+    assert trie.num_nodes == len(prefixes)
+    assert trie.num_edges == len(prefixes) - 1
+    assert trie.num_items == len(sequences)
+    assert trie.depth == max(map(len, sequences))
+    for prefix in prefixes:
+        node = trie.walk(prefix)
+        assert trie.allowed_tokens(prefix) == sorted(
+            {p[-1] for p in prefixes if len(p) == len(prefix) + 1 and p[:-1] == prefix}
+        )
+        assert leaves_below(trie, node) == sorted(i for i, s in enumerate(sequences) if s[: len(prefix)] == prefix)
+        assert trie.item_at(node) == (sequences.index(prefix) if prefix in sequences else -1)
+    for level in range(trie.depth + 1):
+        at = [p for p in prefixes if len(p) == level]
+        assert trie.level_start[level + 1] - trie.level_start[level] == len(at)
+        assert trie.num_leaves[level] == sum(p in sequences for p in at)
+        assert trie.num_internal[level] == len(at) - trie.num_leaves[level]
+        assert trie.max_fanout[level] == max(len(trie.allowed_tokens(p)) for p in at)
+    assert trie.lengths.tolist() == [len(sequences[i]) for i in trie.items.tolist()]
+    assert trie.items[trie.leaf_of_item].tolist() == list(range(len(sequences)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_filters_count_and_find(data):
+    sequences = random_catalogue(data.draw(st.integers(0, 5)))
+    trie, count = CatalogueTrie.from_codec(codec_of(sequences)), len(sequences)
+    allowed = torch.tensor([data.draw(st.lists(st.booleans(), min_size=count, max_size=count)) for _ in range(2)])
+    exclude = torch.tensor([data.draw(st.lists(st.integers(-1, count - 1), min_size=9, max_size=9)) for _ in range(2)])
+    hit = (exclude[:, :, None] == torch.arange(count)).any(1)
+    begin, end = torch.tril_indices(count + 1, count + 1).flip(0).expand(2, 2, -1).unbind(1)
+    begin, end = begin[:, None], end[:, None]  # [B, 1, n]
+    for kind, truth in [
+        ({}, torch.ones(2, count, dtype=torch.bool)),
+        ({"allowed": allowed}, allowed),
+        ({"allowed": allowed[0]}, allowed[:1].expand(2, -1)),
+        ({"exclude": exclude}, ~hit),
+        ({"exclude": exclude[:, :0]}, torch.ones(2, count, dtype=torch.bool)),
+        ({"allowed": allowed, "exclude": exclude}, allowed & ~hit),
+        ({"allowed": allowed[1], "exclude": exclude}, allowed[1] & ~hit),
+    ]:
+        items = item_filter(trie, 2, **kind)
+        leaf = truth[:, trie.items.long()]
+        number, first = items.count(begin, end), items.first(begin)
+        for row in range(2):
+            for b, e, n, f in zip(begin[row, 0], end[row, 0], number[row, 0], first[row, 0], strict=True):
+                assert int(n) == int(leaf[row, b:e].sum())
+                rest = leaf[row, b:].nonzero().flatten()
+                assert int(f) == (int(b + rest[0]) if len(rest) else count)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="that of item 1 equals or is a prefix of that of item 0"):
+        CatalogueTrie.from_codec(codec_of([(1, 2), (1,)]))
+    with pytest.raises(ValueError, match=r"that of item [02] equals or is a prefix of that of item [02]"):
+        CatalogueTrie.from_codec(codec_of([(1, 2), (3,), (1, 2)]))
+    with pytest.raises(ValueError, match="item 1 has no tokens"):
+        CatalogueTrie.from_codec(codec_of([(1, 2), ()]))
+    with pytest.raises(ValueError, match="at least one item"):
+        CatalogueTrie.from_sequences([], [0])
+    with pytest.raises(ValueError, match="offsets must rise"):
+        CatalogueTrie.from_sequences([1, 2], [0, 1])
+    with pytest.raises(ValueError, match=r"tokens must be in \[0"):
+        CatalogueTrie.from_sequences([-1], [0, 1])
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        CatalogueTrie.from_sequences([0.5], [0, 1])
+    trie = CatalogueTrie.from_codec(codec_of([(1, 2), (1, 3)]))
+    for impossible in ([2], [1, 4], [1, 2, 9], [0], [-1]):
+        with pytest.raises(ValueError, match="no item of the catalogue starts with"):
+            trie.walk(impossible)
+
+
+def test_saved_and_loaded_are_equal(tmp_path):
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(0, 40)))
+    path = tmp_path / "new folder" / "trie.safetensors"
+    trie.save(path)
+    again = CatalogueTrie.load(path)
+    assert {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(again).items()} == {
+        k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(trie).items()
+    }
+    assert [p.name for p in path.parent.iterdir()] == ["trie.safetensors"]
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="not a readable catalogue trie"):
+        CatalogueTrie.load(path)
+
+
+def test_a_million_items_in_seconds_without_padding():
+    rng = np.random.default_rng(0)
+    codes = np.unique(rng.integers(0, 256, (1_010_000, 4), dtype=np.int32), axis=0)
+    rng.shuffle(codes)
+    start = time.perf_counter()
+    trie = CatalogueTrie.from_sequences(codes.ravel(), np.arange(0, codes.size + 1, 4))
+    seconds = time.perf_counter() - start
+    assert trie.num_items == len(codes) > 1_000_000
+    memory = sum(x.nbytes for x in vars(trie).values() if isinstance(x, torch.Tensor))
+    assert memory < 50e6
+    assert seconds < 20, seconds  # about 1 on an idle core
+    for item in (0, 12345, len(codes) - 1):
+        assert trie.item_at(trie.walk(codes[item])) == item
