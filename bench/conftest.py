@@ -5,6 +5,7 @@ Where there is no GPU the CPU backends run at small sizes; the table's first lin
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,11 @@ ON_GPU = DEVICE.type == "cuda"
 #: Calls of a round, so that the launch of a GPU kernel and the wait at the end of a round do not count.
 CALLS, ROUNDS, WARMUP = (20, 15, 3) if ON_GPU else (1, 7, 2)
 _ROWS: list[dict] = []
+_FACTS: dict = {}
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--results", type=Path, help="write the table and the facts of the run to this JSON file")
 
 
 def synchronize() -> None:
@@ -46,7 +52,13 @@ class Machine:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
         ).stdout.strip()
-        facts = {"device": self.name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit}
+        facts = {
+            "device": self.name,
+            "copy_gb_per_s": self.copy_bandwidth / 1e9,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "commit": commit,
+        }
         try:
             import triton
 
@@ -106,22 +118,22 @@ def measure(benchmark, machine) -> Callable:
         }
         if ON_GPU:
             row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        benchmark.extra_info.update(row, **machine.facts(), copy_gb_per_s=machine.copy_bandwidth / 1e9)
-        _ROWS.append({**row, "copy": machine.copy_bandwidth, "device": machine.name})
+        _FACTS.update(_FACTS or machine.facts())
+        benchmark.extra_info.update(row, **_FACTS)
+        _ROWS.append(row)
         return p50
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, config) -> None:
     if not _ROWS:
         return
     write = terminalreporter.write_line
-    write("")
     note = "" if ON_GPU else ", small sizes: there is no GPU here"
-    write(
-        f"{_ROWS[0]['device']}{note}; copy {_ROWS[0]['copy'] / 1e9:.1f} GB/s read and written; GB/s of the bytes that must move"
-    )
+    copy = _FACTS["copy_gb_per_s"]
+    write("")
+    write(f"{_FACTS['device']}{note}; copy {copy:.1f} GB/s read and written; GB/s of the bytes that must move")
     write(
         f"{'case':46} {'variant':10} {'p50 ms':>9} {'MB':>8} {'GB/s':>7} {'of copy':>8} {'peak MB':>8} {'ours is':>8}"
     )
@@ -130,6 +142,9 @@ def pytest_terminal_summary(terminalreporter) -> None:
         ratio = row["p50_ms"] / ours[row["case"]] if row["case"] in ours else None
         peak = f"{row['peak_mb']:8.0f}" if "peak_mb" in row else f"{'':8}"
         write(
-            f"{row['case']:46} {row['variant']:10} {row['p50_ms']:9.3f} {row['bytes'] / 1e6:8.1f} {row['gb_per_s']:7.1f} "
-            f"{row['of_copy']:8.1%} {peak} {f'{ratio:7.1f}x' if ratio else '':>8}"
+            f"{row['case']:46} {row['variant']:10} {row['p50_ms']:9.3f} {row['bytes'] / 1e6:8.1f} "
+            f"{row['gb_per_s']:7.1f} {row['of_copy']:8.1%} {peak} {f'{ratio:7.1f}x' if ratio else '':>8}"
         )
+    if path := config.getoption("--results"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**_FACTS, "rows": _ROWS}, indent=1) + "\n")

@@ -58,9 +58,9 @@ if wanted test; then
 fi
 if wanted bench; then
   TAIL=60 part attention 400 "$python" -m pytest -q -p no:cacheprovider bench/test_factor_attention.py \
-    --benchmark-columns=median --benchmark-json="$OUT/factor_attention.json"
+    --benchmark-columns=median --results "$OUT/factor_attention.json"
   TAIL=60 part reasoner 400 "$python" -m pytest -q -p no:cacheprovider bench/test_reasoner.py \
-    --benchmark-columns=median --benchmark-json="$OUT/reasoner.json"
+    --benchmark-columns=median --results "$OUT/reasoner.json"
 fi
 if wanted tune; then
   part tune 200 "$python" scripts/tune_tiles.py --json "$OUT/tiles_forward.json"
