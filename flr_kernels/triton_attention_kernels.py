@@ -4,7 +4,7 @@ Forward, for a tile of tokens (split s of user b), p relative to the tile's own 
 
     s_kl = u_k · h_l                       first walk over D
     p_kl = exp(s_kl - m_k),  l_k = Σ_l p_kl,  e_k = Σ_l p_kl (s_kl - m_k),  O_jk = Σ_l p_jl p_kl
-    c_kd = Σ_l p_kl h_ld                   second walk over D, backwards: the tile's end is still in the L2
+    c_kd = Σ_l p_kl h_ld                   second walk over D, backwards: the tile's end is still in the caches
 
 Combination of the splits, with M_k = max_s m_sk and w_sk = exp(m_sk - M_k):
 
@@ -66,6 +66,7 @@ def forward_kernel(
     KP: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -85,7 +86,7 @@ def forward_kernel(
     scores = tl.zeros([KP, BLOCK_L], ACC)
     for step in range(steps * some):
         d = step * BLOCK_D + columns
-        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
         u = tl.load(u_rows + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         scores = dot_inputs(u, tl.trans(h), scores, WIDE, ACC)
 
@@ -113,7 +114,7 @@ def forward_kernel(
         walk = steps
     for step in range(walk):
         d = (walk - 1 - step) * BLOCK_D + columns
-        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
         context = dot_weights(p, h, tl.zeros([KP, BLOCK_D], ACC), WIDE, ACC)
         tl.store(context_ptr + factors[:, None] * D + d[None, :], context, mask=real[:, None] & (d < D)[None, :])
 
@@ -250,6 +251,7 @@ def backward_kernel(
     KP: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr,
     SPLIT: tl.constexpr,
     NEEDS_DH: tl.constexpr,
     DH_PRECISION: tl.constexpr,
@@ -274,7 +276,9 @@ def backward_kernel(
     for step in range(steps * some):
         d = step * BLOCK_D + columns
         inside = real[:, None] & (d < D)[None, :]
-        h = tl.trans(tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0))
+        h = tl.trans(
+            tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
+        )
         u = tl.load(u_rows + d[None, :], mask=inside, other=0.0)
         d_context = tl.load(d_context_ptr + factors[:, None] * D + d[None, :], mask=inside, other=0.0)
         scores = dot_inputs(u, h, scores, WIDE, ACC)
@@ -301,7 +305,7 @@ def backward_kernel(
     for step in range(walk):
         d = (walk - 1 - step) * BLOCK_D + columns
         inside = real[:, None] & (d < D)[None, :]
-        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        h = tl.load(h_rows + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0, cache_modifier=CACHE)
         du = dot_weights(ds, h, tl.zeros([KP, BLOCK_D], ACC), WIDE, ACC)
         tl.store(du_ptr + (program * K + k)[:, None] * D + d[None, :], du, mask=inside)
         if NEEDS_DH:

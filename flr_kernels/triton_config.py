@@ -42,13 +42,18 @@ ARCHES = {80: Arch(108, 40 << 20, 163 << 10), 90: Arch(132, 50 << 20, 227 << 10)
 
 @dataclass(frozen=True)
 class Tile:
-    """A named configuration of the attention kernels."""
+    """A named configuration of the attention kernels.
+
+    ``cache`` ".ca" lets the tile pass through the L1 on its way to shared memory, so that the second walk finds the end of
+    it there; ".cg" goes past the L1.
+    """
 
     name: str
     block_l: int
     block_d: int
     num_warps: int
     num_stages: int
+    cache: str = ".ca"
 
 
 _FORWARD = {

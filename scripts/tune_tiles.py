@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,15 +26,13 @@ CASES = [(64, 512, 1536, 4), (64, 512, 4096, 4), (512, 64, 1536, 4), (1, 4096, 4
 
 def candidates(itemsize: int, backward: bool, wide: bool) -> list[triton_config.Tile]:
     found = list(triton_config.tiles(itemsize, backward))
+    found += [dataclasses.replace(tile, name=f"{tile.name} past L1", cache=".cg") for tile in found]
     if wide:
-        for tile in tuple(found):
-            for columns in (tile.block_d // 2, tile.block_d * 2):
-                for stages in (2, 3, 5):
-                    for warps in (4, 8):
-                        name = f"{tile.block_l}x{columns} s{stages} w{warps}"
-                        found.append(dataclasses.replace(
-                            tile, name=name, block_d=columns, num_stages=stages, num_warps=warps
-                        ))  # fmt: skip
+        for tile, scale, stages, warps in product(tuple(found), (0.5, 1, 2), (2, 3, 4, 5), (4, 8)):
+            columns = int(tile.block_d * scale)
+            name = f"{tile.block_l}x{columns} s{stages} w{warps} {tile.cache}"
+            new = dataclasses.replace(tile, name=name, block_d=columns, num_stages=stages, num_warps=warps)
+            found.append(new)
     return found
 
 
