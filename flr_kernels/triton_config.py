@@ -21,7 +21,8 @@ from .dispatch import BackendUnavailable
 FACTOR_BLOCK = 16
 MAX_FACTORS = 16
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 32, 8192, 8
-#: Programs of one multiprocessor that the shared memory of the configurations below leaves room for.
+#: Programs of one multiprocessor at a time, roughly: the depth of the 16-bit configurations' pipelines (``num_stages``) is
+#: chosen so that shared memory has room for 2 or 3. More would hide more latency and overflow the caches with tiles.
 PROGRAMS_PER_SM = 2
 #: Rows of partial results that a combine program sums at a time.
 COMBINE_ROWS = 16
@@ -57,11 +58,11 @@ class Tile:
 
 
 _FORWARD = {
-    2: (Tile("long", 64, 128, 4, 4), Tile("medium", 32, 256, 4, 4), Tile("short", 16, 256, 4, 4)),
+    2: (Tile("long", 64, 128, 4, 4), Tile("medium", 32, 128, 4, 7), Tile("short", 16, 128, 4, 10)),
     4: (Tile("long32", 64, 32, 4, 3), Tile("short32", 16, 64, 4, 3)),
 }
 _BACKWARD = {
-    2: (Tile("long", 64, 64, 4, 4), Tile("medium", 32, 128, 4, 3), Tile("short", 16, 128, 4, 3)),
+    2: (Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7), Tile("short", 16, 64, 4, 5)),
     4: (Tile("long32", 32, 32, 4, 3), Tile("short32", 16, 32, 4, 3)),
 }
 #: One configuration under the interpreter, with blocks small enough for awkward sizes to cross them.
