@@ -368,6 +368,28 @@ def test_opcheck_and_fullgraph_compile():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_reasoner_thinks_the_same_on_the_kernels(autocast, monkeypatch):
+    from flr.config import FLRConfig
+    from flr.reasoner import FactorizedReasoner
+
+    torch.manual_seed(0)
+    reasoner = FactorizedReasoner(64, FLRConfig(num_factors=4, num_refinements=2)).to(DEVICE)
+    h, mask = torch.randn(3, 21, 64, device=DEVICE), masks("left", 3, 21)
+    h = h.to(torch.bfloat16 if autocast else torch.float32)
+    results = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("FLR_BACKEND", backend)
+        reasoner.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            out = reasoner(h, mask)
+        loss = out.thought.square().sum() + sum(x.sum() for x in out.user_losses.values())
+        results[backend] = [out.thought, *torch.autograd.grad(loss, list(reasoner.parameters()))]
+    for a, e in zip(results["triton"], results["reference"], strict=True):
+        bound = (2e-2 if autocast else 1e-4) * e.abs().max() + 1e-6
+        assert (a - e).abs().max() <= bound
+
+
 @cuda_only
 def test_offsets_beyond_32_bits():
     length, size = 1 << 18, 4096  # the third user starts at 2³¹ elements
