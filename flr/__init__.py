@@ -7,6 +7,7 @@ from .checkpoint import from_pretrained, load_latentr3
 from .config import FLRConfig
 from .patch import is_patched, patch_model, reasoner_parameters, unpatch_model
 from .reasoner import FactorizedReasoner, ReasonerOutput
+from .recommender import Recommendation, Recommender
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,8 @@ __all__ = [
     "FLRConfig",
     "FactorizedReasoner",
     "ReasonerOutput",
+    "Recommendation",
+    "Recommender",
     "from_pretrained",
     "is_patched",
     "load_latentr3",

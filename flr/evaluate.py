@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,10 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from flr.data import CSR, Catalogue, Interactions, RecProcessor
+from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.data._io import atomic_file, write_json, write_parquet
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import check_scoring, order_key
+from flr.decode.session import evaluating
 from flr.metrics import (
     COVERAGE_CUTOFF,
     Difference,
@@ -210,6 +211,7 @@ def evaluate(
     progress: bool = True,
     name: str = "model",
     trie: CatalogueTrie | None = None,
+    views: HistoryViews | None = None,
     samples: int = 1000,
     seed: int = 0,
 ) -> EvalResult:
@@ -231,6 +233,7 @@ def evaluate(
         progress: show a progress bar on stderr.
         name: of the result, for tables.
         trie: of the processor's codec on the model's device, if the caller keeps one; else built here.
+        views: rank by a mixture over views of the history (flr.views; not resumed); default: the processor's, if it has any.
         samples, seed: of the bootstrap.
 
     Raises:
@@ -248,6 +251,23 @@ def evaluate(
     trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(device)
     if trie.num_items != len(processor.catalogue):
         raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {trie.num_items}")
+    views = processor.views if views is None else views
+    if views is not None:
+        from flr.views import ViewMixture  # it scores like a baseline; imported here because it stands on this package
+
+        beams = max(num_beams, top_k)
+        mixture = ViewMixture(
+            model, processor, views, num_beams=beams, batch_size=batch_size, scoring=scoring, trie=trie, name=name
+        )
+        with evaluating(model):
+            result = evaluate_scorer(
+                mixture, interactions, processor.catalogue, exclude_seen=exclude_seen, top_k=top_k, samples=samples,
+                seed=seed, progress=progress,
+            )  # fmt: skip
+        result.settings |= {"scoring": scoring, "num_beams": beams, "codec": processor.codec, "views": asdict(views)}
+        if output_dir is not None:
+            result.save(output_dir)
+        return result
     if method == "auto":
         method = "exhaustive" if trie.depth == 1 else "beam"
     groups = group_ids(processor.catalogue.titles)
@@ -304,6 +324,7 @@ def evaluate_scorer(
     top_k: int = 20,
     samples: int = 1000,
     seed: int = 0,
+    progress: bool = False,
 ) -> EvalResult:
     """`evaluate` for what scores the catalogue directly, e.g. the baselines: exact ranks, ties against it."""
     _check_rows(interactions, len(catalogue))
@@ -319,7 +340,8 @@ def evaluate_scorer(
         return _from_scores(scores, torch.from_numpy(part.targets.astype(np.int64)), groups, top_k)
 
     started = time.perf_counter()
-    ranked = _in_parts(rank, np.arange(len(interactions)), batch_size, None, lambda _: None)
+    with _bar(progress, f"evaluating {scorer.name}", len(interactions)) as advance:
+        ranked = _in_parts(rank, np.arange(len(interactions)), batch_size, None, advance)
     settings = {"method": "exhaustive", "exclude_seen": exclude_seen, "top_k": top_k}
     settings["seconds"] = round(time.perf_counter() - started, 3)
     return _result(scorer.name, interactions, ranked, len(catalogue), settings, samples, seed)

@@ -164,11 +164,18 @@ class FactorizedReasoner(Reasoner):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections of unit gain, orthogonal factor queries, uniform gates, small contributions."""
+        """Projections of unit gain, orthogonal factor queries, uniform gates, small contributions.
+
+        ``query`` starts at 0: what a factor attends to depends on the factor alone, so that factors part by content
+        (and not by position, which the state knows best); what the state adds is learned.
+        """
         head, size = self.query.shape[1:]
-        for weight in (self.query, self.key, self.value):
+        nn.init.zeros_(self.query)
+        for weight in (self.key, self.value):
             nn.init.normal_(weight, std=size**-0.5)
-        nn.init.orthogonal_(self.factor_query, gain=head**0.5)
+        nn.init.orthogonal_(
+            self.factor_query, gain=2 * head**0.5
+        )  # scores of deviation 2: factors differ from the start
         nn.init.normal_(self.output, std=head**-0.5)
         nn.init.zeros_(self.gate)
         nn.init.zeros_(self.gate_factor)

@@ -64,6 +64,7 @@ def wake(model) -> None:
         model.flr.rescale(50)
         for name in ("gate", "gate_factor"):
             getattr(model.flr, name).normal_(std=0.3)
+        model.flr.query.normal_(std=HIDDEN**-0.5)
 
 
 def batch(layout: str, num_thoughts: int = 1, seed: int = 0, rows_without: int = 1):

@@ -97,6 +97,7 @@ def run(
         "parameters": parameters,
         "valid": summary["best_valid"],
     }
+    row["intervals"] = {name: list(interval) for name, interval in result.intervals["item"].items()}
     row["seconds"] = round(time.perf_counter() - started, 1)
     write_json(summary_file, row)
     if not keep:

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         method=options.method,
         exclude_seen=options.exclude_seen,
         output_dir=options.output,
+        views=data.views(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
     scorers = (

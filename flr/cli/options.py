@@ -18,10 +18,20 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from flr.config import FLRConfig
-from flr.data import Augment, Interactions, PromptTemplate, RecDataset, RecProcessor, build_tokenizer, load_dataset
+from flr.data import (
+    Augment,
+    HistoryViews,
+    Interactions,
+    PromptTemplate,
+    RecDataset,
+    RecProcessor,
+    build_tokenizer,
+    load_dataset,
+)
 from flr.data import expand_prefixes as all_prefixes
 from flr.patch import patch_model
-from flr.train.features import INITS, init_item_embeddings
+from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
+from flr.train.features import INITS
 
 console = Console(stderr=True)
 
@@ -39,10 +49,17 @@ class DataOptions:
     codec: str = _option("id", "How an item is written: title, sid or id.")
     template: str | None = _option(None, "Prompt text with the placeholder {history}. Default: by codec.")
     max_history: int = _option(10, "Latest items of a history that enter the prompt.")
+    views_weight: float | None = _option(
+        None, "Weight of views of single items in the answer, 0..1 (see flr.views). Default: none, or as saved."
+    )
+    views_decay: float = _option(0.6, "Views: weight of an item relative to the next later one.")
     max_title_tokens: int | None = _option(None, "Codec title: tokens kept of a title.")
     vocab_size: int = _option(8192, "Codec title: size of the tokenizer trained from scratch.")
     planted_items: int = _option(500, "Generated data: items.")
     planted_users: int = _option(2000, "Generated data: users.")
+
+    def views(self) -> HistoryViews | None:
+        return None if self.views_weight is None else HistoryViews(self.views_weight, self.views_decay)
 
     def load(self) -> RecDataset:
         if self.data == "planted":
@@ -62,14 +79,26 @@ class AugmentOptions:
     augment_drop_item: float = _option(0.0, "Probability that an item of a history is left out.")
     augment_shuffle: float = _option(0.0, "Probability that a history is shuffled locally.")
     augment_single: float = _option(0.0, "Probability that a history is reduced to one of its items.")
+    augment_neighbour: float = _option(0.0, "Probability that the target is drawn from an item's neighbours instead.")
+    catalogue_rows: int = _option(0, "Rows added for every item of the catalogue: the item, then a drawn neighbour.")
+    neighbour_content: float = _option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
+    neighbour_temperature: float = _option(1.0, "Neighbours: below 1 sharpens.")
 
-    def augment(self) -> Augment:
+    def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
+        """Training rows, and how to vary them."""
         names = {f.name for f in dataclasses.fields(Augment)}
         given = {f.name[8:]: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.startswith("augment_")}
-        return Augment(**{name: value for name, value in given.items() if name in names})
-
-    def rows(self, train: Interactions, max_history: int) -> Interactions:
-        return all_prefixes(train, max_history=max_history) if self.expand_prefixes else train
+        rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
+        table = None
+        if self.augment_neighbour or self.catalogue_rows:
+            table = item_neighbours(
+                dataset.train,
+                dataset.catalogue,
+                content=self.neighbour_content,
+                temperature=self.neighbour_temperature,
+            )
+            rows = with_catalogue_rows(rows, table, self.catalogue_rows)
+        return rows, Augment(**{k: v for k, v in given.items() if k in names}, neighbours=table)
 
 
 @dataclass
@@ -87,6 +116,7 @@ class ModelOptions:
     initializer_range: float = _option(0.02, "From scratch: standard deviation of initial weights.")
     embedding_scale: float | None = _option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
     init_items: str = _option("random", f"From scratch: item embeddings, one of {', '.join(INITS)}.")
+    title_power: float = _option(0.5, "init_items title: weight of words that many titles share, see item_features.")
     freeze_backbone: bool = _option(False, "Train the reasoner alone.")
 
     def build(
@@ -110,10 +140,11 @@ class ModelOptions:
             config.thought_count,
             thought_token=config.thought_token,
             max_title_tokens=options.max_title_tokens,
+            views=options.views(),
         )
         model = self._scratch(tokenizer) if self.model is None else self._pretrained(tokenizer)
         if self.model is None and self.init_items == "title":
-            init_item_embeddings(model, processor, seed, self.embedding_scale)
+            init_item_embeddings(model, processor, seed, self.embedding_scale, self.title_power)
         patch_model(model, tokenizer, config)
         if self.freeze_backbone:
             for name, parameter in model.named_parameters():

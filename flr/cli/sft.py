@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ def train(
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
-    rows = augment.rows(dataset.train, data.max_history)
-    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, augment.augment())
+    rows, changes = augment.apply(dataset, data.max_history)
+    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     checkpoint = last_complete_checkpoint(str(args.output_dir)) if resume else None
     if checkpoint is not None:
         console.print(f"continuing from {checkpoint}")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(args.output_dir))
     trainer.save_state()
     summary = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_union
 from sklearn.preprocessing import normalize
 
 from flr.data import Catalogue, RecProcessor
@@ -19,12 +19,33 @@ from flr.data import Catalogue, RecProcessor
 INITS = ("random", "title")
 
 
-def item_features(catalogue: Catalogue, size: int, seed: int = 0) -> np.ndarray:
-    """Title features of every item: TF-IDF of words and of character 3- to 5-grams, reduced by a truncated SVD.
+def title_tfidf(catalogue: Catalogue) -> sp.csr_matrix:
+    """TF-IDF of the titles' words and of their character 3- to 5-grams, rows of unit length: float64 [C, features]."""
+    titles = [title or "?" for title in catalogue.titles]
+    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", stop_words="english")
+    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=2)
+    blocks = [_fit(vectoriser, titles) for vectoriser in (words, pieces)]
+    return normalize(sp.hstack(blocks, format="csr"))
+
+
+def _fit(vectoriser: TfidfVectorizer, titles: list[str]) -> sp.csr_matrix:
+    try:
+        return vectoriser.fit_transform(titles)
+    except ValueError:  # nothing but stop words, or no piece that occurs twice
+        return sp.csr_matrix((len(titles), 1))
+
+
+def item_features(catalogue: Catalogue, size: int, seed: int = 0, power: float = 0.5) -> np.ndarray:
+    """Title features of every item: :func:`title_tfidf` reduced by a truncated SVD.
+
+    Args:
+        size: columns. seed: of the SVD.
+        power: directions are scaled by their singular value to this power, >= 0. 1 is the plain SVD, in which words that
+            many titles share (a genre) come first; less lets rare words (a name) count.
 
     Returns:
-        float32 [C, size]; rows of unit length (zero for an item whose title has no known feature), so that a dot product
-        is a cosine similarity of titles. Fewer than ``size`` informative columns are filled up with zeros.
+        float32 [C, size]; rows of unit length (zero for an item whose title has no known feature). Fewer than ``size``
+        informative columns are filled up with zeros.
 
     Example:
         >>> catalogue = Catalogue(["a", "b", "c"], ["Blue Train", "Blue Train (live)", "Giant Steps"])
@@ -34,27 +55,25 @@ def item_features(catalogue: Catalogue, size: int, seed: int = 0) -> np.ndarray:
     """
     if size < 1:
         raise ValueError(f"size: expected a positive number, got {size}")
-    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=2)
-    titles = [title or "?" for title in catalogue.titles]
-    try:
-        tfidf = make_union(words, pieces).fit_transform(titles)
-    except ValueError:  # no piece occurs twice: a handful of items
-        tfidf = words.fit_transform(titles)
+    tfidf = title_tfidf(catalogue)
     rank = min(size, min(tfidf.shape) - 1)
-    features = np.zeros((len(titles), size), np.float32)
+    features = np.zeros((len(catalogue), size), np.float32)
     if rank >= 1:
-        reduced = TruncatedSVD(rank, random_state=seed).fit_transform(tfidf)
-        features[:, :rank] = normalize(reduced / np.sqrt(np.linalg.norm(reduced, axis=0) + 1e-12))
+        svd = TruncatedSVD(rank, random_state=seed)
+        reduced = svd.fit_transform(tfidf)
+        features[:, :rank] = normalize(reduced * np.maximum(svd.singular_values_, 1e-12) ** (power - 1))
     return features
 
 
 @torch.no_grad()
-def init_item_embeddings(model: Any, processor: RecProcessor, seed: int = 0, scale: float | None = None) -> None:
+def init_item_embeddings(
+    model: Any, processor: RecProcessor, seed: int = 0, scale: float | None = None, power: float = 0.5
+) -> None:
     """Write title features into the rows of the items' tokens, input and output table alike.
 
     A token that several items carry (a semantic-ID code) gets the mean of theirs. The features are turned by a random
-    rotation, so that no dimension is special, and scaled to the table's RMS (or to ``scale``).
+    rotation, so that no dimension is special, and scaled to the table's RMS (or to ``scale``). ``power``: as for
+    :func:`item_features`.
 
     Raises:
         ValueError: the codec is "title", whose tokens are text and not items.
@@ -64,7 +83,7 @@ def init_item_embeddings(model: Any, processor: RecProcessor, seed: int = 0, sca
         raise ValueError('codec: expected "id" or "sid" to initialise item tokens, got "title"')
     table = model.get_input_embeddings().weight
     size = table.shape[1]
-    features = torch.from_numpy(item_features(processor.catalogue, size, seed)).to(table)
+    features = torch.from_numpy(item_features(processor.catalogue, size, seed, power)).to(table)
     generator = torch.Generator().manual_seed(seed)
     rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     features = features @ rotation.to(table)
@@ -74,6 +93,8 @@ def init_item_embeddings(model: Any, processor: RecProcessor, seed: int = 0, sca
     count = torch.bincount(tokens, minlength=len(table)).to(table)
     rows = (count > 0) & (total.abs().sum(1) > 0)
     mean = total[rows] / count[rows, None]
+    if codec.name == "sid":  # what the codes share says nothing about any of them
+        mean = torch.nn.functional.normalize(mean - mean.mean(0))
     target = scale or float(table.square().mean().sqrt())
     mean = mean * (target / mean.square().mean().sqrt())
     for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:

@@ -32,6 +32,9 @@ class SFTConfig(TrainingArguments):
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the token tables. Default: --learning_rate."}
     )
+    embedding_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
+    )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})
     output_dropout: float = field(default=0.0, metadata={"help": "Dropout on the lm_head's input, in [0, 1)."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
@@ -137,6 +140,7 @@ class SFTTrainer(Trainer):
         tables = {id(unwrapped.get_input_embeddings().weight), id(unwrapped.get_output_embeddings().weight)}
         slow = args.learning_rate / 10 if args.reasoner_learning_rate is None else args.reasoner_learning_rate
         table_rate = args.learning_rate if args.embedding_learning_rate is None else args.embedding_learning_rate
+        table_decay = args.weight_decay if args.embedding_weight_decay is None else args.embedding_weight_decay
         groups: dict[tuple[float, float], list[torch.Tensor]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -144,7 +148,7 @@ class SFTTrainer(Trainer):
             if ".flr." in f".{name}":
                 key = (slow, args.reasoner_weight_decay)
             elif id(parameter) in tables:
-                key = (table_rate, args.weight_decay)
+                key = (table_rate, table_decay)
             else:
                 key = (args.learning_rate, args.weight_decay if name in decayed else 0.0)
             groups.setdefault(key, []).append(parameter)
@@ -154,11 +158,30 @@ class SFTTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        soft = (inputs.pop("soft_targets", None), inputs.pop("soft_weights", None))
+        if soft[0] is None or not model.training:
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        else:
+            outputs = self._soft_loss(model, inputs, *soft, num_items_in_batch)
         if model.training and outputs.flr is not None:
             for name, value in outputs.flr.losses.items():
                 self._terms.setdefault(name, []).append(value.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @staticmethod
+    def _soft_loss(model, inputs, targets, weights, num_items):
+        """Rows with weights: cross-entropy against the whole distribution that their label was drawn from."""
+        labels = inputs["labels"]
+        items = (labels != IGNORE).sum() if num_items is None else num_items
+        is_soft = weights.sum(1) > 0
+        # one-token targets end every row: column -2, the last of the prompt, predicts them
+        keep = torch.tensor([labels.shape[1] - 2], device=labels.device)
+        hard = labels.masked_fill(is_soft[:, None], IGNORE)
+        inputs = {**inputs, "labels": hard, "logits_to_keep": keep, "skip_logits": False}
+        outputs = model(**inputs, num_items_in_batch=items)
+        logp = outputs.logits[:, 0].float().log_softmax(-1)
+        outputs.loss = outputs.loss - (logp.gather(1, targets) * weights).sum() / items
+        return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:

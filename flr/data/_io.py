@@ -1,0 +1,107 @@
+"""Atomic writes and checks shared by the modules of :mod:`flr.data`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+PathLike = str | os.PathLike[str]
+
+
+@contextmanager
+def atomic_file(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; it takes the place of `path` only when the block ends without error."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0o600; a data file is shared like any other
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that is renamed to `path` when the block ends without error.
+
+    An older folder of that name is moved aside first and deleted last, so that no moment has a half-written one.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists() and not final.is_dir():
+        raise ValueError(f"path: expected a folder or a free name, got the file {final}")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    aside: Path | None = None
+    try:
+        yield temporary
+        if final.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+            os.replace(final, aside / "old")
+        os.replace(temporary, final)
+    except BaseException:
+        if aside is not None and not final.exists() and (aside / "old").exists():
+            os.replace(aside / "old", final)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """Read a JSON object; ValueError naming the file where it is missing, is not JSON or is no object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"path: expected a JSON file at {path}, found none") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_parquet(path: PathLike, table: pa.Table) -> None:
+    """Write `table` as one Parquet file, atomically."""
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_parquet(path: PathLike, columns: dict[str, Callable[[pa.DataType], bool]]) -> pa.Table:
+    """Read a Parquet file and check that the named columns are there with a type that their test accepts."""
+    if not Path(path).is_file():
+        raise ValueError(f"path: expected a Parquet file at {path}, found none")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+    for name, accepts in columns.items():
+        if name not in table.column_names:
+            raise ValueError(f"{path}: expected a column {name!r}, got {table.column_names}")
+        if not accepts(table.schema.field(name).type):
+            raise ValueError(f"{path}: column {name!r} has the unexpected type {table.schema.field(name).type}")
+    return table

@@ -1,0 +1,201 @@
+"""The catalogue: C items in a fixed order, each with an id, a title and, where there is one, a semantic ID.
+
+Everything inside the package speaks of an item by its index 0..C-1; ids and titles are for people and files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from flr.data._io import PathLike, read_parquet, write_parquet
+
+_ATTRIBUTE_PREFIX = "attribute:"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SUGGESTIONS = 5
+_SUGGESTION_POOL = 5000  # difflib is quadratic in the titles' length, so it sees this many titles at most
+
+
+class Catalogue:
+    """Items of a recommendation problem, in a fixed order.
+
+    Parameters
+    ----------
+    item_ids : external ids, one an item, strings, all different, none empty
+    titles : one an item; titles may repeat and may be empty
+    sids : semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None
+    attributes : one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or str
+
+    Raises
+    ------
+    ValueError : lengths that differ, ids that repeat, or text that is not valid Unicode
+
+    Examples
+    --------
+    >>> catalogue = Catalogue(["a1", "a2", "a3"], ["Kind of Blue", "Blue Train", "Blue Train"])
+    >>> len(catalogue), catalogue.index("a2")
+    (3, 1)
+    >>> catalogue.find("a1"), catalogue.find("Blue Train"), catalogue.find("kind of blue")
+    ([0], [1, 2], [0])
+    """
+
+    def __init__(
+        self,
+        item_ids: Iterable[str],
+        titles: Iterable[str],
+        sids: Iterable[Sequence[str]] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.item_ids: list[str] = list(item_ids)
+        self.titles: list[str] = list(titles)
+        self.sids: list[tuple[str, ...]] | None = None if sids is None else [tuple(sid) for sid in sids]
+        self.attributes: dict[str, np.ndarray] = {}
+        size = len(self.item_ids)
+        _check_text("item_ids", self.item_ids, empty=False)
+        if len(self.titles) != size:
+            raise ValueError(f"titles: expected one an item ({size}), got {len(self.titles)}")
+        _check_text("titles", self.titles, empty=True)
+        if self.sids is not None:
+            if len(self.sids) != size:
+                raise ValueError(f"sids: expected one an item ({size}), got {len(self.sids)}")
+            for position, sid in enumerate(self.sids):
+                if not sid:
+                    raise ValueError(f"sids: expected at least one code an item, got none at {position}")
+            _check_text("sids", sorted({code for sid in self.sids for code in sid}), empty=False)
+        self._index = {item_id: position for position, item_id in enumerate(self.item_ids)}
+        if len(self._index) != size:
+            seen: set[str] = set()
+            twice = next(item_id for item_id in self.item_ids if item_id in seen or seen.add(item_id))  # type: ignore[func-returns-value]
+            raise ValueError(f"item_ids: expected {size} different ids, got {len(self._index)} ({twice!r} repeats)")
+        for name, values in (attributes or {}).items():
+            self.attributes[name] = _attribute(name, values, size)
+        self._by_title: dict[str, list[int]] | None = None
+        self._by_folded: dict[str, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def __repr__(self) -> str:
+        forms = "ids, titles" + ("" if self.sids is None else ", semantic IDs")
+        extra = f", attributes {sorted(self.attributes)}" if self.attributes else ""
+        return f"Catalogue({len(self)} items: {forms}{extra})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Catalogue):
+            return NotImplemented
+        return (
+            self.item_ids == other.item_ids
+            and self.titles == other.titles
+            and self.sids == other.sids
+            and self.attributes.keys() == other.attributes.keys()
+            and all(
+                values.dtype.kind == other.attributes[name].dtype.kind
+                and np.array_equal(values, other.attributes[name], equal_nan=values.dtype.kind == "f")
+                for name, values in self.attributes.items()
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def index(self, item_id: str) -> int:
+        """Index 0..C-1 of an id; ValueError naming the id (and near ones) where the catalogue has no such item."""
+        position = self._index.get(item_id)
+        if position is None:
+            raise ValueError(f"item_id: {item_id!r} is not in the catalogue{_hint(item_id, self.item_ids)}")
+        return position
+
+    def find(self, text: str) -> list[int]:
+        """Indices of the items that `text` names: by id, else by exact title, else by title ignoring case and spaces.
+
+        Several items can share a title, so the answer may hold several indices (in catalogue order).
+        ValueError with the nearest titles where nothing matches.
+        """
+        if text in self._index:
+            return [self._index[text]]
+        if self._by_title is None:
+            self._by_title = {}
+            for position, title in enumerate(self.titles):
+                self._by_title.setdefault(title, []).append(position)
+        if text in self._by_title:
+            return list(self._by_title[text])
+        if self._by_folded is None:
+            self._by_folded = {}
+            for position, title in enumerate(self.titles):
+                self._by_folded.setdefault(_fold(title), []).append(position)
+        found = self._by_folded.get(_fold(text), [])
+        if found:
+            return list(found)
+        raise ValueError(f"text: {text!r} is no id and no title of the catalogue{_hint(text, self.titles)}")
+
+    def save(self, path: PathLike) -> None:
+        """Write one Parquet file (columns item_id, title, sid, attribute:NAME), atomically."""
+        columns: dict[str, pa.Array] = {
+            "item_id": pa.array(self.item_ids, pa.string()),
+            "title": pa.array(self.titles, pa.string()),
+        }
+        if self.sids is not None:
+            columns["sid"] = pa.array(self.sids, pa.list_(pa.string()))
+        for name, values in self.attributes.items():
+            columns[_ATTRIBUTE_PREFIX + name] = pa.array(values.tolist() if values.dtype.kind == "U" else values)
+        metadata = {"flr": json.dumps({"kind": "catalogue", "version": 1})}
+        write_parquet(path, pa.table(columns).replace_schema_metadata(metadata))
+
+    @classmethod
+    def load(cls, path: PathLike) -> Catalogue:
+        """Read what :meth:`save` wrote; ValueError where the file is missing or has other columns."""
+        table = read_parquet(path, {"item_id": pa.types.is_string, "title": pa.types.is_string})
+        sids = table["sid"].to_pylist() if "sid" in table.column_names else None
+        attributes: dict[str, Any] = {}
+        for name in table.column_names:
+            if name.startswith(_ATTRIBUTE_PREFIX):
+                column = table[name].combine_chunks()
+                text = pa.types.is_string(column.type)
+                key = name[len(_ATTRIBUTE_PREFIX) :]
+                attributes[key] = np.array(column.to_pylist(), str) if text else column.to_numpy(zero_copy_only=False)
+        return cls(table["item_id"].to_pylist(), table["title"].to_pylist(), sids, attributes)
+
+
+def _check_text(name: str, values: Sequence[Any], empty: bool) -> None:
+    for position, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(f"{name}: expected strings, got {type(value).__name__} {value!r} at {position}")
+        if not value and not empty:
+            raise ValueError(f"{name}: expected text, got an empty string at {position}")
+    try:
+        "".join(values).encode("utf-8")
+    except UnicodeEncodeError:
+        position = next(place for place, value in enumerate(values) if _SURROGATE.search(value))
+        raise ValueError(f"{name}: expected valid Unicode, got {values[position]!r} at {position}") from None
+
+
+def _attribute(name: str, values: Any, size: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind == "O" and all(isinstance(value, str) for value in array.tolist()):
+        array = array.astype(str)
+    if array.shape != (size,):
+        raise ValueError(f"attributes[{name!r}]: expected shape ({size},), got {array.shape}")
+    if array.dtype.kind not in "iufbU":
+        raise ValueError(f"attributes[{name!r}]: expected integers, floats, bools or strings, got dtype {array.dtype}")
+    return array
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _hint(text: str, candidates: Sequence[str]) -> str:
+    """What to suggest after "not found": near candidates by difflib, from those that share a word where there are many."""
+    if len(candidates) > _SUGGESTION_POOL:
+        words = set(_fold(text).split())
+        candidates = [candidate for candidate in candidates if words & set(_fold(candidate).split())]
+    folded: dict[str, str] = {}
+    for candidate in candidates[:_SUGGESTION_POOL]:
+        folded.setdefault(_fold(candidate), candidate)
+    near = difflib.get_close_matches(_fold(text), folded, n=_SUGGESTIONS, cutoff=0.6)
+    return f"; did you mean {', '.join(repr(folded[key]) for key in near)}?" if near else ""

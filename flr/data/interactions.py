@@ -1,0 +1,297 @@
+"""Interactions (one row = one prediction: a history and its next item) and the data set that bundles them."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from flr.data._io import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+from flr.data.catalogue import Catalogue
+from flr.data.report import ReadReport
+
+_FORMAT = "flr-dataset"
+_VERSION = 1
+
+
+class Interaction(NamedTuple):
+    """One prediction: after `history` (oldest first) the user chose `target`.
+
+    `row` and `epoch` say which draw of a data set this is; augmentation derives its random numbers from them
+    (see :class:`flr.data.SFTCollator`). Row -1: not from a data set.
+    """
+
+    user: str
+    history: np.ndarray  # int32 [n], item indices, oldest first
+    target: int
+    timestamp: int | None = None
+    row: int = -1
+    epoch: int = 0
+
+
+class CSR(NamedTuple):
+    """Rows of different lengths in two arrays: row i is ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: np.ndarray  # int32 [total]
+    offsets: np.ndarray  # int64 [rows + 1]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[int] | np.ndarray]) -> CSR:
+        """Join rows of integers.
+
+        >>> CSR.from_rows([[3, 1], [], [2]]).offsets.tolist()
+        [0, 2, 2, 3]
+        """
+        arrays = [np.asarray(row) for row in rows]
+        for position, array in enumerate(arrays):
+            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"rows[{position}]: expected integers in one dimension, got shape {array.shape}, dtype {array.dtype}"
+                )
+        offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+        filled = [array for array in arrays if array.size]
+        joined = np.concatenate(filled) if filled else np.zeros(0, np.int32)
+        return cls(_as_int("rows", joined, np.int32), offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]."""
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> np.ndarray:
+        """Row `index`, a view."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, indices: np.ndarray) -> CSR:
+        """The rows at `indices` (int64 [n]), in that order."""
+        return self.slice(self.offsets[indices], self.offsets[np.asarray(indices) + 1])
+
+    def slice(self, starts: np.ndarray, ends: np.ndarray) -> CSR:
+        """Rows ``values[starts[i]:ends[i]]`` copied side by side; starts, ends int64 [n]."""
+        lengths = ends - starts
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        source = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
+        return CSR(self.values[source], offsets)
+
+
+class Interactions:
+    """Rows of (user, history, target, timestamp), held as arrays.
+
+    Parameters
+    ----------
+    users : external user id of every row, strings (a user may have many rows)
+    histories : :class:`CSR` of item indices, oldest first, or any sequence of integer sequences
+    targets : int32 [rows], the item that follows the history
+    timestamps : int64 [rows], seconds since 1970 of the target, or None
+
+    Raises
+    ------
+    ValueError : lengths that differ, offsets that do not ascend, negative indices
+
+    Examples
+    --------
+    >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
+    >>> len(rows), rows[0].history.tolist(), rows[1].target
+    (2, [4, 2], 2)
+    """
+
+    def __init__(
+        self,
+        users: Iterable[str],
+        histories: CSR | Sequence[Sequence[int] | np.ndarray],
+        targets: Any,
+        timestamps: Any = None,
+    ) -> None:
+        self.users: list[str] = list(users)
+        csr = histories if isinstance(histories, CSR) else CSR.from_rows(histories)
+        self.histories = CSR(
+            _as_int("histories.values", csr.values, np.int32), _as_int("histories.offsets", csr.offsets, np.int64)
+        )
+        self.targets: np.ndarray = _as_int("targets", targets, np.int32)
+        self.timestamps: np.ndarray | None = None if timestamps is None else _as_int("timestamps", timestamps, np.int64)
+        rows, offsets = len(self.users), self.histories.offsets
+        for name, size in (("targets", len(self.targets)), ("histories", len(offsets) - 1)):
+            if size != rows:
+                raise ValueError(f"{name}: expected one a user row ({rows}), got {size}")
+        if self.timestamps is not None and len(self.timestamps) != rows:
+            raise ValueError(f"timestamps: expected one a user row ({rows}), got {len(self.timestamps)}")
+        if offsets[0] != 0 or offsets[-1] != len(self.histories.values) or (np.diff(offsets) < 0).any():
+            raise ValueError(
+                f"histories.offsets: expected ascending from 0 to {len(self.histories.values)}, "
+                f"got {int(offsets[0])} to {int(offsets[-1])}"
+            )
+        if rows and (min(self.targets.min(), self.histories.values.min(initial=0)) < 0):
+            raise ValueError("histories, targets: expected item indices >= 0, got a negative one")
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: int) -> Interaction:
+        place = operator.index(index)
+        position = place + len(self) if place < 0 else place
+        if not 0 <= position < len(self):
+            raise IndexError(f"index: expected below {len(self)}, got {index}")
+        timestamp = None if self.timestamps is None else int(self.timestamps[position])
+        return Interaction(
+            self.users[position], self.histories.row(position), int(self.targets[position]), timestamp, position
+        )
+
+    def __iter__(self) -> Iterator[Interaction]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Interactions({len(self)} rows, {len(set(self.users))} users)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Interactions):
+            return NotImplemented
+        times, others = self.timestamps, other.timestamps
+        return (
+            self.users == other.users
+            and np.array_equal(self.histories.values, other.histories.values)
+            and np.array_equal(self.histories.offsets, other.histories.offsets)
+            and np.array_equal(self.targets, other.targets)
+            and (times is others if times is None or others is None else np.array_equal(times, others))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def max_index(self) -> int:
+        """The largest item index in use, -1 where there is no row."""
+        return int(max(self.targets.max(initial=-1), self.histories.values.max(initial=-1)))
+
+    def select(self, indices: Any) -> Interactions:
+        """The rows at `indices` (integers, or a bool mask of every row), in that order."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(f"indices: expected a mask of shape ({len(self)},), got {chosen.shape}")
+            chosen = np.flatnonzero(chosen)
+        chosen = _as_int("indices", chosen, np.int64)
+        if chosen.size and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
+            raise ValueError(f"indices: expected within {len(self)} rows, got {chosen.min()}..{chosen.max()}")
+        chosen = np.where(chosen < 0, chosen + len(self), chosen)
+        return Interactions(
+            [self.users[index] for index in chosen.tolist()],
+            self.histories.take(chosen),
+            self.targets[chosen],
+            None if self.timestamps is None else self.timestamps[chosen],
+        )
+
+    def save(self, path: PathLike) -> None:
+        """Write one Parquet file (user, history, target, timestamp), atomically."""
+        columns = {
+            "user": pa.array(self.users, pa.string()).dictionary_encode(),
+            "history": pa.LargeListArray.from_arrays(
+                pa.array(self.histories.offsets), pa.array(self.histories.values, pa.int32())
+            ),
+            "target": pa.array(self.targets, pa.int32()),
+        }
+        if self.timestamps is not None:
+            columns["timestamp"] = pa.array(self.timestamps, pa.int64())
+        metadata = {"flr": json.dumps({"kind": "interactions", "version": _VERSION})}
+        write_parquet(path, pa.table(columns).replace_schema_metadata(metadata))
+
+    @classmethod
+    def load(cls, path: PathLike) -> Interactions:
+        """Read what :meth:`save` wrote."""
+        table = read_parquet(
+            path,
+            {
+                "user": lambda kind: pa.types.is_dictionary(kind) or pa.types.is_string(kind),
+                "history": lambda kind: pa.types.is_large_list(kind) or pa.types.is_list(kind),
+                "target": pa.types.is_integer,
+            },
+        )
+        for name in table.column_names:
+            if table[name].null_count:
+                raise ValueError(f"{path}: column {name!r} has {table[name].null_count} nulls, expected none")
+        history = table["history"].combine_chunks()
+        if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
+            history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
+        offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+        values = history.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        return cls(
+            table["user"].to_numpy().tolist(),
+            CSR(values, offsets - offsets[0]),
+            table["target"].to_numpy(),
+            table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
+        )
+
+
+@dataclass
+class RecDataset:
+    """A catalogue with its training, validation and test rows.
+
+    `report` says what was read, what was refused and what to know about the split. ValueError where a row names an
+    item past the catalogue.
+    """
+
+    catalogue: Catalogue
+    train: Interactions
+    valid: Interactions
+    test: Interactions
+    name: str = ""
+    report: ReadReport = field(default_factory=ReadReport)
+
+    def __post_init__(self) -> None:
+        for part in ("train", "valid", "test"):
+            highest = getattr(self, part).max_index
+            if highest >= len(self.catalogue):
+                raise ValueError(f"{part}: expected item indices below {len(self.catalogue)}, got {highest}")
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test rows"
+        return f"RecDataset({self.name!r}: {len(self.catalogue)} items; {rows})"
+
+    def save(self, path: PathLike) -> None:
+        """Write a prepared folder (items, train, valid, test as Parquet; meta.json), whole or not at all."""
+        with atomic_folder(path) as folder:
+            self.catalogue.save(folder / "items.parquet")
+            for part in ("train", "valid", "test"):
+                getattr(self, part).save(folder / f"{part}.parquet")
+            meta = {"format": _FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
+            write_json(folder / "meta.json", meta)
+
+    @classmethod
+    def load(cls, path: PathLike) -> RecDataset:
+        """Read a prepared folder; ValueError where a file is missing or was not written by :meth:`save`."""
+        folder = Path(path)
+        meta = read_json(folder / "meta.json")
+        if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
+            raise ValueError(
+                f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, "
+                f"got {meta.get('format')!r} version {meta.get('version')!r}"
+            )
+        return cls(
+            Catalogue.load(folder / "items.parquet"),
+            Interactions.load(folder / "train.parquet"),
+            Interactions.load(folder / "valid.parquet"),
+            Interactions.load(folder / "test.parquet"),
+            name=str(meta.get("name", "")),
+            report=ReadReport.from_dict(meta.get("report", {})),
+        )
+
+
+def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:
+    """`values` as a one-dimensional array of `dtype`; ValueError where that would change a value."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+    if array.size == 0:
+        return np.zeros(0, dtype)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name}: expected integers, got dtype {array.dtype}")
+    limits = np.iinfo(dtype)
+    if array.min() < limits.min or array.max() > limits.max:
+        raise ValueError(f"{name}: expected values that fit {np.dtype(dtype)}, got {array.min()}..{array.max()}")
+    return array.astype(dtype, copy=False)

@@ -1,0 +1,378 @@
+"""Histories to model inputs: the bundle of tokenizer, catalogue, codec and prompt template stored beside a model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from flr.data._io import PathLike, read_json, write_json
+from flr.data.catalogue import Catalogue
+from flr.data.codecs import CodecName, ItemCodec, build_codec, token_ids
+from flr.data.interactions import CSR, Interactions
+
+THOUGHT_TOKEN = "<|thought|>"
+CONFIG_NAME = "processor_config.json"
+CATALOGUE_NAME = "catalogue.parquet"
+_HISTORY = "{history}"
+_VERSION = 1
+_TEXT_PROMPT = (
+    "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
+)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Text around a history.
+
+    Attributes
+    ----------
+    text : holds the placeholder ``{history}`` exactly once; every other character is taken as it is
+    separator : text between two items (an item's tokens already end or have a fixed number, so none is needed)
+    bos : begin with the tokenizer's bos token (its eos token where it has no bos)
+
+    Examples
+    --------
+    >>> PromptTemplate("Listened to: {history}.").parts
+    ('Listened to: ', '.')
+    """
+
+    text: str = _HISTORY
+    separator: str = ""
+    bos: bool = True
+
+    def __post_init__(self) -> None:
+        if self.text.count(_HISTORY) != 1:
+            raise ValueError(f"text: expected the placeholder {_HISTORY} exactly once, got {self.text!r}")
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The text before and after the history."""
+        before, after = self.text.split(_HISTORY)
+        return before, after
+
+    @classmethod
+    def default(cls, codec: str) -> PromptTemplate:
+        """A sentence for codec "title", the bare history for "id" and "sid"."""
+        return cls(_TEXT_PROMPT) if codec == "title" else cls()
+
+
+@dataclass(frozen=True)
+class HistoryViews:
+    """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.views`).
+
+    Attributes
+    ----------
+    weight : of the one-item views together, 0..1; the whole prompt has the rest
+    decay : weight of an item relative to the next later one, in (0, 1]
+    """
+
+    weight: float = 0.5
+    decay: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight: expected a number in 0..1, got {self.weight}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Prompts of a batch before padding: one flat array of tokens and, for each, the history entry that it belongs to."""
+
+    tokens: CSR  # int32 values, int64 offsets [B + 1]
+    entries: np.ndarray  # int64 [total], -1 outside the history's items
+
+
+class RecProcessor:
+    """Turns histories into model inputs.
+
+    Parameters
+    ----------
+    tokenizer : a fast Hugging Face tokenizer; the tokens that codec and thought need are added to it
+    catalogue : the items
+    codec : "title", "sid" or "id" (see :mod:`flr.data.codecs`)
+    template : prompt text; None takes :meth:`PromptTemplate.default` of the codec
+    max_history : items kept, the latest ones; at least 1
+    num_thoughts : thought tokens at the prompt's end; 0 for a model without a thought
+    thought_token : added to the tokenizer as a special token if it is missing and num_thoughts > 0
+    max_prompt_tokens : upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
+        It must leave room for the template and the longest item.
+    max_title_tokens : codec "title" only, cuts long titles
+    views : how evaluation and recommendation weigh several views of a history; None for the whole prompt alone
+
+    Attributes
+    ----------
+    item_codec : the :class:`ItemCodec` (`codec` is its name)
+    thought_token_id : None where num_thoughts is 0
+    pad_token_id : the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does)
+
+    Raises
+    ------
+    ValueError : an unknown codec, sizes out of range, template text that the tokenizer cannot express
+
+    Examples
+    --------
+    >>> from flr.data import build_tokenizer
+    >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
+    >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+    >>> batch = processor([[0, 2], [1]])
+    >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
+    ['<|pad|>', '<|bos|>', '<|item_1|>', '<|thought|>']
+    >>> batch["item_positions"].tolist()
+    [[-1, 0, 1, -1], [-1, -1, 0, -1]]
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        catalogue: Catalogue,
+        codec: str = "id",
+        template: PromptTemplate | None = None,
+        max_history: int = 10,
+        num_thoughts: int = 1,
+        *,
+        thought_token: str = THOUGHT_TOKEN,
+        max_prompt_tokens: int | None = None,
+        max_title_tokens: int | None = None,
+        views: HistoryViews | None = None,
+    ) -> None:
+        if max_history < 1:
+            raise ValueError(f"max_history: expected at least 1, got {max_history}")
+        if num_thoughts < 0:
+            raise ValueError(f"num_thoughts: expected 0 or more, got {num_thoughts}")
+        if not thought_token:
+            raise ValueError("thought_token: expected text, got an empty string")
+        self.tokenizer = tokenizer
+        self.catalogue = catalogue
+        self.template = PromptTemplate.default(codec) if template is None else template
+        self.max_history = max_history
+        self.num_thoughts = num_thoughts
+        self.thought_token = thought_token
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_title_tokens = max_title_tokens
+        self.views = views
+        self.thought_token_id: int | None = None
+        if num_thoughts:
+            self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
+        self.item_codec: ItemCodec = build_codec(codec, catalogue, tokenizer, max_title_tokens=max_title_tokens)
+        pad, eos, bos = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.pad_token_id: int = next((token for token in (pad, eos) if token is not None), 0)
+        start = bos if bos is not None else eos
+        before, after = self.template.parts
+        self._prefix = [start] * (self.template.bos and start is not None) + self._text_tokens(before)
+        self._suffix = self._text_tokens(after)
+        self._separator = self._text_tokens(self.template.separator)
+        if not self._prefix and not self._suffix:
+            raise ValueError(
+                "template: expected a bos token or text, so that the prompt of an empty history has a token; got none"
+            )
+        fixed = len(self._prefix) + len(self._suffix) + num_thoughts
+        longest = int(self.item_codec.lengths.max())
+        if max_prompt_tokens is not None and max_prompt_tokens < fixed + longest:
+            raise ValueError(
+                f"max_prompt_tokens: expected at least {fixed + longest} ({fixed} for template and thoughts, "
+                f"{longest} for the longest item), got {max_prompt_tokens}"
+            )
+
+    @property
+    def codec(self) -> CodecName:
+        """Name of the item codec."""
+        return self.item_codec.name
+
+    def __repr__(self) -> str:
+        return (
+            f"RecProcessor({len(self.catalogue)} items as {self.codec!r}, {len(self.tokenizer)} tokens, "
+            f"max_history={self.max_history}, num_thoughts={self.num_thoughts})"
+        )
+
+    def __call__(self, histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> dict[str, torch.Tensor]:
+        """Prompts of a batch, left-padded to the longest one.
+
+        `histories` holds item indices, oldest first; a history may be empty (the prompt is then the template and the thought)
+        and of any length (the last `max_history` items count).
+
+        Returns
+        -------
+        input_ids : int64 [B, L], the last num_thoughts columns hold the thought token
+        attention_mask : int64 [B, L], 0 on padding
+        position_ids : int64 [B, L], counted from a row's first token, 0 on padding
+        reasoner_mask : bool [B, L], tokens of history items (all False for an empty history)
+        item_positions : int64 [B, L], which entry of the given history (0 = first given) a token belongs to, else -1
+
+        ValueError on an empty batch or an index out of the catalogue.
+        """
+        prompts = self.prompts(_as_csr(histories))
+        if len(prompts.tokens.offsets) == 1:
+            raise ValueError("histories: expected at least one, got none")
+        return finish_batch(left_pad(prompts, self.pad_token_id))
+
+    def prompts(self, histories: CSR) -> Segment:
+        """Tokens of every prompt, thoughts included, without padding."""
+        size = len(self.catalogue)
+        if histories.values.size and not (histories.values.min() >= 0 and histories.values.max() < size):
+            raise ValueError(
+                f"histories: expected item indices in 0..{size - 1}, "
+                f"got {histories.values.min()}..{histories.values.max()}"
+            )
+        given = histories.lengths
+        kept = histories.slice(
+            np.maximum(histories.offsets[:-1], histories.offsets[1:] - self.max_history), histories.offsets[1:]
+        )
+        if self.max_prompt_tokens is not None:
+            kept = self._bound(kept, self.max_prompt_tokens)
+        codec, gap = self.item_codec, len(self._separator)
+        counts = kept.lengths  # items of every prompt
+        batch, first = len(counts), kept.offsets[:-1]
+        is_first = np.zeros(len(kept.values) + 1, bool)
+        is_first[first] = True  # rows without an item mark a place that another row's first item marks, or the end
+        gaps = np.where(is_first[:-1], 0, gap)
+        sizes = codec.offsets[kept.values + 1] - codec.offsets[kept.values]  # tokens of every item
+        item_ends = np.zeros(len(kept.values) + 1, np.int64)
+        np.cumsum(sizes + gaps, out=item_ends[1:])
+        history_tokens = item_ends[kept.offsets[1:]] - item_ends[first]
+        head, tail = len(self._prefix), [*self._suffix, *([self.thought_token_id] * self.num_thoughts)]
+        offsets = np.zeros(batch + 1, np.int64)
+        np.cumsum(head + history_tokens + len(tail), out=offsets[1:])
+        tokens = np.empty(offsets[-1], np.int32)
+        entries = np.full(offsets[-1], -1, np.int64)
+        tokens[offsets[:-1, None] + np.arange(head)] = self._prefix
+        tokens[offsets[1:, None] - len(tail) + np.arange(len(tail))] = tail
+        shift = offsets[:-1] + head - item_ends[first]  # from a place among all items' tokens to one among all tokens
+        item_rows = np.repeat(np.arange(batch), counts)
+        starts = item_ends[:-1] + gaps + shift[item_rows]
+        if gap:
+            separated = starts[~is_first[:-1]]
+            tokens[separated[:, None] - gap + np.arange(gap)] = self._separator
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        places = np.repeat(starts, sizes) + within
+        tokens[places] = codec.tokens[np.repeat(codec.offsets[kept.values], sizes) + within]
+        entry = np.arange(len(kept.values)) - kept.offsets[item_rows] + (given - counts)[item_rows]
+        entries[places] = np.repeat(entry, sizes)
+        return Segment(CSR(tokens, offsets), entries)
+
+    def _bound(self, histories: CSR, max_prompt_tokens: int) -> CSR:
+        """Leave out the earliest items of the histories whose prompts would be longer than `max_prompt_tokens`."""
+        room = max_prompt_tokens - len(self._prefix) - len(self._suffix) - self.num_thoughts + len(self._separator)
+        cumulative = np.zeros(len(histories.values) + 1, np.int64)
+        offsets = self.item_codec.offsets
+        sizes = offsets[histories.values + 1] - offsets[histories.values]
+        np.cumsum(sizes + len(self._separator), out=cumulative[1:])
+        starts = np.searchsorted(cumulative, cumulative[histories.offsets[1:]] - room, side="left")
+        return histories.slice(np.maximum(starts, histories.offsets[:-1]), histories.offsets[1:])
+
+    def _text_tokens(self, text: str) -> list[int]:
+        if not text:
+            return []
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in tokens:
+            raise ValueError(
+                f"template: the tokenizer cannot express {text!r}; a tokenizer built for codec {self.codec!r} holds items only"
+            )
+        return tokens
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder `path`.
+
+        The last file goes first and comes last, so that a save that was cut short is no processor rather than a mixed one.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as temporary:
+            self.tokenizer.save_pretrained(temporary)
+            for file in sorted(Path(temporary).iterdir()):
+                os.replace(file, folder / file.name)
+        self.catalogue.save(folder / CATALOGUE_NAME)
+        write_json(
+            folder / CONFIG_NAME,
+            {
+                "version": _VERSION,
+                "tokenizer_class": type(self.tokenizer).__name__,
+                "codec": self.codec,
+                "template": asdict(self.template),
+                "max_history": self.max_history,
+                "num_thoughts": self.num_thoughts,
+                "thought_token": self.thought_token,
+                "thought_token_id": self.thought_token_id,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "max_title_tokens": self.max_title_tokens,
+                "views": None if self.views is None else asdict(self.views),
+                "vocabulary_size": len(self.tokenizer),
+                "codec_tokens": len(self.item_codec.tokens),
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: PathLike) -> RecProcessor:
+        """Read what :meth:`save_pretrained` wrote; ValueError where the files do not belong together."""
+        folder = Path(path)
+        config = read_json(folder / CONFIG_NAME)
+        if config.get("version") != _VERSION:
+            raise ValueError(f"{folder / CONFIG_NAME}: expected version {_VERSION}, got {config.get('version')!r}")
+        # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
+        tokenizer_class = getattr(transformers, str(config.get("tokenizer_class")), AutoTokenizer)
+        tokenizer = tokenizer_class.from_pretrained(folder)
+        size = len(tokenizer)
+        processor = cls(
+            tokenizer,
+            Catalogue.load(folder / CATALOGUE_NAME),
+            config["codec"],
+            PromptTemplate(**config["template"]),
+            config["max_history"],
+            config["num_thoughts"],
+            thought_token=config["thought_token"],
+            max_prompt_tokens=config["max_prompt_tokens"],
+            max_title_tokens=config["max_title_tokens"],
+            views=None if config.get("views") is None else HistoryViews(**config["views"]),
+        )
+        found = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
+        saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
+        if found != saved:
+            raise ValueError(
+                f"{folder}: tokenizer and catalogue do not belong to this {CONFIG_NAME}: expected (vocabulary, the same "
+                f"after rebuilding the codec, thought token id, item tokens) {saved}, got {found}"
+            )
+        return processor
+
+
+def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, np.ndarray]:
+    """input_ids, attention_mask, item_positions, int64 [B, L + extra] each: prompts end at column L, `extra` stays padding."""
+    lengths = prompts.tokens.lengths
+    batch, width = len(lengths), int(lengths.max())
+    rows = np.repeat(np.arange(batch), lengths)
+    columns = np.arange(len(prompts.entries)) + np.repeat(width - prompts.tokens.offsets[1:], lengths)
+    arrays = {
+        "input_ids": np.full((batch, width + extra), pad_token_id, np.int64),
+        "attention_mask": np.zeros((batch, width + extra), np.int64),
+        "item_positions": np.full((batch, width + extra), -1, np.int64),
+    }
+    arrays["input_ids"][rows, columns] = prompts.tokens.values
+    arrays["attention_mask"][rows, columns] = 1
+    arrays["item_positions"][rows, columns] = prompts.entries
+    return arrays
+
+
+def finish_batch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Tensors of `arrays` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
+    mask = arrays["attention_mask"]
+    arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
+    arrays["reasoner_mask"] = arrays["item_positions"] >= 0
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _as_csr(histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> CSR:
+    if isinstance(histories, Interactions):
+        return histories.histories
+    if isinstance(histories, CSR):
+        return histories
+    return CSR.from_rows(cast(Sequence[Sequence[int]], histories))

@@ -1,0 +1,196 @@
+"""The CSV form in which this field's papers publish Amazon data: train, valid, test.csv and items.txt in a folder.
+
+One CSV row is one prediction. Columns user_id, history_item_id (a Python list literal) and item_id are needed; timestamp is
+used where there is one; other columns are not parsed. items.txt is tab-separated: ``title, id`` or ``sid, title, id``.
+sid.index.json, where present, gives the codes of every id's semantic ID.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flr.data._io import PathLike, read_json
+from flr.data.catalogue import Catalogue
+from flr.data.interactions import Interactions, RecDataset
+from flr.data.report import ReadReport
+
+PARTS = ("train", "valid", "test")
+_NEEDED = ("user_id", "history_item_id", "item_id")
+_MAX_CELL = 1 << 17  # characters of a list cell; csv's own limit is the same
+_CODE = re.compile(r"<[^<>]+>")
+
+
+def is_published(folder: Path) -> bool:
+    """Whether `folder` holds this form."""
+    return (folder / "items.txt").is_file() and (folder / "test.csv").is_file()
+
+
+def read_published(path: PathLike, *, max_bad_share: float = 0.01, name: str | None = None) -> RecDataset:
+    """Read a folder in the published CSV form.
+
+    Malformed rows (wrong number of cells, no list literal, an id that items.txt lacks, an empty or too long cell) are
+    counted and shown in the report; past `max_bad_share` of all rows they are a ValueError.
+    """
+    folder = Path(path)
+    report = ReadReport(source=str(folder))
+    for needed in ("items.txt", *(f"{part}.csv" for part in PARTS)):
+        if not (folder / needed).is_file():
+            raise ValueError(f"path: expected {needed} in {folder}, found none")
+    catalogue = _read_items(folder, report)
+    parts = [_read_rows(folder / f"{part}.csv", catalogue, report) for part in PARTS]
+    report.check(max_bad_share)
+    report.rows_kept = sum(map(len, parts))
+    report.users = len({user for part in parts for user in part.users})
+    report.items = len(catalogue)
+    shared = len(catalogue) - len(set(catalogue.titles))
+    if shared:
+        report.notes.append(f"{shared} items have a title that an earlier item has too")
+    return RecDataset(catalogue, parts[0], parts[1], parts[2], name or folder.name, report)
+
+
+def _read_items(folder: Path, report: ReadReport) -> Catalogue:
+    file = folder / "items.txt"
+    ids: dict[str, None] = {}
+    titles: list[str] = []
+    sids: list[str | None] = []
+    bad = ReadReport(source=str(file))
+    with open(file, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.rstrip("\r\n")
+            if not line:
+                continue
+            bad.rows_read += 1
+            cells = line.split("\t")
+            if len(cells) not in (2, 3):
+                bad.add_bad(file.name, number, f"expected 2 or 3 tab-separated cells, got {len(cells)}")
+            elif not cells[-1] or cells[-1] in ids:
+                bad.add_bad(file.name, number, f"expected a new item id, got {cells[-1]!r}")
+            else:
+                ids[cells[-1]] = None
+                titles.append(cells[-2])
+                sids.append(cells[0] if len(cells) == 3 else None)
+    if bad.rows_bad:  # an item lost would turn up as many bad rows, so none is
+        bad.check(0.0)
+    index_file = folder / "sid.index.json"
+    index: dict[str, Any] = read_json(index_file) if index_file.is_file() else {}
+    if not index and None in sids:
+        return Catalogue(ids, titles)
+    codes: list[tuple[str, ...]] = []
+    differing = 0
+    for item_id, sid in zip(ids, sids, strict=True):
+        listed = index.get(item_id)
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(code, str) for code in listed)):
+            raise ValueError(f"{index_file}: expected a list of codes for id {item_id!r}, got {listed!r}")
+        parsed = _split_sid(sid) if sid else ()
+        found = tuple(listed) if listed else parsed
+        if not found:
+            raise ValueError(f"{folder}: expected a semantic ID for every item, got none for id {item_id!r}")
+        differing += bool(listed and parsed and tuple(listed) != parsed)
+        codes.append(found)
+    if differing:
+        report.notes.append(
+            f"{differing} semantic IDs differ between items.txt and sid.index.json; the latter's are used"
+        )
+    repeated = len(codes) - len(set(codes))
+    if repeated:
+        report.notes.append(f"{repeated} items have a semantic ID that an earlier item has too")
+    return Catalogue(ids, titles, codes)
+
+
+def _split_sid(text: str) -> tuple[str, ...]:
+    codes = tuple(_CODE.findall(text))
+    return codes if "".join(codes) == text else (text,)
+
+
+def _read_rows(file: Path, catalogue: Catalogue, report: ReadReport) -> Interactions:
+    index = {item_id: position for position, item_id in enumerate(catalogue.item_ids)}
+    users: list[str] = []
+    histories: list[list[int]] = []
+    targets: list[int] = []
+    timestamps: list[int] = []
+    other_titles = 0
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as text:
+        rows = _rows(csv.reader(text, strict=True))  # lenient, an open quote joins two rows to one that looks good
+        header = next(rows, (1, [], None, 1))[1]
+        missing = [name for name in _NEEDED if name not in header]
+        if missing:
+            raise ValueError(f"{file}: expected columns {list(_NEEDED)}, got {header}")
+        at = {name: position for position, name in enumerate(header)}
+        for line, cells, error, lines in rows:
+            report.rows_read += 1
+            try:
+                if error is not None or len(cells) != len(header):
+                    report.rows_read += lines - 1  # an open quote swallows the lines after it: count what was lost
+                    raise _BadCell(error or f"expected {len(header)} cells, got {len(cells)}", lines)
+                user = cells[at["user_id"]]
+                if not user:
+                    raise _BadCell("user_id: expected an id, got an empty cell")
+                history = [_item(index, item) for item in _literal_list(cells[at["history_item_id"]])]
+                target = _item(index, cells[at["item_id"]])
+                if "timestamp" in at:
+                    timestamps.append(_timestamp(cells[at["timestamp"]]))
+            except _BadCell as bad:
+                report.add_bad(file.name, line, str(bad), bad.lines)
+                continue
+            users.append(user)
+            histories.append(history)
+            targets.append(target)
+            if "item_title" in at:
+                other_titles += cells[at["item_title"]].split() != catalogue.titles[target].split()
+    if other_titles:
+        report.notes.append(f"{file.name}: {other_titles} rows give their item another title than items.txt")
+    return Interactions(users, histories, targets, timestamps if "timestamp" in at else None)
+
+
+class _BadCell(Exception):
+    """A row that cannot be read, and the lines that it takes."""
+
+    def __init__(self, reason: str, lines: int = 1) -> None:
+        super().__init__(reason)
+        self.lines = lines
+
+
+def _rows(reader: Any) -> Iterator[tuple[int, list[str], str | None, int]]:
+    """(first line, cells, error, lines taken) of every row that is not blank; csv's own errors do not end the file."""
+    before = 0
+    while True:
+        try:
+            cells, error = next(reader), None
+        except StopIteration:
+            return
+        except csv.Error as problem:
+            cells, error = [], str(problem)
+        line, lines, before = before + 1, max(reader.line_num - before, 1), reader.line_num
+        if cells or error:
+            yield line, cells, error, lines
+
+
+def _literal_list(cell: str) -> list[Any]:
+    if len(cell) > _MAX_CELL:
+        raise _BadCell(f"history_item_id: expected at most {_MAX_CELL} characters, got {len(cell)}")
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        raise _BadCell(f"history_item_id: expected a list literal, got {cell[:80]!r}") from None
+    if not isinstance(value, list):
+        raise _BadCell(f"history_item_id: expected a list, got {type(value).__name__}")
+    return value
+
+
+def _item(index: dict[str, int], value: Any) -> int:
+    known = index.get(str(value)) if isinstance(value, (str, int)) else None
+    if known is None:
+        raise _BadCell(f"expected an item id of items.txt, got {str(value)[:80]!r}")
+    return known
+
+
+def _timestamp(cell: str) -> int:
+    try:
+        return int(cell) if cell.isascii() and cell.isdecimal() else int(float(cell))
+    except (ValueError, OverflowError):
+        raise _BadCell(f"timestamp: expected a number, got {cell[:80]!r}") from None

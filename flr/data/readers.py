@@ -1,0 +1,81 @@
+"""One entry for every form of data on disk: :func:`load_dataset`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flr.data._io import PathLike
+from flr.data.interactions import RecDataset
+from flr.data.parquet import LOG_NAME, read_parquet_log
+from flr.data.published import is_published, read_published
+from flr.data.recbole import inter_files, read_recbole
+
+_READERS: dict[str, Callable[..., RecDataset]] = {
+    "prepared": RecDataset.load,
+    "csv": read_published,
+    "recbole": read_recbole,
+    "parquet": read_parquet_log,
+}
+
+
+def load_dataset(path: PathLike, format: str = "auto", **options: Any) -> RecDataset:
+    """Read a data set.
+
+    Parameters
+    ----------
+    path : a folder, or a file for "recbole" (.inter) and "parquet" (the log)
+    format : "auto" looks at what is there, or one of
+
+        - "prepared": what :meth:`RecDataset.save` wrote
+        - "csv": the published CSV form (:func:`flr.data.published.read_published`)
+        - "recbole": atomic files (:func:`flr.data.recbole.read_recbole`)
+        - "parquet": a log and its items (:func:`flr.data.parquet.read_parquet_log`)
+
+        Raw Amazon reviews need a filter and a metadata file: see :func:`flr.data.prepare_amazon`.
+    options : of that reader, e.g. ``max_bad_share``, ``split``, ``max_history``, ``min_interactions``
+
+    Raises
+    ------
+    ValueError : nothing readable at `path`, an option that the form does not have, malformed data
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from flr.data import planted_dataset
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     planted_dataset(num_items=40, num_users=50).save(folder + "/toy")
+    ...     load_dataset(folder + "/toy").name
+    'planted'
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"path: expected a folder or a file, found nothing at {place}")
+    if format == "auto":
+        format = _detect(place)
+    if format not in _READERS:
+        raise ValueError(f"format: expected one of {['auto', *_READERS]}, got {format!r}")
+    reader = _READERS[format]
+    known = list(inspect.signature(reader).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"options: format {format!r} has {known or 'none'}, got {option!r}")
+    return reader(place, **options)
+
+
+def _detect(place: Path) -> str:
+    if (place / "meta.json").is_file():
+        return "prepared"
+    if place.is_dir() and is_published(place):
+        return "csv"
+    if place.suffix == ".inter" or inter_files(place):
+        return "recbole"
+    if place.suffix == ".parquet" or (place / LOG_NAME).is_file():
+        return "parquet"
+    found = sorted(file.name for file in place.iterdir())[:10] if place.is_dir() else place.name
+    raise ValueError(
+        f"path: expected meta.json (prepared), items.txt and test.csv (published CSV), one .inter file (RecBole) or "
+        f"{LOG_NAME} (Parquet) in {place}, found {found}"
+    )
