@@ -5,8 +5,9 @@
     FLR_BACKEND=reference
     FLR_BACKEND=triton,group_advantage=cuda
 
-``auto`` takes the first registered backend that accepts the tensors' device and falls back to the reference (logged
-once). A backend that is asked for by name is never replaced by another one: if it cannot run, the call raises.
+``auto`` takes the first registered backend that accepts the tensors' device and shapes and falls back to the reference
+(logged once, with the reason). A backend that is asked for by name is never replaced by another one: if it cannot run,
+the call raises :class:`BackendUnavailable` (device, missing package) or ``ValueError`` (shape, dtype).
 """
 
 from __future__ import annotations
@@ -37,14 +38,27 @@ class Op:
     name: str
     forward: dict[str, Callable] = field(default_factory=dict)
     backward: dict[str, Callable] = field(default_factory=dict)
+    check: dict[str, Callable[..., None]] = field(default_factory=dict)
 
-    def register(self, backend: str, forward: Callable, backward: Callable | None = None) -> None:
-        """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones."""
+    def register(
+        self,
+        backend: str,
+        forward: Callable,
+        backward: Callable | None = None,
+        check: Callable[..., None] | None = None,
+    ) -> None:
+        """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones.
+
+        ``check`` takes the arguments of either and raises :class:`BackendUnavailable` or ``ValueError`` if the backend
+        cannot serve them.
+        """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
         self.forward[backend] = forward
         if backward is not None:
             self.backward[backend] = backward
+        if check is not None:
+            self.check[backend] = check
 
 
 OPS: dict[str, Op] = {}
@@ -73,11 +87,18 @@ def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def select(name: str, tensor: torch.Tensor) -> str:
-    """The backend that runs op ``name`` on ``tensor``'s device.
+def _accepts(backend: str, name: str, args: tuple) -> None:
+    check = OPS[name].check.get(backend)
+    if check is not None:
+        check(*args)
+
+
+def select(name: str, tensor: torch.Tensor, *args) -> str:
+    """The backend that runs op ``name`` on ``tensor``'s device; ``tensor`` and ``args`` are the op's arguments.
 
     Raises:
-        BackendUnavailable: the backend named in ``FLR_BACKEND`` has no implementation of this op.
+        BackendUnavailable: the backend named in ``FLR_BACKEND`` has no implementation of this op, or cannot run here.
+        ValueError: the backend named in ``FLR_BACKEND`` does not take this shape or dtype.
 
     Example:
         >>> import torch
@@ -93,6 +114,7 @@ def select(name: str, tensor: torch.Tensor) -> str:
                 f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(implementations)}; "
                 f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
             )
+        _accepts(backend, name, (tensor, *args))
         return backend
     if not tensor.is_cuda:
         return "reference"
@@ -100,6 +122,11 @@ def select(name: str, tensor: torch.Tensor) -> str:
         if candidate in implementations:
             if candidate == "reference":
                 _log_once(f"{name}: no GPU kernel is available here, using the PyTorch reference")
+            try:
+                _accepts(candidate, name, (tensor, *args))
+            except (BackendUnavailable, ValueError) as reason:
+                _log_once(f"{name}: {reason}")
+                continue
             return candidate
     raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
 
@@ -107,10 +134,10 @@ def select(name: str, tensor: torch.Tensor) -> str:
 def forward(name: str, tensor: torch.Tensor, *args):
     """Run the forward that :func:`select` picks; ``tensor`` is its first argument. Autocast is off inside."""
     with torch.autocast(tensor.device.type, enabled=False):
-        return OPS[name].forward[select(name, tensor)](tensor, *args)
+        return OPS[name].forward[select(name, tensor, *args)](tensor, *args)
 
 
 def backward(name: str, tensor: torch.Tensor, *args):
-    """Run the backward that belongs to :func:`forward`'s implementation."""
+    """Run the backward that belongs to :func:`forward`'s implementation: the same device and shapes, the same choice."""
     with torch.autocast(tensor.device.type, enabled=False):
-        return OPS[name].backward[select(name, tensor)](tensor, *args)
+        return OPS[name].backward[select(name, tensor, *args)](tensor, *args)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, reference, triton_config
 
 
 class FactorAggregate(NamedTuple):
@@ -49,7 +49,26 @@ def _reference_backward(
     return d_f.to(dtype), d_logits
 
 
-dispatch.op("factor_aggregate").register("reference", reference.factor_aggregate, _reference_backward)
+def _triton_forward(*args):
+    from . import triton_factor_aggregate  # imported on use: flr_kernels itself needs only torch
+
+    return triton_factor_aggregate.forward(*args)
+
+
+def _triton_backward(*args):
+    from . import triton_factor_aggregate
+
+    return triton_factor_aggregate.backward(*args)
+
+
+def _triton_check(f: Tensor, *_) -> None:
+    triton_config.check_device(f)
+    triton_config.check_shape("f", f, f.shape[1])
+
+
+_OP = dispatch.op("factor_aggregate")
+_OP.register("reference", reference.factor_aggregate, _reference_backward)
+_OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 
 @torch.library.custom_op("flr::factor_aggregate", mutates_args=())
@@ -110,7 +129,9 @@ def factor_aggregate(f: Tensor, gate_logits: Tensor, eps: float = 1e-6) -> Facto
         :class:`FactorAggregate`. Differentiable once in ``f`` and ``gate_logits``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or ``eps`` is not positive.
+        ValueError: a shape, dtype or device does not fit, or ``eps`` is not positive. The triton backend also expects
+            a contiguous last dimension of ``f``.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
     Example:
         >>> import torch

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, reference, triton_config
 
 
 class FactorAttention(NamedTuple):
@@ -34,7 +34,26 @@ class FactorAttention(NamedTuple):
     entropy: Tensor  # [B, K]
 
 
-dispatch.op("factor_attention").register("reference", reference.factor_attention, reference.factor_attention_backward)
+def _triton_forward(*args):
+    from . import triton_factor_attention  # imported on use: flr_kernels itself needs only torch
+
+    return triton_factor_attention.forward(*args)
+
+
+def _triton_backward(*args):
+    from . import triton_factor_attention
+
+    return triton_factor_attention.backward(*args)
+
+
+def _triton_check(h: Tensor, u: Tensor, *_) -> None:
+    triton_config.check_device(h)
+    triton_config.check_shape("h", h, u.shape[1])
+
+
+_OP = dispatch.op("factor_attention")
+_OP.register("reference", reference.factor_attention, reference.factor_attention_backward)
+_OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 
 @torch.library.custom_op("flr::factor_attention", mutates_args=())
@@ -106,7 +125,9 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None) -> Factor
         :class:`FactorAttention`. Nothing of size B·K·L is kept for the backward. Differentiable once in ``h``, ``u``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names argument, expected and actual.
+        ValueError: a shape, dtype or device does not fit; the message names argument, expected and actual. The triton
+            backend also expects contiguous last dimensions of ``h`` and ``u``.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
     Example:
         >>> import torch

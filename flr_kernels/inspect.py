@@ -1,0 +1,225 @@
+"""``python -m flr_kernels.inspect``: what every Triton kernel variant costs, compiled ahead of time, without a GPU.
+
+The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to a
+device, so the variants listed are the ones that dispatch launches: every tile of :mod:`flr_kernels.triton_config`, one
+split and several, with and without the history's gradient, and each input dtype. Registers and stack come from the
+``cuobjdump`` that Triton ships, shared memory from the compiler. The exit status is 1 if a kernel uses stack (a spill:
+local memory, several times slower) or more shared memory than the architecture gives one program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from . import triton_config
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+#: Of one multiprocessor, on all three architectures: registers, and threads that can be resident (sm_80, 90, 100).
+_REGISTERS, _THREADS = 65536, 2048
+#: A size whose rows are 16-byte aligned, like every model's, and which no block size divides, so that masks are kept.
+_SIZE = 1552
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel. ``programs`` is how many fit a multiprocessor at once by registers, threads and shared memory."""
+
+    kernel: str
+    label: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    shared_limit: int
+    warps: int
+    programs: int
+
+    @property
+    def ok(self) -> bool:
+        return self.stack == 0 and self.shared <= self.shared_limit
+
+
+@dataclass(frozen=True)
+class _Launch:
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def _name(kernel: Any) -> str:
+    """E.g. ``attention forward``, from module and function."""
+    op = "aggregate" if "aggregate" in kernel.__module__ else "attention"
+    return f"{op} {kernel.__name__.removesuffix('_kernel')}"
+
+
+def _describe(kernel: Any, arguments: dict, constants: dict, options: dict) -> _Launch:
+    """Types and alignment of a launch, as Triton's run time would specialise them."""
+    fixed = {param.name for param in kernel.params if param.do_not_specialize}
+    signature, constexprs, aligned = {}, dict(constants), []
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            aligned.append(index)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and name not in fixed:
+            signature[name], constexprs[name] = "constexpr", 1
+        else:
+            assert isinstance(value, int), f"{kernel.__name__}: no value for {name}"
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0 and name not in fixed:
+                aligned.append(index)
+    items = tuple(tuple(x.items()) for x in (signature, constexprs, options))
+    return _Launch(kernel, items[0], items[1], tuple(aligned), items[2])
+
+
+@contextmanager
+def _recorded() -> Iterator[list[_Launch]]:
+    """Launches of the block, described instead of run."""
+    from . import triton_launch
+
+    launches: list[_Launch] = []
+
+    def record(kernel: Any, programs: int, arguments: dict, constants: dict, options: dict) -> None:
+        launches.append(_describe(kernel, arguments, constants, options))
+
+    before, triton_launch.launcher = triton_launch.launcher, record
+    try:
+        yield launches
+    finally:
+        triton_launch.launcher = before
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of the ops' host code that between them launch every kernel variant for ``dtype``."""
+    from . import triton_factor_aggregate as aggregate
+    from . import triton_factor_attention as attention
+
+    batch, factors = 2, 4
+    vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
+    saved = (_meta(*vectors), _meta(*scalars), _meta(*square), _meta(*scalars))
+    u = _meta(*vectors, dtype=dtype)
+    for tile, splits in product(triton_config.tiles(dtype.itemsize, backward=False), (1, 3)):
+        h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
+        yield f"{tile.name} {'split' if splits > 1 else 'whole'}", partial(attention.forward, h, u, None, tile=tile)
+    for tile, splits, dh in product(triton_config.tiles(dtype.itemsize, backward=True), (1, 3), (True, False)):
+        h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
+        label = f"{tile.name} {'split' if splits > 1 else 'whole'}{'' if dh else ' no dh'}"
+        yield label, partial(attention.backward, h, u, None, *saved, *saved, dh, tile=tile)
+    f, gradients = _meta(*vectors, dtype=dtype), (_meta(batch, _SIZE), _meta(*scalars), _meta(batch), _meta(batch))
+    yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
+    yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
+
+
+def variants() -> dict[_Launch, str]:
+    """Every distinct launch, with a label."""
+    found: dict[_Launch, str] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        for label, run in _calls(dtype):
+            with _recorded() as launches:
+                run()
+            for launch in launches:
+                found.setdefault(launch, f"{short} {label}".strip())
+    return found
+
+
+def compile_variant(launch: _Launch, label: str, arch: int) -> Variant:
+    """Compile for one architecture (cached by Triton) and read the resource usage."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from . import triton_launch
+
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        dict(launch.constants),
+        {(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    options = {**dict(launch.options), **triton_launch.OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage for {_name(launch.kernel)}:\n{report}")
+    registers, stack = map(int, usage.groups())
+    limit, shared, warps = triton_config.ARCHES[arch].shared, compiled.metadata.shared, compiled.metadata.num_warps
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256
+    programs = min(_REGISTERS // (per_warp * warps), _THREADS // (32 * warps), (limit + 1024) // (shared + 1024))
+    return Variant(_name(launch.kernel), label, arch, registers, stack, shared, limit, warps, programs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; the exit status is 1 if a variant spills or exceeds the architecture's shared memory."""
+    parser = argparse.ArgumentParser(prog="python -m flr_kernels.inspect", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--arch",
+        default=",".join(map(str, triton_config.ARCHES)),
+        help="comma-separated compute capabilities times ten (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    unknown = [a for a in arguments.arch.split(",") if not a.isdigit() or int(a) not in triton_config.ARCHES]
+    if unknown:
+        parser.error(f"--arch: expected some of {sorted(triton_config.ARCHES)}, got {', '.join(unknown)}")
+    if triton_config.interpreted():
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    rows = []
+    for launch, label in variants().items():
+        for arch in map(int, arguments.arch.split(",")):
+            rows.append(compile_variant(launch, label, arch))
+            if not arguments.json:
+                if len(rows) == 1:
+                    print(
+                        f"{'kernel':20} {'variant':34} {'arch':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps':>5} {'per SM':>6}"
+                    )
+                row = rows[-1]
+                print(
+                    f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
+                    f"{row.warps:>5} {row.programs:>6}{'' if row.ok else '  <- over the limit'}",
+                    flush=True,
+                )
+    bad = [row for row in rows if not row.ok]
+    if arguments.json:
+        print(json.dumps({"variants": [{**asdict(row), "ok": row.ok} for row in rows], "ok": not bad}, indent=1))
+    else:
+        print(f"{len(rows)} variants, {len(bad)} with a spill or too much shared memory")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
