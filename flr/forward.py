@@ -314,6 +314,7 @@ def flr_forward(
             **kwargs,
             **({} if return_dict is None else {"return_dict": return_dict}),
         )
+    kwargs.pop("cache_position", None)  # of the whole input; a piece's follows from the cache
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
     if inputs_embeds is None:

@@ -17,9 +17,9 @@ def _model():
     return model
 
 
-def _worker(rank: int, port: int, path: str) -> None:
+def _worker(rank: int, path: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     wrapped = torch.nn.parallel.DistributedDataParallel(_model())
     inputs = families.batch("columns", 2)
     items = (inputs["labels"] != -100).sum()
@@ -35,12 +35,7 @@ def _worker(rank: int, port: int, path: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_two_processes_equal_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_worker, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
     model = _model()
     inputs = families.batch("columns", 2)
