@@ -62,7 +62,8 @@ def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
         return dataclasses.replace(
             config, variant="flr", orthogonality_weight=0.0, diversity_weight=0.0, sparsity_weight=0.0
         )
-    return dataclasses.replace(config, variant=mode)
+    anchor = "token" if mode == "anchor" and config.anchor == "none" else config.anchor  # the control is its anchor
+    return dataclasses.replace(config, variant=mode, anchor=anchor)
 
 
 def run(

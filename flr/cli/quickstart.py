@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from flr.checkpoint import from_pretrained
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
     options, rest = parse("quickstart", ABOUT, (QuickstartOptions,), argv)
     started = time.perf_counter()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much where another process runs
     parts = settings(options)
     data, args = parts[1], parts[-1]
     out, runs = Path(options.output_dir), Path(str(args.output_dir))
