@@ -49,18 +49,20 @@ def settings(options: QuickstartOptions) -> tuple[Any, ...]:
         title_power=1.5,
     )
     config = FLRConfig(
-        anchor="last",
+        anchor="none",
         num_factors=4,
+        factor_size=64,
         num_refinements=1,
+        init_scale=1.0,
         diversity_weight=1.0,
         orthogonality_weight=0.1,
-        sparsity_weight=0.001,
-        init_scale=0.1,
     )
     args = SFTConfig(
         output_dir=f"{options.output_dir}/runs",
-        num_train_epochs=1 if options.quick else 5,
+        num_train_epochs=1 if options.quick else 8,
         learning_rate=3e-3,
+        embedding_dropout=0.1,
+        output_dropout=0.1,
         reasoner_learning_rate=3e-4,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=64,

@@ -51,7 +51,7 @@ def item_neighbours(
         >>> catalogue = Catalogue(["a", "b", "c"], ["Blue Train", "Blue Train live", "Giant Steps"])
         >>> train = Interactions(["u"], [[0]], [2])
         >>> table = item_neighbours(train, catalogue, top=2)
-        >>> table.items[0].tolist(), table.cumulative[0, -1]
+        >>> table.items[0].tolist(), float(table.cumulative[0, -1])
         ([2, 1], 1.0)
     """
     if top < 1 or content < 0 or temperature <= 0:
