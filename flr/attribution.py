@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.decode import CatalogueTrie, Scoring, item_filter
-from flr.decode.session import prepare_inputs
+from flr.decode.session import causal_lm, prepare_inputs
 from flr.forward import FLROutput, head
 from flr.patch import is_patched
 
@@ -102,18 +102,6 @@ def influence_shares(contributions: np.ndarray) -> np.ndarray:
     total = size.sum(-1, keepdims=True)
     alike = np.full_like(size, 1 / size.shape[-1])
     return np.where(total > NOISE, size / np.where(total > NOISE, total, 1), alike)
-
-
-def causal_lm(model: nn.Module) -> Any:
-    """The Hugging Face model inside DDP and PEFT wrappers."""
-    wrapped: Any = model
-    while True:
-        if hasattr(wrapped, "get_base_model"):
-            wrapped = wrapped.get_base_model()
-        elif isinstance(wrapped, nn.parallel.DistributedDataParallel):
-            wrapped = wrapped.module
-        else:
-            return wrapped
 
 
 @dataclass

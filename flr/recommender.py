@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attribution import ThinkingPrompts, attribute, causal_lm, influence_shares, think
+from .attribution import ThinkingPrompts, attribute, influence_shares, think
 from .checkpoint import from_pretrained
 from .data import CSR, RecProcessor
 from .decode import CatalogueTrie, Scoring, beam_search
 from .decode.scoring import check_scoring, order_key
-from .decode.session import evaluating
+from .decode.session import causal_lm, evaluating
 from .patch import is_patched
 from .views import ViewMixture
 

@@ -23,7 +23,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 logger = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face model inside DDP and PEFT wrappers."""
     wrapped: Any = model
     while True:
@@ -81,7 +80,7 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def _forward_parameters(model: nn.Module) -> frozenset[str]:
     """Arguments of the class's forward: an instance's own may hide them behind **kwargs."""
-    return frozenset(inspect.signature(type(_causal_lm(model)).forward).parameters)
+    return frozenset(inspect.signature(type(causal_lm(model)).forward).parameters)
 
 
 @cache
@@ -107,7 +106,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tor
     if "labels" in inputs:
         raise ValueError("inputs of decoding must not hold labels: give the prompt alone")
     num_prompts(inputs)
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     device = next(lm.parameters()).device
     dropped = set(_NOT_MODEL_INPUTS)
     if "reasoner_mask" not in inspect.signature(lm.forward).parameters:
@@ -169,7 +168,7 @@ def start(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> tuple[to
 
 def _packing_obstacle(model: nn.Module, past: Cache, length: int, reserve: int) -> str | None:
     """Why beams cannot be packed into one row for this model, or None."""
-    lm = _causal_lm(model)
+    lm = causal_lm(model)
     config = lm.config.get_text_config(decoder=True)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
@@ -235,7 +234,7 @@ class PackedSession:
         layers: list[Any] = list(past.layers)
         self.layers = [_AppendLayer(layer.keys, layer.values) for layer in layers]
         self.cache = Cache(layers=[*self.layers])
-        config = _causal_lm(model).config.get_text_config(decoder=True)
+        config = causal_lm(model).config.get_text_config(decoder=True)
         self.additive = config._attn_implementation == "eager"
         self.sees: torch.Tensor | None = None  # bool [B, w, columns]: suffix columns each hypothesis may look at
         self.steps = 0
