@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flr.data import planted_dataset
+from flr.data import Interactions, planted_dataset
 
 
 def test_planted_structure():
