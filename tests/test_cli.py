@@ -130,3 +130,14 @@ def test_prepare_makes_a_folder_that_loads(tmp_path):
 
     assert len(load_dataset(tmp_path / "out").catalogue) == 7
     assert Path(tmp_path / "out" / "meta.json").exists()
+
+
+def test_compare_reuses_a_run_of_the_same_settings_only(tmp_path, capsys):
+    words = ["compare", *SMALL, "--modes", "none", "--seeds", "1", "--output_dir", str(tmp_path), "--num_train_epochs"]
+    assert main([*words, "1"]) == 0
+    made = (tmp_path / "none-0" / "run.json").stat().st_mtime_ns
+    assert main([*words, "1"]) == 0
+    assert (tmp_path / "none-0" / "run.json").stat().st_mtime_ns == made
+    capsys.readouterr()
+    assert main([*words, "2"]) == 1
+    assert "holds a run of other settings" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from flr.config import FLRConfig
 from flr.data import RecDataset
 from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
+from flr.metrics import paired_difference, row_metrics
 from flr.train import SFTConfig
 
 from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
@@ -34,7 +34,6 @@ MODES = {
     "flr-plain": "K factors, regularisers off",
 }
 METRICS = ("hr@10", "ndcg@10")
-logger = logging.getLogger("flr")
 
 
 @dataclass
@@ -66,6 +65,12 @@ def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
     return dataclasses.replace(config, variant=mode, anchor=anchor)
 
 
+def _values(options: Any) -> dict[str, str]:
+    """Options as text by name, less the folders and names that do not change a result."""
+    skipped = ("output_dir", "logging_dir", "run_name")
+    return {f.name: str(getattr(options, f.name)) for f in dataclasses.fields(options) if f.name not in skipped}
+
+
 def run(
     mode: str,
     seed: int,
@@ -79,9 +84,17 @@ def run(
     split: str,
     keep: bool,
 ) -> tuple[dict[str, Any], EvalResult]:
-    """Train and evaluate one mode with one seed; a finished run is read from ``folder`` instead."""
+    """Train and evaluate one mode with one seed; a finished run of the same settings is read from ``folder`` instead.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, which would be passed off as this one.
+    """
     result_folder = folder / split
-    summary_file = folder / "run.json"
+    summary_file, settings_file = folder / "run.json", folder / "settings.json"
+    settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, mode_config(mode, config), args)}
+    if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
+        raise ValueError(f"output_dir: {folder} holds a run of other settings; delete it or choose another output_dir")
+    write_json(settings_file, settings)
     if (result_folder / "metrics.json").is_file() and summary_file.is_file():
         return json.loads(summary_file.read_text()), EvalResult.load(result_folder)
     started = time.perf_counter()
@@ -146,8 +159,6 @@ def differences(results: dict[str, list[EvalResult]], control: str = "anchor") -
 
 def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: str) -> tuple[float, float, float]:
     """Mean, low and high of the difference; users are resampled, their values averaged over seeds first."""
-    from flr.metrics import paired_difference, row_metrics
-
     values = [np.mean([row_metrics(r.ranks["item"])[metric] for r in group], axis=0) for group in (control, runs)]
     d = paired_difference(values[0], values[1], control[0].users, control[0].samples)
     return (d.mean, d.low, d.high)
