@@ -2,7 +2,7 @@
 compiler is, nothing where neither is. Metadata is in pyproject.toml. See docs/extension.md.
 
 Never imports torch, downloads or looks for a GPU. Environment: ``FLR_CUDA_ARCH_LIST`` (e.g. "8.0;9.0+PTX"), ``MAX_JOBS``,
-``CUDA_HOME``, ``CXX``, ``FLR_REQUIRE_EXTENSION=1`` (fail instead of going without, or without the CUDA half).
+``CUDA_HOME``, ``CXX``, ``CXXFLAGS``, ``FLR_REQUIRE_EXTENSION=1`` (fail instead of going without, or without the CUDA half).
 """
 
 import os
@@ -105,14 +105,15 @@ class BuildExtension(build_ext):
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         defines = [f'-DFLR_SOURCE_HASH="{fingerprint}"', f'-DFLR_ARCHITECTURES="{names}"', *["-DFLR_CUDA"] * bool(nvcc)]
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
-        cxx = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-c"]
+        cxx = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        cxx += [*shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
         core = SOURCES / "group_advantage.cuh"
 
         def cpp(name, *extra):
             source, output = SOURCES / f"{name}.cpp", str(folder / f"{name}.o")
             return output, ([*cxx, *extra, str(source), "-o", output], [source, core])
 
-        commands = dict([cpp("group_advantage"), cpp("bindings", *includes, *defines)])
+        commands = {}  # longest first
         linker = [*compiler, "-shared"]
         if nvcc:
             source, output = SOURCES / "group_advantage.cu", str(folder / "group_advantage.cu.o")
@@ -121,6 +122,7 @@ class BuildExtension(build_ext):
             command = [*gpu, f"--threads={jobs}", *flags, "-c", str(source), "-o", output]
             commands[output] = (command, [source, core])
             linker = [nvcc, *host, "-shared", "--cudart=static"]
+        commands.update([cpp("bindings", *includes, *defines), cpp("group_advantage")])
         objects = list(commands)
         commands[str(target)] = ([*linker, *objects, "-o", str(target)], objects)
         run_all(commands, folder, jobs)

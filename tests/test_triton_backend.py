@@ -160,6 +160,7 @@ def test_inspection_fails_on_a_spill(monkeypatch, capsys):
     launches = dict(list(inspect.variants().items())[:1])
     good = inspect.Variant("attention forward", "x", 90, 128, 0, 1000, 2000, 4, 4)
     monkeypatch.setattr(inspect, "variants", lambda: launches)
+    monkeypatch.setattr(inspect, "extension_variants", lambda arch: [])
     for change, status in (({}, 0), ({"stack": 8}, 1), ({"shared": 3000}, 1)):
         row = inspect.Variant(**{**good.__dict__, **change})
         monkeypatch.setattr(inspect, "compile_variant", lambda *_, row=row: row)
