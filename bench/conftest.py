@@ -98,6 +98,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         target: the ratio competitor / ours that is wanted; reported, not asserted.
         rounds: instead of what the tier and the time of a round give.
         clock: "wall" for work that waits (a server, a subprocess); default: harness.default_clock.
+        memory: "numpy" for work in NumPy, see harness.peak_bytes.
     """
     used = False
 
@@ -113,6 +114,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         target: dict[str, float] | None = None,
         rounds: int | None = None,
         clock: str = "",
+        memory: str = "torch",
     ) -> dict[str, float]:
         nonlocal used
         rows = request.config.stash[_ROWS]
@@ -122,7 +124,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
             raise ValueError(f"target: expected names of variants, got {', '.join(sorted(odd))}")
         if check is not None:
             check()
-        racing = Race(variants, tier, rounds, clock)
+        racing = Race(variants, tier, rounds, clock, memory)
         racing.run(None if used or not benchmark.enabled else benchmark.pedantic)
         if not used and not benchmark.enabled:
             benchmark(lambda: None)  # --benchmark-disable: the plugin wants its fixture used
