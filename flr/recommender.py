@@ -373,6 +373,12 @@ class Recommender:
         lm = causal_lm(self.model)
         return lm._flr_patch.config.variant if is_patched(lm) else "none"
 
+    @property
+    def num_factors(self) -> int:
+        """K; 0 for variants without factors."""
+        lm = causal_lm(self.model)
+        return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
+
     def check(self, k: int, num_beams: int, scoring: str) -> None:
         """ValueError unless these may be given to :meth:`recommend`."""
         for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):

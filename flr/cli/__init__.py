@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "recommend": "top-k items for histories, with each factor's share",
     "explain": "which history items each factor attends to: heat map and HTML page",
+    "serve": "recommendations over HTTP, with a page that shows what the factors do",
 }
 
 
