@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -88,7 +87,6 @@ def create_app(
     tokens = settings.tokens()
     metrics = Metrics()
     engine = Engine(Loaded.warm(recommender, 1, settings), settings, load, metrics)
-    helpers = ThreadPoolExecutor(2, "flr-names")  # names and searches: short, and not the event loop's business
     given_examples = _read_examples(settings.examples, recommender)
 
     @asynccontextmanager
@@ -98,7 +96,6 @@ def create_app(
         yield
         metrics.ready.set(0)
         await engine.close()
-        helpers.shutdown(wait=True)
 
     app = FastAPI(
         title="FLR recommender",
@@ -114,7 +111,8 @@ def create_app(
         return {status: {"model": Problem, "description": _SAID[status]} for status in statuses}
 
     async def aside(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(helpers, functools.partial(call, *args, **kwargs))
+        """Names and searches: short, and not the event loop's business."""
+        return await asyncio.get_running_loop().run_in_executor(None, functools.partial(call, *args, **kwargs))
 
     async def answer(request: Request, body: Any, kind: Any) -> tuple[Any, Job]:
         trace: Trace = request.scope["flr"]
@@ -188,6 +186,7 @@ def create_app(
                 "max_history": settings.max_history,
                 "used_history": processor.max_history,
                 "max_k": settings.max_k,
+                "scoring": settings.scoring,
                 "attributes": sorted(processor.catalogue.attributes),
                 "examples": _examples(model.recommender, given_examples),
             }

@@ -121,14 +121,14 @@ class Engine:
         self._load = load
         self._buckets: dict[Any, deque[Job]] = {}
         self._waiting = self._computing = 0
-        self._arrived = asyncio.Event()
-        self._worker = ThreadPoolExecutor(1, "flr-model")
         self._task: asyncio.Task[None] | None = None
         self._reloading = False
         self._rate = 0.0  # requests a second while the worker is busy; 0 before the first batch
 
     def start(self) -> None:
-        """Begin to take jobs from the queue; call it on the event loop."""
+        """Begin to take jobs from the queue; call it on the event loop. After :meth:`close` it may be started again."""
+        self._arrived = asyncio.Event()
+        self._worker = ThreadPoolExecutor(1, "flr-model")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
@@ -144,7 +144,8 @@ class Engine:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        self._worker.shutdown(wait=True)
+            self._task = None
+            self._worker.shutdown(wait=True)
 
     def check_room(self) -> None:
         """Busy when the queue is full."""

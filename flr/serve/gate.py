@@ -159,7 +159,7 @@ class Gate:
         if b"content-length" in headers and b"transfer-encoding" in headers:
             raise Refused(400, "expected Content-Length or Transfer-Encoding, got both", {"connection": "close"})
         wanted = self.token
-        if scope["path"] == _ADMIN:
+        if scope["path"] == _ADMIN and scope["method"] == "POST":
             wanted = self.admin_token
             if wanted is None:
                 raise Refused(403, "reloading over HTTP is off: no admin token was set; send SIGHUP instead")

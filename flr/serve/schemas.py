@@ -115,6 +115,7 @@ class InfoResponse(BaseModel):
     max_history: int = Field(description="Longest history that is accepted.")
     used_history: int = Field(description="Latest entries that enter the prompt.")
     max_k: int
+    scoring: str = Field(description="Where a request does not say.")
     attributes: list[str] = Field(description="What where may name.")
     examples: list[list[Item]]
 
