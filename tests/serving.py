@@ -20,7 +20,7 @@ from test_recommender import build
 from flr.recommender import Recommender
 from flr.serve import Settings, create_app
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for bench.load
 
 
 def save(folder: Path, **options: Any) -> Path:

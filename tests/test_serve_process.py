@@ -18,7 +18,7 @@ from flr.cli import main
 from flr.data import planted_dataset
 from flr.recommender import Recommender
 
-from load import Client, closed_loop, open_loop  # isort: skip  (bench/, put on the path by serving)
+from bench.load import Client, closed_loop, open_loop  # isort: skip  (put on the path by serving)
 
 SECONDS = float(os.environ.get("FLR_LOAD_SECONDS", "10"))
 POOL = mixed_requests(48, k=8, num_beams=20)
@@ -278,6 +278,16 @@ def test_pipelined_requests_are_answered_in_order(server):
     answer = raw(server, b"".join(one % i for i in range(5)), 4)
     assert [part[:1] for part in answer.split(b"x-request-id: ")[1:]] == [b"0", b"1", b"2", b"3", b"4"]
     assert answer.count(b"HTTP/1.1 200 OK") == 5
+
+
+def test_a_kept_connection_does_not_wait_for_acknowledgements(server):
+    async def test():
+        client = Client(server.host, server.port)
+        replies = [await client.request("GET", "/health") for _ in range(40)]
+        client.close()
+        return sorted(reply.seconds for reply in replies)[20]
+
+    assert asyncio.run(test()) < 0.03  # Nagle's algorithm and delayed acknowledgements would make it 40 ms
 
 
 def test_a_taken_port_and_a_missing_model_are_clear_errors(server, tmp_path, monkeypatch, capsys):
