@@ -42,7 +42,11 @@ class GroupInputs:
         noise: [B, G, N, D], ε of unit variance; member 0 of every group is the unperturbed one and must be 0.
         noise_scale: σ, absolute or in units of the RMS of the user's thought r.
         relative: which of the two.
+        policy: "tokens", log-probabilities of the targets pass gradients to the thoughts; or "thoughts", they do not (the
+            suffix runs without a graph), and those of the noisy thoughts do.
         reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
+        actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
+            are computed then, and neither noise nor targets are looked at.
     """
 
     targets: Tensor
@@ -50,7 +54,9 @@ class GroupInputs:
     noise: Tensor
     noise_scale: float = 1.0
     relative: bool = True
+    policy: str = "tokens"
     reference: nn.Module | None = None
+    actions: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -58,17 +64,23 @@ class GroupOutput(ModelOutput):
     """Result of a group forward.
 
     Attributes:
-        logprobs: [B, G, S] log p of every target token given a member's thoughts, 0 behind a row's target; float32 or float64.
+        logprobs: [B, G, S] log p of every target token given a member's thoughts, 0 behind a row's target; float32 or
+            float64; None for given actions.
+        thought_logprobs: [B, G, N], log N(r + σ ε; r, σ²) less its constant, -‖r + σ ε - r‖² / (2 σ²), the action fixed:
+            its gradient is (ε / σ) · dr.
         regularisers: [B], weighted sum of the reasoner's regularisers, mean over thoughts and members.
         kl: [B], Σ_n ‖r_n - r_n^ref‖² / (2 σ²), mean over members; None without a reference.
+        actions: r + σ ε [B, G, N, D] and σ [B, G, N], no gradient.
         thoughts: [B, G, N, D], the embeddings fed at the thought tokens, no gradient.
         thought_norm: [B], ‖r‖₂ of the unperturbed member's last thought, no gradient.
         gate_entropy: [B], of the last refinement of the first thought, nats, no gradient.
     """
 
     logprobs: Tensor | None = None
+    thought_logprobs: Tensor | None = None
     regularisers: Tensor | None = None
     kl: Tensor | None = None
+    actions: tuple[Tensor, Tensor] | None = None
     thoughts: Tensor | None = None
     thought_norm: Tensor | None = None
     gate_entropy: Tensor | None = None
@@ -102,6 +114,10 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"target_mask: expected bool {tuple(targets.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     if noise.dim() != 4 or noise.shape[1] < 1 or (noise.shape[0], *noise.shape[2:]) != (batch, thoughts, hidden):
         raise ValueError(f"noise: expected [{batch}, G, {thoughts}, {hidden}], got shape {tuple(noise.shape)}")
+    if group.policy not in ("tokens", "thoughts"):
+        raise ValueError(f"policy: expected tokens or thoughts, got {group.policy!r}")
+    if group.policy == "thoughts" and torch.is_grad_enabled() and backbone_trains(model):
+        raise ValueError("policy: expected tokens for a backbone that trains, got thoughts, which do not reach it")
     if group.noise_scale < 0:
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
     if model.training and _is_checkpointing(model):
@@ -277,40 +293,54 @@ def group_forward(
     if reasoner_mask is not None:
         valid = valid & reasoner_mask[:, :length]
     anchor = {"last": embeds[:, length - 1], "none": torch.zeros_like(embeds[:, 0])}.get(config.anchor)
-    fed: list[Tensor] = []  # thought embeddings [B, G, D]
+    fed, actions, sigmas, chances = [], [], [], []  # of every thought
     outs: list[ReasonerOutput] = []
     kl: Any = 0.0
+    through = group.policy == "tokens"  # gradients pass from the targets to the thoughts
     for n in range(thoughts):
         out = model.flr(history, valid, length - 1 + n)
         r = out.thought.view(batch, -1, out.thought.shape[-1])  # [B, 1 or G, D]: the first thought is shared
-        sigma: Any = group.noise_scale
-        if group.relative:
-            sigma = sigma * r.detach().square().mean(-1, keepdim=True).sqrt()  # [B, 1 or G, 1]
+        if group.actions is None:
+            sigma = torch.full_like(r[..., :1], group.noise_scale)  # [B, 1 or G, 1]
+            if group.relative:
+                sigma = sigma * r.detach().square().mean(-1, keepdim=True).sqrt()
+            noisy = r + sigma * group.noise[:, :, n].to(r.dtype)
+        else:
+            noisy, sigma = group.actions[0][:, :, n], group.actions[1][:, :, n, None]
+        noisy = noisy if through else noisy.detach()
+        variance = 2 * sigma.square() + torch.finfo(r.dtype).tiny
+        chances.append(-((noisy.detach() - r).square() / variance).sum(-1))
         if group.reference is not None:
             with torch.no_grad():
                 wanted = group.reference(history, valid, length - 1 + n).thought.view_as(r)
-            distance = (r - wanted).square().sum(-1, keepdim=True)
-            kl = kl + (distance / (2 * sigma**2 + torch.finfo(r.dtype).tiny)).mean(1)[:, 0]
-        noisy = r + sigma * group.noise[:, :, n].to(r.dtype)
+            kl = kl + ((r - wanted).square() / variance).sum(-1).mean(1)
         here = embeds[:, length + n] if anchor is None else anchor
         fed.append(here[:, None] + noisy.to(here.dtype))
+        actions.append(noisy.detach())
+        sigmas.append(sigma[..., 0].expand(-1, members))
         outs.append(out)
         if n < thoughts - 1:
-            state = suffix.run(fed[-1][:, :, None]).flatten(0, 1)  # [B·G, 1, D]
+            with _gradients(through):
+                state = suffix.run(fed[-1][:, :, None]).flatten(0, 1)  # [B·G, 1, D]
             if n == 0:
                 history, valid = (x.repeat_interleave(members, 0) for x in (history, valid))
             history = torch.cat([history, state], 1)
             valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
-    behind = targets[:, None].expand(-1, members, -1, -1)
-    hidden = suffix.run(torch.cat([fed[-1][:, :, None], behind.to(fed[-1].dtype)], 2))  # [B, G, S, D]
-    logprobs = target_logprobs(model, hidden, group.targets[:, None], group.target_mask[:, None])
+    logprobs = None
+    if group.actions is None:
+        behind = targets[:, None].expand(-1, members, -1, -1)
+        with _gradients(through):
+            hidden = suffix.run(torch.cat([fed[-1][:, :, None], behind.to(fed[-1].dtype)], 2))  # [B, G, S, D]
+            logprobs = target_logprobs(model, hidden, group.targets[:, None], group.target_mask[:, None])
 
     first, last = outs[0], outs[-1]
     gates = first.gates[:, -1].detach()
     return GroupOutput(
         logprobs=logprobs,
+        thought_logprobs=torch.stack(chances, -1),
         regularisers=torch.stack([_regularisers(config, out, batch) for out in outs]).mean(0),
         kl=None if group.reference is None else kl,
+        actions=(torch.stack(actions, 2), torch.stack(sigmas, -1)),
         thoughts=torch.stack(fed, 2).detach(),
         thought_norm=last.thought.detach().view(batch, -1, last.thought.shape[-1])[:, 0].norm(dim=-1),
         gate_entropy=-torch.special.xlogy(gates, gates).sum(-1),
