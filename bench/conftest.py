@@ -10,6 +10,8 @@ GPU; ``quick`` is for both.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from .harness import ON_GPU, ROOT, TIERS, Ceilings, Race, facts, label
 
 TIMEOUT = {"quick": 120, "default": 900, "full": 3600}
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_STARTED = pytest.StashKey[float]()
 _CEILINGS = pytest.StashKey[Ceilings]()
 
 
@@ -28,6 +31,9 @@ def pytest_addoption(parser) -> None:
     group = parser.getgroup("flr benchmarks")
     group.addoption("--quick", action="store_true", help="smallest sizes: every suite runs, in minutes (CI)")
     group.addoption("--full", action="store_true", help="largest sizes and sweeps besides the default ones")
+    group.addoption(
+        "--budget", type=float, help="seconds after which no further race starts; one of each test comes first"
+    )
     group.addoption(
         "--results",
         type=Path,
@@ -45,7 +51,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "cases(quick, default, full, gpu, gpu_full): shapes by tier, for `shape`")
     tier = tier_of(config)
     facts()  # of the code as it is now, whatever happens to the tree before the results are written
-    config.stash[_ROWS] = []
+    config.stash[_ROWS], config.stash[_STARTED] = [], time.monotonic()
     config.stash[_CEILINGS] = Ceilings(tier)
 
 
@@ -68,10 +74,24 @@ def pytest_generate_tests(metafunc) -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     here = Path(__file__).parent
+    if config.getoption("--budget"):
+        seen: Counter[str] = Counter()
+        turn = {}
+        for item in items:
+            turn[item.nodeid] = seen[item.nodeid.partition("[")[0]]
+            seen[item.nodeid.partition("[")[0]] += 1
+        items.sort(key=lambda item: turn[item.nodeid])
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.timeout(TIMEOUT[tier_of(config)]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget and time.monotonic() - item.config.stash[_STARTED] > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +118,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         target: the ratio competitor / ours that is wanted; reported, not asserted.
         rounds: instead of what the tier and the time of a round give.
         clock: "wall" for work that waits (a server, a subprocess); default: harness.default_clock.
+        memory: "numpy" for work in NumPy, see harness.peak_bytes.
     """
     used = False
 
@@ -113,6 +134,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         target: dict[str, float] | None = None,
         rounds: int | None = None,
         clock: str = "",
+        memory: str = "torch",
     ) -> dict[str, float]:
         nonlocal used
         rows = request.config.stash[_ROWS]
@@ -122,7 +144,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
             raise ValueError(f"target: expected names of variants, got {', '.join(sorted(odd))}")
         if check is not None:
             check()
-        racing = Race(variants, tier, rounds, clock)
+        racing = Race(variants, tier, rounds, clock, memory)
         racing.run(None if used or not benchmark.enabled else benchmark.pedantic)
         if not used and not benchmark.enabled:
             benchmark(lambda: None)  # --benchmark-disable: the plugin wants its fixture used

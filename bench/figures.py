@@ -86,7 +86,8 @@ def growth(rows: list[Row]) -> plt.Figure:
         if memory:
             other = axes.twinx()
             other.plot(sweep.sizes, [y if y else float("nan") for y in sweep.peak_mb], "s", color=BLUE, markersize=3.5)
-            other.plot(sweep.sizes, [memory.at(x) for x in sweep.sizes], color=BLUE, lw=0.8)
+            buffers = sweep.buffers()
+            other.plot(sweep.sizes, [buffers.at(x) for x in sweep.sizes], color=BLUE, lw=0.8)
             other.set_yscale("log")
             other.tick_params(labelsize=7, colors=BLUE)
             text += f", memory {memory.exponent:.2f}"

@@ -8,10 +8,12 @@ reported: the key is absent.
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -98,7 +100,7 @@ def facts() -> dict[str, Any]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     found = {
-        "commit": git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "commit": git("rev-parse", "--short=10", "HEAD") or os.environ.get("FLR_BENCH_COMMIT", "unknown"),
         "dirty": bool(git("status", "--porcelain", "--", *CODE)),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(),
@@ -176,13 +178,21 @@ def seconds(call: Callable, calls: int, clock: str | None = None) -> float:
     return (now() - begin) / calls
 
 
-def peak_bytes(call: Callable) -> int | None:
+def peak_bytes(call: Callable, memory: str = "torch") -> int | None:
     """Most bytes that one call held at a time beyond those that were there before it; None where it cannot be told.
 
     CUDA: the caching allocator's high-water mark. CPU: the profiler's record of every allocation and release of
     PyTorch's CPU allocator, summed in order of time; compiled code and the backward count, memory that a library takes
-    by itself (packing buffers of the matrix products) and NumPy's do not.
+    by itself (packing buffers of the matrix products) and NumPy's do not. ``memory="numpy"`` counts those of NumPy and
+    Python objects instead, as tracemalloc sees them.
     """
+    if memory == "numpy":
+        tracemalloc.start()
+        try:
+            call()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
     if ON_GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -208,6 +218,7 @@ class Variant:
     name: str
     call: Callable[[], Any]
     clock: str
+    memory: str = "torch"
     calls: int = 1
     times: list[float] = field(default_factory=list)
     peak: int | None = None
@@ -217,12 +228,16 @@ class Variant:
         """Warm up (compile), measure memory, and choose how many calls make a round."""
         self.call()
         synchronize()
-        self.peak = peak_bytes(self.call)
+        self.peak = peak_bytes(self.call, self.memory)
         once = seconds(self.call, 1, self.clock)
+        if once < ROUND_SECONDS[tier]:  # the first is often slow
+            once = min(once, *(seconds(self.call, 1, self.clock) for _ in range(4)))
         self.calls = max(1, min(MAX_CALLS, round(ROUND_SECONDS[tier] / max(once, 1e-9))))
         self.times = [once]
 
     def time(self) -> None:
+        if self.calls > 1:
+            self.call()  # untimed: caches hold what the variant before left there
         self.times.append(seconds(self.call, self.calls, self.clock))
 
 
@@ -244,12 +259,17 @@ class Race:
     """Ours (the first variant) and its competitors over the same work."""
 
     def __init__(
-        self, variants: dict[str, Callable[[], Any]], tier: str, rounds: int | None = None, clock: str = ""
+        self,
+        variants: dict[str, Callable[[], Any]],
+        tier: str,
+        rounds: int | None = None,
+        clock: str = "",
+        memory: str = "torch",
     ) -> None:
         if not variants:
             raise ValueError("variants: expected at least one, got none")
         self.clock = clock or default_clock()
-        self.ours, *self.others = (Variant(name, call, self.clock) for name, call in variants.items())
+        self.ours, *self.others = (Variant(name, call, self.clock, memory) for name, call in variants.items())
         self.ours.prepare(tier)
         for other in self.others:
             guarded(other, lambda other=other: other.prepare(tier))

@@ -131,16 +131,16 @@ def growth(rows: list[Row]) -> str:
         time, memory = sweep.time_law(), sweep.memory_law()
         if time is None:
             continue
+        buffers = sweep.buffers()
         law = [f"{x.exponent:.2f} (±{x.residual - 1:.0%})" if x else "" for x in (time, memory)]
-        fits = []
-        for size in scaling.MEMORIES:
-            reach = memory.reaches(size * 1e3) if memory else math.inf
-            fits.append(f"{number(reach)}" if math.isfinite(reach) else "")
+        reach = [buffers.reaches(size * 1e3) if buffers else math.inf for size in scaling.MEMORIES]
+        trusted = f"{buffers.trusted:.2f}" if buffers and buffers.trusted else ""
         largest = f"{number(sweep.ms[-1])} ms" + (f", {number(sweep.peak_mb[-1])} MB" if sweep.peak_mb[-1] else "")
         sizes = f"{sweep.sizes[0]:,.0f} … {sweep.sizes[-1]:,.0f}"
-        lines.append([f"{sweep.operation}, {label(sweep.fixed)}", sweep.varied, sizes, largest, *law, *fits])
+        fits = [f"{number(x)}" if math.isfinite(x) else "" for x in reach]
+        lines.append([f"{sweep.operation}, {label(sweep.fixed)}", sweep.varied, sizes, largest, *law, *fits, trusted])
     header = ["operation", "varied", "sizes", "at the largest", "time ∝", "memory ∝"]
-    return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES)], lines)
+    return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
 
 
 def noise(path: Path = NOISE) -> str:

@@ -1,5 +1,9 @@
 """Growth laws from the rows of suite ``scaling``: exponents by least squares on logarithms, and what fits a memory.
 
+Memory is a sum of buffers, so for extrapolation it is fitted as a + b·x + c·x², all ≥ 0, by non-negative least squares on relative
+errors; a power law would carry the constant part along. The fit without the largest size, asked for that size, shows how far
+it can be trusted.
+
 A row of that suite carries in its shape ``operation``, ``varied`` (the symbol) and its value under that symbol.
 """
 
@@ -9,6 +13,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 #: Device memories for which the largest size is stated, in 10⁹ bytes.
 MEMORIES = (24, 80)
@@ -25,9 +30,25 @@ class Law(NamedTuple):
     def at(self, x: float) -> float:
         return self.scale * x**self.exponent
 
+
+class Buffers(NamedTuple):
+    """y ≈ a + b·x + c·x²; ``trusted`` is measured / predicted at the largest size by the fit without it."""
+
+    a: float
+    b: float
+    c: float
+    trusted: float | None
+
+    def at(self, x: float) -> float:
+        return self.a + self.b * x + self.c * x * x
+
     def reaches(self, y: float) -> float:
-        """The x at which the law gives y; infinite where it does not grow."""
-        return (y / self.scale) ** (1 / self.exponent) if self.exponent > 0.05 else math.inf
+        """The x at which the law gives y; infinite where it does not grow, 0 where it begins above."""
+        if self.a >= y:
+            return 0.0
+        if self.c > 0:
+            return (-self.b + math.sqrt(self.b**2 + 4 * self.c * (y - self.a))) / (2 * self.c)
+        return (y - self.a) / self.b if self.b > 0 else math.inf
 
 
 class Sweep(NamedTuple):
@@ -44,8 +65,14 @@ class Sweep(NamedTuple):
         return fit(self.sizes, self.ms)
 
     def memory_law(self) -> Law | None:
+        return fit(*self._memory())
+
+    def buffers(self) -> Buffers | None:
+        return fit_buffers(*self._memory())
+
+    def _memory(self) -> tuple[list[float], list[float]]:
         known = [(x, y) for x, y in zip(self.sizes, self.peak_mb, strict=True) if y]
-        return fit([x for x, _ in known], [y for _, y in known])
+        return [x for x, _ in known], [y for _, y in known]
 
 
 def fit(x: list[float], y: list[float]) -> Law | None:
@@ -62,6 +89,29 @@ def fit(x: list[float], y: list[float]) -> Law | None:
     exponent, intercept = np.polyfit(log_x, log_y, 1)
     misfit = np.sqrt(np.mean((log_y - exponent * log_x - intercept) ** 2))
     return Law(float(exponent), float(np.exp(intercept)), float(np.exp(misfit)), len(order))
+
+
+def fit_buffers(x: list[float], y: list[float]) -> Buffers | None:
+    """The non-negative a + b·x + c·x² through the points; None for fewer than three.
+
+    >>> law = fit_buffers([1, 2, 4, 8], [13, 16, 22, 34])
+    >>> round(law.a, 6), round(law.b, 6), round(law.c, 6), round(law.trusted, 6), round(law.reaches(310))
+    (10.0, 3.0, 0.0, 1.0, 100)
+    """
+    if len(x) < 3:
+        return None
+    size, value = np.asarray(x, float), np.asarray(y, float)
+
+    def solve(count: int) -> np.ndarray:
+        largest = size[:count].max()
+        columns = np.stack([np.ones(count), size[:count] / largest, (size[:count] / largest) ** 2], axis=1)
+        return nnls(columns / value[:count, None], np.ones(count))[0] / [1, largest, largest**2]
+
+    law = Buffers(*(float(v) for v in solve(len(x))), None)
+    if len(x) < 4:
+        return law
+    rest = Buffers(*(float(v) for v in solve(len(x) - 1)), None)
+    return law._replace(trusted=float(value[-1] / rest.at(size[-1])))
 
 
 def sweeps(rows: list[dict[str, Any]]) -> list[Sweep]:

@@ -172,7 +172,7 @@ def _row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) ->
         return cross_entropy(logits, t, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
     vocab = model.config.get_text_config().vocab_size
-    if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS or not torch.is_grad_enabled():
+    if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS:
         return block(hidden, target)
     step = max(1, MAX_LOSS_LOGITS // (4 * vocab))
     parts = [

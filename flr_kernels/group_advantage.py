@@ -16,12 +16,13 @@ Sources: GRPO arXiv 2402.03300, Dr. GRPO arXiv 2503.20783, RLOO arXiv 2402.14740
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, extension, reference
 
 KINDS = ("grpo", "dr_grpo", "rloo", "latentr3")
 REWARDS = ("neg_perplexity", "log_likelihood", "given")
@@ -40,9 +41,12 @@ def _reference(
     token_logprobs: Tensor, mask: Tensor | None, group_size: int, kind: str, reward: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rewards = reference.sequence_rewards(token_logprobs, mask, reward).view(-1, group_size)
-    advantages = reference.group_advantages(rewards, kind, eps)
     mean, std, _ = reference.group_statistics(rewards)
-    batch = reference.batch_partial(rewards) if kind == "latentr3" else mean.new_empty(0)
+    if kind == "latentr3":
+        batch = reference.batch_partial(rewards)
+        advantages = reference.batch_advantages(rewards, batch[None], eps)
+    else:
+        batch, advantages = mean.new_empty(0), reference.group_advantages(rewards, kind, eps)
     return rewards, advantages, mean[:, 0].to(rewards.dtype), std[:, 0].to(rewards.dtype), batch
 
 
@@ -62,6 +66,9 @@ def _reference_backward(
 
 dispatch.op("group_advantage").register("reference", _reference, _reference_backward)
 dispatch.op("batch_advantage").register("reference", reference.batch_advantages)
+for _backend, _check in (("cuda", extension.check_cuda), ("host", extension.check_host)):
+    dispatch.op("group_advantage").register(_backend, extension.group_advantage, _reference_backward, _check)
+    dispatch.op("batch_advantage").register(_backend, extension.batch_advantage, check=_check)
 
 
 @torch.library.custom_op("flr::group_advantage", mutates_args=())
@@ -176,8 +183,10 @@ def group_advantage(
     checks.choice("reward", reward, REWARDS)
     checks.tensor("token_logprobs", token_logprobs, "BG" if reward == "given" else "BG S")
     rows = token_logprobs.shape[0]
-    if not isinstance(group_size, int) or group_size < 1 or rows % group_size:
+    if not isinstance(group_size, int) or not 1 <= group_size < 1 << 31 or rows % group_size:
         raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size!r}")
+    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
     if mask is not None:
         if reward == "given":
             raise ValueError("mask: expected None for given rewards, got a tensor")

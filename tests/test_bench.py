@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,18 +45,19 @@ def test_peak_memory_is_what_was_alive_at_a_time():
 
     assert harness.peak_bytes(apart) == 4_000_000
     assert harness.peak_bytes(together) == 6_000_000
+    assert harness.peak_bytes(lambda: np.empty(1_000_000), "numpy") == pytest.approx(8_000_000, rel=0.01)
 
 
 def test_a_race_is_run_in_turns_and_its_ratio_is_that_of_each_round(monkeypatch):
     order = []
-    durations = {"flr": iter([1, 1, 1, 2, 4]), "slow": iter([9, 10, 30, 20, 40])}  # the first of each chooses calls
+    durations = {"flr": iter([3, 1, 1, 2, 4]), "slow": iter([9, 10, 30, 20, 40])}  # the first of each chooses calls
 
     def seconds(call, calls, clock=None):
         order.append(call())
         return next(durations[order[-1]]) / 1e3
 
     monkeypatch.setattr(harness, "seconds", seconds)
-    monkeypatch.setattr(harness, "peak_bytes", lambda call: None)
+    monkeypatch.setattr(harness, "peak_bytes", lambda call, memory: None)
 
     def broken():
         raise RuntimeError("out of luck\nat length")
@@ -182,9 +184,19 @@ def test_growth_laws_are_those_of_the_larger_sizes():
     law = scaling.fit(sizes, [0.5 * x**1.5 * (1.1 if i % 2 else 1 / 1.1) for i, x in enumerate(sizes)])
     assert law.exponent == pytest.approx(1.5, abs=0.08)
     assert 1.05 < law.residual < 1.15
-    assert law.reaches(law.at(300.0)) == pytest.approx(300.0)
-    assert scaling.fit(sizes, [7.0] * 10).reaches(1e9) == float("inf")
     assert scaling.fit([1, 2], [1, 2]) is None
+
+
+def test_memory_is_extrapolated_as_a_sum_of_buffers():
+    sizes = [2**i for i in range(4, 10)]
+    law = scaling.fit_buffers(sizes, [50 + 3 * x + 0.01 * x**2 for x in sizes])
+    assert (law.a, law.b, law.c) == pytest.approx((50, 3, 0.01), rel=1e-6)
+    assert law.trusted == pytest.approx(1.0)
+    assert law.reaches(50 + 3 * 5000 + 0.01 * 5000**2) == pytest.approx(5000)
+    cubic = scaling.fit_buffers(sizes, [x**3 for x in sizes])
+    assert cubic.trusted > 1.3  # a law that does not fit says so
+    assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(1e9) == float("inf")
+    assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(5) == 0
 
 
 def test_documents_show_the_committed_results():
