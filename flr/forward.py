@@ -275,8 +275,9 @@ def flr_forward(
     skip_logits: bool | None = None,
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
+    group: Any = None,
     **kwargs,
-) -> FLRCausalLMOutput | tuple:
+) -> Any:
     """Forward of a patched model: that of the model it was, plus
 
     Args:
@@ -288,10 +289,15 @@ def flr_forward(
         num_items_in_batch: divisor of the summed cross-entropy (as ``Trainer`` passes it under gradient
             accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
             tokens, so that any split of a batch gives the same sum.
+        group: :class:`flr.group_forward.GroupInputs`; the result is then the ``GroupOutput`` of a latent GRPO step.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
     not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
     """
+    if group is not None:
+        from .group_forward import group_forward  # it stands on this module
+
+        return group_forward(self, input_ids, attention_mask, position_ids, reasoner_mask, group)
     config: FLRConfig = self._flr_patch.config
     return_dict = kwargs.pop("return_dict", None)
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
