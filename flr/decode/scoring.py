@@ -13,9 +13,9 @@ Scoring = Literal["full", "catalogue"]
 _CACHED_CELLS = 1 << 18  # logits normalised at a time on a CPU: 1 MiB, so that they stay in its cache
 
 
-def check_scoring(scoring: str) -> None:
+def check_scoring(scoring: str, name: str = "scoring") -> None:
     if scoring not in get_args(Scoring):
-        raise ValueError(f"scoring must be one of {list(get_args(Scoring))}, got {scoring!r}")
+        raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
 
 
 def check_vocabulary(trie: CatalogueTrie, logits: torch.Tensor) -> None:
