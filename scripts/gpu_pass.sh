@@ -57,10 +57,8 @@ if wanted test; then
     --junitxml "$OUT/tests.xml"
 fi
 if wanted bench; then
-  TAIL=60 part attention 400 "$python" -m pytest -q -p no:cacheprovider bench/test_factor_attention.py \
-    --benchmark-columns=median --results "$OUT/factor_attention.json"
-  TAIL=60 part reasoner 400 "$python" -m pytest -q -p no:cacheprovider bench/test_reasoner.py \
-    --benchmark-columns=median --results "$OUT/reasoner.json"
+  TAIL=80 part bench 400 "$python" -m pytest -q -p no:cacheprovider bench --benchmark-only \
+    --benchmark-columns=median --results "$OUT/results"
 fi
 if wanted tune; then
   part tune 200 "$python" scripts/tune_tiles.py --json "$OUT/tiles_forward.json"
