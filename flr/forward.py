@@ -157,11 +157,11 @@ def _take(x: Tensor, source: Tensor, fill: float) -> Tensor:
 
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states [..., D], as the model's own forward computes them."""
-    return scaled(model, model.get_output_embeddings()(hidden))
+    return scale_logits(model, model.get_output_embeddings()(hidden))
 
 
-def scaled(model: Any, logits: Tensor) -> Tensor:
-    """What a model's own forward does to its lm_head's output."""
+def scale_logits(model: Any, logits: Tensor) -> Tensor:
+    """What follows the lm_head in ``model``, element by element."""
     config = model.config.get_text_config()
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale
