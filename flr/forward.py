@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import FLRConfig
 from .reasoner import LOSSES, ReasonerOutput
+
+if TYPE_CHECKING:
+    from .catalogue_loss import CatalogueLoss
+    from .group_forward import GroupInputs
 
 logger = logging.getLogger("flr")
 
@@ -153,7 +157,11 @@ def _take(x: Tensor, source: Tensor, fill: float) -> Tensor:
 
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states [..., D], as the model's own forward computes them."""
-    logits = model.get_output_embeddings()(hidden)
+    return scale_logits(model, model.get_output_embeddings()(hidden))
+
+
+def scale_logits(model: Any, logits: Tensor) -> Tensor:
+    """What follows the lm_head in ``model``, element by element."""
     config = model.config.get_text_config()
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale
@@ -275,7 +283,8 @@ def flr_forward(
     skip_logits: bool | None = None,
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
-    group: Any = None,
+    catalogue: CatalogueLoss | None = None,
+    group: GroupInputs | None = None,
     **kwargs,
 ) -> Any:
     """Forward of a patched model: that of the model it was, plus
@@ -289,7 +298,9 @@ def flr_forward(
         num_items_in_batch: divisor of the summed cross-entropy (as ``Trainer`` passes it under gradient
             accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
             tokens, so that any split of a batch gives the same sum.
-        group: :class:`flr.group_forward.GroupInputs`; the result is then the ``GroupOutput`` of a latent GRPO step.
+        catalogue: normalise target tokens over their siblings in the catalogue instead of the vocabulary; ``labels`` are
+            then ``catalogue.edges(labels)``.
+        group: the result is then the :class:`flr.group_forward.GroupOutput` of a latent GRPO step.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
     not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
@@ -376,7 +387,7 @@ def flr_forward(
 
     loss = weights = None
     if targets is not None:
-        loss, weights = _loss(self, encoder, targets, label_smoothing, num_items_in_batch, thought_start)
+        loss, weights = _loss(self, encoder, targets, label_smoothing, num_items_in_batch, thought_start, catalogue)
     thoughts = encoder.output(weights)
     if loss is not None and thoughts is not None:
         loss = loss + thoughts.loss
@@ -419,6 +430,7 @@ def _loss(
     smoothing: float,
     num_items: Tensor | int | None,
     thought_start: int | None,
+    catalogue: CatalogueLoss | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
     fixed_shapes = thought_start is not None and encoder.use_cache  # labels stand in the last piece only
@@ -432,7 +444,7 @@ def _loss(
     else:
         chosen = next_label != IGNORE
         hidden, target = hidden[chosen], next_label[chosen]
-    total = _row_losses(model, hidden, target, smoothing).sum()
+    total = (_row_losses if catalogue is None else catalogue)(model, hidden, target, smoothing).sum()
     if num_items is None:
         return total / counts.sum().clamp_min(1), None
     return total / num_items, counts / num_items

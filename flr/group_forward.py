@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
-from .forward import _is_checkpointing, _row_losses
+from .forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
+from .head import head_logprob
 from .reasoner import LOSSES, ReasonerOutput
 
 logger = logging.getLogger("flr")
@@ -350,9 +351,13 @@ def group_forward(
 def target_logprobs(model: Any, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """log p of targets [B, 1, S] given hidden states [B, G, S, D]: [B, G, S], 0 where ``mask`` [B, 1, S] is false.
 
-    The lm_head runs on target rows alone, in blocks that are recomputed in the backward where they are large.
+    The lm_head runs on target rows alone. Their logits are kept for the backward where they are few, else recomputed.
     """
     shape = hidden.shape[:-1]
     chosen = mask.expand(shape)
-    losses = _row_losses(model, hidden[chosen], targets.expand(shape)[chosen], 0.0)
-    return -torch.zeros(shape, dtype=losses.dtype, device=losses.device).masked_scatter(chosen, losses)
+    rows, wanted = hidden[chosen], targets.expand(shape)[chosen]
+    if rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
+        found = -_row_losses(model, rows, wanted, 0.0)
+    else:
+        found = head_logprob(model, rows, wanted)
+    return torch.zeros(shape, dtype=found.dtype, device=found.device).masked_scatter(chosen, found)
