@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ def explain(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
     trie: CatalogueTrie | None = None,
 ) -> Explanation:
@@ -201,7 +201,7 @@ def explain_with(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
 ) -> Explanation:
     """:func:`explain` with a recommender."""

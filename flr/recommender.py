@@ -24,7 +24,7 @@ from .attribution import ThinkingPrompts, attribute, influence_shares, think
 from .checkpoint import from_pretrained
 from .data import CSR, RecProcessor
 from .decode import CatalogueTrie, Scoring, beam_search
-from .decode.scoring import check_scoring, order_key
+from .decode.scoring import order_key, resolve_scoring
 from .decode.session import causal_lm, evaluating
 from .patch import is_patched
 from .views import ViewMixture
@@ -169,7 +169,7 @@ class Recommender:
         k: int = 10,
         num_beams: int = 20,
         exclude_seen: bool = False,
-        scoring: Scoring = "full",
+        scoring: Scoring | Literal["auto"] = "auto",
         on_unknown: OnUnknown = "raise",
         *,
         shares: bool = True,
@@ -183,7 +183,7 @@ class Recommender:
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
-            scoring: "full" or "catalogue", see flr.decode.
+            scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
             on_unknown: what to do with an entry that is no id and no title: "raise", or "skip" it with a warning in the
                 log (:meth:`resolve` tells which).
             shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few tokens
@@ -293,7 +293,7 @@ class Recommender:
         for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
                 raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
-        check_scoring(scoring)
+        resolve_scoring(scoring, self.processor.scoring)
 
     def ranked(
         self,
@@ -301,12 +301,13 @@ class Recommender:
         k: int,
         num_beams: int,
         exclude_seen: bool,
-        scoring: Scoring,
+        scoring: Scoring | Literal["auto"],
         shares: bool,
     ) -> tuple[list[list[Recommendation]], ThinkingPrompts | None]:
         """Recommendations for a few resolved histories, and their thoughts where shares were asked for and there are any."""
         if not histories:
             return [], None
+        scoring = resolve_scoring(scoring, self.processor.scoring)
         exclude = None
         if exclude_seen:
             exclude = torch.full((len(histories), max(map(len, histories))), -1, dtype=torch.int64)

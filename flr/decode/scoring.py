@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -16,6 +16,15 @@ _CACHED_CELLS = 1 << 18  # logits normalised at a time on a CPU: 1 MiB, so that 
 def check_scoring(scoring: str, name: str = "scoring") -> None:
     if scoring not in get_args(Scoring):
         raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
+
+
+def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
+    """``scoring``; for "auto" the one that the model was trained for (a processor's ``scoring``)."""
+    if scoring == "auto":
+        return trained
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"scoring must be one of {['auto', *get_args(Scoring)]}, got {scoring!r}")
+    return cast(Scoring, scoring)
 
 
 def check_vocabulary(trie: CatalogueTrie, logits: torch.Tensor) -> None:
