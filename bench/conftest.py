@@ -1,150 +1,221 @@
-"""What the benchmarks share: device, copy bandwidth measured in the same run, timing that rotates inputs, a table.
+"""Fixtures of the benchmarks: ``race``, ``tier``, ``ceilings``, and the marker ``cases``, the one way to give sizes.
 
-Where there is no GPU the CPU backends run at small sizes; the table's first line says which device it was.
+    @pytest.mark.cases(quick=[{"B": 2, "L": 64}], default=[{"B": 4, "L": 256}], full=[{"B": 64, "L": 512}])
+    def test_something(shape, race):
+        race(label(shape), {"flr": ours, "eager": theirs}, suite="something", shape=shape, check=check)
+
+``full`` runs its cases besides the default ones. ``gpu`` and ``gpu_full`` take the place of ``default`` and ``full`` on a
+GPU; ``quick`` is for both.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
-#: Calls of a round, so that the launch of a GPU kernel and the wait at the end of a round do not count.
-CALLS, ROUNDS, WARMUP = (20, 15, 3) if ON_GPU else (1, 7, 2)
-_ROWS: list[dict] = []
-_FACTS: dict = {}
+from . import results
+from .harness import ON_GPU, ROOT, TIERS, Ceilings, Race, facts, label
+
+TIMEOUT = {"quick": 120, "default": 900, "full": 3600}
+_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_STARTED = pytest.StashKey[float]()
+_CEILINGS = pytest.StashKey[Ceilings]()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--results", type=Path, help="write the table and the facts of the run to this JSON file")
+    group = parser.getgroup("flr benchmarks")
+    group.addoption("--quick", action="store_true", help="smallest sizes: every suite runs, in minutes (CI)")
+    group.addoption("--full", action="store_true", help="largest sizes and sweeps besides the default ones")
+    group.addoption(
+        "--budget", type=float, help="seconds after which no further race starts; one of each test comes first"
+    )
+    group.addoption(
+        "--results",
+        type=Path,
+        help="folder for <device>/<commit>.json (default: bench/results, or out/bench with --quick or uncommitted code)",
+    )
 
 
-def synchronize() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
+def tier_of(config) -> str:
+    if config.getoption("--quick") and config.getoption("--full"):
+        raise pytest.UsageError("expected --quick or --full, got both")
+    return "quick" if config.getoption("--quick") else "full" if config.getoption("--full") else "default"
 
 
-def rotation(item_bytes: int) -> int:
-    """How many input sets make every read come from device memory: twice the L2 in all (one set on the CPU)."""
-    if not ON_GPU:
-        return 1
-    l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return max(2, min(16, -(-2 * l2 // item_bytes)))
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "cases(quick, default, full, gpu, gpu_full): shapes by tier, for `shape`")
+    tier = tier_of(config)
+    facts()  # of the code as it is now, whatever happens to the tree before the results are written
+    config.stash[_ROWS], config.stash[_STARTED] = [], time.monotonic()
+    config.stash[_CEILINGS] = Ceilings(tier)
 
 
-@dataclass
-class Machine:
-    """Facts that go into every result."""
+def pytest_generate_tests(metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("cases")
+    if marker is None:
+        return
+    given = marker.kwargs
+    if odd := set(given) - {*TIERS, "gpu", "gpu_full"}:
+        raise pytest.UsageError(f"cases: expected quick, default, full, gpu, gpu_full, got {', '.join(sorted(odd))}")
+    tier = tier_of(metafunc.config)
+    if tier == "quick":
+        shapes = given.get("quick", [])
+    else:
+        shapes = list(given["gpu"] if ON_GPU and "gpu" in given else given.get("default", []))
+        if tier == "full":
+            shapes += given["gpu_full"] if ON_GPU and "gpu_full" in given else given.get("full", [])
+    metafunc.parametrize("shape", [pytest.param(dict(s), id=label(s).replace(" ", "-")) for s in shapes])
 
-    name: str
-    copy_bandwidth: float  # bytes/s, read and written
 
-    def facts(self) -> dict:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-        facts = {
-            "device": self.name,
-            "copy_gb_per_s": self.copy_bandwidth / 1e9,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "commit": commit,
-        }
-        try:
-            import triton
+def pytest_collection_modifyitems(config, items) -> None:
+    here = Path(__file__).parent
+    if config.getoption("--budget"):
+        seen: Counter[str] = Counter()
+        turn = {}
+        for item in items:
+            turn[item.nodeid] = seen[item.nodeid.partition("[")[0]]
+            seen[item.nodeid.partition("[")[0]] += 1
+        items.sort(key=lambda item: turn[item.nodeid])
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if here in item.path.parents:
+                item.add_marker(pytest.mark.timeout(TIMEOUT[tier_of(config)]))
 
-            facts["triton"] = triton.__version__
-        except ImportError:
-            pass
-        return facts
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget and time.monotonic() - item.config.stash[_STARTED] > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 @pytest.fixture(scope="session")
-def machine() -> Machine:
-    """The device, and the bandwidth of a large copy on it, counting bytes read and bytes written."""
-    count = (1 << 28) if ON_GPU else (1 << 25)  # 1 GiB, 128 MiB
-    source, target = torch.randn(count, device=DEVICE), torch.empty(count, device=DEVICE)
-    times = []
-    for _ in range(12):
-        synchronize()
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize()
-        times.append(time.perf_counter() - start)
-    name = torch.cuda.get_device_name(DEVICE) if ON_GPU else "CPU"
-    return Machine(name, 2 * 4 * count / sorted(times)[len(times) // 2])
+def tier(request) -> str:
+    """``quick``, ``default`` or ``full``."""
+    return tier_of(request.config)
+
+
+@pytest.fixture(scope="session")
+def ceilings(request) -> Ceilings:
+    return request.config.stash[_CEILINGS]
 
 
 @pytest.fixture
-def measure(benchmark, machine) -> Callable:
-    """``measure(call, input_sets, bytes_moved, **labels)``: time ``call(*inputs)`` and report it.
+def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
+    """Time variants of the same work in turn, and keep one row each. Returns the median seconds by variant.
 
-    ``bytes_moved`` are those that the algorithm must move: every input read once, every result written once. The
-    competitors are held to the same number, so the GB/s column compares times.
+    Args of the function:
+        case: names the work within its suite; with the variant it identifies a row.
+        variants: name to function without arguments; the first is ours. A competitor that raises is reported as failed.
+        suite, shape: recorded; ``shape["dtype"]`` (default float32) chooses the matrix-product ceiling.
+        check: called first; raises where ours is not equal to its reference. Nothing is timed after that.
+        bytes_moved, flops: what the work must move and compute, the same for all variants.
+        target: the ratio competitor / ours that is wanted; reported, not asserted.
+        rounds: instead of what the tier and the time of a round give.
+        clock: "wall" for work that waits (a server, a subprocess); default: harness.default_clock.
+        memory: "numpy" for work in NumPy, see harness.peak_bytes.
     """
+    used = False
 
-    def run(call: Callable, input_sets: Sequence[tuple], bytes_moved: int, **labels) -> float:
-        inputs = cycle(input_sets)
-
-        def round_of_calls() -> None:
-            for _ in range(CALLS):
-                call(*next(inputs))
-            synchronize()
-
-        if ON_GPU:
-            round_of_calls()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        benchmark.pedantic(round_of_calls, rounds=ROUNDS, warmup_rounds=WARMUP, iterations=1)
-        times = sorted(t / CALLS for t in benchmark.stats.stats.data)
-        p20, p50, p80 = (times[int(q * (len(times) - 1) + 0.5)] for q in (0.2, 0.5, 0.8))
-        row = {
-            **labels,
-            "p20_ms": p20 * 1e3,
-            "p50_ms": p50 * 1e3,
-            "p80_ms": p80 * 1e3,
-            "bytes": bytes_moved,
-            "gb_per_s": bytes_moved / p50 / 1e9,
-            "of_copy": bytes_moved / p50 / machine.copy_bandwidth,
+    def run(
+        case: str,
+        variants: dict[str, Callable[[], Any]],
+        *,
+        suite: str,
+        shape: dict[str, Any],
+        check: Callable[[], None] | None = None,
+        bytes_moved: int | None = None,
+        flops: int | None = None,
+        target: dict[str, float] | None = None,
+        rounds: int | None = None,
+        clock: str = "",
+        memory: str = "torch",
+    ) -> dict[str, float]:
+        nonlocal used
+        rows = request.config.stash[_ROWS]
+        if any((row["suite"], row["case"]) == (suite, case) for row in rows):
+            raise ValueError(f"case: expected one race for each case of suite {suite}, got a second {case!r}")
+        if odd := set(target or ()) - set(variants):
+            raise ValueError(f"target: expected names of variants, got {', '.join(sorted(odd))}")
+        if check is not None:
+            check()
+        racing = Race(variants, tier, rounds, clock, memory)
+        racing.run(None if used or not benchmark.enabled else benchmark.pedantic)
+        if not used and not benchmark.enabled:
+            benchmark(lambda: None)  # --benchmark-disable: the plugin wants its fixture used
+        common: dict[str, Any] = {
+            "suite": suite,
+            "case": case,
+            "shape": {k: v if isinstance(v, (int, float)) else str(v) for k, v in shape.items()},
+            "tier": tier,
+            "check": "passed" if check is not None else "none given",
         }
-        if ON_GPU:
-            row["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
-        _FACTS.update(_FACTS or machine.facts())
-        benchmark.extra_info.update(row, **_FACTS)
-        _ROWS.append(row)
-        return p50
+        if bytes_moved is not None:
+            common["bytes"] = int(bytes_moved)
+        if flops is not None:
+            common["flops"] = int(flops)
+        dtype = str(shape.get("dtype", "float32")).removeprefix("torch.")
+        new = racing.rows(common, ceilings, dtype, target)
+        rows.extend(new)
+        if not used:
+            benchmark.group = suite
+            benchmark.extra_info.update({row["variant"]: row for row in new})
+        used = True
+        return {row["variant"]: row["p50_ms"] / 1e3 for row in new if "p50_ms" in row}
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    if not _ROWS:
+    rows = config.stash.get(_ROWS, [])
+    if not rows:
         return
+    tier, found = tier_of(config), {**facts(), "ceilings": config.stash[_CEILINGS].measured()}
     write = terminalreporter.write_line
-    note = "" if ON_GPU else ", small sizes: there is no GPU here"
-    copy = _FACTS["copy_gb_per_s"]
     write("")
-    write(f"{_FACTS['device']}{note}; copy {copy:.1f} GB/s read and written; GB/s of the bytes that must move")
     write(
-        f"{'case':46} {'variant':10} {'p50 ms':>9} {'MB':>8} {'GB/s':>7} {'of copy':>8} {'peak MB':>8} {'ours is':>8}"
+        f"{found['device']}, {found['threads']} thread(s), {tier} sizes" + ("" if ON_GPU else ": there is no GPU here")
     )
-    ours = {row["case"]: row["p50_ms"] for row in _ROWS if row["variant"] == "flr"}
-    for row in _ROWS:
-        ratio = row["p50_ms"] / ours[row["case"]] if row["case"] in ours else None
-        peak = f"{row['peak_mb']:8.0f}" if "peak_mb" in row else f"{'':8}"
-        write(
-            f"{row['case']:46} {row['variant']:10} {row['p50_ms']:9.3f} {row['bytes'] / 1e6:8.1f} "
-            f"{row['gb_per_s']:7.1f} {row['of_copy']:8.1%} {peak} {f'{ratio:7.1f}x' if ratio else '':>8}"
+    for line in table(rows):
+        write(line)
+    write(f"ceilings: {found['ceilings']}")
+    scratch = tier == "quick" or found["dirty"]
+    folder = config.getoption("--results") or (ROOT / "out/bench" if scratch else results.RESULTS)
+    write(f"written to {results.append({**found, 'tier': tier}, rows, folder)}")
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as text; a column is blank where nothing was measured."""
+    width = max(len(f"{row['suite']} {row['case']}") for row in rows)
+    lines = [
+        f"{'case':{width}} {'variant':12} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
+    ]
+
+    def column(row: dict[str, Any], key: str, form: str, size: int) -> str:
+        return f"{row[key]:{size}{form}}" if key in row else " " * size
+
+    for row in rows:
+        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:12} "
+        if "failed" in row:
+            lines.append(line + f"failed: {row['failed']}")
+            continue
+        line += " ".join(
+            column(row, key, form, size)
+            for key, form, size in (
+                ("p50_ms", ".3f", 10),
+                ("gb_per_s", ".1f", 7),
+                ("tflop_per_s", ".3f", 8),
+                ("of_ceiling", ".1%", 8),
+                ("peak_mb", ".3g", 8),
+            )
         )
-    if path := config.getoption("--results"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**_FACTS, "rows": _ROWS}, indent=1) + "\n")
+        if ratio := row.get("ratio"):
+            line += f" {ratio['p50']:.2f}x ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
+            line += f", target {row['target']:g}x" if "target" in row else ""
+        lines.append(line)
+    return lines

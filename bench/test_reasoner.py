@@ -1,78 +1,122 @@
-"""The whole reasoner, T refinements, forward and training step: fused, reference ops, compiled, and LatentR3's projection.
+"""The whole reasoner, T refinements: ours, the same with the reference ops, compiled, and LatentR3's projection.
 
-``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops,
-``compiled`` the former under torch.compile(fullgraph=True), ``latentr3`` the single-factor predecessor, which projects all
-L tokens to keys and values (K = 1, T = 1 by definition: compare it with T = 1).
+``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops (on a GPU;
+on the CPU they are what dispatch picks), ``compiled`` is under torch.compile(fullgraph=True), ``latentr3`` the
+single-factor predecessor, which projects all L tokens to keys and values (K = 1, T = 1 by definition: raced at T = 1 only).
+On a GPU, forward, T > 1: ``graph`` is ours in a CUDA graph, ``blocks`` too but all refinements of 16 users before the next 16.
 """
 
 from __future__ import annotations
 
+import copy
+import os
+from contextlib import contextmanager
+
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU, rotation
 
 from flr.config import FLRConfig
 from flr.reasoner import FactorizedReasoner, LatentR3Reasoner
 
-GPU_CASES = [(64, 512, 1536, torch.bfloat16), (64, 512, 4096, torch.bfloat16), (8, 4096, 1536, torch.bfloat16)]
-CPU_CASES = [(4, 256, 1536, torch.float32)]
-GPU_VARIANTS, CPU_VARIANTS = ("flr", "reference", "compiled", "latentr3"), ("flr", "latentr3")
+from .harness import DEVICE, ON_GPU, label, rotating, rotation
 
 
-def build(variant, size, refinements):
+def shape_of(batch: int, length: int, size: int, refinements: int, dtype: torch.dtype = torch.float32) -> dict:
+    return {"B": batch, "L": length, "D": size, "K": 4, "T": refinements, "dtype": dtype}
+
+
+def build(shape: dict):
     torch.manual_seed(0)
-    if variant == "latentr3":
-        return LatentR3Reasoner(size, FLRConfig(variant="latentr3", num_factors=1, num_refinements=1)).to(DEVICE)
-    module = FactorizedReasoner(size, FLRConfig(num_factors=4, num_refinements=refinements)).to(DEVICE)
-    return torch.compile(module, fullgraph=True, dynamic=False) if variant == "compiled" else module
+    return FactorizedReasoner(shape["D"], FLRConfig(num_factors=shape["K"], num_refinements=shape["T"])).to(DEVICE)
 
 
-@pytest.mark.parametrize("variant", GPU_VARIANTS if ON_GPU else CPU_VARIANTS)
-@pytest.mark.parametrize("refinements", [1, 2, 3])
+def graphed(call, h, mask, users: int):
+    """A CUDA graph of ``call`` on every block of ``users``."""
+    parts = list(zip(h.split(users), mask.split(users), strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and initialises what must not happen during the capture
+        call(*parts[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for part in parts:
+            call(*part)
+    return graph.replay
+
+
+@contextmanager
+def reference_ops():
+    before = os.environ.get("FLR_BACKEND")
+    os.environ["FLR_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        os.environ.pop("FLR_BACKEND") if before is None else os.environ.update(FLR_BACKEND=before)
+
+
+@pytest.mark.cases(
+    quick=[shape_of(2, 64, 256, 1)],
+    default=[shape_of(4, 256, 1536, t) for t in (1, 2, 3)],
+    gpu=[shape_of(64, 512, d, t, torch.bfloat16) for d in (1536, 4096) for t in (1, 2, 3)]
+    + [shape_of(8, 4096, 1536, 1, torch.bfloat16)],
+)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "train"])
-@pytest.mark.parametrize(("batch", "length", "size", "dtype"), GPU_CASES if ON_GPU else CPU_CASES)
-def test_reasoner(batch, length, size, dtype, backward, refinements, variant, measure, monkeypatch):
-    if variant == "latentr3" and refinements > 1:
-        pytest.skip("LatentR3 has one refinement")
-    if variant == "reference":
-        monkeypatch.setenv("FLR_BACKEND", "reference")
-    module = build(variant, size, refinements)
+def test_reasoner(shape, backward, tier, race):
+    size, dtype = shape["D"], shape["dtype"]
+    module = build(shape)
     generator = torch.Generator(DEVICE).manual_seed(1)
-    history = batch * length * size * dtype.itemsize
+    history = shape["B"] * shape["L"] * size * dtype.itemsize
     sets = []
     for _ in range(rotation(history)):
-        h = torch.randn(batch, length, size, generator=generator, device=DEVICE).to(dtype).requires_grad_(backward)
-        first = torch.randint(0, max(length // 8, 1), (batch, 1), generator=generator, device=DEVICE)
-        sets.append((h, torch.arange(length, device=DEVICE) >= first))
+        h = torch.randn(shape["B"], shape["L"], size, generator=generator, device=DEVICE).to(dtype)
+        first = torch.randint(0, max(shape["L"] // 8, 1), (shape["B"], 1), generator=generator, device=DEVICE)
+        sets.append((h.requires_grad_(backward), torch.arange(shape["L"], device=DEVICE) >= first))
 
-    if variant != "latentr3":  # no speed without a right answer
+    def step(model):
+        def think(h, mask):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                return model(h, mask)
+
+        def train(h, mask):
+            out = think(h, mask)
+            loss = out.thought.square().sum() + sum(x.sum() for x in out.user_losses.values())
+            return torch.autograd.grad(loss, (h, *model.parameters()), allow_unused=True)
+
+        return train if backward else torch.no_grad()(think)
+
+    def check():
         with torch.no_grad():
             h, mask = (x[:2] for x in sets[0])
-            exact = build("flr", size, refinements).double()
-            monkeypatch.setenv("FLR_BACKEND", "reference")
-            expected = exact(h.double(), mask).thought
-            if variant != "reference":
-                monkeypatch.delenv("FLR_BACKEND")
-            eager = build("flr", size, refinements)
-            error = (eager(h, mask).thought.double() - expected).norm() / expected.norm()
-        assert error < (1e-4 if dtype == torch.float32 and not ON_GPU else 3e-2), error
+            with reference_ops():
+                expected = copy.deepcopy(module).double()(h.double(), mask).thought
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                found = module(h, mask).thought
+        error = float((found.double() - expected).norm() / expected.norm())
+        bound = 1e-4 if dtype == torch.float32 and not ON_GPU else 3e-2
+        if not error < bound:
+            raise AssertionError(f"reasoner: expected a relative error below {bound}, got {error}")
 
-    def think(h, mask):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return module(h, mask)
-
-    def forward(h, mask):
-        with torch.no_grad():
-            think(h, mask)
-
-    def train(h, mask):
-        out = think(h, mask)
-        loss = out.thought.square().sum() + sum(x.sum() for x in out.user_losses.values())
-        torch.autograd.grad(loss, (h, *module.parameters()), allow_unused=True)
-
-    # what one pass must move: the history (twice, and its gradient, in the backward) and the 4 D² weights
-    weights = 4 * size * size * 4
-    moved = (history * 3 + weights * 3) if backward else history + weights
-    short = str(dtype).removeprefix("torch.")
-    case = f"{'train' if backward else 'forward'} T{refinements} B{batch} L{length} D{size} {short}"
-    measure(train if backward else forward, sets, moved, case=case, variant=variant)
+    variants = {"flr": step(module)}
+    if ON_GPU:
+        variants["reference"] = reference_ops()(step(module))
+    if tier != "quick":
+        variants["compiled"] = step(torch.compile(module, fullgraph=True, dynamic=False))
+    if shape["T"] == 1:
+        config = FLRConfig(variant="latentr3", num_factors=1, num_refinements=1)
+        variants["latentr3"] = step(LatentR3Reasoner(size, config).to(DEVICE))
+    graphs = {}
+    if ON_GPU and shape["T"] > 1 and not backward:
+        graphs = {
+            name: graphed(step(module), *sets[0], users) for name, users in (("graph", len(sets[0][0])), ("blocks", 16))
+        }
+    weights = 4 * size * size * 4  # the queries', keys', values' and output's; 2 operations an element and user
+    race(
+        f"{'train' if backward else 'forward'} {label(shape)}",
+        {name: rotating(call, sets) for name, call in variants.items()} | graphs,
+        suite="reasoner",
+        shape=shape,
+        check=check,
+        # what one pass must move: the history (twice, and its gradient, in the backward) and the 4 D² weights
+        bytes_moved=(history + weights) * (3 if backward else 1),
+    )

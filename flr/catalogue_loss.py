@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from .decode import CatalogueTrie
-from .forward import IGNORE, MAX_LOSS_LOGITS, head, scaled
+from .forward import IGNORE, MAX_LOSS_LOGITS, head, scale_logits
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, forward and backward, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100
@@ -163,7 +163,9 @@ def _at(model: Any, hidden: Tensor, tokens: Tensor, gathers: bool) -> Tensor:
     if not gathers:
         return head(model, hidden)[:, tokens]
     module = model.get_output_embeddings()
-    return scaled(model, linear(hidden, module.weight[tokens], None if module.bias is None else module.bias[tokens]))
+    return scale_logits(
+        model, linear(hidden, module.weight[tokens], None if module.bias is None else module.bias[tokens])
+    )
 
 
 def _below(
@@ -184,7 +186,7 @@ def _below(
     if gathers:
         module = model.get_output_embeddings()
         scores = (hidden[row].to(dtype) * module.weight[token].to(dtype)).sum(-1)
-        scores = scaled(model, scores if module.bias is None else scores + module.bias[token])
+        scores = scale_logits(model, scores if module.bias is None else scores + module.bias[token])
     else:
         scores = head(model, hidden)[row, token].to(dtype)
     top = scores.detach().new_full(fanout.shape, -torch.inf).scatter_reduce(0, row, scores.detach(), "amax")

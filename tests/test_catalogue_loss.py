@@ -180,7 +180,7 @@ def test_dropout_acts_in_training_only_and_hooks_are_obeyed(tmp_path, monkeypatc
     hook = model.get_output_embeddings().register_forward_hook(lambda m, x, y: 2 * y)
     doubled = loss()
     hook.remove()
-    monkeypatch.setattr(catalogue_loss, "scaled", lambda m, x: 2 * x)
+    monkeypatch.setattr(catalogue_loss, "scale_logits", lambda m, x: 2 * x)
     monkeypatch.setattr(catalogue_loss, "_GATHER_COST", 0)
     torch.testing.assert_close(doubled, loss())
     assert doubled != before

@@ -1,0 +1,225 @@
+"""Tables and figures from the committed results: nothing in them is typed by hand.
+
+A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` of a document; NAME is one of :func:`tables`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from . import results, scaling
+from .harness import ROOT, label
+
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
+NOISE = ROOT / "bench/quick_baseline.json"
+MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
+Row = dict[str, Any]
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents.
+
+    >>> number(0.012345), number(3.14159), number(1234.5), number(27100)
+    ('0.0123', '3.14', '1,230', '27,100')
+    """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, digits):,.{max(digits, 0)}f}"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table; nothing where there are no lines."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) if lines else ""
+
+
+def ratio(row: Row) -> str:
+    return f"{number(row['ratio']['p50'])}×" if "ratio" in row else ""
+
+
+def between(row: Row) -> str:
+    return f"{number(row['ratio']['p20'])}-{number(row['ratio']['p80'])}" if "ratio" in row else ""
+
+
+def _ours(rows: list[Row]) -> dict[tuple[str, str], Row]:
+    return {(r["suite"], r["case"]): r for r in rows if "p50_ms" in r and "ratio" not in r}
+
+
+def speed(rows: list[Row]) -> str:
+    """Every row that has a target: how many times faster, how much memory, and whether the target is met."""
+    ours, lines = _ours(rows), []
+    for row in rows:
+        if "target" not in row:
+            continue
+        mine = ours[row["suite"], row["case"]]
+        if "failed" in row:
+            lines.append([row["suite"].replace("_", " "), row["case"], row["variant"], row["failed"], "", "", ""])
+            continue
+        memory = ""
+        if "peak_mb" in row and mine.get("peak_mb"):
+            memory = f"{number(mine['peak_mb'])} / {number(row['peak_mb'])}"
+        met = "met" if row["ratio"]["p50"] >= row["target"] else "**missed**"
+        lines.append(
+            [
+                row["suite"].replace("_", " "),
+                row["case"],
+                row["variant"],
+                f"**{ratio(row)}**",
+                between(row),
+                memory,
+                f"{row['target']:g}×, {met}",
+            ]
+        )
+    return markdown(["", "work", "against", "faster", "20-80 %", "peak MB, ours / theirs", "target"], lines)
+
+
+def suite(rows: list[Row], name: str) -> str:
+    """All rows of a suite."""
+    lines = []
+    for row in (r for r in rows if r["suite"] == name):
+        if "failed" in row:
+            lines.append([row["case"], row["variant"], f"failed: {row['failed']}", "", "", "", "", ""])
+            continue
+        lines.append(
+            [
+                row["case"],
+                row["variant"],
+                number(row["p50_ms"]),
+                f"{number(row['p20_ms'])}-{number(row['p80_ms'])}",
+                number(row["gb_per_s"]) if "gb_per_s" in row else "",
+                f"{row['of_ceiling']:.1%}" if "of_ceiling" in row else "",
+                number(row["peak_mb"]) if "peak_mb" in row else "",
+                f"{ratio(row)} ({between(row)})" if "ratio" in row else "",
+            ]
+        )
+    header = ["case", "variant", "p50 ms", "p20-p80", "GB/s", "of ceiling", "peak MB", "competitor / ours (p20-p80)"]
+    return markdown(header, lines)
+
+
+def machine(rows: list[Row]) -> str:
+    """Device, versions, commits, threads and ceilings of the rows shown."""
+    runs = {(r["run"]["commit"], r["run"]["date"]): r["run"] for r in rows}
+    lines = []
+    for run in sorted(runs.values(), key=lambda run: run["date"]):
+        ceilings = run["ceilings"]
+        matmul = ", ".join(f"{k} {number(v)}" for k, v in ceilings.get("matmul_tflop_per_s", {}).items())
+        names = sorted({r["suite"] for r in rows if r["run"] == run})
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        lines.append(
+            [
+                run["commit"],
+                run["date"][:10],
+                str(run["threads"]),
+                versions,
+                number(ceilings["copy_gb_per_s"]),
+                matmul,
+                ", ".join(names),
+            ]
+        )
+    header = ["commit", "date", "threads", "versions", "copy GB/s", "matmul TFLOP/s", "suites"]
+    return markdown(header, lines)
+
+
+def growth(rows: list[Row]) -> str:
+    """Fitted exponents, and the largest size for each memory by the fit."""
+    lines = []
+    for sweep in scaling.sweeps(rows):
+        time, memory = sweep.time_law(), sweep.memory_law()
+        if time is None:
+            continue
+        buffers = sweep.buffers()
+        law = [f"{x.exponent:.2f} (±{x.residual - 1:.0%})" if x else "" for x in (time, memory)]
+        reach = [buffers.reaches(size * 1e3) if buffers else math.inf for size in scaling.MEMORIES]
+        trusted = f"{buffers.trusted:.2f}" if buffers and buffers.trusted else ""
+        largest = f"{number(sweep.ms[-1])} ms" + (f", {number(sweep.peak_mb[-1])} MB" if sweep.peak_mb[-1] else "")
+        sizes = f"{sweep.sizes[0]:,.0f} … {sweep.sizes[-1]:,.0f}"
+        fits = [f"{number(x)}" if math.isfinite(x) else "" for x in reach]
+        lines.append([f"{sweep.operation}, {label(sweep.fixed)}", sweep.varied, sizes, largest, *law, *fits, trusted])
+    header = ["operation", "varied", "sizes", "at the largest", "time ∝", "memory ∝"]
+    return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
+
+
+def noise(path: Path = NOISE) -> str:
+    """How far the medians of a ratio lie apart over the runs of the quick baseline."""
+    pooled = results.ratios(results.load(path))
+    spreads = sorted(((value["spread"], key, value) for key, value in pooled.items()), key=lambda x: -x[0])
+    values = [s for s, _, _ in spreads]
+    lines = [
+        [" · ".join(key), number(value["p50"]), f"{number(value['p20'])}-{number(value['p80'])}", f"{spread:.2f}"]
+        for spread, key, value in spreads[:8]
+    ]
+    summary = (
+        f"{spreads[0][2]['runs']} runs, {len(values)} ratios. Greatest over least median of a ratio: median "
+        f"{values[len(values) // 2]:.2f}, nine in ten below {values[len(values) // 10]:.2f}, greatest {values[0]:.2f}. "
+        "The widest:\n\n"
+    )
+    return summary + markdown(["suite · case · competitor", "median", "p20-p80, pooled", "max / min"], lines)
+
+
+def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
+    """Every table by name; where several devices were measured each has its own part."""
+
+    def per_device(make: Any) -> str:
+        parts = []
+        for device, rows in sorted(devices.items()):
+            if table := make(rows):
+                threads = "/".join(str(t) for t in sorted({row["run"]["threads"] for row in rows}))
+                parts.append(f"{device}{f', {threads} thread(s)' if device.startswith('CPU') else ''}:\n\n{table}")
+        return "\n\n".join(parts)
+
+    names = sorted({row["suite"] for rows in devices.values() for row in rows})
+    found = {
+        "speed": per_device(speed),
+        "machine": per_device(machine),
+        "scaling": per_device(growth),
+        **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
+    }
+    found["all"] = "\n\n".join(f"### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
+    if NOISE.exists():
+        found["noise"] = noise()
+    return found
+
+
+def render(text: str, by_name: dict[str, str], where: str) -> str:
+    """``text`` with what stands between its markers replaced.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match[2] not in by_name:
+            raise ValueError(f"{where}: expected bench:NAME with NAME one of {', '.join(by_name)}, got {match[2]}")
+        return f"{match[1]}\n{by_name[match[2]]}\n\n{match[3]}"
+
+    return MARKED.sub(replace, text)
+
+
+def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = True) -> list[Path]:
+    """Render every document and figure; returns those that changed.
+
+    Raises:
+        ValueError: no results, or a marker that names no table.
+    """
+    devices = results.newest(folder)
+    if not devices:
+        raise ValueError(f"results: expected <device>/<commit>.json of a default or full run below {folder}, got none")
+    by_name, changed = tables(devices), []
+    for name in DOCUMENTS:
+        path = root / name
+        old = path.read_text()
+        new = render(old, by_name, name)
+        if new != old:
+            temporary = path.with_name(f".{path.name}.new")
+            temporary.write_text(new)
+            temporary.replace(path)
+            changed.append(path)
+    if figures:
+        from .figures import draw
+
+        changed += draw(devices, root / "docs/figures")
+    return changed

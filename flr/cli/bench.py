@@ -1,0 +1,84 @@
+"""``flr bench``: run the benchmark suite, render its results, compare two of them. Needs a checkout of the repository."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import flr
+
+from .options import console, emit
+
+ABOUT = "Run the benchmarks, render tables and figures from committed results, or compare two results files."
+
+
+def _suite(name: str) -> Any:
+    """A module of the suite, which is part of the checkout, not of the installed package."""
+    root = Path(flr.__file__).resolve().parents[1]
+    if not (root / "bench/harness.py").is_file():
+        raise ValueError(f"flr bench: expected a checkout with the folder bench/, got {root}; see docs/benchmarks.md")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(f"bench.{name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flr bench", description=ABOUT)
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="pytest bench/ --benchmark-only; further words go to pytest")
+    tier = run.add_mutually_exclusive_group()
+    tier.add_argument("--quick", action="store_true", help="smallest sizes, minutes")
+    tier.add_argument("--full", action="store_true", help="largest sizes and sweeps besides the default ones")
+    report = commands.add_parser("report", help="tables into the documents, figures into docs/figures")
+    report.add_argument("--results", type=Path, help="folder of results (default: bench/results)")
+    compare = commands.add_parser("compare", help="ratios competitor / ours of two files; status 1 on a regression")
+    compare.add_argument("a", type=Path, metavar="A", help="results file, before")
+    compare.add_argument("b", type=Path, metavar="B", help="results file, after")
+    compare.add_argument("--threshold", type=float, default=1.5, help="factor a ratio may fall by (default 1.5)")
+    return parser
+
+
+def _print_changes(changes: list[dict[str, Any]], notes: list[str]) -> None:
+    table = Table("suite", "case", "competitor", "A: competitor / ours", "B", "B / A", "ours, ms")
+    for change in changes:
+        a, b = change["a"], change["b"]
+        table.add_row(
+            *change["key"],
+            f"{a['p50']:.3g} ({a['p20']:.3g} to {a['p80']:.3g})",
+            f"{b['p50']:.3g} ({b['p20']:.3g} to {b['p80']:.3g})",
+            f"{change['change']:.2f}" + (" REGRESSION" if change["regression"] else ""),
+            f"{a['ours_ms']:.3g} to {b['ours_ms']:.3g}",
+        )
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
+def main(argv: list[str]) -> int:
+    options, rest = _parser().parse_known_args(argv)
+    if rest and options.command != "run":
+        raise ValueError(f"flr bench {options.command}: expected no further arguments, got {' '.join(rest)}")
+    if options.command == "run":
+        root = _suite("harness").ROOT
+        tier = ["--quick"] if options.quick else ["--full"] if options.full else []
+        command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", *tier, *rest]
+        return subprocess.run(command, cwd=root).returncode
+    results = _suite("results")
+    if options.command == "report":
+        changed = _suite("report").report(options.results or results.RESULTS)
+        console.print("\n".join(f"wrote {path}" for path in changed) or "nothing changed")
+        emit({"changed": [str(path) for path in changed]}, options.json)
+        return 0
+    changes, notes = results.compare(results.load(options.a), results.load(options.b), options.threshold)
+    _print_changes(changes, notes)
+    regressions = [" · ".join(change["key"]) for change in changes if change["regression"]]
+    console.print(f"{len(changes)} ratios, {len(regressions)} fell past a factor of {options.threshold:g}")
+    emit({"changes": changes, "notes": notes, "regressions": regressions}, options.json)
+    return 1 if regressions else 0
