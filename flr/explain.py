@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ def explain(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
     trie: CatalogueTrie | None = None,
 ) -> Explanation:
@@ -202,7 +202,7 @@ def explain_with(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
 ) -> Explanation:
     """:func:`explain` with a recommender."""

@@ -226,8 +226,8 @@ class _Encoder:
     def last_hidden(self) -> Tensor:
         return self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, 1)
 
-    def think(self, column: int) -> None:
-        """Put the thought into ``column`` of the rows that have one there."""
+    def think(self, column: int, given: Tensor | None = None) -> None:
+        """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""
         x, config = self.inputs, self.config
         rows = x.is_thought[:, column]
         before = max(column - 1, 0)
@@ -241,7 +241,9 @@ class _Encoder:
             anchor = torch.where(x.is_thought[:, before, None], self.anchor, x.embeds[:, before])
         self.anchor = anchor
         embedding = anchor
-        if config.variant in ("flr", "latentr3"):
+        if given is not None:
+            embedding = given
+        elif config.variant in ("flr", "latentr3"):
             history = self.last_hidden() if self.hidden else x.embeds[:, :0]
             out = self.model.flr(history, x.valid(column) if column else None, column - 1)
             r = torch.nn.functional.dropout(out.thought, config.dropout, self.model.training)
@@ -284,6 +286,7 @@ def flr_forward(
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
     catalogue: CatalogueLoss | None = None,
+    thoughts: Tensor | None = None,
     group: GroupInputs | None = None,
     **kwargs,
 ) -> Any:
@@ -300,6 +303,7 @@ def flr_forward(
             tokens, so that any split of a batch gives the same sum.
         catalogue: normalise target tokens over their siblings in the catalogue instead of the vocabulary; ``labels`` are
             then ``catalogue.edges(labels)``.
+        thoughts: [B, N, D], embeddings for the thought tokens instead of the reasoner's; in the same columns in every row.
         group: the result is then the :class:`flr.group_forward.GroupOutput` of a latent GRPO step.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
@@ -380,17 +384,21 @@ def flr_forward(
     )
 
     encoder = _Encoder(self, config, inputs, past_key_values, not checkpointing, kwargs)
-    for column in columns:
+    if thoughts is not None and (len(thoughts), thoughts.shape[1]) != (len(is_thought), len(columns)):
+        raise ValueError(
+            f"thoughts: expected [{len(is_thought)}, {len(columns)}, D] for these columns, got {tuple(thoughts.shape)}"
+        )
+    for n, column in enumerate(columns):
         encoder.encode(column)
-        encoder.think(column)
+        encoder.think(column, None if thoughts is None else thoughts[:, n])
     encoder.encode(stop)
 
     loss = weights = None
     if targets is not None:
         loss, weights = _loss(self, encoder, targets, label_smoothing, num_items_in_batch, thought_start, catalogue)
-    thoughts = encoder.output(weights)
-    if loss is not None and thoughts is not None:
-        loss = loss + thoughts.loss
+    made = encoder.output(weights)
+    if loss is not None and made is not None:
+        loss = loss + made.loss
     logits = None
     if not skip_logits:
         hidden = encoder.last_hidden()
@@ -410,7 +418,7 @@ def flr_forward(
         logits=logits,
         past_key_values=encoder.cache if keep_cache else None,
         hidden_states=layers,
-        flr=thoughts,
+        flr=made,
     )
     return out.to_tuple() if return_dict is False else out
 

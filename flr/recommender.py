@@ -24,7 +24,7 @@ from .attribution import ThinkingPrompts, attribute, influence_shares, think
 from .checkpoint import from_pretrained
 from .data import CSR, RecProcessor
 from .decode import CatalogueTrie, Scoring, beam_search
-from .decode.scoring import check_scoring, order_key
+from .decode.scoring import order_key, resolve_scoring
 from .decode.session import causal_lm, evaluating
 from .patch import is_patched
 from .views import ViewMixture
@@ -188,7 +188,7 @@ class Recommender:
         k: int = 10,
         num_beams: int = 20,
         exclude_seen: bool = False,
-        scoring: Scoring = "full",
+        scoring: Scoring | Literal["auto"] = "auto",
         on_unknown: OnUnknown = "raise",
         *,
         allow: History | None = None,
@@ -205,7 +205,7 @@ class Recommender:
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
-            scoring: "full" or "catalogue", see flr.decode.
+            scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
             on_unknown: what to do with an entry that is no id and no title: "raise", or "skip" it with a warning in the
                 log (:meth:`resolve` tells which).
             allow: ids, titles or indices of the items that may be recommended, up to 10,000; None for all. A title stands for every
@@ -384,10 +384,10 @@ class Recommender:
         for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
                 raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
-        check_scoring(scoring)
+        resolve_scoring(scoring, self.processor.scoring)
 
     def ranked(
-        self, queries: Sequence[Query], num_beams: int, scoring: Scoring, shares: bool
+        self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
     ) -> tuple[list[list[Recommendation]], ThinkingPrompts | None]:
         """Answers to a few queries, computed together, and their thoughts where shares were asked for and there are any.
 
@@ -405,6 +405,7 @@ class Recommender:
         if num_beams < k:
             raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
         exclude, allowed = _exclusions(queries), _allowances(queries)
+        scoring = resolve_scoring(scoring, self.processor.scoring)
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs = self.processor(histories)
             mixed_with = None

@@ -30,7 +30,7 @@ def request_models(settings: Settings) -> tuple[type[BaseModel], type[BaseModel]
             int,
             Field(settings.num_beams, ge=1, le=settings.max_num_beams, description="At least k are used."),
         ),
-        "scoring": (Literal["full", "catalogue"], Field(settings.scoring)),
+        "scoring": (Literal["auto", "full", "catalogue"], Field(settings.scoring)),
         "exclude_seen": (bool, Field(False, description="Leave out the history's items.")),
         "allow": (names | None, Field(None, description="Only these items; a title stands for all that bear it.")),
         "deny": (names, Field(default_factory=list, description="None of these items.")),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flr.decode.scoring import check_scoring
+from flr.decode.scoring import resolve_scoring
 from flr.recommender import MAX_BEAMS, MAX_ENTRIES, MAX_K
 
 TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE = "FLR_SERVE_TOKEN", "FLR_SERVE_ADMIN_TOKEN"
@@ -43,7 +43,7 @@ class Settings:
     max_k: int = _option(100, f"Largest k, up to {MAX_K}.")
     num_beams: int = _option(20, "Beams where a request does not say.")
     max_num_beams: int = _option(100, f"Most beams, up to {MAX_BEAMS}.")
-    scoring: str = _option("full", "Scoring where a request does not say: full or catalogue.")
+    scoring: str = _option("auto", "Scoring where a request does not say: full, catalogue, or auto: that of training.")
     max_history: int = _option(500, f"Longest history, up to {MAX_ENTRIES} entries.")
     max_filter: int = _option(1000, f"Longest allow- or deny-list, up to {MAX_ENTRIES} entries.")
     max_text: int = _option(1000, "Longest id or title, in characters.")
@@ -95,7 +95,7 @@ class Settings:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {value!r}")
-        check_scoring(self.scoring)
+        resolve_scoring(self.scoring, "full")
 
     @property
     def loopback(self) -> bool:

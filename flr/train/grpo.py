@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from flr.data import CSR, EpochSampler, Interactions, RecProcessor
+from flr.decode import beam_search, rank_one_token
 from flr.decode.session import causal_lm
 from flr.group_forward import GroupInputs, GroupOutput
 from flr_kernels.group_advantage import KINDS
@@ -37,11 +38,21 @@ class LatentGRPOConfig(TrainingArguments):
     """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
 
     output_dir: str | None = field(default="runs/rl", metadata={"help": "Checkpoints, and at the end the best model."})
-    group_size: int = field(default=8, metadata={"help": "G, thoughts a user: one as it is, the others with noise."})
-    noise_scale: float = field(default=0.5, metadata={"help": "Deviation of the noise on a thought."})
+    group_size: int = field(default=16, metadata={"help": "G, thoughts a user: one as it is, the others with noise."})
+    noise_scale: float = field(default=0.3, metadata={"help": "Deviation of the noise on a thought."})
     noise_relative: bool = field(default=True, metadata={"help": "noise_scale is in units of the thought's RMS."})
     policy: str = field(default="thoughts", metadata={"help": f"What the ratio is of: {' or '.join(POLICIES)}."})
     advantage: str = field(default="grpo", metadata={"help": f"One of {', '.join(KINDS)}."})
+    advantage_epsilon: float = field(
+        default=1.0,
+        metadata={"help": "Added to the spread that grpo divides by (and to latentr3's norm), in units of the reward."},
+    )
+    advantage_from_clean: bool = field(
+        default=True,
+        metadata={
+            "help": "latentr3: compare with the group's own unperturbed member, not with the batch's mean of them."
+        },
+    )
     reward: str = field(
         default="log_likelihood",
         metadata={"help": "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."},
@@ -60,7 +71,7 @@ class LatentGRPOConfig(TrainingArguments):
     eval_max_users: int | None = field(
         default=None, metadata={"help": "Evaluate on that many users only, evenly spread. Default: all."}
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the reasoner."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reasoner."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out the last incomplete batch of an epoch; the next one has another."}
     )
@@ -77,6 +88,7 @@ class LatentGRPOConfig(TrainingArguments):
         default="tensorboard", metadata={"help": "Where to log."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    normalisation: ClassVar[str] = "full"
     embedding_dropout: ClassVar[float] = 0.0  # what the supervised trainer reads
     output_dropout: ClassVar[float] = 0.0
 
@@ -89,7 +101,7 @@ class LatentGRPOConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.noise_scale <= 0:
             raise ValueError(f"noise_scale: expected a positive number, got {self.noise_scale}")
-        for name in ("epsilon_low", "epsilon_high", "kl_weight"):
+        for name in ("epsilon_low", "epsilon_high", "kl_weight", "advantage_epsilon"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if self.train_backbone and (self.policy == "thoughts" or self.kl_weight):
@@ -101,9 +113,10 @@ class LatentGRPOConfig(TrainingArguments):
             raise ValueError(
                 "gradient_checkpointing: expected False, got True; it excludes the cache that groups share"
             )
-        for name, strategy, every in (("save_steps", self.save_strategy, self.save_steps),):
-            if str(strategy) == "steps" and (every < 1 or every % self.num_iterations):
-                raise ValueError(f"{name}: expected a multiple of num_iterations = {self.num_iterations}, got {every}")
+        if self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: expected a multiple of num_iterations = {self.num_iterations}, got {self.save_steps}"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
         Rewards.parse(self.reward)
@@ -114,7 +127,7 @@ class GroupCollator:
     """Prompts, targets and noise of a batch of interactions.
 
     Returns what the processor makes of the histories (less item_positions), targets int64 [B, S], target_mask bool
-    [B, S] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row) alone: neither on the batch nor on
+    [B, S], items int64 [B] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row) alone: neither on the batch nor on
     the process, nor on how often the batch is used.
     """
 
@@ -130,6 +143,7 @@ class GroupCollator:
         mask = np.arange(lengths.max()) < lengths[:, None]
         targets = np.zeros(mask.shape, np.int64)
         targets[mask] = sequences.values
+        batch["items"] = torch.tensor([row.target for row in rows])
         batch["targets"], batch["target_mask"] = torch.from_numpy(targets), torch.from_numpy(mask)
         batch["noise"] = torch.from_numpy(np.stack([self.noise(row.epoch, row.row) for row in rows]))
         return batch
@@ -259,6 +273,7 @@ class LatentGRPOTrainer(SFTTrainer):
         args: Any = self.args
         model.eval()  # no dropout: noise on the thought is the only chance
         inputs = dict(inputs)
+        items = inputs.pop("items")
         group = GroupInputs(
             inputs.pop("targets"),
             inputs.pop("target_mask"),
@@ -280,7 +295,7 @@ class LatentGRPOTrainer(SFTTrainer):
         now = out.thought_logprobs if args.policy == "thoughts" else out.logprobs
         assert now is not None
         if iteration == 0:
-            self._roll_out(model, inputs, group, out, now)
+            self._roll_out(model, inputs, items, group, out, now)
         rollout = self._rollouts[self._micro_batch]
         self._micro_batch += 1
         mask = None if args.policy == "thoughts" else group.target_mask
@@ -300,7 +315,9 @@ class LatentGRPOTrainer(SFTTrainer):
         )
         return (loss, out) if return_outputs else loss
 
-    def _roll_out(self, model: Any, prompts: dict, group: GroupInputs, out: GroupOutput, now: torch.Tensor) -> None:
+    def _roll_out(
+        self, model: Any, prompts: dict, items: torch.Tensor, group: GroupInputs, out: GroupOutput, now: torch.Tensor
+    ) -> None:
         """Rewards and advantages of the current micro-batch, kept for the iterations on it."""
         args: Any = self.args
         assert out.logprobs is not None
@@ -312,10 +329,17 @@ class LatentGRPOTrainer(SFTTrainer):
             group.targets,
             out.thoughts,
             prompts,
-            lambda: self._ranks(model, prompts, group, out),
+            items,
+            lambda: self._ranks(model, prompts, items, out),
         )
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        result = self.rewards.advantages(seen, args.advantage, torch.distributed.group.WORLD if several else None)
+        result = self.rewards.advantages(
+            seen,
+            args.advantage,
+            args.advantage_epsilon,
+            args.advantage_from_clean,
+            torch.distributed.group.WORLD if several else None,
+        )
         advantages = result.advantages
         if args.advantage == "latentr3":
             count = torch.tensor(advantages.numel(), device=advantages.device)
@@ -328,8 +352,28 @@ class LatentGRPOTrainer(SFTTrainer):
             [torch.minimum(self._extremes[0], ends[0]), torch.maximum(self._extremes[1], ends[1])]
         )
 
-    def _ranks(self, model: Any, prompts: dict, group: GroupInputs, out: GroupOutput) -> torch.Tensor:
-        raise NotImplementedError
+    def _ranks(self, model: Any, prompts: dict, items: torch.Tensor, out: GroupOutput) -> torch.Tensor:
+        """Place [B, G] of the target in the list that constrained decoding gives each member, 0 where it is not in it.
+
+        Every member is a prompt of its own here: the beams of a member share a cache, members do not.
+        """
+        assert out.thoughts is not None
+        args: Any = self.args
+        if self.is_fsdp_enabled:
+            raise ValueError("reward: expected a likelihood under FSDP, where decoding would gather at different times")
+        batch, members = out.thoughts.shape[:2]
+        rows = {name: x.repeat_interleave(members, 0) for name, x in prompts.items()}
+        rows["thoughts"] = out.thoughts.flatten(0, 1)
+        target = items.repeat_interleave(members)[:, None]
+        lm = self.accelerator.unwrap_model(model)
+        if self.trie.depth == 1:
+            scores = rank_one_token(lm, rows, self.trie)  # [B·G, C]
+            ranks = (scores >= scores.gather(1, target)).sum(1)  # ties against the target
+        else:
+            width = args.reward_beams
+            hits = beam_search(lm, rows, self.trie, num_beams=width, k=width).items == target
+            ranks = (hits * torch.arange(1, width + 1, device=hits.device)).amax(1)
+        return ranks.view(batch, members)
 
     def _note(self, **values: torch.Tensor | None) -> None:
         """Add values [B] to the sums of the next line of the log."""
@@ -370,6 +414,7 @@ class LatentGRPOTrainer(SFTTrainer):
         for start in range(0, len(rows), size):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
             batch = self._prepare_inputs(batch)
+            del batch["items"]
             group = GroupInputs(batch.pop("targets"), batch.pop("target_mask"), batch.pop("noise"))
             logprobs = model(**batch, group=group).logprobs[:, 0]
             total += float((logprobs.sum(-1) / group.target_mask.sum(-1)).sum())

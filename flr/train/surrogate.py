@@ -54,6 +54,7 @@ class RewardInputs(NamedTuple):
     targets: Tensor  # int64 [B, S], tokens
     thoughts: Tensor  # [B, G, N, D], as fed
     prompts: Mapping[str, Tensor]  # input_ids [B, L + N] and the like
+    items: Tensor  # int64 [B], the target's index in the catalogue
     ranks: Callable[[], Tensor]  # int64 [B, G]: place of the target in the member's ranked list, 1 is best, 0 not in it
 
 
@@ -104,17 +105,10 @@ class Rewards:
         """Whether a term needs the ranks that constrained decoding gives."""
         return any(isinstance(name, str) and name not in LIKELIHOODS for name in self.terms)
 
-    def advantages(
-        self, inputs: RewardInputs, kind: str = "grpo", process_group: Any = None, eps: float = 1e-4
-    ) -> GroupAdvantage:
-        """Rewards and advantages [B, G], see :func:`flr_kernels.group_advantage`."""
+    def of(self, inputs: RewardInputs) -> Tensor:
+        """Rewards [B, G]."""
         batch, members, _ = inputs.logprobs.shape
-        logprobs = inputs.logprobs.flatten(0, 1)
-        mask = inputs.target_mask.repeat_interleave(members, 0)
-        alone = next(iter(self.terms))
-        if len(self.terms) == 1 and self.terms[alone] == 1 and isinstance(alone, str) and alone in LIKELIHOODS:
-            return group_advantage(logprobs, mask, members, kind, alone, eps, process_group)
-        total = logprobs.new_zeros(batch, members)
+        total = inputs.logprobs.new_zeros(batch, members)
         for name, weight in self.terms.items():
             if not isinstance(name, str):
                 value = name(inputs)
@@ -123,11 +117,37 @@ class Rewards:
                         f"reward: expected [{batch}, {members}] of a function, got shape {tuple(value.shape)}"
                     )
             elif name in LIKELIHOODS:
-                value = group_advantage(logprobs, mask, members, "dr_grpo", name).rewards
+                mask = inputs.target_mask.repeat_interleave(members, 0)
+                value = group_advantage(inputs.logprobs.flatten(0, 1), mask, members, "dr_grpo", name).rewards
             else:
                 value = ranking_reward(inputs.ranks(), name)
             total = total + weight * value.to(total.dtype)
-        return group_advantage(total.flatten(), None, members, kind, "given", eps, process_group)
+        return total
+
+    def advantages(
+        self,
+        inputs: RewardInputs,
+        kind: str = "grpo",
+        eps: float = 1e-4,
+        from_clean: bool = False,
+        process_group: Any = None,
+    ) -> GroupAdvantage:
+        """Rewards and advantages [B, G], see :func:`flr_kernels.group_advantage`.
+
+        Args:
+            from_clean: "latentr3" compares a reward with that of the unperturbed member of its own group instead of the
+                mean of these over the batch. The other kinds look at differences within a group anyway.
+        """
+        members = inputs.logprobs.shape[1]
+        alone = next(iter(self.terms))
+        shifted = from_clean and kind == "latentr3"
+        if len(self.terms) == 1 and self.terms[alone] == 1 and alone in LIKELIHOODS and not shifted:
+            mask = inputs.target_mask.repeat_interleave(members, 0)
+            return group_advantage(inputs.logprobs.flatten(0, 1), mask, members, kind, str(alone), eps, process_group)
+        total = self.of(inputs)
+        given = total - total[:, :1] if shifted else total
+        found = group_advantage(given.flatten(), None, members, kind, "given", eps, process_group)
+        return found._replace(rewards=total, mean=total.mean(1))
 
 
 def _check_name(name: str) -> None:
