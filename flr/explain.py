@@ -213,7 +213,11 @@ def explain_with(
 
 
 def explained(
-    recommender: Recommender, queries: Sequence[Query], unknown: Sequence[list[str]], num_beams: int, scoring: Scoring
+    recommender: Recommender,
+    queries: Sequence[Query],
+    unknown: Sequence[list[str]],
+    num_beams: int,
+    scoring: Scoring | Literal["auto"],
 ) -> list[Explanation]:
     """Explanations of a few queries, computed together: as ``Recommender.ranked``, ``unknown`` being what each one's names lacked."""
     lists, prompts = recommender.ranked(queries, num_beams, scoring, shares=True)
