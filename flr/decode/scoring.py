@@ -118,7 +118,7 @@ def token_logits(
     flat = states.flatten(0, 1)
     if states.device.type == "cpu":
         row, column = wanted.flatten(0, 1).nonzero(as_tuple=True)
-        out = torch.full(wanted.shape, -torch.inf).flatten(0, 1)
+        out = torch.full(wanted.shape, -torch.inf, dtype=torch.float32).flatten(0, 1)
         out[row, column] = rows(flat, row, token.flatten(0, 1)[row, column])
         return out.view(wanted.shape)
     row = torch.arange(len(flat), device=states.device).repeat_interleave(token.shape[-1])
