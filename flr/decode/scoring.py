@@ -3,11 +3,7 @@ logits of a few tokens without those of the whole vocabulary."""
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from typing import Literal, cast, get_args
-=======
-from typing import Any, Literal, get_args
->>>>>>> rl
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -27,7 +23,6 @@ def check_scoring(scoring: str, name: str = "scoring") -> None:
         raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
 
 
-<<<<<<< HEAD
 def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
     """``scoring``; for "auto" the one that the model was trained for (a processor's ``scoring``)."""
     if scoring == "auto":
@@ -37,14 +32,9 @@ def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
     return cast(Scoring, scoring)
 
 
-def check_vocabulary(trie: CatalogueTrie, logits: torch.Tensor) -> None:
-    if trie.max_token >= logits.shape[-1]:
-        raise ValueError(f"the catalogue uses token {trie.max_token}, the model's vocabulary has {logits.shape[-1]}")
-=======
 def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
     if trie.max_token >= vocabulary:
         raise ValueError(f"the catalogue uses token {trie.max_token}, the model's vocabulary has {vocabulary}")
->>>>>>> rl
 
 
 def order_key(score: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
