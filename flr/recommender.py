@@ -400,12 +400,12 @@ class Recommender:
         """
         if not queries:
             return [], None
-        scoring = resolve_scoring(scoring, self.processor.scoring)
         histories = [query.history for query in queries]
         k = max(query.k for query in queries)
         if num_beams < k:
             raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
         exclude, allowed = _exclusions(queries), _allowances(queries)
+        scoring = resolve_scoring(scoring, self.processor.scoring)
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs = self.processor(histories)
             mixed_with = None

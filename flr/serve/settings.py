@@ -43,7 +43,7 @@ class Settings:
     max_k: int = _option(100, f"Largest k, up to {MAX_K}.")
     num_beams: int = _option(20, "Beams where a request does not say.")
     max_num_beams: int = _option(100, f"Most beams, up to {MAX_BEAMS}.")
-    scoring: str = _option("auto", "Scoring where a request does not say: auto (that of training), full or catalogue.")
+    scoring: str = _option("auto", "Scoring where a request does not say: full, catalogue, or auto: that of training.")
     max_history: int = _option(500, f"Longest history, up to {MAX_ENTRIES} entries.")
     max_filter: int = _option(1000, f"Longest allow- or deny-list, up to {MAX_ENTRIES} entries.")
     max_text: int = _option(1000, "Longest id or title, in characters.")
