@@ -98,14 +98,20 @@ def test_kinds_that_cannot_be_mixed_are_not_and_the_oldest_goes_first(gated):
 
 def test_patience(recommender):
     async def test(engine):
-        started = time.monotonic()
-        answers = await asyncio.gather(*(engine.submit(job(engine, [i])) for i in range(4)))
-        assert [answer.batch_size for answer in answers] == [4] * 4
-        assert time.monotonic() - started < 5  # a full batch does not wait
         alone = await engine.submit(job(engine, [5], seconds=60))
-        assert 0.3 < alone.waited < 2
+        assert alone.waited < 0.5  # nobody else is on the way
+        engine.expect(1)
+        expecting = await engine.submit(job(engine, [5], seconds=60))
+        assert 1 <= expecting.waited < 5
+        full = await asyncio.gather(*(engine.submit(job(engine, [i])) for i in range(4)))
+        assert [answer.batch_size for answer in full] == [4] * 4
+        assert all(answer.waited < 0.5 for answer in full)
+        task = asyncio.create_task(engine.submit(job(engine, [5], seconds=60)))
+        await asyncio.sleep(0.1)
+        engine.expect(-1)  # it was refused
+        assert (await task).waited < 0.9
 
-    run(recommender, test, max_batch_size=4, max_wait_ms=300)
+    run(recommender, test, max_batch_size=4, max_wait_ms=1000)
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(gated):

@@ -130,6 +130,7 @@ def create_app(
             kind=kind,
             deadline=trace.started + body.timeout_ms / 1000,
         )
+        gate.has_come(trace)  # nothing else runs before it stands in the queue
         found = await engine.submit(job)
         trace.fields |= {
             "generation": model.generation,

@@ -1,9 +1,10 @@
 """Micro-batching: requests that arrive together are computed together, and every answer is that of the request alone.
 
 One asyncio queue, bounded; one worker thread, in which the model runs. A batch holds requests that one search can serve: the
-same model generation, number of beams, scoring and kind of answer; histories, k and filters may differ. It starts when it
-is full, or when its oldest request has waited ``max_wait_ms``; while the worker is busy the next one fills by itself. The
-oldest waiting request is always in the next batch, so no kind of request starves another.
+same model generation, number of beams, scoring and kind of answer; histories, k and filters may differ. It starts when it is
+full, when no other request is on its way (received, but not in the queue yet), or when its oldest has waited ``max_wait_ms``; so a
+request alone never waits, and while the worker is busy the next batch fills by itself. The oldest waiting request is always in the
+next batch, so no kind of request starves another.
 
     full queue           Busy, at once; with the time after which there should be room, from the measured rate
     deadline passes      Late, at once; a request that waits is dropped, one that is being computed is answered
@@ -120,7 +121,7 @@ class Engine:
         self.metrics.generation.set(model.generation)
         self._load = load
         self._buckets: dict[Any, deque[Job]] = {}
-        self._waiting = self._computing = 0
+        self._waiting = self._computing = self._on_the_way = 0
         self._task: asyncio.Task[None] | None = None
         self._reloading = False
         self._rate = 0.0  # requests a second while the worker is busy; 0 before the first batch
@@ -130,6 +131,7 @@ class Engine:
         self._arrived = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, "flr-model")
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(_stopped)
 
     @property
     def alive(self) -> bool:
@@ -146,6 +148,12 @@ class Engine:
                 await self._task
             self._task = None
             self._worker.shutdown(wait=True)
+
+    def expect(self, more: int) -> None:
+        """A request is on its way (1), or it has come or gone (-1)."""
+        self._on_the_way += more
+        if not self._on_the_way and self.alive:
+            self._arrived.set()
 
     def check_room(self) -> None:
         """Busy when the queue is full."""
@@ -231,13 +239,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         patience = self.settings.max_wait_ms / 1000
         while True:
-            if not self._waiting:
+            while not self._waiting:
                 self._arrived.clear()
                 await self._arrived.wait()
             queue = min(self._buckets.values(), key=lambda jobs: jobs[0].arrived)
             head, limit = queue[0], self._limit(queue[0])
             left = head.arrived + patience - time.monotonic()
-            if len(queue) < limit and left > 0:
+            if len(queue) < limit and self._on_the_way and left > 0:
                 self._arrived.clear()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._arrived.wait(), left)
@@ -266,6 +274,12 @@ class Engine:
 
     def _limit(self, job: Job) -> int:
         return min(self.settings.max_batch_size, job.model.recommender.rows_at_once(job.num_beams))
+
+
+def _stopped(task: asyncio.Task[None]) -> None:
+    """The loop over batches ends by being cancelled; anything else turns /health to 503."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("the engine has stopped", exc_info=error, extra={"fields": {"event": "engine"}})
 
 
 def _compute(jobs: list[Job]) -> list[list[Recommendation] | Explanation | Exception]:

@@ -29,6 +29,7 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _DISCARD = 4 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
 MAX_HEAD = 32_768  # bytes of path and headers
 _ADMIN = "/v1/reload"
+BATCHED = frozenset({"/v1/recommend", "/v1/explain"})
 SECURITY = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -45,6 +46,7 @@ class Trace:
     id: str
     started: float
     fields: dict[str, Any] = field(default_factory=dict)
+    on_the_way: bool = False  # the engine waits for it
 
 
 class Refused(Exception):
@@ -108,12 +110,16 @@ class Gate:
         trace = Trace(given[0].decode("ascii") if sane else uuid.uuid4().hex, time.monotonic())
         scope["flr"] = trace
         path = scope["path"] if scope["path"] in self.paths else "other"
+        batched = path in BATCHED and scope["method"] == "POST"
         answer = _Answer(send, trace, lambda: self.draining)
         self.metrics.in_flight.inc()
         try:
             try:
                 self._check(scope, headers)
                 body = await self._body(headers, receive)
+                if batched:
+                    trace.on_the_way = True
+                    self.engine.expect(1)
                 await self._answered(scope, body, receive, answer)
             except Refused as refused:
                 if refused.discard and b"expect" not in headers:
@@ -127,6 +133,7 @@ class Gate:
                 await answer.whole(500, problem("internal error", trace))
             answer.status = 500
         finally:
+            self.has_come(trace)
             seconds = time.monotonic() - trace.started
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(path, str(answer.status)).inc()
@@ -141,6 +148,12 @@ class Gate:
                 **trace.fields,
             }
             logger.info("request", extra={"fields": line})
+
+    def has_come(self, trace: Trace) -> None:
+        """The request stands in the queue now, or never will."""
+        if trace.on_the_way:
+            trace.on_the_way = False
+            self.engine.expect(-1)
 
     def _check(self, scope: Any, headers: dict[bytes, list[bytes]]) -> None:
         """Refused unless host, token and content type are in order."""

@@ -34,7 +34,7 @@ class Settings:
     threads: int = _option(0, "CPU threads of the model; 0 leaves it to PyTorch.")
 
     max_batch_size: int = _option(32, "Requests that are computed together.")
-    max_wait_ms: float = _option(2.0, "How long a request waits for others to share its batch.")
+    max_wait_ms: float = _option(5.0, "How long a request waits for others that are on their way.")
     max_queue: int = _option(256, "Requests that may wait; one more is answered 429.")
     timeout_ms: int = _option(
         10_000, "Deadline of a request, and the longest it may ask for; 504 when it passes in the queue."
