@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: ``reference`` (PyTorch), ``triton``, ``cuda`` or ``host`` (C++ on one CPU thread).
+"""Which implementation of an op runs: ``reference`` (PyTorch), ``triton``, ``cuda``, ``host`` (C++ on one CPU
+thread, for tests) or ``cce`` (the library cut-cross-entropy, for ``token_logprob``).
 
 ``FLR_BACKEND`` is ``auto`` (default), one backend for every op, or a comma-separated list with per-op choices::
 
@@ -22,8 +23,8 @@ import torch
 
 logger = logging.getLogger("flr_kernels")
 
-BACKENDS = ("reference", "triton", "cuda", "host")
-#: Order in which ``auto`` tries backends on a CUDA tensor.
+BACKENDS = ("reference", "triton", "cuda", "host", "cce")
+#: Order in which ``auto`` tries backends on a CUDA tensor; the others run when asked for.
 _AUTO_ORDER = ("cuda", "triton", "reference")
 
 

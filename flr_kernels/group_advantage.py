@@ -41,9 +41,12 @@ def _reference(
     token_logprobs: Tensor, mask: Tensor | None, group_size: int, kind: str, reward: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rewards = reference.sequence_rewards(token_logprobs, mask, reward).view(-1, group_size)
-    advantages = reference.group_advantages(rewards, kind, eps)
     mean, std, _ = reference.group_statistics(rewards)
-    batch = reference.batch_partial(rewards) if kind == "latentr3" else mean.new_empty(0)
+    if kind == "latentr3":
+        batch = reference.batch_partial(rewards)
+        advantages = reference.batch_advantages(rewards, batch[None], eps)
+    else:
+        batch, advantages = mean.new_empty(0), reference.group_advantages(rewards, kind, eps)
     return rewards, advantages, mean[:, 0].to(rewards.dtype), std[:, 0].to(rewards.dtype), batch
 
 

@@ -226,6 +226,82 @@ def test_fuzz_the_public_function(data):
             torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-6, atol=1e-6)
 
 
+#: What is changed in a right call, by argument and field of its view, and what the refusal says.
+FAULTS = [
+    ("token_logprobs", "bytes", 4 * 4 * 3 - 1, "token_logprobs: expected 11 elements and one more within its storage"),
+    ("token_logprobs", "bytes", -1, "within its storage"),
+    ("token_logprobs", "strides", (4, 1), "token_logprobs: expected 14 elements and one more"),
+    ("token_logprobs", "strides", (3, -1), "token_logprobs: expected sizes and strides >= 0"),
+    ("token_logprobs", "strides", (1 << 62, 1), r"token_logprobs: expected sizes below 2\^63"),
+    ("token_logprobs", "strides", (3,), "token_logprobs: expected a stride for every size"),
+    ("token_logprobs", "shape", (4,), r"token_logprobs: expected \[BG, S\]"),
+    ("token_logprobs", "shape", (-4, 3), "token_logprobs: expected sizes and strides >= 0"),
+    ("token_logprobs", "shape", (4, 1 << 61), "within its storage|below 2"),
+    ("token_logprobs", "dtype", "int32", "token_logprobs: expected float32, float64"),
+    ("token_logprobs", "dtype", "bool", "token_logprobs: expected a known name, got bool"),
+    ("token_logprobs", "address", 0, "token_logprobs: expected an aligned address"),
+    ("token_logprobs", "address", 2, "token_logprobs: expected an aligned address"),
+    ("token_logprobs", "device", 0, "token_logprobs: expected device -1, got 0"),
+    ("mask", "dtype", "float32", "mask: expected bool"),
+    ("mask", "shape", (4, 2), r"mask: expected shape \[4, 3\], got \[4, 2\]"),
+    ("mask", "bytes", 11, "mask: expected 11 elements and one more"),
+    ("mask", "device", 1, "mask: expected device -1"),
+    ("rewards", "dtype", "float64", "rewards: expected float32"),
+    ("rewards", "shape", (4, 1), r"rewards: expected shape \[2, 2\]"),
+    ("rewards", "strides", (1, 2), "rewards: expected a contiguous tensor"),
+    ("rewards", "bytes", 15, "rewards: expected 3 elements and one more"),
+    ("advantages", "bytes", 15, "advantages: expected 3"),
+    ("mean", "shape", (1,), "mean: expected shape"),
+    ("std", "bytes", 7, "std: expected 1 elements and one more"),
+    ("batch", "shape", (3,), r"batch: expected shape \[4\]"),
+    ("scratch", "shape", (4,), r"scratch: expected shape \[5\]"),
+    ("scratch", "bytes", 39, "scratch: expected 4 elements and one more"),
+    ("scratch", None, None, "batch and scratch: expected tensors for latentr3 only"),
+    ("group_size", None, 0, "group_size: expected at least 1"),
+    ("group_size", None, 3, "group_size: expected a divisor of 4, got 3"),
+    ("kind", None, "ppo", "kind: expected a known name, got ppo"),
+    ("kind", None, "grpo", "batch and scratch: expected tensors for latentr3 only"),
+    ("reward", None, "given", r"token_logprobs: expected \[BG\]"),
+    ("device", None, -2, "device: expected -1 or a device index"),
+]
+
+
+@needs_extension
+@pytest.mark.parametrize(("argument", "part", "value", "message"), FAULTS)
+def test_the_binding_refuses(argument, part, value, message):
+    def view(*shape, dtype=torch.float32):
+        tensor = torch.zeros(shape, dtype=dtype)
+        keep.append(tensor)
+        fields = ("address", "dtype", "device", "shape", "strides", "bytes")
+        return dict(zip(fields, extension._view(tensor), strict=True))
+
+    keep = []
+    arguments = {
+        "token_logprobs": view(4, 3),
+        "mask": view(4, 3, dtype=torch.bool),
+        **{name: view(2, 2) for name in ("rewards", "advantages")},
+        **{name: view(2) for name in ("mean", "std")},
+        **{name: view(n, dtype=torch.float64) for name, n in (("batch", 4), ("scratch", 5))},
+        "group_size": 2,
+        "kind": "latentr3",
+        "reward": "neg_perplexity",
+        "eps": 1e-4,
+        "device": -1,
+        "stream": 0,
+    }
+
+    def call():
+        extension.load().group_advantage(*(tuple(a.values()) if isinstance(a, dict) else a for a in arguments.values()))
+
+    call()  # right as it is
+    if part is None:
+        arguments[argument] = value
+    else:
+        arguments[argument][part] = value
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @needs_extension
 @settings(max_examples=500, deadline=None)
 @given(st.data())
@@ -233,7 +309,8 @@ def test_fuzz_the_binding(data):
     """Whatever sizes, strides, dtypes and names come with an address: an exception, or an access inside the storage."""
     draw = data.draw
     device = st.sampled_from([-1, -1, -1, -2] if torch.cuda.is_available() else [-1, -1, -1, -2, 0, 7, 1 << 20])
-    buffers = [torch.full((8,), -1.0, dtype=torch.float64) for _ in range(8)]
+    whole = [torch.full((24,), -1.0, dtype=torch.float64) for _ in range(8)]
+    buffers = [x[8:16] for x in whole]  # with 64 bytes on either side that nothing may write
     sizes = st.integers(-1, 5) | st.sampled_from([1 << 40, (1 << 63) - 1])
     place = draw(device)
 
@@ -286,11 +363,12 @@ def test_fuzz_the_binding(data):
         )
     except (ValueError, TypeError, RuntimeError):
         pass
+    assert all(torch.cat([x[:8], x[16:]]).eq(-1).all() for x in whole)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_the_host_twin_under_the_sanitizers(tmp_path):
-    flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-pthread"]
     files = [ROOT / "csrc/group_advantage.cpp", ROOT / "tests/csrc_driver.cpp", "-o", tmp_path / "driver"]
     build = [COMPILER, *flags, "-fsanitize=address,undefined", *map(str, files)]
     compiled = subprocess.run(build, capture_output=True, text=True)
@@ -299,7 +377,7 @@ def test_the_host_twin_under_the_sanitizers(tmp_path):
     assert compiled.returncode == 0, compiled.stderr
     run = subprocess.run([tmp_path / "driver"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "1284 cases\n"
+    assert run.stdout == "1338 cases\n"
 
 
 def _cuda_inputs(groups=64, size=8, length=16):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_decode_models import (
@@ -12,11 +15,15 @@ from test_decode_models import (
     codec_of,
     naive_scores,
     random_catalogue,
+    row_of,
     toy_inputs,
     toy_model,
 )
 
 import flr.decode.beam
+import flr.decode.scoring
+import flr.decode.session
+from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import log_normaliser
 
@@ -138,6 +145,152 @@ def test_fewer_beams_miss_what_more_beams_find(model):
     trie = CatalogueTrie.from_codec(codec_of(sequences))
     narrow, wide = (beam_search(model, toy_inputs(), trie, w, 3).items.tolist() for w in (1, 60))
     assert narrow != wide
+
+
+@torch.no_grad()
+def plain_catalogue_beams(model, prompt, items, num_beams, k):
+    """The documented semantics of `catalogue` in plain Python for one user; items maps allowed sequences to indices."""
+    logits = {}
+
+    def below(prefix):
+        return [s for s in items if s[: len(prefix)] == prefix]
+
+    def choices(prefix):
+        return sorted({s[len(prefix)] for s in below(prefix)})
+
+    def branching(prefix):
+        while len(choices(prefix)) == 1:
+            prefix = (*prefix, *choices(prefix))
+        return prefix
+
+    found = [(0.0, items[s]) for s in items] if len(items) == 1 else []
+    beams = [(0.0, branching(()))] if len(items) > 1 else []
+    while beams:
+        continuations = []
+        for score, prefix in beams:
+            if prefix not in logits:
+                ids = torch.cat([prompt, torch.tensor(prefix, dtype=torch.int64)])[None]
+                logits[prefix] = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+            own = logits[prefix][choices(prefix)].log_softmax(0).tolist()
+            continuations += [(score + p, (*prefix, t)) for t, p in zip(choices(prefix), own, strict=True)]
+        continuations.sort(key=lambda c: (-c[0], c[1]))
+        found += [(s, items[below(p)[0]]) for s, p in continuations[: max(num_beams, k)] if len(below(p)) == 1]
+        beams = [(s, branching(p)) for s, p in continuations if len(below(p)) > 1][:num_beams]
+    return sorted(found, key=lambda x: (-x[0], x[1]))[:k]
+
+
+@pytest.mark.parametrize("session", ["packed", "expanded"])
+@pytest.mark.parametrize("num_beams", [1, 2, 4, 9])
+def test_few_beams_of_catalogue_scoring_equal_plain_python(model, monkeypatch, num_beams, session):
+    if session == "expanded":
+        monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
+    inputs = toy_inputs((9, 4, 6))
+    longer = [(*range(30, 36), *s) for s in random_catalogue(4, 12, 4, 2)]
+    for sequences in (
+        random_catalogue(0, 40, 6, 3),
+        random_catalogue(5, 15, 4, 2) + longer,  # a chain of six tokens above a third of the items
+        longer,  # nothing to choose at the root
+    ):
+        trie = CatalogueTrie.from_codec(codec_of(sequences))
+        generator = torch.Generator().manual_seed(num_beams)
+        some = torch.rand(3, len(sequences), generator=generator) < 0.3
+        for allowed in (None, some):
+            found = beam_search(model, inputs, trie, num_beams, 5, "catalogue", allowed)
+            for row in range(3):
+                may = [allowed is None or bool(allowed[row, i]) for i in range(len(sequences))]
+                items = {s: i for i, s in enumerate(sequences) if may[i]}
+                expected = plain_catalogue_beams(model, row_of(inputs, row), items, num_beams, 5)
+                n = len(expected)
+                assert found.items[row].tolist() == [i for _, i in expected] + [-1] * (5 - n)
+                torch.testing.assert_close(
+                    found.scores[row, :n], torch.tensor([s for s, _ in expected]), atol=1e-4, rtol=1e-5
+                )
+
+
+def count_work(model, call):
+    """Rows of each forward of the model [calls, (users, tokens)], and rows that the lm_head worked on in each."""
+    forwards, heads = [], []
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda m, a, kw: forwards.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+        ),
+        model.lm_head.register_forward_hook(lambda m, a, out: heads.append(out.numel() // VOCABULARY)),
+    ]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return forwards, heads
+
+
+def test_catalogue_scoring_runs_the_lm_head_once_and_reads_chains_with_the_next_choice(model):
+    chain = tuple(range(20, 32))
+    sequences = [(10, *chain, 40), (10, *chain, 41), (10, *chain, 42, 43), (11, 9), (12, 9)]
+    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
+    forwards, heads = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue"))
+    assert forwards == [(3, 7), (3, 13)]  # prompt; token 10 and the chain together
+    assert heads == [3, 0]  # of the vocabulary: after the prompt only
+    forwards, heads = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "full"))
+    assert len(forwards) == 15
+    assert min(heads) > 0
+    only = torch.tensor([[0, 1, -1]]).expand(3, -1)  # no choice before the last token: no step at the root
+    forwards, _ = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue", only=only))
+    assert forwards == [(3, 7), (3, 13)]
+    forwards, _ = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue", only=only[:, :1]))
+    assert forwards == [(3, 7)]
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize("session", ["packed", "expanded"])
+def test_finished_users_leave_the_batch(model, monkeypatch, scoring, session):
+    if session == "expanded":
+        monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
+    sequences = random_catalogue(8, 60, 5, 4)
+    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs((5, 9, 4, 7, 3))
+    shallow = [i for i, s in enumerate(sequences) if len(s) <= 3]
+    allowed = torch.ones(5, 60, dtype=torch.bool)
+    for row in (0, 3):
+        allowed[row] = False
+        allowed[row, shallow] = True
+    found, widths = {}, {}
+    for threshold in (0.0, 0.75, 1.0):
+        monkeypatch.setattr(flr.decode.beam, "_LEAVE_BELOW", threshold)
+        call = functools.partial(beam_search, model, inputs, trie, 6, 6, scoring, allowed)
+        forwards, _ = count_work(model, lambda call=call, at=threshold: found.update({at: call()}))
+        widths[threshold] = [users for users, _ in forwards[1:]]
+    if session == "packed":
+        assert set(widths[0.0]) == {5}
+        assert widths[0.75][-1] < 5
+    for threshold in (0.75, 1.0):
+        assert found[threshold].items.tolist() == found[0.0].items.tolist()
+        torch.testing.assert_close(found[threshold].scores, found[0.0].scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["only", "categories", "all"])
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_lists_and_categories_equal_the_mask_they_stand_for(model, kind, scoring):
+    sequences = random_catalogue(8, 50, 4, 4)
+    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
+    generator = torch.Generator().manual_seed(3)
+    only = torch.randint(-1, 50, (3, 20), generator=generator)
+    categories = 2 ** torch.randint(0, 64, (50,), generator=generator) | 2 ** torch.randint(
+        0, 4, (50,), generator=generator
+    )
+    wanted = torch.tensor([0b1010, -(2**63) | 1, 0b1010])
+    arguments, mask = {}, torch.ones(3, 50, dtype=torch.bool)
+    if kind != "categories":
+        arguments["only"] = only
+        mask &= (only[:, :, None] == torch.arange(50)).any(1)
+    if kind != "only":
+        arguments |= {"categories": categories, "wanted": wanted}
+        mask &= (categories & wanted[:, None]) != 0
+    if kind == "all":
+        arguments["exclude"] = only[:, :3]
+        mask &= ~(only[:, :3, None] == torch.arange(50)).any(1)
+    found = beam_search(model, inputs, trie, 5, 5, scoring, **arguments)
+    expected = beam_search(model, inputs, trie, 5, 5, scoring, mask)
+    assert found.items.tolist() == expected.items.tolist()
+    assert (found.items >= 0).any()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
@@ -265,6 +418,62 @@ def test_broken_logits_are_an_error(value):
         for scoring in ("full", "catalogue"):
             with pytest.raises(FloatingPointError):
                 call(model, toy_inputs(), trie, scoring=scoring)
+
+
+@pytest.mark.parametrize("cost", [0, 1e9])  # a dot product for each, one matrix product
+@pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
+def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
+    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", cost)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    extra = {
+        "Cohere": {"logit_scale": 0.3},
+        "Granite": {"logits_scaling": 3.0},
+        "Gemma2": {"final_logit_softcapping": 2.0},
+    }
+    if family != "Bloom":
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**sizes, **extra.get(family, {}))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_()  # the bias too
+        states, _, rows, _ = flr.decode.session.start(model, toy_inputs(), 1, want_hidden=True)
+        expected = flr.decode.session.start(model, toy_inputs(), 1).states
+    assert states.shape == (3, 32)
+    row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCABULARY)).T
+    with torch.no_grad():
+        torch.testing.assert_close(rows(states, row, token).view(3, -1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_lm_head_that_is_no_plain_matrix_gives_all_logits(caplog):
+    flr.decode.session._log_once.cache_clear()
+    model, plain = toy_model("llama"), toy_model("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    trie, inputs = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 40))), toy_inputs()
+    for search in (beam_search, lambda *a: (score_all_items(*a[:3], a[-1]),)):
+        for ours, theirs in zip(*(search(m, inputs, trie, 5, 5, "catalogue") for m in (model, plain)), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert [r.message for r in caplog.records if "lm_head" in r.message] == [
+        "logits of the whole vocabulary are computed: the lm_head's rows cannot be used one by one"
+    ]
+
+
+def test_titles_that_repeat_and_begin_each_other_end_to_end():
+    """From titles over the codec to items: equal to brute force, and equal titles are told apart."""
+    titles = ["Blue", "Blue", "Blue Train", "Blue Train Live", "B", "Kind of Blue", "Blue Train", "Bl"]
+    catalogue = Catalogue([f"i{n}" for n in range(len(titles))], titles)
+    tokenizer = build_tokenizer(catalogue, "title", vocab_size=300)
+    codec = build_codec("title", catalogue, tokenizer)
+    sequences = [tuple(codec.encode(i)) for i in range(len(titles))]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.25, **sizes)
+    model, inputs = transformers.LlamaForCausalLM(config).eval(), toy_inputs()
+    trie = CatalogueTrie.from_codec(codec)
+    for scoring in ("full", "catalogue"):
+        expected = naive_scores(model, inputs, sequences, scoring)
+        assert_ranked(beam_search(model, inputs, trie, 8, 8, scoring), expected, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .filters import ItemFilter, item_filter
-from .scoring import Scoring, check_scoring, check_vocabulary, log_normaliser
+from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser
 from .session import evaluating, num_prompts, start
 from .trie import CatalogueTrie, Codec
 
@@ -67,21 +67,22 @@ def score_all_items(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        root_logits, session = start(model, inputs, reserve=trie.depth)
-        check_vocabulary(trie, root_logits)
-        device = root_logits.device
-        rows, vocabulary = root_logits.shape
+        root, session, head_rows, vocabulary = start(
+            model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue"
+        )
+        check_vocabulary(trie, vocabulary)
+        device, rows = root.device, len(root)
         if chunk is None:
             chunk = int(np.clip((1 << 26) // max(1, rows * vocabulary), 16, 512))
         trie = trie.to(device)
         allows = item_filter(trie, rows, allowed, exclude)
         by_leaf = torch.empty(rows, trie.num_items, dtype=torch.float32, device=device)
         for block in _blocks(trie, chunk):
-            logits = root_logits[:, None]
+            states = root[:, None]
             if len(block.tokens):
                 below = session.tree(block.tokens, block.parents, block.depths)
-                logits = torch.cat([logits, below], dim=1)
-            edges = _edge_scores(logits, block, trie, allows, scoring)
+                states = torch.cat([states, below], dim=1)
+            edges = _edge_scores(states, head_rows, block, trie, allows, scoring)
             padded = torch.cat([edges, edges.new_zeros(rows, 1)], dim=1)
             by_leaf[:, block.begin : block.end] = padded[:, torch.as_tensor(block.paths, device=device)].sum(-1)
         return _by_item(by_leaf, trie, allows)
@@ -108,8 +109,8 @@ def rank_one_token(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        logits, _ = start(model, inputs, reserve=1)
-    check_vocabulary(trie, logits)
+        logits = start(model, inputs, reserve=1).states
+    check_vocabulary(trie, logits.shape[-1])
     trie = trie.to(logits.device)
     allows = item_filter(trie, len(logits), allowed, exclude)
     own = logits[:, trie.tokens[1:].long()].float()  # children of the root are the leaves in order
@@ -133,19 +134,30 @@ def _by_item(by_leaf: torch.Tensor, trie: CatalogueTrie, allows: ItemFilter) -> 
 
 
 def _edge_scores(
-    logits: torch.Tensor, block: _Block, trie: CatalogueTrie, allows: ItemFilter, scoring: Scoring
+    states: torch.Tensor,
+    head_rows: HeadRows | None,
+    block: _Block,
+    trie: CatalogueTrie,
+    allows: ItemFilter,
+    scoring: Scoring,
 ) -> torch.Tensor:
-    """Log-probability of every edge of the block, [B, E], from the logits [B, 1 + n, V] at its upper nodes."""
-    row = torch.as_tensor(block.edge_row, device=logits.device)
-    child = torch.as_tensor(block.edge_child, device=logits.device)
-    raw = logits[:, row, trie.tokens[child].long()].float()  # [B, E]
+    """Log-probability of every edge of the block, [B, E], from the states [B, 1 + n, …] at its upper nodes."""
+    row = torch.as_tensor(block.edge_row, device=states.device)
+    child = torch.as_tensor(block.edge_child, device=states.device)
+    token = trie.tokens[child].long()
+    if head_rows is None:
+        raw = states[:, row, token].float()  # [B, E]
+    else:
+        users, nodes = states.shape[:2]
+        every = (torch.arange(users, device=states.device)[:, None] * nodes + row).flatten()
+        raw = head_rows(states.flatten(0, 1), every, token.repeat(users)).view(users, -1)
     if scoring == "full":
-        return raw - log_normaliser(logits)[:, row]
+        return raw - log_normaliser(states)[:, row]
     begin, end = trie.leaf_begin[child].long(), trie.leaf_end[child].long()
     count = allows.count(begin.expand(len(raw), -1), end.expand(len(raw), -1))
     raw = raw.masked_fill(count == 0, -torch.inf)
     index = row.expand_as(raw)
-    top = raw.new_full((len(raw), logits.shape[1]), -torch.inf).scatter_reduce_(1, index, raw, "amax")
+    top = raw.new_full((len(raw), states.shape[1]), -torch.inf).scatter_reduce_(1, index, raw, "amax")
     top = top.masked_fill(top == -torch.inf, 0.0)
     total = torch.zeros_like(top).scatter_add_(1, index, (raw - top.gather(1, index)).exp())
     norm = (top + total.log()).gather(1, index)

@@ -85,6 +85,7 @@ class CatalogueTrie:
         self.num_leaves = tuple(len(x) - n for x, n in zip(per_level, self.num_internal, strict=True))
         self.max_token = int(tokens.max())
         self._leaf_of_item: torch.Tensor | None = None
+        self._node_key: torch.Tensor | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -97,8 +98,8 @@ class CatalogueTrie:
     def from_sequences(cls, tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> CatalogueTrie:
         """Trie of the sequences `tokens[offsets[i]:offsets[i + 1]]`, item i = 0..C-1.
 
-        Sorts level by level (one stable sort of the items that are not yet alone under their prefix), vectorised:
-        10^6 items of 4 tokens take about a second. The result is on the CPU.
+        Sorts level by level (one stable sort of the items that have tokens left), vectorised: 10^6 items of 4 tokens take
+        about a second. The result is on the CPU.
 
         Raises:
             ValueError: no items, an empty or negative-token sequence, malformed offsets, or two items of which one's
@@ -121,11 +122,8 @@ class CatalogueTrie:
             raise ValueError(f"tokens must be in [0, 2**31), got {tokens.min()}..{tokens.max()}")
         if len(tokens) >= 2**31 - 1:
             raise ValueError(f"at most 2**31 - 2 tokens in all, got {len(tokens)}")
-        return cls._build(tokens.astype(np.int64, copy=False), offsets[:-1], length)
-
-    @classmethod
-    def _build(cls, tokens: np.ndarray, start: np.ndarray, length: np.ndarray) -> CatalogueTrie:
-        num_items = len(start)
+        tokens = tokens.astype(np.int64, copy=False)
+        start, num_items = offsets[:-1], len(length)
         order = np.arange(num_items)  # leaf position -> item; refined level by level
         slots = np.arange(num_items)  # positions whose item has tokens left
         group = np.zeros(num_items, dtype=np.int64)  # [slots] rank of the slot's node within its level
@@ -178,6 +176,56 @@ class CatalogueTrie:
             level_start=level_start,
         )
 
+    # ---------------------------------------------------------------- changing
+
+    def sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [total] and offsets int64 [C + 1] of the items by index: what the trie was built from."""
+        tokens, lengths = self.tokens.cpu().numpy(), self.lengths.cpu().numpy()
+        items, begin, end = (x.cpu().numpy() for x in (self.items, self.leaf_begin, self.leaf_end))
+        by_item = np.empty(self.num_items, np.int64)
+        by_item[items] = lengths
+        offsets = np.concatenate(([0], np.cumsum(by_item)))
+        start = offsets[items]  # by leaf position
+        out = np.empty(offsets[-1], np.int32)
+        for level, (first, last) in enumerate(zip(self.level_start[1:], self.level_start[2:], strict=False)):
+            size = end[first:last] - begin[first:last]
+            leaf = np.arange(size.sum()) + np.repeat(begin[first:last] - (np.cumsum(size) - size), size)
+            out[start[leaf] + level] = np.repeat(tokens[first:last], size)
+        return out, offsets
+
+    def updated(
+        self,
+        tokens: np.ndarray | Sequence[int] = (),
+        offsets: np.ndarray | Sequence[int] = (0,),
+        remove: np.ndarray | Sequence[int] = (),
+    ) -> CatalogueTrie:
+        """The trie after a change of the catalogue; this one stays as it is, so that it serves until the new one is there.
+
+        The trie built anew from the items that stay, in their order, and then the new ones: 10^6 items of 4 tokens take
+        less than a second, and a merge with the old order took as long. On this trie's device.
+
+        Args:
+            tokens, offsets: sequences of the new items, as for `from_sequences`; they get the indices behind the old ones.
+            remove: indices of items to take out; those behind them move up.
+
+        Raises:
+            ValueError: as `from_sequences`, an index out of range, or nothing left.
+
+        >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
+        >>> trie.updated([4, 9], [0, 2], remove=[1]).sequences()                   # items (5, 7), (6,), (4, 9)
+        (array([5, 7, 6, 4, 9], dtype=int32), array([0, 2, 3, 5]))
+        """
+        gone = np.unique(np.asarray(remove, np.int64))
+        if gone.size and not (gone[0] >= 0 and gone[-1] < self.num_items):
+            raise ValueError(f"remove: expected item indices in 0..{self.num_items - 1}, got {gone[0]}..{gone[-1]}")
+        stays = np.ones(self.num_items, bool)
+        stays[gone] = False
+        old_tokens, old_offsets = self.sequences()
+        lengths = np.concatenate((np.diff(old_offsets)[stays], np.diff(np.asarray(offsets, np.int64))))
+        new = np.asarray(tokens) if len(tokens) else old_tokens[:0]
+        every = np.concatenate((old_tokens[np.repeat(stays, np.diff(old_offsets))], new))
+        return self.from_sequences(every, np.concatenate(([0], np.cumsum(lengths)))).to(self.device)
+
     # ---------------------------------------------------------------- numbers
 
     @property
@@ -210,6 +258,30 @@ class CatalogueTrie:
                 inverse[self.items.long()] = torch.arange(self.num_items, device=self.device)
             self._leaf_of_item = inverse
         return self._leaf_of_item
+
+    def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+        """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
+
+        depth in 0 .. length of the leaf's item.
+        """
+        if self._node_key is None:
+            with torch.inference_mode(False):
+                level = torch.arange(self.depth + 1, device=self.device)
+                width = torch.tensor(self.level_start, device=self.device).diff()
+                key = torch.repeat_interleave(level, width) * (self.num_items + 1) + self.leaf_begin
+            self._node_key = key  # ascending: nodes are numbered by level, within a level by their leaves
+        return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
+
+    def join(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+        """Depth, int64, of the deepest node that has both leaf positions `first` <= `last` below it; `above` is the depth of
+        some node that does."""
+        low, high = above, self.lengths[first.clamp_max(self.num_items - 1)].long()
+        for _ in range(max(self.depth, 1).bit_length()):
+            middle = (low + high + 1) // 2
+            node = self.ancestor(first, middle)
+            both = (self.leaf_begin[node] <= first) & (self.leaf_end[node] > last)
+            low, high = torch.where(both, middle, low), torch.where(both, high, middle - 1)
+        return low
 
     def __repr__(self) -> str:
         return (
@@ -249,7 +321,7 @@ class CatalogueTrie:
             return self
         moved = object.__new__(CatalogueTrie)
         moved.__dict__.update(self.__dict__)
-        moved._leaf_of_item = None
+        moved._leaf_of_item = moved._node_key = None
         for name in _ARRAYS:
             setattr(moved, name, getattr(self, name).to(device))
         return moved
