@@ -44,7 +44,7 @@ def speedup(rows: list[Row]) -> plt.Figure:
     axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.axvline(1, color=DARK, lw=0.8)
-    axes.set_title("times faster than the competitor on the same work; bar: median, line: 20-80 %, tick: target")
+    figure.suptitle("times faster than the competitor on the same work; line: 20-80 %, tick: target", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
