@@ -250,13 +250,15 @@ class LatentGRPOTrainer(SFTTrainer):
         args: Any = self.args
         slow = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
         parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        mine = [p for n, p in parameters if ".flr." in f".{n}"]
         decayed = set(self.get_decay_parameter_names(model))
-        groups = [{"params": mine, "lr": args.learning_rate, "weight_decay": args.weight_decay}]
-        for decay in (args.weight_decay, 0.0):
-            rest = [p for n, p in parameters if ".flr." not in f".{n}" and (n in decayed) == (decay > 0)]
-            if rest:
-                groups.append({"params": rest, "lr": slow, "weight_decay": decay})
+        mine = [p for n, p in parameters if ".flr." in f".{n}"]
+        rest = [(n in decayed, p) for n, p in parameters if ".flr." not in f".{n}"]
+        groups = [
+            {"params": mine, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+            {"params": [p for decays, p in rest if decays], "lr": slow, "weight_decay": args.weight_decay},
+            {"params": [p for decays, p in rest if not decays], "lr": slow, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
         cls, options = self.get_optimizer_cls_and_kwargs(args, model)
         return cls(groups, **options)
 
