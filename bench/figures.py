@@ -107,7 +107,7 @@ def growth(rows: list[Row]) -> plt.Figure:
 def _two_ticks(axis: Axis, values: list[float]) -> None:
     """Label the least and the greatest value alone."""
     ends = [min(values), max(values)]
-    axis.set_ticks(ends, [f"{x:.3g}" if x < 1e5 else f"{x:.0e}" for x in ends])
+    axis.set_ticks(ends, [f"{x:.3g}" if x < 1e3 else f"{x:,.0f}" if x < 1e5 else f"{x:.0e}" for x in ends])
     axis.set_minor_locator(NullLocator())
 
 
