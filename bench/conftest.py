@@ -200,7 +200,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         return f"{row[key]:{size}{form}}" if key in row else " " * size
 
     for row in rows:
-        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:12} "
+        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:{names}} "
         if "failed" in row:
             lines.append(line + f"failed: {row['failed']}")
             continue
