@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -106,12 +107,15 @@ async def open_loop(
     seconds: float,
     headers: dict[str, str] | None = None,
 ) -> list[Reply]:
-    """Send ``rate`` requests a second whatever the server does; all replies, once everything is answered."""
+    """Send ``rate`` requests a second whatever the server does, at random times (Poisson); all replies, once all are answered."""
+    due = random.Random(0)
     tasks: list[asyncio.Task[Reply]] = []
     start = time.perf_counter()
-    while (now := time.perf_counter() - start) < seconds:
-        while len(tasks) < rate * now:
+    coming = due.expovariate(rate)
+    while coming < seconds:
+        await asyncio.sleep(max(0.0, coming - (time.perf_counter() - start)))
+        while coming <= time.perf_counter() - start:
             number = len(tasks)
             tasks.append(asyncio.create_task(client.request("POST", path, body(number), headers, number)))
-        await asyncio.sleep(0.002)
+            coming += due.expovariate(rate)
     return list(await asyncio.gather(*tasks))

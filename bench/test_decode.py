@@ -44,7 +44,7 @@ def merged(found, trie, beams: int) -> Best:
 
 
 @pytest.mark.cases(
-    quick=[step_of("titles", 0, 10_432, 4), step_of("titles", 2, 10_432, 4), step_of("100000", 1, 10_432, 4)],
+    quick=[step_of("synthetic-titles", d, 10_432, 4) for d in (0, 2)] + [step_of("100000", 1, 10_432, 4)],
     default=[
         step_of(items, depth, vocabulary)
         for vocabulary in (32_000, 151_936)
@@ -62,6 +62,7 @@ def test_step(shape, race, tier):
         pytest.skip("the competitors' mask is written on the host")
     users, beams, vocabulary, depth = (shape[x] for x in ("B", "W", "V", "depth"))
     items = catalogue(shape["items"])
+    shape = shape | {"items": items.name}
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(users * beams, vocabulary, generator=generator)).to(DEVICE)
     scores = -torch.rand(users, beams, generator=generator).to(DEVICE).cumsum(1)
@@ -109,7 +110,7 @@ def test_step(shape, race, tier):
 
 
 @pytest.mark.cases(
-    quick=[step_of("titles", 1, 10_432, 4) | {"D": 64}],
+    quick=[step_of("synthetic-titles", 1, 10_432, 4) | {"D": 64}],
     default=[step_of("titles", depth, 32_000) | {"D": 512} for depth in (0, 2)]
     + [step_of("1000000", depth, 151_936) | {"D": 512} for depth in (0, 1, 2)],
 )
@@ -117,6 +118,7 @@ def test_scorings(shape, race):
     """From the hidden states of B·W beams (B at the root) to the best W: `catalogue` against `full`, lm_head included."""
     users, beams, vocabulary, depth, size = (shape[x] for x in ("B", "W", "V", "depth", "D"))
     items = catalogue(shape["items"])
+    shape = shape | {"items": items.name}
     generator = torch.Generator().manual_seed(1)
     beams_here = beams if depth else 1
     hidden = torch.randn(users, beams_here, size, generator=generator).to(DEVICE)
@@ -158,10 +160,11 @@ def evaluation_of(prompt: int, beams: int, users: int = 8, hidden: int = 512, la
     quick=[evaluation_of(40, 4, 3, 64, 2)],
     default=[evaluation_of(prompt, beams) for prompt in (150, 256) for beams in (10, 20)],
 )
-def test_evaluation(shape, race):
+def test_evaluation(shape, tier, race):
     """Prompts to ranked titles: one encoding, shared prompt cache; against two encodings and transformers' generate."""
     users, beams, length, vocabulary = (shape[x] for x in ("B", "W", "L", "V"))
-    items = catalogue("titles")
+    items = catalogue("synthetic-titles" if tier == "quick" else "titles")
+    shape = shape | {"items": items.name}
     model = thinking_model(items, shape["D"], shape["layers"], vocabulary).to(DEVICE)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(10, items.tokens, (users, length), generator=generator)

@@ -4,7 +4,7 @@ Both are ``flr serve`` processes of one saved model with one model thread; ``sin
 not asked idles. A call of the race is a closed loop: N requests, `c` at a time, different histories of titles, k = 10, 20 beams.
 Before anything is timed, every answer of both servers is compared with the recommender's own.
 
-``test_latency`` sends at fixed rates instead, in parts of what ``single`` can do, and prints percentiles; it asserts nothing about them.
+``test_latency`` sends at random times of fixed rates instead, in parts of what ``single`` can do, and prints percentiles; it asserts nothing about them.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def test_throughput(shape, served, race):
 
 @pytest.mark.cases(quick=QUICK, default=DEFAULT, full=FULL, gpu=GPU)
 def test_latency(shape, served, tier, benchmark, capsys):
-    """Milliseconds from request to answer at fixed rates, servers in turn."""
+    """Milliseconds from request to answer at Poisson arrivals of fixed rates, servers in turn."""
     single = time.perf_counter()
     served.ask("single")
     capacity = len(served.bodies) / (time.perf_counter() - single)

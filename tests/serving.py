@@ -13,12 +13,17 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
+import pytest
 from test_recommender import build
 
 from flr.recommender import Recommender
-from flr.serve import Settings, create_app
+
+for _needed in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
+    pytest.importorskip(_needed, reason="needs the extra serve")
+import httpx  # noqa: E402
+
+from flr.serve import Settings, create_app  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for bench.load
 

@@ -8,10 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from serving import Settings
 from test_recommender import build, same
 
 from flr.serve.engine import Busy, Engine, Job, Late, Loaded
-from flr.serve.settings import Settings
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,9 @@ def test_twice_the_capacity_loses_and_mixes_up_nothing(model, expected, tmp_path
                 SECONDS,
             )
             assert sorted(reply.number for reply in replies) == list(range(len(replies)))
-            assert len(replies) > 0.9 * rate * SECONDS
+            assert len(replies) > 0.8 * rate * SECONDS
             statuses = check(replies, expected, {200, 429, 504})
+            print(f"{rate:.0f} requests/s for {SECONDS:g} s: {dict(statuses)}")
             assert statuses[429] > 0, statuses
             assert statuses[200] > 0.25 * len(replies), statuses
             assert statuses[504] > 0, statuses
