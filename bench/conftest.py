@@ -192,15 +192,16 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as text; a column is blank where nothing was measured."""
     width = max(len(f"{row['suite']} {row['case']}") for row in rows)
+    names = max(len("variant"), *(len(row["variant"]) for row in rows))
     lines = [
-        f"{'case':{width}} {'variant':12} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
+        f"{'case':{width}} {'variant':{names}} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
     ]
 
     def column(row: dict[str, Any], key: str, form: str, size: int) -> str:
         return f"{row[key]:{size}{form}}" if key in row else " " * size
 
     for row in rows:
-        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:12} "
+        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:{names}} "
         if "failed" in row:
             lines.append(line + f"failed: {row['failed']}")
             continue

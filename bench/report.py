@@ -133,12 +133,13 @@ def growth(rows: list[Row]) -> str:
             continue
         buffers = sweep.buffers()
         law = [f"{x.exponent:.2f} (±{x.residual - 1:.0%})" if x else "" for x in (time, memory)]
-        reach = [buffers.reaches(size * 1e3) if buffers else math.inf for size in scaling.MEMORIES]
+        reach = [buffers.largest(size * 1e3, sweep.sizes[-1]) if buffers else None for size in scaling.MEMORIES]
         trusted = f"{buffers.trusted:.2f}" if buffers and buffers.trusted else ""
         largest = f"{number(sweep.ms[-1])} ms" + (f", {number(sweep.peak_mb[-1])} MB" if sweep.peak_mb[-1] else "")
         sizes = f"{sweep.sizes[0]:,.0f} … {sweep.sizes[-1]:,.0f}"
-        fits = [f"{number(x)}" if math.isfinite(x) else "" for x in reach]
-        lines.append([f"{sweep.operation}, {label(sweep.fixed)}", sweep.varied, sizes, largest, *law, *fits, trusted])
+        fits = [f"{number(x)}" if x else "" for x in reach]
+        name = ", ".join(filter(None, (sweep.operation, label(sweep.fixed))))
+        lines.append([name, sweep.varied, sizes, largest, *law, *fits, trusted])
     header = ["operation", "varied", "sizes", "at the largest", "time ∝", "memory ∝"]
     return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
 
@@ -209,13 +210,12 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
     if not devices:
         raise ValueError(f"results: expected <device>/<commit>.json of a default or full run below {folder}, got none")
     by_name, changed = tables(devices), []
-    for name in DOCUMENTS:
-        path = root / name
-        old = path.read_text()
-        new = render(old, by_name, name)
-        if new != old:
+    old = {root / name: (root / name).read_text() for name in DOCUMENTS}
+    new = {path: render(text, by_name, path.name) for path, text in old.items()}  # all of them, before one is written
+    for path, text in new.items():
+        if text != old[path]:
             temporary = path.with_name(f".{path.name}.new")
-            temporary.write_text(new)
+            temporary.write_text(text)
             temporary.replace(path)
             changed.append(path)
     if figures:

@@ -176,6 +176,17 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "threshold: expected a factor above 1, got 1.0" in capsys.readouterr().err
 
 
+def test_the_baseline_of_ci_agrees_with_itself():
+    baseline = results.load(report.NOISE)
+    runs = baseline["runs"]
+    assert len(runs) >= 5
+    for index, run in enumerate(runs):
+        others = {**baseline, "runs": runs[:index] + runs[index + 1 :]}
+        changes, _ = results.compare(others, {**baseline, "runs": [run]}, 2.0)
+        assert len(changes) > 10
+        assert not [change["key"] for change in changes if change["regression"]]
+
+
 def test_growth_laws_are_those_of_the_larger_sizes():
     sizes = [2**i for i in range(10)]
     law = scaling.fit(sizes, [100 + 0.01 * x**2 for x in sizes])
@@ -192,9 +203,12 @@ def test_memory_is_extrapolated_as_a_sum_of_buffers():
     law = scaling.fit_buffers(sizes, [50 + 3 * x + 0.01 * x**2 for x in sizes])
     assert (law.a, law.b, law.c) == pytest.approx((50, 3, 0.01), rel=1e-6)
     assert law.trusted == pytest.approx(1.0)
+    assert law.largest(50 + 3 * 5000 + 0.01 * 5000**2, 512) == pytest.approx(5000)
+    assert law.largest(1e12, 512) is None  # too far away
     assert law.reaches(50 + 3 * 5000 + 0.01 * 5000**2) == pytest.approx(5000)
     cubic = scaling.fit_buffers(sizes, [x**3 for x in sizes])
     assert cubic.trusted > 1.3  # a law that does not fit says so
+    assert cubic.largest(1e9, 512) is None
     assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(1e9) == float("inf")
     assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(5) == 0
 

@@ -1,5 +1,6 @@
 """Training under the catalogue's normalisation: equal to naive sums in float64, and to what decoding ranks by."""
 
+import json
 import os
 
 import families
@@ -13,8 +14,9 @@ from test_train import DATA, tiny, trainer
 import flr
 from flr import catalogue_loss
 from flr.catalogue_loss import CatalogueLoss
-from flr.data import Augment, InteractionDataset
+from flr.data import Augment, HistoryViews, InteractionDataset, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
+from flr.evaluate import evaluate
 from flr.forward import IGNORE
 from flr.train import item_neighbours
 
@@ -198,6 +200,40 @@ def test_training_raises_the_targets_likelihood(tmp_path):
     assert likelihood() > before + 0.3
     with pytest.raises(ValueError, match="normalisation must be one of"):
         trainer(tmp_path, model, processor, normalisation="items")
+
+
+def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
+    """Saved with the processor, and what evaluation, views and recommendation take unless told otherwise."""
+    model, processor = tiny("sid")
+    model.eval()
+    assert processor.scoring == "full"
+    trainer(tmp_path, model, processor, normalisation="catalogue")
+    processor.save_pretrained(tmp_path)
+    loaded = RecProcessor.from_pretrained(tmp_path)
+    assert loaded.scoring == "catalogue"
+    history = [DATA.catalogue.item_ids[3]]
+
+    def outcomes(processor, **options):
+        result = evaluate(model, processor, DATA.test, progress=False, **options)
+        mixed = evaluate(model, processor, DATA.test, progress=False, views=HistoryViews(0.5), **options)
+        one = flr.Recommender(model, processor).recommend([history], k=3, shares=False, **options)[0]
+        explained = flr.Recommender(model, processor).explain(history, k=3, **options).recommendations
+        return [result.scores.tolist(), mixed.scores.tolist(), [r.score for r in one], [r.score for r in explained]]
+
+    auto, full = outcomes(loaded), outcomes(loaded, scoring="full")
+    assert auto == outcomes(loaded, scoring="catalogue")
+    assert all(a != f for a, f in zip(auto, full, strict=True))
+    loaded.scoring = "full"
+    assert outcomes(loaded) == full
+    # written before there was a choice
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    del config["scoring"]
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    assert RecProcessor.from_pretrained(tmp_path).scoring == "full"
+    with pytest.raises(ValueError, match="scoring"):
+        RecProcessor(processor.tokenizer, processor.catalogue, "sid", scoring="auto")
+    with pytest.raises(ValueError, match="scoring must be one of \\['auto'"):
+        evaluate(model, loaded, DATA.test, scoring="half")
 
 
 def _ddp_worker(rank: int, path: str) -> None:

@@ -99,6 +99,7 @@ class SFTTrainer(Trainer):
         self.processor = processor
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
+        processor.scoring = args.normalisation
         self.catalogue = CatalogueLoss(self.trie) if args.normalisation == "catalogue" else None
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
@@ -214,7 +215,6 @@ class SFTTrainer(Trainer):
             rows,
             batch_size=args.per_device_eval_batch_size,
             num_beams=args.eval_num_beams,
-            scoring=args.normalisation,
             trie=self.trie,
             progress=False,
             samples=1,
