@@ -140,7 +140,8 @@ def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
         ("x", "broken", None),
     ]
     tables = report.tables(devices)
-    assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["speed"]
+    assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["targets"]
+    assert "| s x | eager | **4.00×** |  | 5×: met in 0 of 1 |" in tables["speed"]
     assert "failed: RuntimeError: no" in tables["s"]
     text = "a\n<!-- bench:speed -->\nold\n<!-- /bench -->\nb\n"
     assert (
