@@ -13,10 +13,14 @@ from typing import Any
 from . import results, scaling
 from .harness import ROOT, label
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
 NOISE = ROOT / "bench/quick_baseline.json"
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """The documents with tables of results in them."""
+    return [p for p in [root / "README.md", *sorted((root / "docs").glob("*.md"))] if MARKED.search(p.read_text())]
 
 
 def number(value: float) -> str:
@@ -246,7 +250,7 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
     if not devices:
         raise ValueError(f"results: expected <device>/<commit>.json of a default or full run below {folder}, got none")
     by_name, changed = tables(devices), []
-    old = {root / name: (root / name).read_text() for name in DOCUMENTS}
+    old = {path: path.read_text() for path in documents(root)}
     new = {path: render(text, by_name, path.name) for path, text in old.items()}  # all of them, before one is written
     for path, text in new.items():
         if text != old[path]:
