@@ -13,7 +13,6 @@ from typing import Any
 from . import results, scaling
 from .harness import ROOT, label
 
-NOISE = ROOT / "bench/quick_baseline.json"
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
 
@@ -183,23 +182,6 @@ def growth(rows: list[Row]) -> str:
     return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
 
 
-def noise(path: Path = NOISE) -> str:
-    """How far the medians of a ratio lie apart over the runs of the quick baseline."""
-    pooled = results.ratios(results.load(path))
-    spreads = sorted(((value["spread"], key, value) for key, value in pooled.items()), key=lambda x: -x[0])
-    values = [s for s, _, _ in spreads]
-    lines = [
-        [" · ".join(key), number(value["p50"]), f"{number(value['p20'])}-{number(value['p80'])}", f"{spread:.2f}"]
-        for spread, key, value in spreads[:8]
-    ]
-    summary = (
-        f"{spreads[0][2]['runs']} runs, {len(values)} ratios. Greatest over least median of a ratio: median "
-        f"{values[len(values) // 2]:.2f}, nine in ten below {values[len(values) // 10]:.2f}, greatest {values[0]:.2f}. "
-        "The widest:\n\n"
-    )
-    return summary + markdown(["suite · case · competitor", "median", "p20-p80, pooled", "max / min"], lines)
-
-
 def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
     """Every table by name; where several devices were measured each has its own part."""
 
@@ -220,8 +202,6 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
     }
     found["all"] = "\n\n".join(f"### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
-    if NOISE.exists():
-        found["noise"] = noise()
     return found
 
 
