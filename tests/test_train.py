@@ -240,3 +240,14 @@ def test_collator_adds_soft_targets_for_one_token_codecs_only():
         _, processor = tiny(codec)
         batch = SFTCollator(processor, Augment(neighbour=1.0, neighbours=table))([DATA.train[0]])
         assert ("soft_targets" in batch) == expected
+
+
+def test_loss_is_a_share_of_the_global_sum_times_processes(tmp_path, monkeypatch):
+    """DDP averages gradients over processes; the loss divides by the tokens of all of them."""
+    model, processor = tiny("sid")
+    job = trainer(tmp_path, model, processor)
+    batch = next(iter(job.get_train_dataloader()))
+    model.eval()  # no dropout
+    alone = job.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500))
+    monkeypatch.setattr(type(job.accelerator), "num_processes", property(lambda _: 4))
+    torch.testing.assert_close(job.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500)), 4 * alone)

@@ -184,6 +184,8 @@ class SFTTrainer(Trainer):
         if model.training and outputs.flr is not None:
             for name, value in outputs.flr.losses.items():
                 self._terms.setdefault(name, []).append(value.detach())
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            outputs.loss = outputs.loss * self.accelerator.num_processes  # a share of a sum, which DDP and FSDP average
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     @staticmethod
