@@ -13,10 +13,13 @@ from typing import Any
 from . import results, scaling
 from .harness import ROOT, label
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
-NOISE = ROOT / "bench/quick_baseline.json"
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """The documents with tables of results in them."""
+    return [p for p in [root / "README.md", *sorted((root / "docs").glob("*.md"))] if MARKED.search(p.read_text())]
 
 
 def number(value: float) -> str:
@@ -49,7 +52,42 @@ def _ours(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(r["suite"], r["case"]): r for r in rows if "p50_ms" in r and "ratio" not in r}
 
 
+def span(values: list[float], form: Any) -> str:
+    """The least and the greatest, once where they read the same."""
+    return "-".join(dict.fromkeys(form(x) for x in (min(values), max(values)))) if values else ""
+
+
 def speed(rows: list[Row]) -> str:
+    """A line for each kind of work (suite and first word of the case) and competitor with targets: the span over its cases."""
+    ours, groups = _ours(rows), {}
+    for row in rows:
+        if "target" in row:
+            key = (f"{row['suite']} {row['case'].split()[0]}".replace("_", " "), row["variant"])
+            groups.setdefault(key, []).append(row)
+    lines = []
+    for (work, variant), group in groups.items():
+        done = [row for row in group if "ratio" in row]
+        memory = []
+        for row in done:
+            mine = ours[row["suite"], row["case"]].get("peak_mb")
+            if mine and "peak_mb" in row:
+                memory.append(row["peak_mb"] / mine)
+        met = sum(row["ratio"]["p50"] >= row["target"] for row in done)
+        goal = span([row["target"] for row in group], lambda x: f"{x:g}")
+        faster = span([row["ratio"]["p50"] for row in done], number)
+        lines.append(
+            [
+                work,
+                variant,
+                f"**{faster}×**" if done else "failed",
+                f"{span(memory, number)}×" if memory else "",
+                f"{goal}×: met in {met} of {len(group)}",
+            ]
+        )
+    return markdown(["work", "against", "times faster", "peak memory, theirs / ours", "target"], lines)
+
+
+def targets(rows: list[Row]) -> str:
     """Every row that has a target: how many times faster, how much memory, and whether the target is met."""
     ours, lines = _ours(rows), []
     for row in rows:
@@ -144,23 +182,6 @@ def growth(rows: list[Row]) -> str:
     return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
 
 
-def noise(path: Path = NOISE) -> str:
-    """How far the medians of a ratio lie apart over the runs of the quick baseline."""
-    pooled = results.ratios(results.load(path))
-    spreads = sorted(((value["spread"], key, value) for key, value in pooled.items()), key=lambda x: -x[0])
-    values = [s for s, _, _ in spreads]
-    lines = [
-        [" · ".join(key), number(value["p50"]), f"{number(value['p20'])}-{number(value['p80'])}", f"{spread:.2f}"]
-        for spread, key, value in spreads[:8]
-    ]
-    summary = (
-        f"{spreads[0][2]['runs']} runs, {len(values)} ratios. Greatest over least median of a ratio: median "
-        f"{values[len(values) // 2]:.2f}, nine in ten below {values[len(values) // 10]:.2f}, greatest {values[0]:.2f}. "
-        "The widest:\n\n"
-    )
-    return summary + markdown(["suite · case · competitor", "median", "p20-p80, pooled", "max / min"], lines)
-
-
 def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
     """Every table by name; where several devices were measured each has its own part."""
 
@@ -175,13 +196,12 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
     names = sorted({row["suite"] for rows in devices.values() for row in rows})
     found = {
         "speed": per_device(speed),
+        "targets": per_device(targets),
         "machine": per_device(machine),
         "scaling": per_device(growth),
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
     }
     found["all"] = "\n\n".join(f"### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
-    if NOISE.exists():
-        found["noise"] = noise()
     return found
 
 
@@ -210,7 +230,7 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
     if not devices:
         raise ValueError(f"results: expected <device>/<commit>.json of a default or full run below {folder}, got none")
     by_name, changed = tables(devices), []
-    old = {root / name: (root / name).read_text() for name in DOCUMENTS}
+    old = {path: path.read_text() for path in documents(root)}
     new = {path: render(text, by_name, path.name) for path, text in old.items()}  # all of them, before one is written
     for path, text in new.items():
         if text != old[path]:

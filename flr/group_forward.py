@@ -19,16 +19,19 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
 from .head import head_logprob
 from .reasoner import LOSSES, ReasonerOutput
+
+if TYPE_CHECKING:
+    from .catalogue_loss import CatalogueLoss
 
 logger = logging.getLogger("flr")
 
@@ -48,6 +51,8 @@ class GroupInputs:
         reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
         actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
             are computed then, and neither noise nor targets are looked at.
+        catalogue, edges: normalise targets over their siblings in the catalogue instead of the vocabulary; edges int64 [B, S]
+            are ``catalogue.edges`` of the targets (-100 behind them).
     """
 
     targets: Tensor
@@ -58,6 +63,8 @@ class GroupInputs:
     policy: str = "tokens"
     reference: nn.Module | None = None
     actions: tuple[Tensor, Tensor] | None = None
+    catalogue: CatalogueLoss | None = None
+    edges: Tensor | None = None
 
 
 @dataclass
@@ -119,6 +126,10 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"policy: expected tokens or thoughts, got {group.policy!r}")
     if group.policy == "thoughts" and torch.is_grad_enabled() and backbone_trains(model):
         raise ValueError("policy: expected tokens for a backbone that trains, got thoughts, which do not reach it")
+    if (group.catalogue is None) != (group.edges is None) or (
+        group.edges is not None and group.edges.shape != mask.shape
+    ):
+        raise ValueError(f"edges: expected {tuple(mask.shape)} with a catalogue and none without, got another")
     if group.noise_scale < 0:
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
     if model.training and _is_checkpointing(model):
@@ -332,7 +343,8 @@ def group_forward(
         behind = targets[:, None].expand(-1, members, -1, -1)
         with _gradients(through):
             hidden = suffix.run(torch.cat([fed[-1][:, :, None], behind.to(fed[-1].dtype)], 2))  # [B, G, S, D]
-            logprobs = target_logprobs(model, hidden, group.targets[:, None], group.target_mask[:, None])
+            wanted = group.targets if group.edges is None else group.edges
+            logprobs = target_logprobs(model, hidden, wanted[:, None], group.target_mask[:, None], group.catalogue)
 
     first, last = outs[0], outs[-1]
     gates = first.gates[:, -1].detach()
@@ -348,15 +360,21 @@ def group_forward(
     )
 
 
-def target_logprobs(model: Any, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def target_logprobs(
+    model: Any, hidden: Tensor, targets: Tensor, mask: Tensor, catalogue: CatalogueLoss | None = None
+) -> Tensor:
     """log p of targets [B, 1, S] given hidden states [B, G, S, D]: [B, G, S], 0 where ``mask`` [B, 1, S] is false.
+
+    With a catalogue, targets are its edges.
 
     The lm_head runs on target rows alone. Their logits are kept for the backward where they are few, else recomputed.
     """
     shape = hidden.shape[:-1]
     chosen = mask.expand(shape)
     rows, wanted = hidden[chosen], targets.expand(shape)[chosen]
-    if rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
+    if catalogue is not None:
+        found = -catalogue(model, rows, wanted)
+    elif rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
         found = -_row_losses(model, rows, wanted, 0.0)
     else:
         found = head_logprob(model, rows, wanted)

@@ -18,7 +18,7 @@ from flr.data import Augment, HistoryViews, InteractionDataset, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
 from flr.forward import IGNORE
-from flr.train import item_neighbours
+from flr.train import LatentGRPOConfig, LatentGRPOTrainer, item_neighbours
 
 PLAIN = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
 #: a forced chain, a wide node, siblings at several depths, one- to five-token items
@@ -123,11 +123,10 @@ def test_loss_is_minus_the_log_probability_that_decoding_ranks_by(tmp_path, code
     torch.testing.assert_close(loss[0], torch.stack(each).sum() / 7, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("normalisation", ["full", "catalogue"])
-def test_soft_targets_under_either_normalisation(tmp_path, normalisation):
+def test_soft_targets_are_an_expectation_over_the_catalogue(tmp_path):
     model, processor = tiny(**PLAIN)
     table = item_neighbours(DATA.train, DATA.catalogue, top=4)
-    train = trainer(tmp_path, model, processor, Augment(neighbour=1.0, neighbours=table), normalisation=normalisation)
+    train = trainer(tmp_path, model, processor, Augment(neighbour=1.0, neighbours=table), normalisation="catalogue")
     rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(16)]
     batch = train._batch(rows)
     loss = train.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(16))
@@ -135,11 +134,9 @@ def test_soft_targets_under_either_normalisation(tmp_path, normalisation):
     del prompts["item_positions"]
     logits = model(**prompts).logits[:, -1]
     tokens = torch.from_numpy(processor.item_codec.tokens.astype(np.int64))
-    if normalisation == "catalogue":  # everything that is no item gone
-        other = torch.ones(logits.shape[1], dtype=torch.bool)
-        other[tokens] = False
-        logits = logits.masked_fill(other, -torch.inf)
-    logp = logits.log_softmax(-1)
+    other = torch.ones(logits.shape[1], dtype=torch.bool)
+    other[tokens] = False
+    logp = logits.masked_fill(other, -torch.inf).log_softmax(-1)
     soft = batch["soft_weights"].sum(1) > 0
     assert soft.any()
     expected = -(logp.gather(1, batch["soft_targets"]) * batch["soft_weights"]).sum()
@@ -234,6 +231,28 @@ def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
         RecProcessor(processor.tokenizer, processor.catalogue, "sid", scoring="auto")
     with pytest.raises(ValueError, match="scoring must be one of \\['auto'"):
         evaluate(model, loaded, DATA.test, scoring="half")
+
+
+@pytest.mark.parametrize("codec", ["sid", "title"])
+def test_reinforcement_goes_on_with_the_normalisation_of_training(tmp_path, codec):
+    """Rewards and the target's likelihood are those of the catalogue, member by member; the processor is left as it is."""
+    model, processor = tiny(codec, **PLAIN)
+    processor.scoring = "catalogue"
+    args = LatentGRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", group_size=3, policy="tokens", save_strategy="no",
+        eval_strategy="no", load_best_model_at_end=False, per_device_train_batch_size=4,
+    )  # fmt: skip
+    train = LatentGRPOTrainer(model, args, processor, DATA.train, DATA.valid)
+    assert processor.scoring == "catalogue"
+    rows = DATA.valid.select(list(range(12)))
+    scores = score_all_items(model, processor(rows), train.trie, "catalogue")[range(12), rows.targets.astype(np.int64)]
+    lengths = torch.from_numpy(processor.item_codec.lengths[rows.targets])
+    assert train.target_logprob(rows) == pytest.approx(float((scores / lengths).mean()), rel=1e-4)
+    inputs = train._batch([InteractionDataset(rows)[(0, i)] for i in range(12)])
+    loss, out = train.compute_loss(model, inputs, return_outputs=True)
+    torch.testing.assert_close(out.logprobs[:, 0].sum(-1), scores, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out.logprobs[:, 1].sum(-1), scores)
+    assert loss.requires_grad
 
 
 def _ddp_worker(rank: int, path: str) -> None:

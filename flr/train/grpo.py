@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from flr.data import CSR, EpochSampler, Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.session import causal_lm
+from flr.forward import IGNORE
 from flr.group_forward import GroupInputs, GroupOutput
 from flr_kernels.group_advantage import KINDS
 
@@ -88,7 +89,6 @@ class LatentGRPOConfig(TrainingArguments):
         default="tensorboard", metadata={"help": "Where to log."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    normalisation: ClassVar[str] = "full"
     embedding_dropout: ClassVar[float] = 0.0  # what the supervised trainer reads
     output_dropout: ClassVar[float] = 0.0
 
@@ -238,7 +238,12 @@ class LatentGRPOTrainer(SFTTrainer):
             raise ValueError(f"train: expected at least one batch of {self._block} users, got {len(train)} rows")
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
-        return self._groups(rows)
+        return self._with_edges(self._groups(rows))
+
+    def _with_edges(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.catalogue is not None:
+            batch["edges"] = self.catalogue.edges(batch["targets"].masked_fill(~batch["target_mask"], IGNORE))
+        return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
@@ -283,6 +288,8 @@ class LatentGRPOTrainer(SFTTrainer):
             noise_scale=args.noise_scale,
             relative=args.noise_relative,
             policy=args.policy,
+            catalogue=self.catalogue,
+            edges=inputs.pop("edges", None),
             reference=self.reference.to(inputs["input_ids"].device),
         )
         iteration = self.state.global_step % args.num_iterations
@@ -408,16 +415,22 @@ class LatentGRPOTrainer(SFTTrainer):
 
     @torch.no_grad()
     def target_logprob(self, rows: Interactions) -> float:
-        """Mean over rows of the mean log-probability of the target's tokens, without noise."""
+        """Mean over rows of the mean log-probability of the target's tokens, normalised as in training, without noise."""
         collate = GroupCollator(self.processor, 1, self._groups.hidden_size, self.args.seed)
         size, total = self.args.per_device_eval_batch_size, 0.0
         model: Any = self.model
         model.eval()
         for start in range(0, len(rows), size):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            batch = self._prepare_inputs(batch)
+            batch = self._prepare_inputs(self._with_edges(batch))
             del batch["items"]
-            group = GroupInputs(batch.pop("targets"), batch.pop("target_mask"), batch.pop("noise"))
+            group = GroupInputs(
+                batch.pop("targets"),
+                batch.pop("target_mask"),
+                batch.pop("noise"),
+                catalogue=self.catalogue,
+                edges=batch.pop("edges", None),
+            )
             logprobs = model(**batch, group=group).logprobs[:, 0]
             total += float((logprobs.sum(-1) / group.target_mask.sum(-1)).sum())
         return total / len(rows)

@@ -38,8 +38,10 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
     )
     normalisation: str = field(
-        default="full",
-        metadata={"help": "What a target token competes with: full (the vocabulary) or catalogue (see flr.decode)."},
+        default="catalogue",
+        metadata={
+            "help": "What a target token competes with: catalogue (what continues an item there) or full (the vocabulary)."
+        },
     )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})
     output_dropout: float = field(default=0.0, metadata={"help": "Dropout on the lm_head's input, in [0, 1)."})
@@ -99,8 +101,9 @@ class SFTTrainer(Trainer):
         self.processor = processor
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
-        processor.scoring = args.normalisation
-        self.catalogue = CatalogueLoss(self.trie) if args.normalisation == "catalogue" else None
+        if isinstance(args, SFTConfig):  # reinforcement goes on with what it finds
+            processor.scoring = args.normalisation
+        self.catalogue = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -181,6 +184,8 @@ class SFTTrainer(Trainer):
         if model.training and outputs.flr is not None:
             for name, value in outputs.flr.losses.items():
                 self._terms.setdefault(name, []).append(value.detach())
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            outputs.loss = outputs.loss * self.accelerator.num_processes  # a share of a sum, which DDP and FSDP average
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     @staticmethod
