@@ -23,8 +23,8 @@ from flr.serve import Settings, create_app
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 
 CASES = int(os.environ.get("FLR_FUZZ_CASES", "10000"))
-# a body of the right form may name items that the catalogue lacks, which is a 422 too
-_NOT_CHECKED = [schemathesis.checks.positive_data_acceptance]
+# a body of the right form may name items that the catalogue lacks, which is a 422 too; 504 is right where little time was asked for
+_NOT_CHECKED = [schemathesis.checks.positive_data_acceptance, schemathesis.checks.not_a_server_error]
 _STATUSES: dict[str, Counter[int]] = {}
 
 
@@ -45,7 +45,8 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", GATE)
 def test_what_openapi_allows_and_what_it_does_not(case):
     response = case.call_and_validate(excluded_checks=_NOT_CHECKED)
     _STATUSES.setdefault(case.path, Counter())[response.status_code] += 1
-    assert response.status_code < 500
+    hurried = response.status_code == 504 and case.body["timeout_ms"] < 5000
+    assert response.status_code < 500 or hurried, response.text
 
 
 json_values = st.recursive(
@@ -134,12 +135,13 @@ async def ask(gate, method, path, body, headers, query):
 @given(request=requests)
 def test_requests_of_any_kind(runner, request):
     loop, gate = runner
-    method, *_ = request
+    method, _, body, *_ = request
     start, *rest = loop.run_until_complete(ask(gate, *request))
     status = start["status"]
     _STATUSES.setdefault("raw", Counter())[status] += 1
     content = b"".join(message.get("body", b"") for message in rest)
-    assert 200 <= status < 500, (status, content)
+    hurried = status == 504 and json.loads(body)["timeout_ms"] < 5000
+    assert 200 <= status < 500 or hurried, (status, content)
     assert [name for name, _ in start["headers"]].count(b"x-request-id") == 1
     kind = dict(start["headers"]).get(b"content-type", b"")
     if kind == b"application/json" and method != "HEAD":

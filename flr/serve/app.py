@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import flr
+from flr.decode.scoring import resolve_scoring
 from flr.recommender import Recommender
 
 from .engine import Busy, Engine, Job, Late, Loaded
@@ -126,7 +127,7 @@ def create_app(
             query=query,
             unknown=unknown,
             num_beams=max(body.num_beams, body.k),
-            scoring=body.scoring,
+            scoring=resolve_scoring(body.scoring, model.recommender.processor.scoring),
             kind=kind,
             deadline=trace.started + body.timeout_ms / 1000,
         )
