@@ -1,6 +1,7 @@
 """The benchmark suite's own arithmetic, its files, and that documents show what the committed results say."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,9 @@ def test_one_command_checks_measures_and_writes(tmp_path):
         "    assert 0 < p50['flr'] < p50['twice']\n"
     )
     words = ["-m", "pytest", "-q", "--quick", "--benchmark-only", "--results", str(tmp_path / "out"), str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    # pytest-benchmark disables itself where pytest-xdist's variables are set, as they are under `pytest -n`
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 1 passed" in done.stdout  # the wrong one was not timed
     (path,) = (tmp_path / "out").glob("*/*.json")
