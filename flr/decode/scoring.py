@@ -100,17 +100,20 @@ class HeadRows:
 def token_logits(
     states: torch.Tensor, rows: HeadRows | None, token: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Logits float32 [B, w, c] of `token` int64 [B, w, c] where `wanted` bool [B, w, c], else -inf.
+    """Logits float32 [B, w, c] of `token` int64 [B, w, c] or [1, 1, c] where `wanted` bool [B, w, c], else -inf; new memory.
 
     `states` are logits [B, w, V], or the hidden states [B, w, D] that `rows` makes logits of.
     """
+    same = token.shape[:2] == (1, 1)
+    token = token.clamp_min(0)
     if rows is None:
-        return states.gather(-1, token.clamp_min(0)).float().masked_fill(~wanted, -torch.inf)
-    flat = states.flatten(0, 1)
+        raw = states.index_select(-1, token[0, 0]) if same else states.gather(-1, token)
+        return raw.float().masked_fill_(~wanted, -torch.inf)
+    flat, token = states.flatten(0, 1), token.expand(wanted.shape).flatten(0, 1)
     if states.device.type == "cpu":
         row, column = wanted.flatten(0, 1).nonzero(as_tuple=True)
         out = torch.full(wanted.shape, -torch.inf).flatten(0, 1)
-        out[row, column] = rows(flat, row, token.flatten(0, 1)[row, column])
+        out[row, column] = rows(flat, row, token[row, column])
         return out.view(wanted.shape)
     row = torch.arange(len(flat), device=states.device).repeat_interleave(token.shape[-1])
-    return rows(flat, row, token.clamp_min(0).flatten()).view(token.shape).masked_fill(~wanted, -torch.inf)
+    return rows(flat, row, token.flatten()).view(wanted.shape).masked_fill_(~wanted, -torch.inf)

@@ -1,0 +1,107 @@
+"""One constrained beam step as it is done today: from logits of B·W beams to the best W continuations of every user.
+
+Both take logits [B·W, V] and the beams' scores [B, W] and return scores, parents and tokens [B, W], best first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Best(NamedTuple):
+    score: Tensor  # float32 [B, W], -inf for none
+    parent: Tensor  # int64 [B, W] column of the beam that is continued
+    token: Tensor  # int64 [B, W]
+
+
+def _best_of_vocabulary(log_probs: Tensor, beam_scores: Tensor) -> Best:
+    users, beams = beam_scores.shape
+    vocabulary = log_probs.shape[-1]
+    total = (log_probs.view(users, beams, vocabulary) + beam_scores[..., None]).view(users, beams * vocabulary)
+    score, index = total.topk(2 * beams, dim=1)  # some may be complete items, so twice as many are taken
+    score, index = score[:, :beams], index[:, :beams]
+    return Best(score, index // vocabulary, index % vocabulary)
+
+
+class PythonDict:
+    """A dictionary from every prefix to its children, asked for each beam; the mask is filled beam by beam.
+
+    The order is that of transformers' beam search with a prefix constraint: log_softmax of everything, the constraint on
+    log-probabilities, the best of W·V. One log_softmax, where some public code has a second one in the constraint.
+    """
+
+    def __init__(self, sequences: list[tuple[int, ...]]) -> None:
+        children: dict[tuple[int, ...], set[int]] = {}
+        for s in sequences:
+            for step in range(len(s)):
+                children.setdefault(s[:step], set()).add(s[step])
+        self.children = {prefix: sorted(tokens) for prefix, tokens in children.items()}
+
+    def constrain(self, input_ids: Tensor, prompt_length: int, log_probs: Tensor) -> Tensor:
+        """log_probs [B·W, V] with -inf where no item goes on, after input_ids [B·W, prompt_length + step]."""
+        mask = torch.full_like(log_probs, -math.inf)
+        for beam, ids in enumerate(input_ids):
+            allowed = self.children.get(tuple(ids[prompt_length:].tolist()))
+            if allowed is not None:
+                mask[beam, allowed] = 0
+        return log_probs + mask
+
+    def step(self, logits: Tensor, beam_scores: Tensor, input_ids: Tensor, prompt_length: int) -> Best:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        return _best_of_vocabulary(self.constrain(input_ids, prompt_length, log_probs), beam_scores)
+
+
+class PaddedCSR:
+    """Vectorised constraint after the description in arXiv 2602.22647 (STATIC): every item padded to the longest, a dense
+    table for the first level, below it a fixed number of columns, the level's widest node, read from CSR for every beam.
+
+    Below the root the best are taken among the columns read, not among W·V: the kindest reading of the paper.
+    """
+
+    def __init__(self, sequences: list[tuple[int, ...]], vocabulary: int, pad: int) -> None:
+        longest = max(map(len, sequences))
+        rows = torch.full((len(sequences), longest), pad, dtype=torch.int64)
+        lengths = torch.tensor([len(s) for s in sequences])
+        rows[torch.arange(longest) < lengths[:, None]] = torch.tensor([t for s in sequences for t in s])
+        state = torch.zeros(len(rows), dtype=torch.int64)  # of each item, at the level
+        self.first: list[Tensor] = []  # by level: edge where a state's children begin, [states + 1]
+        self.tokens: list[Tensor] = []  # by level: token of each edge; the edge's number is the next state
+        self.widest: list[int] = []
+        for level in range(longest):
+            edges, state_of_item = (state * vocabulary + rows[:, level]).unique(return_inverse=True)
+            fanout = torch.bincount(edges // vocabulary, minlength=int(state.max()) + 1)
+            self.first.append(torch.cat([fanout.new_zeros(1), fanout.cumsum(0)]))
+            self.tokens.append(edges % vocabulary)
+            self.widest.append(int(fanout.max()))
+            state = state_of_item
+        self.root_mask = torch.zeros(vocabulary, dtype=torch.bool)
+        self.root_mask[self.tokens[0]] = True
+
+    @property
+    def num_edges(self) -> int:
+        return sum(map(len, self.tokens))
+
+    def state(self, prefix: tuple[int, ...]) -> int:
+        """Number of the state that `prefix` leads to, within its level."""
+        state = 0
+        for level, token in enumerate(prefix):
+            first, last = (int(x) for x in self.first[level][state : state + 2])
+            state = first + int(torch.searchsorted(self.tokens[level][first:last], token))
+        return state
+
+    def step(self, logits: Tensor, beam_scores: Tensor, states: Tensor, level: int) -> Best:
+        log_probs = torch.log_softmax(logits, dim=-1)
+        if level == 0:
+            return _best_of_vocabulary(log_probs.masked_fill(~self.root_mask, -math.inf), beam_scores)
+        users, beams = beam_scores.shape
+        edge = self.first[level][states][:, None] + torch.arange(self.widest[level])
+        valid = edge < self.first[level][states + 1][:, None]
+        token = self.tokens[level][edge.clamp_max(len(self.tokens[level]) - 1)]
+        score = log_probs.gather(1, token).masked_fill(~valid, -math.inf)
+        total = (score.view(users, beams, -1) + beam_scores[..., None]).view(users, -1)
+        best, index = total.topk(min(beams, total.shape[1]), dim=1)
+        return Best(best, index // self.widest[level], token.view(users, -1).gather(1, index))
