@@ -10,6 +10,8 @@ GPU; ``quick`` is for both.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from .harness import ON_GPU, ROOT, TIERS, Ceilings, Race, facts, label
 
 TIMEOUT = {"quick": 120, "default": 900, "full": 3600}
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_STARTED = pytest.StashKey[float]()
 _CEILINGS = pytest.StashKey[Ceilings]()
 
 
@@ -28,6 +31,9 @@ def pytest_addoption(parser) -> None:
     group = parser.getgroup("flr benchmarks")
     group.addoption("--quick", action="store_true", help="smallest sizes: every suite runs, in minutes (CI)")
     group.addoption("--full", action="store_true", help="largest sizes and sweeps besides the default ones")
+    group.addoption(
+        "--budget", type=float, help="seconds after which no further race starts; one of each test comes first"
+    )
     group.addoption(
         "--results",
         type=Path,
@@ -45,7 +51,7 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "cases(quick, default, full, gpu, gpu_full): shapes by tier, for `shape`")
     tier = tier_of(config)
     facts()  # of the code as it is now, whatever happens to the tree before the results are written
-    config.stash[_ROWS] = []
+    config.stash[_ROWS], config.stash[_STARTED] = [], time.monotonic()
     config.stash[_CEILINGS] = Ceilings(tier)
 
 
@@ -68,10 +74,24 @@ def pytest_generate_tests(metafunc) -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     here = Path(__file__).parent
+    if config.getoption("--budget"):
+        seen: Counter[str] = Counter()
+        turn = {}
+        for item in items:
+            turn[item.nodeid] = seen[item.nodeid.partition("[")[0]]
+            seen[item.nodeid.partition("[")[0]] += 1
+        items.sort(key=lambda item: turn[item.nodeid])
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
             if here in item.path.parents:
                 item.add_marker(pytest.mark.timeout(TIMEOUT[tier_of(config)]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget and time.monotonic() - item.config.stash[_STARTED] > budget:
+        pytest.skip(f"the budget of {budget:g} s is spent")
 
 
 @pytest.fixture(scope="session")
@@ -172,15 +192,16 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as text; a column is blank where nothing was measured."""
     width = max(len(f"{row['suite']} {row['case']}") for row in rows)
+    names = max(len("variant"), *(len(row["variant"]) for row in rows))
     lines = [
-        f"{'case':{width}} {'variant':12} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
+        f"{'case':{width}} {'variant':{names}} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
     ]
 
     def column(row: dict[str, Any], key: str, form: str, size: int) -> str:
         return f"{row[key]:{size}{form}}" if key in row else " " * size
 
     for row in rows:
-        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:12} "
+        line = f"{row['suite'] + ' ' + row['case']:{width}} {row['variant']:{names}} "
         if "failed" in row:
             lines.append(line + f"failed: {row['failed']}")
             continue

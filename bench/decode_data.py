@@ -67,10 +67,11 @@ def _codes(num_items: int) -> Items:
 
 @cache
 def catalogue(name: str) -> Items:
-    """ "titles" (amazon-cds where the data is there, else made up to its statistics), or the number of items with codes."""
-    if name != "titles":
+    """ "titles" (amazon-cds where the data is there, else "synthetic-titles", made up to its statistics; the result's name
+    says which), or the number of items with codes."""
+    if name not in ("titles", "synthetic-titles"):
         return _codes(int(name))
-    return _real_titles() if FOLDER.is_dir() else _synthetic_titles()
+    return _real_titles() if name == "titles" and FOLDER.is_dir() else _synthetic_titles()
 
 
 def beams_at(items: Items, depth: int, users: int, beams: int) -> torch.Tensor:

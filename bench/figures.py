@@ -13,7 +13,9 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import NullLocator
 
 from . import scaling
 
@@ -44,7 +46,7 @@ def speedup(rows: list[Row]) -> plt.Figure:
     axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.axvline(1, color=DARK, lw=0.8)
-    axes.set_title("times faster than the competitor on the same work; bar: median, line: 20-80 %, tick: target")
+    figure.suptitle("times faster than the competitor on the same work; line: 20-80 %, tick: target", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -82,20 +84,31 @@ def growth(rows: list[Row]) -> plt.Figure:
         time, memory = sweep.time_law(), sweep.memory_law()
         axes.plot(sweep.sizes, sweep.ms, "o", color=ORANGE, markersize=4)
         text = f"time {time.exponent:.2f}"
-        axes.plot(sweep.sizes, [time.at(x) for x in sweep.sizes], color=ORANGE, lw=0.8)
+        fitted = sweep.sizes[-time.points :]
+        axes.plot(fitted, [time.at(x) for x in fitted], color=ORANGE, lw=0.8)
         if memory:
             other = axes.twinx()
             other.plot(sweep.sizes, [y if y else float("nan") for y in sweep.peak_mb], "s", color=BLUE, markersize=3.5)
             buffers = sweep.buffers()
             other.plot(sweep.sizes, [buffers.at(x) for x in sweep.sizes], color=BLUE, lw=0.8)
             other.set_yscale("log")
+            _two_ticks(other.yaxis, [y for y in sweep.peak_mb if y])
             other.tick_params(labelsize=7, colors=BLUE)
             text += f", memory {memory.exponent:.2f}"
         axes.set(xscale="log", yscale="log")
+        _two_ticks(axes.xaxis, sweep.sizes)
+        _two_ticks(axes.yaxis, sweep.ms)
         axes.tick_params(labelsize=7)
         axes.set_title(f"{sweep.operation}\n{sweep.varied}: {text}", fontsize=8)
     figure.suptitle("median ms (circles, left), peak MB (squares, right), exponent over the larger half", fontsize=9)
     return figure
+
+
+def _two_ticks(axis: Axis, values: list[float]) -> None:
+    """Label the least and the greatest value alone."""
+    ends = [min(values), max(values)]
+    axis.set_ticks(ends, [f"{x:.3g}" if x < 1e3 else f"{x:,.0f}" if x < 1e5 else f"{x:.0e}" for x in ends])
+    axis.set_minor_locator(NullLocator())
 
 
 def kernels(rows: list[Row]) -> plt.Figure:

@@ -8,6 +8,7 @@ reported: the key is absent.
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
 import subprocess
@@ -99,7 +100,7 @@ def facts() -> dict[str, Any]:
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     found = {
-        "commit": git("rev-parse", "--short=10", "HEAD") or "unknown",
+        "commit": git("rev-parse", "--short=10", "HEAD") or os.environ.get("FLR_BENCH_COMMIT", "unknown"),
         "dirty": bool(git("status", "--porcelain", "--", *CODE)),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(),

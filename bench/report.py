@@ -13,10 +13,14 @@ from typing import Any
 from . import results, scaling
 from .harness import ROOT, label
 
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
 NOISE = ROOT / "bench/quick_baseline.json"
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """The documents with tables of results in them."""
+    return [p for p in [root / "README.md", *sorted((root / "docs").glob("*.md"))] if MARKED.search(p.read_text())]
 
 
 def number(value: float) -> str:
@@ -49,7 +53,42 @@ def _ours(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(r["suite"], r["case"]): r for r in rows if "p50_ms" in r and "ratio" not in r}
 
 
+def span(values: list[float], form: Any) -> str:
+    """The least and the greatest, once where they read the same."""
+    return "-".join(dict.fromkeys(form(x) for x in (min(values), max(values)))) if values else ""
+
+
 def speed(rows: list[Row]) -> str:
+    """A line for each kind of work (suite and first word of the case) and competitor with targets: the span over its cases."""
+    ours, groups = _ours(rows), {}
+    for row in rows:
+        if "target" in row:
+            key = (f"{row['suite']} {row['case'].split()[0]}".replace("_", " "), row["variant"])
+            groups.setdefault(key, []).append(row)
+    lines = []
+    for (work, variant), group in groups.items():
+        done = [row for row in group if "ratio" in row]
+        memory = []
+        for row in done:
+            mine = ours[row["suite"], row["case"]].get("peak_mb")
+            if mine and "peak_mb" in row:
+                memory.append(row["peak_mb"] / mine)
+        met = sum(row["ratio"]["p50"] >= row["target"] for row in done)
+        goal = span([row["target"] for row in group], lambda x: f"{x:g}")
+        faster = span([row["ratio"]["p50"] for row in done], number)
+        lines.append(
+            [
+                work,
+                variant,
+                f"**{faster}×**" if done else "failed",
+                f"{span(memory, number)}×" if memory else "",
+                f"{goal}×: met in {met} of {len(group)}",
+            ]
+        )
+    return markdown(["work", "against", "times faster", "peak memory, theirs / ours", "target"], lines)
+
+
+def targets(rows: list[Row]) -> str:
     """Every row that has a target: how many times faster, how much memory, and whether the target is met."""
     ours, lines = _ours(rows), []
     for row in rows:
@@ -133,12 +172,13 @@ def growth(rows: list[Row]) -> str:
             continue
         buffers = sweep.buffers()
         law = [f"{x.exponent:.2f} (±{x.residual - 1:.0%})" if x else "" for x in (time, memory)]
-        reach = [buffers.reaches(size * 1e3) if buffers else math.inf for size in scaling.MEMORIES]
+        reach = [buffers.largest(size * 1e3, sweep.sizes[-1]) if buffers else None for size in scaling.MEMORIES]
         trusted = f"{buffers.trusted:.2f}" if buffers and buffers.trusted else ""
         largest = f"{number(sweep.ms[-1])} ms" + (f", {number(sweep.peak_mb[-1])} MB" if sweep.peak_mb[-1] else "")
         sizes = f"{sweep.sizes[0]:,.0f} … {sweep.sizes[-1]:,.0f}"
-        fits = [f"{number(x)}" if math.isfinite(x) else "" for x in reach]
-        lines.append([f"{sweep.operation}, {label(sweep.fixed)}", sweep.varied, sizes, largest, *law, *fits, trusted])
+        fits = [f"{number(x)}" if x else "" for x in reach]
+        name = ", ".join(filter(None, (sweep.operation, label(sweep.fixed))))
+        lines.append([name, sweep.varied, sizes, largest, *law, *fits, trusted])
     header = ["operation", "varied", "sizes", "at the largest", "time ∝", "memory ∝"]
     return markdown([*header, *(f"fits {size} GB" for size in scaling.MEMORIES), "measured / extrapolated"], lines)
 
@@ -174,6 +214,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
     names = sorted({row["suite"] for rows in devices.values() for row in rows})
     found = {
         "speed": per_device(speed),
+        "targets": per_device(targets),
         "machine": per_device(machine),
         "scaling": per_device(growth),
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
@@ -209,13 +250,12 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
     if not devices:
         raise ValueError(f"results: expected <device>/<commit>.json of a default or full run below {folder}, got none")
     by_name, changed = tables(devices), []
-    for name in DOCUMENTS:
-        path = root / name
-        old = path.read_text()
-        new = render(old, by_name, name)
-        if new != old:
+    old = {path: path.read_text() for path in documents(root)}
+    new = {path: render(text, by_name, path.name) for path, text in old.items()}  # all of them, before one is written
+    for path, text in new.items():
+        if text != old[path]:
             temporary = path.with_name(f".{path.name}.new")
-            temporary.write_text(new)
+            temporary.write_text(text)
             temporary.replace(path)
             changed.append(path)
     if figures:

@@ -50,6 +50,12 @@ class Buffers(NamedTuple):
             return (-self.b + math.sqrt(self.b**2 + 4 * self.c * (y - self.a))) / (2 * self.c)
         return (y - self.a) / self.b if self.b > 0 else math.inf
 
+    def largest(self, y: float, measured: float) -> float | None:
+        """:meth:`reaches`, unless the law failed at the largest measured size or that size is under a thousandth of it."""
+        x = self.reaches(y)
+        credible = self.trusted is not None and 0.8 <= self.trusted <= 1.25
+        return x if credible and 0 < x <= 1000 * measured else None
+
 
 class Sweep(NamedTuple):
     """One operation over one symbol: sizes with median ms and peak MB (an unmeasured size has no peak)."""

@@ -3,6 +3,7 @@
 ``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops (on a GPU;
 on the CPU they are what dispatch picks), ``compiled`` is under torch.compile(fullgraph=True), ``latentr3`` the
 single-factor predecessor, which projects all L tokens to keys and values (K = 1, T = 1 by definition: raced at T = 1 only).
+On a GPU, forward, T > 1: ``graph`` is ours in a CUDA graph, ``blocks`` too but all refinements of 16 users before the next 16.
 """
 
 from __future__ import annotations
@@ -27,6 +28,21 @@ def shape_of(batch: int, length: int, size: int, refinements: int, dtype: torch.
 def build(shape: dict):
     torch.manual_seed(0)
     return FactorizedReasoner(shape["D"], FLRConfig(num_factors=shape["K"], num_refinements=shape["T"])).to(DEVICE)
+
+
+def graphed(call, h, mask, users: int):
+    """A CUDA graph of ``call`` on every block of ``users``."""
+    parts = list(zip(h.split(users), mask.split(users), strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and initialises what must not happen during the capture
+        call(*parts[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for part in parts:
+            call(*part)
+    return graph.replay
 
 
 @contextmanager
@@ -89,10 +105,15 @@ def test_reasoner(shape, backward, tier, race):
     if shape["T"] == 1:
         config = FLRConfig(variant="latentr3", num_factors=1, num_refinements=1)
         variants["latentr3"] = step(LatentR3Reasoner(size, config).to(DEVICE))
+    graphs = {}
+    if ON_GPU and shape["T"] > 1 and not backward:
+        graphs = {
+            name: graphed(step(module), *sets[0], users) for name, users in (("graph", len(sets[0][0])), ("blocks", 16))
+        }
     weights = 4 * size * size * 4  # the queries', keys', values' and output's; 2 operations an element and user
     race(
         f"{'train' if backward else 'forward'} {label(shape)}",
-        {name: rotating(call, sets) for name, call in variants.items()},
+        {name: rotating(call, sets) for name, call in variants.items()} | graphs,
         suite="reasoner",
         shape=shape,
         check=check,

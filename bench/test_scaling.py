@@ -16,8 +16,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import flr
 from flr.config import FLRConfig
 from flr.decode import CatalogueTrie, beam_search
+from flr.group_forward import GroupInputs
 from flr.reasoner import FactorizedReasoner
-from flr_kernels import factor_attention
+from flr.train.surrogate import clipped_surrogate
+from flr_kernels import factor_attention, group_advantage
 
 from .harness import DEVICE
 
@@ -36,6 +38,10 @@ SWEEPS: dict[str, tuple[dict[str, int], dict[str, list[int]]]] = {
     "SFT step": (
         {"B": 2, "L": 256, "D": 256, "layers": 4, "V": 4096, "S": 16},
         {"L": [64, 128, 256, 512, 1024, 2048, 4096, 8192], "B": [1, 2, 4, 8, 16], "D": [64, 128, 256, 512]},
+    ),
+    "RL step": (
+        {"B": 2, "L": 256, "G": 8, "D": 256, "layers": 4, "V": 4096, "S": 16},
+        {"G": [2, 4, 8, 16, 32], "L": [64, 256, 1024, 4096], "B": [1, 2, 4, 8]},
     ),
     "trie build": ({"C": 1000}, {"C": [10**3, 10**4, 10**5, 10**6, 10**7]}),
     "constrained search": (
@@ -61,7 +67,7 @@ def grow(race) -> Callable[..., Any]:
 
     def run(shape: dict[str, Any], call: Callable[[], Any], check: Callable[[], None], **more: Any) -> None:
         case = f"{shape['operation']}: {shape['varied']}={shape[shape['varied']]}"
-        race(case, {"flr": call}, suite="scaling", shape=shape, check=check, rounds=5, **more)
+        race(case, {"flr": call}, suite="scaling", shape=shape, check=check, rounds=3, **more)
 
     return run
 
@@ -129,6 +135,29 @@ def test_sft(shape, grow):
     def step():
         model.zero_grad()
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        return (loss.detach(),)
+
+    grow(shape, step, finite(step))
+
+
+@cases("RL step")
+def test_rl(shape, grow):
+    model = patched(shape).requires_grad_(False).eval()
+    model.flr.requires_grad_(True)
+    ids = prompts(shape)
+    targets = torch.randint(5, shape["V"] - 1, (shape["B"], shape["S"]), device=DEVICE)
+    mask = torch.ones_like(targets, dtype=torch.bool)
+    noise = torch.randn(shape["B"], shape["G"], 1, shape["D"], device=DEVICE)
+    noise[:, 0] = 0
+    group = GroupInputs(targets, mask, noise)
+
+    def step():
+        model.zero_grad()
+        logprobs = model(input_ids=ids, attention_mask=torch.ones_like(ids), group=group).logprobs
+        rows = mask.repeat_interleave(shape["G"], 0)
+        advantages = group_advantage(logprobs.detach().flatten(0, 1), rows, shape["G"]).advantages
+        loss = clipped_surrogate(logprobs, logprobs.detach(), mask, advantages).loss.mean()
         loss.backward()
         return (loss.detach(),)
 

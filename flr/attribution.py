@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from flr.decode import CatalogueTrie, Scoring, item_filter
+from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
 from flr.decode.session import causal_lm, prepare_inputs
 from flr.forward import FLROutput, head
 from flr.patch import is_patched
@@ -219,6 +219,7 @@ def attribute(
     trie: CatalogueTrie,
     scoring: Scoring = "full",
     exclude: Tensor | None = None,
+    allowed: Tensor | None = None,
     mixed_with: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Contributions of the factors to the log-probabilities of items.
@@ -228,7 +229,7 @@ def attribute(
         codec: the item codec (``encode(i)``).
         items: int64 [B, k] item indices, -1 for none.
         trie: of the codec, on the model's device.
-        scoring, exclude: as the items were ranked with (see flr.decode): the values are those scores.
+        scoring, exclude, allowed: as the items were ranked with (see flr.decode): the values are those scores.
         mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v is the
             logarithm of that, the rest is taken as it is.
 
@@ -242,7 +243,8 @@ def attribute(
     contributions = np.zeros((*items.shape, num_factors))
     vocabulary = prompts.lm.config.get_text_config().vocab_size
     for group in _batches(_siblings(codec, items), len(sets), vocabulary):
-        for siblings, values in zip(group, _values(prompts, group, sets, trie, scoring, exclude), strict=True):
+        found = _values(prompts, group, sets, trie, scoring, exclude, allowed)
+        for siblings, values in zip(group, found, strict=True):
             if mixed_with is not None:
                 log_weight, log_rest = (x[siblings.user, siblings.columns] for x in mixed_with)
                 values = np.logaddexp(values + log_weight, log_rest)
@@ -284,6 +286,7 @@ def _values(
     trie: CatalogueTrie,
     scoring: Scoring,
     exclude: Tensor | None,
+    allowed: Tensor | None,
 ) -> list[np.ndarray]:
     """v of every set of factors, float64 [A, items of the entry], for every entry."""
     device = prompts.embeds.device
@@ -307,7 +310,11 @@ def _values(
     if scoring == "full":
         norm = logits.logsumexp(-1)
     else:
-        norm = _catalogue_norm(logits, group, trie, None if exclude is None else exclude.to(device)[users])
+        if exclude is not None:
+            exclude = exclude.to(device)[users]
+        if allowed is not None and allowed.ndim == 2:
+            allowed = allowed.to(device)[users]
+        norm = _catalogue_norm(logits, group, item_filter(trie, len(group), allowed, exclude), trie)
     scores = logits - norm[..., None]
     values = []
     for row, entry in enumerate(group):
@@ -317,7 +324,7 @@ def _values(
     return values
 
 
-def _catalogue_norm(logits: Tensor, group: list[_Siblings], trie: CatalogueTrie, exclude: Tensor | None) -> Tensor:
+def _catalogue_norm(logits: Tensor, group: list[_Siblings], allows: ItemFilter, trie: CatalogueTrie) -> Tensor:
     """logsumexp [E, A, S] over the tokens that lead from an entry's prefix to allowed items."""
     nodes = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.int64)  # [E, S]; the root past an entry's end
     for row, entry in enumerate(group):
@@ -329,7 +336,6 @@ def _catalogue_norm(logits: Tensor, group: list[_Siblings], trie: CatalogueTrie,
     column = torch.arange(int(fanout.max()), device=logits.device)
     inside = column < fanout[..., None]
     child = torch.where(inside, begin[..., None] + column, 0)  # [E, S, F]
-    allows = item_filter(trie, len(group), exclude=exclude)
     allowed = inside & (allows.count(trie.leaf_begin[child].long(), trie.leaf_end[child].long()) > 0)
     token = trie.tokens[child].long().clamp_min(0)
     raw = logits.gather(-1, token[:, None].expand(-1, logits.shape[1], -1, -1))

@@ -34,7 +34,7 @@ from torch import nn
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.data._io import atomic_file, write_json, write_parquet
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
-from flr.decode.scoring import check_scoring, order_key
+from flr.decode.scoring import order_key, resolve_scoring
 from flr.decode.session import evaluating
 from flr.metrics import (
     COVERAGE_CUTOFF,
@@ -203,7 +203,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     num_beams: int = 20,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     method: Method = "auto",
     exclude_seen: bool = False,
     top_k: int = 20,
@@ -223,7 +223,7 @@ def evaluate(
         model: patched or plain causal LM. processor: its RecProcessor. interactions: the rows, e.g. `dataset.test`.
         batch_size: users at a time at most; fewer where B·W·V logits would take more than 512 MiB. No influence on results.
         num_beams: W of the beam search.
-        scoring: "full" or "catalogue", see flr.decode.
+        scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
         method: "exhaustive" scores every item, so every target has its exact rank; "beam" ranks what a beam search finds and
             gives other targets rank 0; "auto" is exhaustive where items are single tokens (one step answers), else beam.
         exclude_seen: never give an item of the row's history (then a target that repeats one has rank 0).
@@ -239,7 +239,7 @@ def evaluate(
     Raises:
         ValueError: no rows, an argument out of range, and as `beam_search`.
     """
-    check_scoring(scoring)
+    scoring = resolve_scoring(scoring, processor.scoring)
     if method not in ("auto", "beam", "exhaustive"):
         raise ValueError(f"method: expected 'auto', 'beam' or 'exhaustive', got {method!r}")
     if batch_size < 1 or num_beams < 1 or top_k < 20:

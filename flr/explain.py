@@ -8,8 +8,9 @@ explanation.html("why.html")
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .attribution import ThinkingPrompts, think
 from .data import CSR, Interactions, RecProcessor
 from .decode import CatalogueTrie, Scoring
 from .decode.session import evaluating
-from .recommender import History, OnUnknown, Recommendation, Recommender
+from .recommender import History, OnUnknown, Query, Recommendation, Recommender
 from .report import PathLike, explanation_body, page, save_png, write_text
 
 _HEAT = LinearSegmentedColormap.from_list("flr", ["#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66"])
@@ -169,7 +170,7 @@ def explain(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
     trie: CatalogueTrie | None = None,
 ) -> Explanation:
@@ -201,39 +202,47 @@ def explain_with(
     *,
     num_beams: int = 20,
     exclude_seen: bool = False,
-    scoring: Scoring = "full",
+    scoring: Scoring | Literal["auto"] = "auto",
     on_unknown: OnUnknown = "raise",
 ) -> Explanation:
     """:func:`explain` with a recommender."""
     recommender.check(k, num_beams, scoring)
     resolved = recommender.resolve([history], on_unknown)
-    indices = resolved.histories[0]
-    lists, prompts = recommender.ranked([indices], k, num_beams, exclude_seen, scoring, shares=True)
-    processor = recommender.processor
-    positions = processor([indices])["item_positions"]
+    query = recommender.query(resolved.histories[0], k, exclude_seen)
+    return explained(recommender, [query], resolved.unknown, max(num_beams, k), scoring)[0]
+
+
+def explained(
+    recommender: Recommender,
+    queries: Sequence[Query],
+    unknown: Sequence[list[str]],
+    num_beams: int,
+    scoring: Scoring | Literal["auto"],
+) -> list[Explanation]:
+    """Explanations of a few queries, computed together: as ``Recommender.ranked``, ``unknown`` being what each one's names lacked."""
+    lists, prompts = recommender.ranked(queries, num_beams, scoring, shares=True)
+    processor, variant = recommender.processor, recommender.variant
+    positions = processor([query.history for query in queries])["item_positions"]
+    attention, gates, norms = np.zeros((len(queries), 0, 0, 0, 0)), np.zeros((len(queries), 0, 0, 0)), None
+    if prompts is not None:
+        with torch.inference_mode():
+            attention = item_attention(prompts, positions, max(len(query.history) for query in queries))
+            gates = torch.stack([step.gates for step in prompts.output.steps], 1).double().cpu().numpy()
+            scale = prompts.lm._flr_patch.config.input_scale or 1.0
+            norms = prompts.contributions.norm(dim=-1).double().cpu().numpy()
+            norms /= scale * prompts.contributions.shape[-1] ** 0.5
     catalogue = processor.catalogue
-    used = set(positions[positions >= 0].tolist())
-    items = [
-        HistoryItem(catalogue.item_ids[item], catalogue.titles[item], item, place in used)
-        for place, item in enumerate(indices.tolist())
-    ]
-    variant = recommender.variant
-    if prompts is None:
-        nothing = np.zeros((0, 0, 0, len(items)))
-        return Explanation(
-            variant, items, resolved.unknown[0], nothing, np.zeros((0, 0, 0)), np.zeros((0, 0)), lists[0]
-        )
-    config = prompts.lm._flr_patch.config
-    length = prompts.contributions.norm(dim=-1)[0].double() / prompts.contributions.shape[-1] ** 0.5
-    return Explanation(
-        variant=variant,
-        history=items,
-        unknown=resolved.unknown[0],
-        attention=item_attention(prompts, positions, len(items))[0],
-        gates=torch.stack([step.gates for step in prompts.output.steps], 1)[0].double().cpu().numpy(),
-        norms=(length / (config.input_scale or 1.0)).cpu().numpy(),
-        recommendations=lists[0],
-    )
+    found = []
+    for row, query in enumerate(queries):
+        used = set(positions[row][positions[row] >= 0].tolist())
+        items = [
+            HistoryItem(catalogue.item_ids[item], catalogue.titles[item], item, place in used)
+            for place, item in enumerate(query.history.tolist())
+        ]
+        own = attention[row, ..., : len(items)] if prompts is not None else np.zeros((0, 0, 0, len(items)))
+        parts = norms[row] if norms is not None else np.zeros((0, 0))
+        found.append(Explanation(variant, items, list(unknown[row]), own, gates[row], parts, lists[row]))
+    return found
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .config import FLRConfig
 from .reasoner import LOSSES, ReasonerOutput
+
+if TYPE_CHECKING:
+    from .catalogue_loss import CatalogueLoss
+    from .group_forward import GroupInputs
 
 logger = logging.getLogger("flr")
 
@@ -176,7 +180,7 @@ def _row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) ->
         return cross_entropy(logits, t, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
     vocab = model.config.get_text_config().vocab_size
-    if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS or not torch.is_grad_enabled():
+    if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS:
         return block(hidden, target)
     step = max(1, MAX_LOSS_LOGITS // (4 * vocab))
     parts = [
@@ -222,8 +226,8 @@ class _Encoder:
     def last_hidden(self) -> Tensor:
         return self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, 1)
 
-    def think(self, column: int) -> None:
-        """Put the thought into ``column`` of the rows that have one there."""
+    def think(self, column: int, given: Tensor | None = None) -> None:
+        """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""
         x, config = self.inputs, self.config
         rows = x.is_thought[:, column]
         before = max(column - 1, 0)
@@ -237,7 +241,9 @@ class _Encoder:
             anchor = torch.where(x.is_thought[:, before, None], self.anchor, x.embeds[:, before])
         self.anchor = anchor
         embedding = anchor
-        if config.variant in ("flr", "latentr3"):
+        if given is not None:
+            embedding = given
+        elif config.variant in ("flr", "latentr3"):
             history = self.last_hidden() if self.hidden else x.embeds[:, :0]
             out = self.model.flr(history, x.valid(column) if column else None, column - 1)
             r = torch.nn.functional.dropout(out.thought, config.dropout, self.model.training)
@@ -279,8 +285,11 @@ def flr_forward(
     skip_logits: bool | None = None,
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
+    catalogue: CatalogueLoss | None = None,
+    thoughts: Tensor | None = None,
+    group: GroupInputs | None = None,
     **kwargs,
-) -> FLRCausalLMOutput | tuple:
+) -> Any:
     """Forward of a patched model: that of the model it was, plus
 
     Args:
@@ -292,10 +301,18 @@ def flr_forward(
         num_items_in_batch: divisor of the summed cross-entropy (as ``Trainer`` passes it under gradient
             accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
             tokens, so that any split of a batch gives the same sum.
+        catalogue: normalise target tokens over their siblings in the catalogue instead of the vocabulary; ``labels`` are
+            then ``catalogue.edges(labels)``.
+        thoughts: [B, N, D], embeddings for the thought tokens instead of the reasoner's; in the same columns in every row.
+        group: the result is then the :class:`flr.group_forward.GroupOutput` of a latent GRPO step.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
     not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
     """
+    if group is not None:
+        from .group_forward import group_forward  # it stands on this module
+
+        return group_forward(self, input_ids, attention_mask, position_ids, reasoner_mask, group)
     config: FLRConfig = self._flr_patch.config
     return_dict = kwargs.pop("return_dict", None)
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -367,17 +384,21 @@ def flr_forward(
     )
 
     encoder = _Encoder(self, config, inputs, past_key_values, not checkpointing, kwargs)
-    for column in columns:
+    if thoughts is not None and (len(thoughts), thoughts.shape[1]) != (len(is_thought), len(columns)):
+        raise ValueError(
+            f"thoughts: expected [{len(is_thought)}, {len(columns)}, D] for these columns, got {tuple(thoughts.shape)}"
+        )
+    for n, column in enumerate(columns):
         encoder.encode(column)
-        encoder.think(column)
+        encoder.think(column, None if thoughts is None else thoughts[:, n])
     encoder.encode(stop)
 
     loss = weights = None
     if targets is not None:
-        loss, weights = _loss(self, encoder, targets, label_smoothing, num_items_in_batch, thought_start)
-    thoughts = encoder.output(weights)
-    if loss is not None and thoughts is not None:
-        loss = loss + thoughts.loss
+        loss, weights = _loss(self, encoder, targets, label_smoothing, num_items_in_batch, thought_start, catalogue)
+    made = encoder.output(weights)
+    if loss is not None and made is not None:
+        loss = loss + made.loss
     logits = None
     if not skip_logits:
         hidden = encoder.last_hidden()
@@ -397,7 +418,7 @@ def flr_forward(
         logits=logits,
         past_key_values=encoder.cache if keep_cache else None,
         hidden_states=layers,
-        flr=thoughts,
+        flr=made,
     )
     return out.to_tuple() if return_dict is False else out
 
@@ -417,6 +438,7 @@ def _loss(
     smoothing: float,
     num_items: Tensor | int | None,
     thought_start: int | None,
+    catalogue: CatalogueLoss | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
     fixed_shapes = thought_start is not None and encoder.use_cache  # labels stand in the last piece only
@@ -430,7 +452,7 @@ def _loss(
     else:
         chosen = next_label != IGNORE
         hidden, target = hidden[chosen], next_label[chosen]
-    total = _row_losses(model, hidden, target, smoothing).sum()
+    total = (_row_losses if catalogue is None else catalogue)(model, hidden, target, smoothing).sum()
     if num_items is None:
         return total / counts.sum().clamp_min(1), None
     return total / num_items, counts / num_items

@@ -191,11 +191,12 @@ class FactorizedReasoner(Reasoner):
         valid_tokens = mask.sum(-1) if mask is not None else torch.full((len(h),), h.shape[1], device=h.device)
         gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))
         aggregated = f = None
-        for _ in range(config.num_refinements):
+        for refinement in range(config.num_refinements):
             q = torch.einsum("kfd,bd->bkf", self.query, z) + self.factor_query
             u = torch.einsum("kfd,bkf->bkd", self.key, q) / q.shape[-1] ** 0.5
             u = u.to(h.dtype)
-            attended = factor_attention(h, u, mask)
+            # back and forth over the users: what one refinement read last is in the L2 for the next
+            attended = factor_attention(h, u, mask, last_first=refinement % 2 == 1)
             v = torch.einsum("kfd,bkd->bkf", self.value, attended.context.to(self.value.dtype))
             f = torch.einsum("kdf,bkf->bkd", self.output, v)
             logits = z @ self.gate.T + rms_norm(f, eps) @ self.gate_factor

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -24,7 +24,7 @@ from .attribution import ThinkingPrompts, attribute, influence_shares, think
 from .checkpoint import from_pretrained
 from .data import CSR, RecProcessor
 from .decode import CatalogueTrie, Scoring, beam_search
-from .decode.scoring import check_scoring, order_key
+from .decode.scoring import order_key, resolve_scoring
 from .decode.session import causal_lm, evaluating
 from .patch import is_patched
 from .views import ViewMixture
@@ -37,6 +37,8 @@ logger = logging.getLogger("flr")
 OnUnknown = Literal["raise", "skip"]
 #: One user: item ids or titles, oldest first; or an integer array of catalogue indices.
 History: TypeAlias = "Sequence[str] | np.ndarray"
+#: Values that an item's attribute may have, by the attribute's name in the catalogue.
+Where: TypeAlias = "Mapping[str, Iterable[Any]]"
 
 MAX_K = 1000
 MAX_BEAMS = 1000
@@ -83,6 +85,23 @@ class Resolved(NamedTuple):
 
     histories: list[np.ndarray]
     unknown: list[list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What one user asks for, in catalogue indices.
+
+    Attributes:
+        history: int64 [M], oldest first.
+        k: items wanted.
+        exclude: int64 [E], items that may not be given; repeats do no harm.
+        allowed: bool [C], items that may be given; None for all.
+    """
+
+    history: np.ndarray
+    k: int
+    exclude: np.ndarray
+    allowed: np.ndarray | None = None
 
 
 class Recommender:
@@ -169,9 +188,12 @@ class Recommender:
         k: int = 10,
         num_beams: int = 20,
         exclude_seen: bool = False,
-        scoring: Scoring = "full",
+        scoring: Scoring | Literal["auto"] = "auto",
         on_unknown: OnUnknown = "raise",
         *,
+        allow: History | None = None,
+        deny: History = (),
+        where: Where | None = None,
         shares: bool = True,
     ) -> list[list[Recommendation]]:
         """The k best items for each history.
@@ -183,9 +205,13 @@ class Recommender:
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
-            scoring: "full" or "catalogue", see flr.decode.
+            scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
             on_unknown: what to do with an entry that is no id and no title: "raise", or "skip" it with a warning in the
                 log (:meth:`resolve` tells which).
+            allow: ids, titles or indices of the items that may be recommended, up to 10,000; None for all. A title stands for every
+                item that bears it.
+            deny: those that may not, in the same forms.
+            where: {attribute of the catalogue: values}: only items whose attribute has one of the values.
             shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few tokens
                 behind it for each of 2^K sets of factors (K <= 6, else K (K - 1) + 2).
 
@@ -198,17 +224,25 @@ class Recommender:
         """
         self.check(k, num_beams, scoring)
         resolved, unknown = self.resolve(histories, on_unknown)
-        skipped = sum(map(len, unknown))
+        allowed, denied, strangers = self.selection(allow, deny, where, on_unknown)
+        skipped = sum(map(len, unknown)) + len(strangers)
         if skipped:
-            logger.warning("recommend: skipped %d history entries that are not in the catalogue", skipped)
-        part = max(1, min(_MAX_USERS, _MAX_LOGITS // (max(num_beams, k) * self._vocabulary)))
-        if self.processor.views is not None:
-            part = max(1, min(part, _MAX_LOGITS // self.trie.num_items))
+            logger.warning("recommend: skipped %d entries that are not in the catalogue", skipped)
+        queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
+        num_beams = max(num_beams, k)
+        part = self.rows_at_once(num_beams)
         found: list[list[Recommendation]] = []
         with self._lock:
-            for first in range(0, len(resolved), part):
-                found += self.ranked(resolved[first : first + part], k, num_beams, exclude_seen, scoring, shares)[0]
+            for first in range(0, len(queries), part):
+                found += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
         return found
+
+    def rows_at_once(self, num_beams: int) -> int:
+        """How many queries :meth:`ranked` may be given, so that its logits stay within bounds; at least 1."""
+        part = min(_MAX_USERS, _MAX_LOGITS // (num_beams * self._vocabulary))
+        if self.processor.views is not None:
+            part = min(part, _MAX_LOGITS // self.trie.num_items)
+        return max(1, part)
 
     def explain(self, history: History, k: int = 5, **options: Any) -> Explanation:
         """Recommendations for one history and what the factors attended to: :func:`flr.explain.explain` with this recommender.
@@ -219,27 +253,34 @@ class Recommender:
 
         return explain_with(self, history, k, **options)
 
-    def resolve(self, histories: Sequence[History], on_unknown: OnUnknown = "raise") -> Resolved:
+    def resolve(
+        self, histories: Sequence[History], on_unknown: OnUnknown = "raise", *, suggest: bool = True
+    ) -> Resolved:
         """Catalogue indices of histories, and the entries that the catalogue does not know (with "skip").
+
+        Args:
+            histories, on_unknown: as for :meth:`recommend`.
+            suggest: name near matches of an unknown entry in the error; the search takes up to a second in a large catalogue.
 
         Raises:
             ValueError: too many or too long histories, an entry that is not text, an unknown one (with "raise").
         """
-        if on_unknown not in ("raise", "skip"):
-            raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
         if isinstance(histories, str) or not isinstance(histories, Sequence):
             raise ValueError(f"histories: expected a sequence of histories, got {type(histories).__name__}")
         if len(histories) > MAX_HISTORIES:
             raise ValueError(f"histories: expected at most {MAX_HISTORIES}, got {len(histories)}")
-        resolved, unknown = [], []
-        with self._lock:  # the catalogue makes its title tables at first use
-            for position, history in enumerate(histories):
-                indices, strangers = self._resolve_one(f"histories[{position}]", history, on_unknown)
-                resolved.append(indices)
-                unknown.append(strangers)
-        return Resolved(resolved, unknown)
+        found = [self.names(f"histories[{i}]", x, on_unknown, suggest=suggest) for i, x in enumerate(histories)]
+        return Resolved([indices for indices, _ in found], [strangers for _, strangers in found])
 
-    def _resolve_one(self, name: str, history: History, on_unknown: OnUnknown) -> tuple[np.ndarray, list[str]]:
+    def names(
+        self, name: str, history: History, on_unknown: OnUnknown = "raise", *, every: bool = False, suggest: bool = True
+    ) -> tuple[np.ndarray, list[str]]:
+        """Indices int64 [M] of ids and titles, and those skipped; ``name`` is what errors call the argument.
+
+        A title that several items share gives the first of them, with ``every`` all of them. Errors as :meth:`resolve`.
+        """
+        if on_unknown not in ("raise", "skip"):
+            raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
         size = len(self.processor.catalogue)
         if isinstance(history, str) or not isinstance(history, (Sequence, np.ndarray)):
             raise ValueError(
@@ -251,36 +292,80 @@ class Recommender:
             if history.ndim != 1 or (history.size and not 0 <= history.min() <= history.max() < size):
                 raise ValueError(f"{name}: expected indices 0..{size - 1} in one dimension, got {history!r:.200}")
             return history.astype(np.int64), []
-        indices, strangers = [], []
+        indices: list[int] = []
+        strangers: list[str] = []
         for place, entry in enumerate(history):
             if not isinstance(entry, str):
                 raise ValueError(
                     f"{name}[{place}]: expected an item id or a title (str), got {type(entry).__name__} {entry!r:.80}"
                 )
-            try:
-                indices.append(self._find(entry))
-            except ValueError as error:
+            if len(entry) > self._longest_text:  # near matches are searched in time quadratic in the length
+                raise ValueError(
+                    f"{name}[{place}]: expected an id or title of at most {self._longest_text} characters, got {len(entry)}"
+                )
+            found = self.processor.catalogue.lookup(entry)
+            indices += found if every else found[:1]
+            if not found:
                 if on_unknown == "raise":
-                    raise ValueError(f"{name}[{place}]: {error}") from None
+                    near = self.processor.catalogue.suggest(entry) if suggest else ""
+                    raise ValueError(f"{name}[{place}]: {entry!r} is no id and no title of the catalogue{near}")
                 strangers.append(entry)
         return np.array(indices, np.int64), strangers
 
-    def _find(self, text: str) -> int:
-        """Index of an id or title; ValueError with what comes near, for ids as for titles."""
-        if len(text) > self._longest_text:  # near matches are searched in time quadratic in the length
-            raise ValueError(f"expected an id or title of at most {self._longest_text} characters, got {len(text)}")
-        catalogue = self.processor.catalogue
-        try:
-            return catalogue.find(text)[0]
-        except ValueError as error:
-            near = str(error).partition("; did you mean ")[2].rstrip("?")
-        try:
-            return catalogue.index(text)
-        except ValueError as error:
-            near = ", ".join(filter(None, [str(error).partition("; did you mean ")[2].rstrip("?"), near]))
-        raise ValueError(
-            f"{text!r} is no id and no title of the catalogue" + (f"; did you mean {near}?" if near else "")
-        )
+    def selection(
+        self,
+        allow: History | None = None,
+        deny: History = (),
+        where: Where | None = None,
+        on_unknown: OnUnknown = "raise",
+        *,
+        suggest: bool = True,
+    ) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
+        """Which items may be given: bool [C] or None for all, indices of those that may not, and the unknown entries of both.
+
+        Arguments and errors as for :meth:`recommend`; an attribute that the catalogue lacks, or values of another type, raise ValueError.
+        """
+        denied, unknown = self.names("deny", deny, on_unknown, every=True, suggest=suggest)
+        allowed = None
+        if allow is not None:
+            listed, strangers = self.names("allow", allow, on_unknown, every=True, suggest=suggest)
+            unknown = strangers + unknown
+            allowed = np.zeros(len(self.processor.catalogue), bool)
+            allowed[listed] = True
+        for attribute_name, values in (where or {}).items():
+            matching = self._having(attribute_name, values)
+            allowed = matching if allowed is None else allowed & matching
+        return allowed, denied, unknown
+
+    def _having(self, name: str, values: Iterable[Any]) -> np.ndarray:
+        column = self.processor.catalogue.attributes.get(name)
+        if column is None:
+            known = ", ".join(map(repr, self.processor.catalogue.attributes)) or "none"
+            raise ValueError(f"where: expected attributes of the catalogue ({known}), got {name!r}")
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+            raise ValueError(f"where[{name!r}]: expected a list of values, got {values!r:.80}")
+        wanted = list(values)
+        if len(wanted) > MAX_ENTRIES:
+            raise ValueError(f"where[{name!r}]: expected at most {MAX_ENTRIES} values, got {len(wanted)}")
+        types: tuple[type, ...] = {"U": (str,), "b": (bool, np.bool_)}.get(column.dtype.kind, (int, float, np.number))
+        for value in wanted:
+            if not isinstance(value, types) or (isinstance(value, bool) and column.dtype.kind != "b"):
+                raise ValueError(f"where[{name!r}]: expected values of type {types[0].__name__}, got {value!r:.80}")
+        if column.dtype.kind in "iuf":  # a number of any size compares as a float, exact to 2^53
+            return np.isin(column.astype(np.float64), np.array([float(min(max(x, -1e300), 1e300)) for x in wanted]))
+        return np.isin(column, np.array(wanted, column.dtype.kind))
+
+    @staticmethod
+    def query(
+        history: np.ndarray,
+        k: int,
+        exclude_seen: bool = False,
+        allowed: np.ndarray | None = None,
+        denied: np.ndarray | None = None,
+    ) -> Query:
+        """A query from what :meth:`resolve` and :meth:`selection` gave."""
+        parts = [part for part in (denied, history if exclude_seen else None) if part is not None]
+        return Query(history, k, np.concatenate([np.zeros(0, np.int64), *parts]), allowed)
 
     @property
     def variant(self) -> str:
@@ -288,46 +373,57 @@ class Recommender:
         lm = causal_lm(self.model)
         return lm._flr_patch.config.variant if is_patched(lm) else "none"
 
+    @property
+    def num_factors(self) -> int:
+        """K; 0 for variants without factors."""
+        lm = causal_lm(self.model)
+        return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
+
     def check(self, k: int, num_beams: int, scoring: str) -> None:
         """ValueError unless these may be given to :meth:`recommend`."""
         for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
                 raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
-        check_scoring(scoring)
+        resolve_scoring(scoring, self.processor.scoring)
 
     def ranked(
-        self,
-        histories: list[np.ndarray],
-        k: int,
-        num_beams: int,
-        exclude_seen: bool,
-        scoring: Scoring,
-        shares: bool,
+        self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
     ) -> tuple[list[list[Recommendation]], ThinkingPrompts | None]:
-        """Recommendations for a few resolved histories, and their thoughts where shares were asked for and there are any."""
-        if not histories:
+        """Answers to a few queries, computed together, and their thoughts where shares were asked for and there are any.
+
+        The answer to a query does not depend on the others beyond rounding: beams are ``num_beams`` (>= each k) for all, and the
+        best k of a search for more are those of a search for k.
+
+        Args:
+            queries: at most ``rows_at_once(num_beams)`` to stay within memory.
+            num_beams, scoring, shares: as for :meth:`recommend`.
+        """
+        if not queries:
             return [], None
-        exclude = None
-        if exclude_seen:
-            exclude = torch.full((len(histories), max(map(len, histories))), -1, dtype=torch.int64)
-            for row, history in enumerate(histories):
-                exclude[row, : len(history)] = torch.from_numpy(history)
+        histories = [query.history for query in queries]
+        k = max(query.k for query in queries)
+        if num_beams < k:
+            raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
+        exclude, allowed = _exclusions(queries), _allowances(queries)
+        scoring = resolve_scoring(scoring, self.processor.scoring)
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs = self.processor(histories)
             mixed_with = None
             if self.processor.views is None:
                 found = beam_search(
-                    self.model, inputs, self.trie, max(num_beams, k), k, scoring=scoring, exclude=exclude
+                    self.model, inputs, self.trie, num_beams, k, scoring=scoring, allowed=allowed, exclude=exclude
                 )
                 items, scores = found.items.cpu().numpy(), found.scores.cpu().numpy()
             else:
-                items, scores, mixed_with = self._mixed(histories, k, max(num_beams, k), scoring, exclude)
-                exclude = None  # struck out of the mixture, which is not normalised again
+                items, scores, mixed_with = self._mixed(histories, k, num_beams, scoring, exclude, allowed)
+                exclude = allowed = None  # struck out of the mixture, which is not normalised again
+            wanted = np.array([[query.k] for query in queries])
+            items = np.where(np.arange(items.shape[1]) < wanted, items, -1)
             prompts = think(self.model, inputs, reserve=self.trie.depth) if shares else None
             base = contributions = influence = None
             if prompts is not None:
                 codec = self.processor.item_codec
-                base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, mixed_with)
+                base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
                 influence = influence_shares(contributions)
         catalogue = self.processor.catalogue
         lists = []
@@ -350,7 +446,13 @@ class Recommender:
         return lists, prompts
 
     def _mixed(
-        self, histories: list[np.ndarray], k: int, num_beams: int, scoring: Scoring, exclude: torch.Tensor | None
+        self,
+        histories: list[np.ndarray],
+        k: int,
+        num_beams: int,
+        scoring: Scoring,
+        exclude: torch.Tensor | None,
+        allowed: torch.Tensor | None,
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Items and scores [B, k] by the processor's views, and the logarithms of the whole prompt's weight and of the rest."""
         views, old = self.processor.views, self._mixture
@@ -366,6 +468,8 @@ class Recommender:
         if exclude is not None:
             row, column = (exclude >= 0).nonzero(as_tuple=True)
             probabilities[row, exclude[row, column]] = 0.0
+        if allowed is not None:
+            probabilities.masked_fill_(~allowed, 0.0)
         index = torch.arange(probabilities.shape[1])
         items = order_key(probabilities.log(), index).topk(min(k, len(index)), dim=1).indices
         chosen = probabilities.gather(1, items)
@@ -385,3 +489,25 @@ class Recommender:
         log_weight = torch.where(whole > 0, weight, 0.0).log()
         found = torch.where(chosen > 0, items, -1)
         return found.numpy(), chosen.log().numpy(), (log_weight.numpy(), rest.log().numpy())
+
+
+def _exclusions(queries: Sequence[Query]) -> torch.Tensor | None:
+    """int64 [B, E] padded with -1; None where no query excludes anything."""
+    longest = max(len(query.exclude) for query in queries)
+    if longest == 0:
+        return None
+    exclude = torch.full((len(queries), longest), -1, dtype=torch.int64)
+    for row, query in enumerate(queries):
+        exclude[row, : len(query.exclude)] = torch.from_numpy(query.exclude)
+    return exclude
+
+
+def _allowances(queries: Sequence[Query]) -> torch.Tensor | None:
+    """bool [C] where all queries share one mask, else [B, C]; None where no query has one."""
+    masks = [query.allowed for query in queries]
+    some = next((mask for mask in masks if mask is not None), None)
+    if some is None:
+        return None
+    if all(mask is some for mask in masks):
+        return torch.from_numpy(some)
+    return torch.from_numpy(np.stack([np.ones_like(some) if mask is None else mask for mask in masks]))

@@ -11,7 +11,7 @@ each item of the catalogue that occurs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,6 +19,7 @@ import torch
 
 from flr.data import CSR, HistoryViews, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token
+from flr.decode.scoring import resolve_scoring
 
 _MAX_DENSE = 1 << 28  # probabilities kept for one-token codecs: 1 GiB in float32
 
@@ -45,7 +46,7 @@ class ViewMixture:
         *,
         num_beams: int = 100,
         batch_size: int = 128,
-        scoring: Scoring = "full",
+        scoring: Scoring | Literal["auto"] = "auto",
         trie: CatalogueTrie | None = None,
         name: str = "model",
     ) -> None:
@@ -53,7 +54,8 @@ class ViewMixture:
         if views is None:
             raise ValueError("views: expected HistoryViews, got none, and the processor has none")
         self.model, self.processor, self.views = model, processor, views
-        self.num_beams, self.batch_size, self.scoring, self.name = num_beams, batch_size, scoring, name
+        self.num_beams, self.batch_size, self.name = num_beams, batch_size, name
+        self.scoring = resolve_scoring(scoring, processor.scoring)
         device = next(model.parameters()).device
         self.trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(device)
         size = len(processor.catalogue)

@@ -1,4 +1,5 @@
-"""Which implementation of an op runs: ``reference`` (PyTorch), ``triton`` or ``cuda``.
+"""Which implementation of an op runs: ``reference`` (PyTorch), ``triton``, ``cuda``, ``host`` (C++ on one CPU
+thread, for tests) or ``cce`` (the library cut-cross-entropy, for ``token_logprob``).
 
 ``FLR_BACKEND`` is ``auto`` (default), one backend for every op, or a comma-separated list with per-op choices::
 
@@ -22,8 +23,8 @@ import torch
 
 logger = logging.getLogger("flr_kernels")
 
-BACKENDS = ("reference", "triton", "cuda")
-#: Order in which ``auto`` tries backends on a CUDA tensor.
+BACKENDS = ("reference", "triton", "cuda", "host", "cce")
+#: Order in which ``auto`` tries backends on a CUDA tensor; the others run when asked for.
 _AUTO_ORDER = ("cuda", "triton", "reference")
 
 
@@ -118,16 +119,17 @@ def select(name: str, tensor: torch.Tensor, *args) -> str:
         return backend
     if not tensor.is_cuda:
         return "reference"
-    for candidate in _AUTO_ORDER:
-        if candidate in implementations:
-            if candidate == "reference":
-                _log_once(f"{name}: no GPU kernel is available here, using the PyTorch reference")
-            try:
-                _accepts(candidate, name, (tensor, *args))
-            except (BackendUnavailable, ValueError) as reason:
-                _log_once(f"{name}: {reason}")
-                continue
-            return candidate
+    reasons = []
+    for candidate in filter(implementations.__contains__, _AUTO_ORDER):
+        try:
+            _accepts(candidate, name, (tensor, *args))
+        except (BackendUnavailable, ValueError) as reason:
+            reasons.append(str(reason))
+            continue
+        if candidate == "reference":
+            why = "; ".join(reasons) or "no GPU kernel of it is registered"
+            _log_once(f"{name}: using the PyTorch reference: {why}")
+        return candidate
     raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
 
 

@@ -51,18 +51,24 @@ def _triton_check(h: Tensor, u: Tensor, *_) -> None:
     triton_config.check_shape("h", h, u.shape[1])
 
 
+def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool):
+    return reference.factor_attention(h, u, mask)
+
+
 _OP = dispatch.op("factor_attention")
-_OP.register("reference", reference.factor_attention, reference.factor_attention_backward)
+_OP.register("reference", _reference_forward, reference.factor_attention_backward)
 _OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 
 @torch.library.custom_op("flr::factor_attention", mutates_args=())
-def _forward(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_attention", h, u, mask)
+def _forward(
+    h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.forward("factor_attention", h, u, mask, last_first)
 
 
 @_forward.register_fake
-def _(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, factors, size = u.shape
     acc = checks.accumulation_dtype(h.dtype)
     return (
@@ -99,20 +105,20 @@ def _(h, u, mask, context, lse, overlap, entropy, d_context, d_lse, d_overlap, d
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs[:3], *output)
 
 
 def _autograd(ctx, *grads):
     h, u, mask, *outputs = ctx.saved_tensors
     filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
     dh, du = _backward(h, u, mask, *outputs, *filled, ctx.needs_input_grad[0])
-    return (dh if ctx.needs_input_grad[0] else None), du, None
+    return (dh if ctx.needs_input_grad[0] else None), du, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None) -> FactorAttention:
+def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None, *, last_first: bool = False) -> FactorAttention:
     """Attend from K factor queries to the tokens of every user, in one pass over ``h``.
 
     Args:
@@ -120,6 +126,8 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None) -> Factor
         u: absorbed factor queries [B, K, D], the scale 1/√F included; dtype and device of ``h``.
         mask: bool [B, L], true where a token may be attended to; None for all. A user whose mask is all false gets
             context, overlap and entropy 0, lse -inf and zero gradients.
+        last_first: walk over the users from the last to the first. The results do not change;
+            a second call on a history larger than the GPU's L2 then starts with the part that is still in it.
 
     Returns:
         :class:`FactorAttention`. Nothing of size B·K·L is kept for the backward. Differentiable once in ``h``, ``u``.
@@ -146,4 +154,4 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None) -> Factor
         checks.tensor("mask", mask, "B L", dtypes=(torch.bool,))
         checks.same("mask", tuple(mask.shape), tuple(h.shape[:2]), "(B, L) of h")
         checks.same("mask", mask.device, h.device, "device of h")
-    return FactorAttention(*_forward(h, u, mask))
+    return FactorAttention(*_forward(h, u, mask, last_first))

@@ -1,9 +1,10 @@
-"""``python -m flr_kernels.inspect``: what every Triton kernel variant costs, compiled ahead of time, without a GPU.
+"""``python -m flr_kernels.inspect``: what every kernel variant costs, compiled ahead of time, without a GPU.
 
 The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to a
 device, so the variants listed are the ones that dispatch launches: every tile of :mod:`flr_kernels.triton_config`, one
 split and several, with and without the history's gradient, and each input dtype. Registers and stack come from the
-``cuobjdump`` that Triton ships, shared memory from the compiler. The exit status is 1 if a kernel uses stack (a spill:
+``cuobjdump`` that Triton ships, shared memory from the compiler. The CUDA kernels of the extension (csrc/), where it is
+built, are read from its file. The exit status is 1 if a kernel uses stack (a spill:
 local memory, several times slower) or more shared memory than the architecture gives one program.
 """
 
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -171,16 +172,51 @@ def compile_variant(launch: _Launch, label: str, arch: int) -> Variant:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage for {_name(launch.kernel)}:\n{report}")
-    registers, stack = map(int, usage.groups())
-    limit, shared, warps = triton_config.ARCHES[arch].shared, compiled.metadata.shared, compiled.metadata.num_warps
+        (usage,) = _resources(cubin.name)
+    _, registers, stack, _ = usage
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return _variant(_name(launch.kernel), label, arch, registers, stack, shared, warps)
+
+
+def _resources(path: str, *options: str) -> list[tuple[str, int, int, int]]:
+    """Function, registers, stack and static shared memory of the device code in a file."""
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", *options, path]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
+    if not found:
+        raise RuntimeError(f"cuobjdump reported no resource usage for {path}:\n{report}")
+    return [(name, int(registers), int(stack), int(shared)) for name, registers, stack, shared in found]
+
+
+def _variant(kernel: str, label: str, arch: int, registers: int, stack: int, shared: int, warps: int) -> Variant:
+    limit = triton_config.ARCHES[arch].shared
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256
     programs = min(_REGISTERS // (per_warp * warps), _THREADS // (32 * warps), (limit + 1024) // (shared + 1024))
-    return Variant(_name(launch.kernel), label, arch, registers, stack, shared, limit, warps, programs)
+    return Variant(kernel, label, arch, registers, stack, shared, limit, warps, programs)
+
+
+def extension_variants(arch: int) -> list[Variant]:
+    """The CUDA kernels of the extension; none where it, its CUDA half or this architecture is not built."""
+    from . import extension
+
+    try:
+        module = extension.load()
+    except extension.BackendUnavailable:
+        return []
+    if f"{arch // 10}.{arch % 10}" not in module.architectures.replace("+PTX", "").split():
+        return []
+    rows = []
+    for name, registers, stack, shared in _resources(str(module.__file__), "-arch", f"sm_{arch}"):
+        match = re.search(r"\d(group|batch)_advantage_kernelI(f|d|NS_\d+(\w*?float16)E)(Lb(\d)E)?E", name)
+        assert match, name
+        dtype = match[3] or {"f": "float32", "d": "float64"}[match[2]]
+        team = {None: "", "0": " warp", "1": " block"}[match[5]]
+        rows.append(
+            _variant(f"{match[1]} advantage", dtype + team, arch, registers, stack, shared, 4 if team == " warp" else 8)
+        )
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,21 +234,21 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--arch: expected some of {sorted(triton_config.ARCHES)}, got {', '.join(unknown)}")
     if triton_config.interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    arches = list(map(int, arguments.arch.split(",")))
+    compiled = (compile_variant(launch, label, arch) for launch, label in variants().items() for arch in arches)
     rows = []
-    for launch, label in variants().items():
-        for arch in map(int, arguments.arch.split(",")):
-            rows.append(compile_variant(launch, label, arch))
-            if not arguments.json:
-                if len(rows) == 1:
-                    print(
-                        f"{'kernel':20} {'variant':34} {'arch':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps':>5} {'per SM':>6}"
-                    )
-                row = rows[-1]
+    for row in chain(compiled, *map(extension_variants, arches)):
+        rows.append(row)
+        if not arguments.json:
+            if len(rows) == 1:
                 print(
-                    f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
-                    f"{row.warps:>5} {row.programs:>6}{'' if row.ok else '  <- over the limit'}",
-                    flush=True,
+                    f"{'kernel':20} {'variant':34} {'arch':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps':>5} {'per SM':>6}"
                 )
+            print(
+                f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
+                f"{row.warps:>5} {row.programs:>6}{'' if row.ok else '  <- over the limit'}",
+                flush=True,
+            )
     bad = [row for row in rows if not row.ok]
     if arguments.json:
         print(json.dumps({"variants": [{**asdict(row), "ok": row.ok} for row in rows], "ok": not bad}, indent=1))

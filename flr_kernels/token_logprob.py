@@ -4,10 +4,15 @@
     dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
 
 The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time, and recomputes them
-in the backward.
+in the backward. Backend "cce" hands a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which keeps
+logits on chip; it runs only when asked for (``FLR_BACKEND=token_logprob=cce``). docs/log.md says why none is the default.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +52,24 @@ def _chunked_backward(
     return d_hidden, d_weight.to(weight.dtype)
 
 
+def _cce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # exact: no gradient left out for being small, sums compensated
+    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="cce_exact").float()
+
+
+def _cce_check(hidden: Tensor, *_: Any) -> None:
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        raise dispatch.BackendUnavailable("backend 'cce' needs the package cut-cross-entropy: pip install 'flr[cce]'")
+    if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        raise dispatch.BackendUnavailable("backend 'cce' needs a CUDA device of compute capability 8.0 or newer")
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
+
+
 dispatch.op("token_logprob").register("reference", _chunked, _chunked_backward)
+dispatch.op("token_logprob").register("cce", _cce, _chunked_backward, _cce_check)  # backward: in compiled graphs
 
 
 @torch.library.custom_op("flr::token_logprob", mutates_args=())
@@ -88,12 +110,22 @@ def _autograd(ctx, grad):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _gathered(weight: Tensor) -> Tensor:
+    """A DTensor as the whole tensor it stands for; its gradient is summed over the mesh and scattered back."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor exists
+    if tensor is None or not isinstance(weight, tensor.DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[tensor.Partial()] * weight.device_mesh.ndim)
+
+
 def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """Log-probability of ``target`` under softmax(hidden · weightᵀ), one a row.
 
     Args:
         hidden: [M, D]; float32, float64, bfloat16 or float16. M = 0 is allowed.
-        weight: lm_head weight [V, D], dtype and device of ``hidden``.
+        weight: lm_head weight [V, D], dtype and device of ``hidden``. A DTensor (FSDP2) is gathered for the call; every
+            process of its mesh must make it, with rows of its own, and the gradient is the sum over processes. Inside a
+            sharded module's forward the weight is whole already; :func:`flr.head.head_logprob` goes that way.
         target: int64 [M], in [0, V).
 
     Returns:
@@ -114,4 +146,7 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     checks.same("target", target.shape[0], hidden.shape[0], "M of hidden")
     for name, x in (("weight", weight), ("target", target)):
         checks.same(name, x.device, hidden.device, "device of hidden")
+    weight = _gathered(weight)
+    if not torch.compiler.is_compiling() and dispatch.select("token_logprob", hidden, weight, target) == "cce":
+        return _cce(hidden, weight, target)  # with the library's own backward
     return _forward(hidden, weight, target)

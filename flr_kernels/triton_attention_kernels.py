@@ -22,6 +22,9 @@ Backward, with S = dO + dOᵀ; Δ by a small kernel, du summed over the splits i
 Shapes: ``KP`` = K padded to 16 rows for the tensor cores, ``BLOCK_L`` tokens and ``BLOCK_D`` columns a step; per-factor
 values are [KP, BLOCK_L] with tokens along the columns. A tile without a valid token reads nothing and costs nothing; its
 partial results are never written, and the combination leaves them out. All reductions have a fixed order.
+
+Forward program p takes tile |last - p|: with last = 0 from the first user on, with last = programs - 1 from the last one, so
+that a refinement starts with the users whose history the one before has left in the L2.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import triton.language as tl
 from .triton_launch import dot_inputs, dot_weights, dot_wide
 
 #: Arguments whose value must not lead to one more compilation of a kernel.
-_SIZES = ["length", "splits", "mask_length", "mask_stride_b", "mask_stride_l", "K"]
+_SIZES = ["length", "splits", "last", "mask_length", "mask_stride_b", "mask_stride_l", "K"]
 
 
 @triton.jit
@@ -60,6 +63,7 @@ def forward_kernel(
     mask_stride_l,
     length,
     splits,
+    last,
     mask_length,
     D,
     K,
@@ -71,9 +75,10 @@ def forward_kernel(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    b = program // splits
-    rows = (program % splits).to(tl.int32) * BLOCK_L + tl.arange(0, BLOCK_L)
+    tile = tl.abs(last - tl.program_id(0))
+    program = tile.to(tl.int64)
+    b = (tile // splits).to(tl.int64)
+    rows = tile % splits * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.arange(0, KP)
     columns = tl.arange(0, BLOCK_D)
     real = k < K

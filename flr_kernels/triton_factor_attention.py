@@ -54,9 +54,16 @@ def _check(h: Tensor, u: Tensor) -> None:
 
 
 def forward(
-    h: Tensor, u: Tensor, mask: Tensor | None, *, tile: triton_config.Tile | None = None
+    h: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    last_first: bool = False,
+    *,
+    tile: triton_config.Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """context [B, K, D], lse [B, K], overlap [B, K, K], entropy [B, K]: the reference's arguments and results.
+
+    ``last_first`` walks over the users from the last to the first; results are the same to the bit.
 
     ``tile`` overrides the choice of :func:`flr_kernels.triton_config.attention_tile`, for tuning and inspection.
 
@@ -87,6 +94,7 @@ def forward(
         batch * splits,
         {
             **_history_arguments(h, u, mask, splits),
+            "last": batch * splits - 1 if last_first else 0,
             **{f"{name}_ptr": tensor for name, tensor in part.items()},
             "sum_ptr": total,
         },

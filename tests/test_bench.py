@@ -140,7 +140,8 @@ def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
         ("x", "broken", None),
     ]
     tables = report.tables(devices)
-    assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["speed"]
+    assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["targets"]
+    assert "| s x | eager | **4.00×** |  | 5×: met in 0 of 1 |" in tables["speed"]
     assert "failed: RuntimeError: no" in tables["s"]
     text = "a\n<!-- bench:speed -->\nold\n<!-- /bench -->\nb\n"
     assert (
@@ -176,6 +177,17 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "threshold: expected a factor above 1, got 1.0" in capsys.readouterr().err
 
 
+def test_the_baseline_of_ci_agrees_with_itself():
+    baseline = results.load(report.NOISE)
+    runs = baseline["runs"]
+    assert len(runs) >= 5
+    for index, run in enumerate(runs):
+        others = {**baseline, "runs": runs[:index] + runs[index + 1 :]}
+        changes, _ = results.compare(others, {**baseline, "runs": [run]}, 2.0)
+        assert len(changes) > 10
+        assert not [change["key"] for change in changes if change["regression"]]
+
+
 def test_growth_laws_are_those_of_the_larger_sizes():
     sizes = [2**i for i in range(10)]
     law = scaling.fit(sizes, [100 + 0.01 * x**2 for x in sizes])
@@ -192,19 +204,23 @@ def test_memory_is_extrapolated_as_a_sum_of_buffers():
     law = scaling.fit_buffers(sizes, [50 + 3 * x + 0.01 * x**2 for x in sizes])
     assert (law.a, law.b, law.c) == pytest.approx((50, 3, 0.01), rel=1e-6)
     assert law.trusted == pytest.approx(1.0)
+    assert law.largest(50 + 3 * 5000 + 0.01 * 5000**2, 512) == pytest.approx(5000)
+    assert law.largest(1e12, 512) is None  # too far away
     assert law.reaches(50 + 3 * 5000 + 0.01 * 5000**2) == pytest.approx(5000)
     cubic = scaling.fit_buffers(sizes, [x**3 for x in sizes])
     assert cubic.trusted > 1.3  # a law that does not fit says so
+    assert cubic.largest(1e9, 512) is None
     assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(1e9) == float("inf")
     assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(5) == 0
 
 
 def test_documents_show_the_committed_results():
     tables = report.tables(results.newest())
-    for name in report.DOCUMENTS:
-        text = (ROOT / name).read_text()
-        assert report.MARKED.search(text), f"{name}: expected a table between bench markers"
-        assert report.render(text, tables, name) == text, f"{name} is stale: run flr bench report"
+    found = report.documents()
+    assert {"README.md", "benchmarks.md", "kernels.md"} <= {path.name for path in found}
+    for path in found:
+        text = path.read_text()
+        assert report.render(text, tables, path.name) == text, f"{path.name} is stale: run flr bench report"
 
 
 def test_figures_show_the_committed_results():

@@ -67,12 +67,18 @@ def test_flags_override_the_config_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_reaches_the_same_weights(tmp_path):
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_killed_and_resumed_reaches_the_same_weights(command, tmp_path):
     options = [*SMALL, "--num_train_epochs", "4", "--embedding_dropout", "0.2", "--dropout", "0.2",
                "--augment_drop_item", "0.3", "--save_total_limit", "9"]  # fmt: skip
+    if command == "rl":
+        start = str(tmp_path / "start")
+        assert main(["sft", *SMALL, "--num_train_epochs", "1", "--output_dir", start]) == 0
+        options = [*SMALL[:4], *SMALL[-8:], "--model", start, "--num_train_epochs", "6", "--save_total_limit", "9",
+                   "--num_iterations", "2", "--kl_weight", "0.01", "--group_size", "4"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert flr_command("sft", *options, "--output_dir", str(whole), stderr=subprocess.DEVNULL).wait() == 0
-    process = flr_command("sft", *options, "--output_dir", str(killed), stderr=subprocess.DEVNULL)
+    assert flr_command(command, *options, "--output_dir", str(whole), stderr=subprocess.DEVNULL).wait() == 0
+    process = flr_command(command, *options, "--output_dir", str(killed), stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while last_complete_checkpoint(killed) is None and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -88,7 +94,7 @@ def test_killed_and_resumed_reaches_the_same_weights(tmp_path):
     (torn / "model.safetensors").write_bytes(b"half")
     assert last_complete_checkpoint(killed) == done
     again = flr_command(
-        "sft", *options, "--output_dir", str(killed), "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, *options, "--output_dir", str(killed), "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     out, err = again.communicate()
     assert again.returncode == 0, err
@@ -98,6 +104,9 @@ def test_killed_and_resumed_reaches_the_same_weights(tmp_path):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+    if command == "rl":
+        before = load_file(tmp_path / "start" / "model.safetensors")
+        assert {name for name in a if not torch.equal(a[name], before[name])} == {n for n in a if n.startswith("flr.")}
 
 
 def test_evaluate_recommend_explain(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The README's example runs as printed, and what it names exists."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -12,6 +13,12 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_the_decoding_example_runs():
+    failed, attempted = doctest.testfile(str(ROOT / "docs/decoding.md"), module_relative=False)
+    assert attempted >= 8
+    assert failed == 0
 
 
 def test_files_flags_and_commands_in_the_documents_exist():

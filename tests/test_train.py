@@ -138,7 +138,7 @@ def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
     table = item_neighbours(DATA.train, DATA.catalogue, top=4)
     augment = Augment(neighbour=neighbour, neighbours=table)
     rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(16)]
-    train = trainer(tmp_path, model, processor, augment)
+    train = trainer(tmp_path, model, processor, augment, normalisation="full")
     batch = train._batch(rows)
     sources = augment.with_sources(rows, train._collate.seed)[2]
     assert (batch["soft_weights"].sum(1) > 0).tolist() == (sources >= 0).tolist()
@@ -164,6 +164,7 @@ def test_optimizer_groups_and_dropout(tmp_path):
     train = trainer(
         tmp_path, model, processor, learning_rate=1e-3, weight_decay=0.1, reasoner_weight_decay=0.2,
         embedding_learning_rate=2e-3, embedding_weight_decay=0.0, embedding_dropout=0.5, output_dropout=0.5,
+        normalisation="full",
     )  # fmt: skip
     of = {id(p): (g["lr"], g["weight_decay"]) for g in train.create_optimizer().param_groups for p in g["params"]}
     assert len(of) == len(list(model.parameters()))

@@ -96,7 +96,7 @@ def test_auto_picks_triton_on_cuda_and_falls_back_with_the_reason(monkeypatch, c
     for _ in range(2):
         assert dispatch.select("factor_attention", FakeCuda(20), FakeCuda(20)) == "reference"
     assert [r.message for r in caplog.records].count(
-        "factor_attention: h: the triton backend expects D a multiple of 8 from 32 to 8192, got D = 20"
+        "factor_attention: using the PyTorch reference: h: the triton backend expects D a multiple of 8 from 32 to 8192, got D = 20"
     ) == 1
     monkeypatch.setenv("FLR_BACKEND", "triton")
     with pytest.raises(ValueError, match="got D = 20"):
@@ -160,6 +160,7 @@ def test_inspection_fails_on_a_spill(monkeypatch, capsys):
     launches = dict(list(inspect.variants().items())[:1])
     good = inspect.Variant("attention forward", "x", 90, 128, 0, 1000, 2000, 4, 4)
     monkeypatch.setattr(inspect, "variants", lambda: launches)
+    monkeypatch.setattr(inspect, "extension_variants", lambda arch: [])
     for change, status in (({}, 0), ({"stack": 8}, 1), ({"shared": 3000}, 1)):
         row = inspect.Variant(**{**good.__dict__, **change})
         monkeypatch.setattr(inspect, "compile_variant", lambda *_, row=row: row)

@@ -234,6 +234,18 @@ def test_any_tile_gives_the_same_result(block_l):
         assert_close(name, a, e, e, 8e-6)
 
 
+@pytest.mark.parametrize("length", [9, 150])
+def test_order_of_users_does_not_change_a_bit(length):
+    h, u, valid = attention_inputs(3, length, 40, 4, torch.float32, "mixed")
+    runs = []
+    for last_first in (False, True):
+        out = flr_kernels.factor_attention(h, u, valid, last_first=last_first)
+        loss = sum((x.nan_to_num(neginf=0) * (1 + i)).square().sum() for i, x in enumerate(out))
+        runs.append([*out, *torch.autograd.grad(loss, (h, u))])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_strided_inputs_and_gradients():
     h, u, valid = attention_inputs(3, 21, 40, 4, torch.float32, "mixed")
     expected = flr_kernels.factor_attention(h, u, valid)

@@ -9,11 +9,13 @@ COMMANDS = {
     "quickstart": "the whole tour on generated data: train, compare, explain, report (minutes, no input needed)",
     "prepare": "turn raw Amazon reviews, RecBole or Parquet logs into a folder that the other commands read",
     "sft": "train a recommender on an interaction log",
+    "rl": "reinforce the thoughts of a trained recommender: latent GRPO",
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "recommend": "top-k items for histories, with each factor's share",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",
+    "serve": "recommendations over HTTP, with a page that shows what the factors do",
 }
 
 

@@ -23,7 +23,7 @@ class EvaluateOptions:
     batch_size: int = field(default=64, metadata={"help": "Users at a time; no influence on results."})
     num_beams: int = field(default=20, metadata={"help": "Beams, for codecs of several tokens an item."})
     scoring: str = field(
-        default="full", metadata={"help": "full or catalogue: what probabilities are normalised over."}
+        default="auto", metadata={"help": "full, catalogue, or auto: what probabilities are normalised over."}
     )
     method: str = field(default="auto", metadata={"help": "auto, beam or exhaustive (every item scored)."})
     exclude_seen: bool = field(default=False, metadata={"help": "Never recommend an item of the history."})

@@ -116,22 +116,26 @@ class Catalogue:
         Several items can share a title, so the answer may hold several indices (in catalogue order).
         ValueError with the nearest titles where nothing matches.
         """
+        found = self.lookup(text)
+        if found:
+            return found
+        raise ValueError(f"text: {text!r} is no id and no title of the catalogue{_hint(text, self.titles)}")
+
+    def lookup(self, text: str) -> list[int]:
+        """As :meth:`find`, with an empty list where nothing matches: no time goes into suggestions. Safe from several threads."""
         if text in self._index:
             return [self._index[text]]
         if self._by_title is None:
-            self._by_title = {}
-            for position, title in enumerate(self.titles):
-                self._by_title.setdefault(title, []).append(position)
+            self._by_title = _positions(self.titles)  # assigned when complete: another thread may look at any time
         if text in self._by_title:
             return list(self._by_title[text])
         if self._by_folded is None:
-            self._by_folded = {}
-            for position, title in enumerate(self.titles):
-                self._by_folded.setdefault(_fold(title), []).append(position)
-        found = self._by_folded.get(_fold(text), [])
-        if found:
-            return list(found)
-        raise ValueError(f"text: {text!r} is no id and no title of the catalogue{_hint(text, self.titles)}")
+            self._by_folded = _positions(map(_fold, self.titles))
+        return list(self._by_folded.get(_fold(text), []))
+
+    def suggest(self, text: str) -> str:
+        """The end of an error about an unknown id or title: "; did you mean …?" with near ids and titles, or nothing."""
+        return _hint(text, self.item_ids, self.titles)
 
     def save(self, path: PathLike) -> None:
         """Write one Parquet file (columns item_id, title, sid, attribute:NAME), atomically."""
@@ -185,17 +189,29 @@ def _attribute(name: str, values: Any, size: int) -> np.ndarray:
     return array
 
 
+def _positions(titles: Iterable[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for position, title in enumerate(titles):
+        found.setdefault(title, []).append(position)
+    return found
+
+
 def _fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _hint(text: str, candidates: Sequence[str]) -> str:
-    """What to suggest after "not found": near candidates by difflib, from those that share a word where there are many."""
+def _hint(text: str, *pools: Sequence[str]) -> str:
+    """What to suggest after "not found": what is near in each pool."""
+    near = [repr(candidate) for pool in pools for candidate in _near(text, pool)]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _near(text: str, candidates: Sequence[str]) -> list[str]:
+    """Near candidates by difflib, from those that share a word where there are many."""
     if len(candidates) > _SUGGESTION_POOL:
         words = set(_fold(text).split())
         candidates = [candidate for candidate in candidates if words & set(_fold(candidate).split())]
     folded: dict[str, str] = {}
     for candidate in candidates[:_SUGGESTION_POOL]:
         folded.setdefault(_fold(candidate), candidate)
-    near = difflib.get_close_matches(_fold(text), folded, n=_SUGGESTIONS, cutoff=0.6)
-    return f"; did you mean {', '.join(repr(folded[key]) for key in near)}?" if near else ""
+    return [folded[key] for key in difflib.get_close_matches(_fold(text), folded, n=_SUGGESTIONS, cutoff=0.6)]

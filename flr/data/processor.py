@@ -24,6 +24,7 @@ CONFIG_NAME = "processor_config.json"
 CATALOGUE_NAME = "catalogue.parquet"
 _HISTORY = "{history}"
 _VERSION = 1
+SCORINGS = ("full", "catalogue")
 _TEXT_PROMPT = (
     "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
 )
@@ -109,6 +110,8 @@ class RecProcessor:
         It must leave room for the template and the longest item.
     max_title_tokens : codec "title" only, cuts long titles
     views : how evaluation and recommendation weigh several views of a history; None for the whole prompt alone
+    scoring : "full" or "catalogue", what the model's probabilities are normalised over unless the caller says otherwise
+        (see :mod:`flr.decode`); training sets it to its own normalisation
 
     Attributes
     ----------
@@ -145,11 +148,14 @@ class RecProcessor:
         max_prompt_tokens: int | None = None,
         max_title_tokens: int | None = None,
         views: HistoryViews | None = None,
+        scoring: str = "full",
     ) -> None:
         if max_history < 1:
             raise ValueError(f"max_history: expected at least 1, got {max_history}")
         if num_thoughts < 0:
             raise ValueError(f"num_thoughts: expected 0 or more, got {num_thoughts}")
+        if scoring not in SCORINGS:
+            raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
         if not thought_token:
             raise ValueError("thought_token: expected text, got an empty string")
         self.tokenizer = tokenizer
@@ -161,6 +167,7 @@ class RecProcessor:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_title_tokens = max_title_tokens
         self.views = views
+        self.scoring: Any = scoring
         self.thought_token_id: int | None = None
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
@@ -307,6 +314,7 @@ class RecProcessor:
                 "max_prompt_tokens": self.max_prompt_tokens,
                 "max_title_tokens": self.max_title_tokens,
                 "views": None if self.views is None else asdict(self.views),
+                "scoring": self.scoring,
                 "vocabulary_size": len(self.tokenizer),
                 "codec_tokens": len(self.item_codec.tokens),
             },
@@ -334,6 +342,7 @@ class RecProcessor:
             max_prompt_tokens=config["max_prompt_tokens"],
             max_title_tokens=config["max_title_tokens"],
             views=None if config.get("views") is None else HistoryViews(**config["views"]),
+            scoring=config.get("scoring", "full"),  # absent before there was a choice
         )
         found = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
         saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])

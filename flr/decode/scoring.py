@@ -3,7 +3,7 @@ logits of a few tokens without those of the whole vocabulary."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -18,9 +18,18 @@ _CACHED_CELLS = 1 << 18  # numbers worked on at a time on a CPU: 1 MiB, so that 
 _GATHER_COST = 40
 
 
-def check_scoring(scoring: str) -> None:
+def check_scoring(scoring: str, name: str = "scoring") -> None:
     if scoring not in get_args(Scoring):
-        raise ValueError(f"scoring must be one of {list(get_args(Scoring))}, got {scoring!r}")
+        raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
+
+
+def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
+    """``scoring``; for "auto" the one that the model was trained for (a processor's ``scoring``)."""
+    if scoring == "auto":
+        return trained
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"scoring must be one of {['auto', *get_args(Scoring)]}, got {scoring!r}")
+    return cast(Scoring, scoring)
 
 
 def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
@@ -112,7 +121,7 @@ def token_logits(
     flat, token = states.flatten(0, 1), token.expand(wanted.shape).flatten(0, 1)
     if states.device.type == "cpu":
         row, column = wanted.flatten(0, 1).nonzero(as_tuple=True)
-        out = torch.full(wanted.shape, -torch.inf).flatten(0, 1)
+        out = torch.full(wanted.shape, -torch.inf, dtype=torch.float32).flatten(0, 1)
         out[row, column] = rows(flat, row, token[row, column])
         return out.view(wanted.shape)
     row = torch.arange(len(flat), device=states.device).repeat_interleave(token.shape[-1])

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from flr.catalogue_loss import CatalogueLoss
 from flr.data import Augment, EpochSampler, InteractionDataset, Interactions, RecProcessor, SFTCollator
 from flr.decode import CatalogueTrie
+from flr.decode.scoring import check_scoring
 from flr.evaluate import evaluate
 from flr.forward import IGNORE
 
@@ -35,6 +37,12 @@ class SFTConfig(TrainingArguments):
     embedding_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
     )
+    normalisation: str = field(
+        default="catalogue",
+        metadata={
+            "help": "What a target token competes with: catalogue (what continues an item there) or full (the vocabulary)."
+        },
+    )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})
     output_dropout: float = field(default=0.0, metadata={"help": "Dropout on the lm_head's input, in [0, 1)."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
@@ -56,6 +64,7 @@ class SFTConfig(TrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
 
     def __post_init__(self) -> None:
+        check_scoring(self.normalisation, "normalisation")
         for name in ("embedding_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -92,6 +101,9 @@ class SFTTrainer(Trainer):
         self.processor = processor
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
+        if isinstance(args, SFTConfig):  # reinforcement goes on with what it finds
+            processor.scoring = args.normalisation
+        self.catalogue = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
         super().__init__(
@@ -111,13 +123,17 @@ class SFTTrainer(Trainer):
         if inputs:
             table = model.get_input_embeddings()
             table.register_forward_hook(lambda m, _, x: nn.functional.dropout(x, inputs, m.training))
-        if outputs:
+        if outputs and self.catalogue is not None and self.trie.depth > 1:
+            self.catalogue.output_dropout = outputs  # which reads rows of the lm_head, where it pays
+        elif outputs:
             head = model.get_output_embeddings()
             head.register_forward_pre_hook(lambda m, x: (nn.functional.dropout(x[0], outputs, m.training), *x[1:]))
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
         batch = self._collate(rows)
         del batch["item_positions"]  # for explanations, not for the model
+        if self.catalogue is not None:
+            batch["labels"] = self.catalogue.edges(batch["labels"])
         if self.args.device.type == "cuda" and self.processor.num_thoughts:
             # fixed shapes and no synchronisation; on the CPU lm_head rows cost more than a look at the data
             first_label = int((batch["labels"] != IGNORE).any(0).int().argmax())
@@ -158,6 +174,8 @@ class SFTTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
+        if self.catalogue is not None:
+            inputs = {**inputs, "catalogue": self.catalogue}
         soft = (inputs.pop("soft_targets", None), inputs.pop("soft_weights", None))
         if soft[0] is None or not model.training:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
@@ -179,7 +197,8 @@ class SFTTrainer(Trainer):
         hard = labels.masked_fill(is_soft[:, None], IGNORE)
         inputs = {**inputs, "labels": hard, "logits_to_keep": keep, "skip_logits": False}
         outputs = model(**inputs, num_items_in_batch=items)
-        logp = outputs.logits[:, 0].float().log_softmax(-1)
+        logits, catalogue = outputs.logits[:, 0].float(), inputs.get("catalogue")
+        logp = logits.log_softmax(-1) if catalogue is None else catalogue.root_log_softmax(logits)
         outputs.loss = outputs.loss - (logp.gather(1, targets) * weights).sum() / items
         return outputs
 

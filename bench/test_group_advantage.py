@@ -1,0 +1,92 @@
+"""From token log-probabilities to advantages: ours, the usual PyTorch, compiled.
+
+``flr`` is what dispatch picks: the CUDA kernel on a GPU, the float64 reference on the CPU; ``host`` is the kernel's C++ twin.
+On a GPU the same is raced once more as CUDA graphs, where the launches of the CPU do not count.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from flr_kernels import extension, group_advantage
+
+from .baselines import logprob
+from .harness import DEVICE, ON_GPU, label
+
+EPS = 1e-4
+
+
+def shape_of(users: int, size: int, length: int, dtype: torch.dtype = torch.float32) -> dict:
+    return {"B": users, "G": size, "S": length, "dtype": dtype}
+
+
+def on_host(call):
+    def run():
+        os.environ["FLR_BACKEND"] = "group_advantage=host"
+        try:
+            return call()
+        finally:
+            del os.environ["FLR_BACKEND"]
+
+    return run
+
+
+def graphed(call):
+    """One call of ``call`` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@pytest.mark.cases(
+    quick=[shape_of(4, 8, 16)],
+    default=[shape_of(4, 8, 16), shape_of(64, 8, 16), shape_of(64, 64, 256)],
+    gpu=[shape_of(4, 8, 16), shape_of(64, 8, 16), shape_of(64, 8, 16, torch.bfloat16), shape_of(256, 64, 1024)],
+)
+@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))])
+@pytest.mark.parametrize("kind", ["grpo", "latentr3"])
+def test_group_advantage(kind, graph, shape, tier, race, monkeypatch):
+    monkeypatch.delenv("FLR_BACKEND", raising=False)
+    users, size, length = shape["B"], shape["G"], shape["S"]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    logp = (-4 * torch.rand(users * size, length, generator=generator, device=DEVICE)).to(shape["dtype"])
+    mask = torch.arange(length, device=DEVICE) < torch.randint(
+        1, length + 1, (users * size, 1), generator=generator, device=DEVICE
+    )
+    compiled = torch.compile(logprob.group_advantages, dynamic=False)
+    variants = {
+        "flr": lambda: group_advantage(logp, mask, size, kind, eps=EPS),
+        "eager": lambda: logprob.group_advantages(logp, mask, size, kind, EPS),
+    }
+    if not ON_GPU and not isinstance(extension._load(), str):
+        variants["host"] = on_host(variants["flr"])
+    if tier != "quick":
+        variants["compiled"] = lambda: compiled(logp, mask, size, kind, EPS)
+
+    def check():
+        expected = logprob.group_advantages(logp.double(), mask, size, kind, EPS)
+        for name in {"flr", "host"} & set(variants):
+            for found, exact in zip(variants[name](), expected, strict=True):
+                torch.testing.assert_close(found.double(), exact.double(), rtol=1e-4, atol=1e-4)
+
+    if graph:
+        variants = {name: graphed(call) for name, call in variants.items()}
+    rows = users * size
+    race(
+        f"{kind}{' graph' if graph else ''} {label(shape)}",
+        variants,
+        suite="group_advantage",
+        shape=shape,
+        check=None if graph else check,  # the same calls without a graph are checked
+        bytes_moved=rows * length * (shape["dtype"].itemsize + 1) + rows * 8 + users * 8,
+        target={"eager": 10.0} if ON_GPU else None,
+    )

@@ -1,0 +1,154 @@
+"""A whole training step, forward and backward: one encoding of the prompt against LatentR3's two passes over everything.
+
+Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every token in both passes; RL: a rollout for the
+rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
+differentiated). In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy, which
+needs no gradient through the suffix. The shape is that of the model in docs/log.md: an lm_head of about 15 % of the work. Backbone frozen in RL,
+trained in the supervised step; a larger vocabulary would flatter the ratios.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import flr
+from flr.group_forward import GroupInputs
+from flr.train.surrogate import clipped_surrogate
+from flr_kernels import group_advantage
+
+from .baselines import two_pass
+from .harness import DEVICE, label
+
+MODEL = {"D": 512, "layers": 8, "V": 10432}
+TINY = {"D": 64, "layers": 2, "V": 512}
+
+
+def build(shape: dict):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=shape["D"] * 11 // 4,
+        num_hidden_layers=shape["layers"], num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(DEVICE)
+    return flr.patch_model(model, config=flr.FLRConfig(num_factors=4, thought_token_id=shape["V"] - 1))
+
+
+def prompts_of(shape: dict) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, shape["V"] - 1, (shape["B"], shape["L"] + 1), device=DEVICE)
+    ids[:, -1] = shape["V"] - 1
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def gradients(model, step) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = float(step())
+    return loss, [p.grad.clone() for p in model.flr.parameters() if p.grad is not None]
+
+
+def check_equal(model, ours, theirs, bound: float) -> None:
+    (a, mine), (b, naive) = gradients(model, ours), gradients(model, theirs)
+    largest = max(float(g.norm()) for g in naive)
+    errors = [float((x - y).norm()) / max(float(y.norm()), 1e-2 * largest) for x, y in zip(mine, naive, strict=True)]
+    if not (abs(a - b) <= bound * max(abs(b), 1) and max(errors) <= bound):
+        raise AssertionError(f"expected loss and gradients within {bound}, got {a} and {b}, gradients {max(errors)}")
+
+
+@pytest.mark.cases(
+    quick=[{**TINY, "B": 2, "L": 48, "S": 6, "G": 4}],
+    default=[{**MODEL, "B": b, "L": 256, "S": 16, "G": 8} for b in (1, 4)],
+    gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 4, "L": 256, "S": 16, "G": 8, "dtype": torch.bfloat16}],
+)
+def test_rl_step(shape, tier, race):
+    model = build(shape).requires_grad_(False).eval()
+    model.flr.requires_grad_(True)
+    model.to(shape.get("dtype", torch.float32))
+    prompts = prompts_of(shape)
+    targets = torch.randint(5, shape["V"] - 1, (shape["B"], shape["S"]), device=DEVICE)
+    noise = torch.randn(shape["B"], shape["G"], 1, shape["D"], device=DEVICE)
+    noise[:, 0] = 0
+    group = GroupInputs(targets, torch.ones_like(targets, dtype=torch.bool), noise, noise_scale=3.0)
+
+    def ours(policy: str = "tokens", prompts=prompts, group=group):
+        group = dataclasses.replace(group, policy=policy)
+        out = model(**prompts, group=group)
+        rows = group.target_mask.repeat_interleave(shape["G"], 0)
+        advantages = group_advantage(out.logprobs.detach().flatten(0, 1), rows, shape["G"]).advantages
+        now, mask = (out.logprobs, group.target_mask) if policy == "tokens" else (out.thought_logprobs, None)
+        clipped_surrogate(now, now.detach(), mask, advantages).loss.mean().backward()
+        # the surrogate's value is that of ratios of 1; this one has its gradient and says more
+        return two_pass.group_loss(out.logprobs.detach(), group.target_mask)[0]
+
+    def check():
+        """One user, in double: single precision divides by the spread of nearly equal rewards and compares rounding."""
+        low = next(model.model.parameters()).dtype == torch.bfloat16
+        one = {k: v[:1] for k, v in prompts.items()}
+        dtype = torch.float32 if low else torch.float64
+        part = GroupInputs(targets[:1], group.target_mask[:1], noise[:1].to(dtype), group.noise_scale)
+        wide = model if low else model.double()
+        for published in (False, True):
+            check_equal(
+                wide,
+                lambda: ours(prompts=one, group=part),
+                lambda p=published: two_pass.rl_step(model, one, part, published=p),
+                5e-2 if low else 1e-6,
+            )
+        if not low:
+            model.float()
+
+    race(
+        f"rl {label(shape)}",
+        {
+            "flr": ours,
+            "published": lambda: two_pass.rl_step(model, prompts, group, published=True),
+            "best": lambda: two_pass.rl_step(model, prompts, group, published=False),
+            "thoughts": lambda: ours("thoughts"),
+        },
+        suite="train_step",
+        shape=shape,
+        check=check,
+        target={"published": 13 if shape["B"] == 1 else 20} if tier != "quick" else None,
+        rounds=3 if shape["B"] > 1 and tier != "quick" else None,
+    )
+
+
+@pytest.mark.cases(
+    quick=[{**TINY, "B": 2, "L": 48, "S": 6}],
+    default=[{**MODEL, "B": 8, "L": 256, "S": 16}],
+    gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 8, "L": 256, "S": 16, "dtype": torch.bfloat16}],
+)
+def test_sft_step(shape, tier, race):
+    model = build(shape).train()
+    model.to(shape.get("dtype", torch.float32))
+    prompts = prompts_of(shape)
+    targets = torch.randint(5, shape["V"] - 1, (shape["B"], shape["S"]), device=DEVICE)
+    ids = torch.cat([prompts["input_ids"], targets], 1)
+    labels = torch.cat([torch.full_like(prompts["input_ids"], -100), targets], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def ours():
+        loss = model(**inputs).loss
+        loss.backward()
+        return loss.detach()
+
+    def check():
+        bound = 5e-2 if next(model.model.parameters()).dtype == torch.bfloat16 else 1e-4
+        for published in (False, True):
+            check_equal(model, ours, lambda p=published: two_pass.sft_step(model, inputs, p), bound)
+
+    race(
+        f"sft {label(shape)}",
+        {
+            "flr": ours,
+            "published": lambda: two_pass.sft_step(model, inputs, published=True),
+            "best": lambda: two_pass.sft_step(model, inputs, published=False),
+        },
+        suite="train_step",
+        shape=shape,
+        check=check,
+        target={"published": 2.0} if tier != "quick" else None,
+        rounds=3 if tier != "quick" else None,
+    )

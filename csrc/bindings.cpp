@@ -1,0 +1,185 @@
+// Python's way in. No torch headers: a tensor comes as a tuple (address, dtype, device, shape, strides, bytes), with -1 for
+// the CPU's device and `bytes` what its storage holds from the address on. Everything is checked before it is read.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "group_advantage.cuh"
+
+namespace py = pybind11;
+using namespace flr;
+
+namespace {
+
+using Sizes = std::vector<int64_t>;
+using View = std::tuple<uintptr_t, std::string, int, Sizes, Sizes, int64_t>;
+
+[[noreturn]] void refuse(const std::string& name, const std::string& expected, const std::string& got) {
+  throw std::invalid_argument(name + ": expected " + expected + ", got " + got);
+}
+
+std::string text(const Sizes& sizes) {
+  std::string out = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + "]";
+}
+
+int64_t times(const std::string& name, int64_t a, int64_t b) {
+  int64_t product;
+  if (__builtin_mul_overflow(a, b, &product)) refuse(name, "sizes below 2^63", std::to_string(a) + " x " + std::to_string(b));
+  return product;
+}
+
+struct Array {
+  void* data;
+  std::string dtype;
+  int64_t item;
+  Sizes shape, strides;
+};
+
+int64_t item_size(const std::string& name, const std::string& dtype) {
+  if (dtype == "float64") return 8;
+  if (dtype == "float32") return 4;
+  if (dtype == "bfloat16" || dtype == "float16") return 2;
+  if (dtype == "bool") return 1;
+  refuse(name, "float32, float64, bfloat16, float16 or bool", dtype);
+}
+
+// The view, if all its elements lie inside the storage and on the device.
+Array check(const std::string& name, const View& view, int device, const Sizes& shape, const std::string& dtype = "") {
+  const auto& [address, actual, place, sizes, strides, bytes] = view;
+  if (!dtype.empty() && actual != dtype) refuse(name, dtype, actual);
+  if (place != device) refuse(name, "device " + std::to_string(device), std::to_string(place));
+  if (sizes != shape) refuse(name, "shape " + text(shape), text(sizes));
+  if (strides.size() != sizes.size()) refuse(name, "a stride for every size", text(strides));
+  const int64_t item = item_size(name, actual);
+  int64_t last = 0;
+  bool is_empty = false;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] < 0 || strides[i] < 0) refuse(name, "sizes and strides >= 0", text(sizes) + " " + text(strides));
+    is_empty = is_empty || sizes[i] == 0;
+    if (!is_empty && __builtin_add_overflow(last, times(name, sizes[i] - 1, strides[i]), &last))
+      refuse(name, "sizes below 2^63", text(sizes));
+  }
+  if (!is_empty) {
+    if (last == std::numeric_limits<int64_t>::max() || times(name, last + 1, item) > bytes)
+      refuse(name, std::to_string(last) + " elements and one more within its storage", std::to_string(bytes) + " bytes");
+    if (address == 0 || address % uintptr_t(item)) refuse(name, "an aligned address", std::to_string(address));
+  }
+  return {reinterpret_cast<void*>(address), actual, item, sizes, strides};
+}
+
+Array contiguous(const std::string& name, const View& view, int device, const Sizes& shape, const std::string& dtype) {
+  Array array = check(name, view, device, shape, dtype);
+  int64_t expected = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    if (shape[i] > 1 && array.strides[i] != expected) refuse(name, "a contiguous tensor", "strides " + text(array.strides));
+    expected = times(name, expected, shape[i] > 0 ? shape[i] : 1);
+  }
+  return array;
+}
+
+template <class Enum>
+Enum choose(const char* name, const std::string& value, const std::vector<std::string>& names) {
+  for (size_t i = 0; i < names.size(); ++i)
+    if (names[i] == value) return Enum(int(i));
+  refuse(name, "a known name", value);
+}
+
+void raise_if(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+void check_device(int device, int64_t group_size) {
+  if (device < -1) refuse("device", "-1 or a device index", std::to_string(device));
+  if (group_size < 1) refuse("group_size", "at least 1", std::to_string(group_size));
+#ifndef FLR_CUDA
+  if (device >= 0) refuse("device", "-1: this build has no CUDA half", std::to_string(device));
+#endif
+}
+
+void group_advantage(const View& token_logprobs, const std::optional<View>& mask, const View& rewards,
+                     const View& advantages, const View& mean, const View& std, const std::optional<View>& batch,
+                     const std::optional<View>& scratch, int64_t group_size, const std::string& kind,
+                     const std::string& reward, double eps, int device, uintptr_t stream) {
+  check_device(device, group_size);
+  Problem p{};
+  p.kind = choose<Kind>("kind", kind, {"grpo", "dr_grpo", "rloo", "latentr3"});
+  p.reward = choose<Reward>("reward", reward, {"neg_perplexity", "log_likelihood", "given"});
+  const Sizes& sizes = std::get<3>(token_logprobs);
+  const bool given = p.reward == Reward::given;
+  if (sizes.size() != (given ? 1u : 2u)) refuse("token_logprobs", given ? "[BG]" : "[BG, S]", text(sizes));
+  const Array logprobs = check("token_logprobs", token_logprobs, device, sizes);
+  p.dtype = choose<Dtype>("token_logprobs", logprobs.dtype, {"float32", "float64", "bfloat16", "float16"});
+  if (sizes[0] % group_size) refuse("group_size", "a divisor of " + std::to_string(sizes[0]), std::to_string(group_size));
+  p.groups = sizes[0] / group_size, p.size = group_size, p.length = given ? 1 : sizes[1], p.eps = eps;
+  times("token_logprobs", times("token_logprobs", sizes[0], p.length > 0 ? p.length : 1), 16);
+  p.token_logprobs = logprobs.data, p.row_stride = logprobs.strides[0];
+  p.column_stride = given ? 0 : logprobs.strides[1];
+  if (mask.has_value()) {
+    if (given) refuse("mask", "None for given rewards", "a tensor");
+    const Array valid = check("mask", *mask, device, sizes, "bool");
+    p.mask = static_cast<const uint8_t*>(valid.data);
+    p.mask_row_stride = valid.strides[0], p.mask_column_stride = valid.strides[1];
+    static const uint8_t nothing = 0;  // an empty mask is still a mask
+    if (p.mask == nullptr) p.mask = &nothing;
+  }
+  const std::string acc = p.dtype == Dtype::float64 ? "float64" : "float32";
+  p.rewards = contiguous("rewards", rewards, device, {p.groups, p.size}, acc).data;
+  p.advantages = contiguous("advantages", advantages, device, {p.groups, p.size}, acc).data;
+  p.mean = contiguous("mean", mean, device, {p.groups}, acc).data;
+  p.std = contiguous("std", std, device, {p.groups}, acc).data;
+  if (batch.has_value() != (p.kind == Kind::latentr3) || scratch.has_value() != batch.has_value())
+    refuse("batch and scratch", "tensors for latentr3 only", kind);
+  if (batch.has_value()) {
+    p.batch = static_cast<double*>(contiguous("batch", *batch, device, {4}, "float64").data);
+    p.scratch = static_cast<double*>(contiguous("scratch", *scratch, device, {2 * p.groups + 1}, "float64").data);
+  }
+  if (device < 0) return group_advantage_host(p);
+#ifdef FLR_CUDA
+  raise_if(group_advantage_cuda(p, device, reinterpret_cast<void*>(stream)));
+#endif
+}
+
+void batch_advantage(const View& rewards, const View& partials, const View& advantages, double eps, int device,
+                     uintptr_t stream) {
+  const Sizes& sizes = std::get<3>(rewards);
+  if (sizes.size() != 2) refuse("rewards", "[B, G]", text(sizes));
+  check_device(device, sizes[1]);
+  BatchProblem p{};
+  const Array values = check("rewards", rewards, device, sizes);
+  const Sizes& table = std::get<3>(partials);
+  if (table.size() != 2 || table[1] != 4) refuse("partials", "[P, 4]", text(table));
+  if (values.dtype != "float32" && values.dtype != "float64") refuse("rewards", "float32 or float64", values.dtype);
+  p.rewards = contiguous("rewards", rewards, device, sizes, values.dtype).data;
+  p.partials = static_cast<double*>(contiguous("partials", partials, device, table, "float64").data);
+  p.advantages = contiguous("advantages", advantages, device, sizes, values.dtype).data;
+  p.groups = sizes[0], p.size = sizes[1], p.processes = table[0], p.eps = eps, p.is_double = values.dtype == "float64";
+  times("rewards", times("rewards", p.groups, p.size), 16);
+  if (device < 0) return batch_advantage_host(p);
+#ifdef FLR_CUDA
+  raise_if(batch_advantage_cuda(p, device, reinterpret_cast<void*>(stream)));
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled half of flr_kernels; see csrc/ and flr_kernels/extension.py.";
+  module.attr("source_hash") = FLR_SOURCE_HASH;
+  module.attr("architectures") = FLR_ARCHITECTURES;  // "8.0 9.0 12.0+PTX"; empty without the CUDA half
+  module.def("group_advantage", &group_advantage);
+  module.def("batch_advantage", &batch_advantage);
+#ifdef FLR_CUDA
+  module.def("driver_problem", [] {
+    const char* problem = driver_problem();
+    return problem == nullptr ? std::optional<std::string>() : problem;
+  });
+#endif
+}

@@ -1,0 +1,19 @@
+"""``flr serve``: recommendations over HTTP, with a page."""
+
+from __future__ import annotations
+
+from .options import parse
+
+ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page that shows what the factors do."
+
+
+def main(argv: list[str]) -> int:
+    try:
+        from flr.serve.server import run
+        from flr.serve.settings import Settings
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
+            raise
+        raise ValueError(f'this command needs {error.name}: pip install "flr[serve]"') from None
+    settings, _ = parse("serve", ABOUT, (Settings,), argv)
+    return run(settings)

@@ -1,0 +1,297 @@
+"""Micro-batching: requests that arrive together are computed together, and every answer is that of the request alone.
+
+One asyncio queue, bounded; one worker thread, in which the model runs. A batch holds requests that one search can serve: the
+same model generation, number of beams, scoring and kind of answer; histories, k and filters may differ. It starts when it is
+full, when no other request is on its way (received, but not in the queue yet), or when its oldest has waited ``max_wait_ms``; so a
+request alone never waits, and while the worker is busy the next batch fills by itself. The oldest waiting request is always in the
+next batch, so no kind of request starves another.
+
+    full queue           Busy, at once; with the time after which there should be room, from the measured rate
+    deadline passes      Late, at once; a request that waits is dropped, one that is being computed is answered
+    caller is cancelled  the request is dropped if it still waits
+    a batch fails        its requests are computed one by one, so that one bad request does not fail the others
+    reload               requests keep the generation they were resolved with; the old model goes when the last one is answered
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flr.explain import Explanation, explained
+from flr.recommender import Query, Recommendation, Recommender
+
+from .metrics import Metrics
+from .search import ItemSearch
+from .settings import Settings
+
+logger = logging.getLogger("flr.serve")
+
+Kind = Literal["recommend", "shares", "explain"]
+_LONGEST_RETRY = 60  # seconds
+_MEMORY = 0.8  # of the measured rate: weight of the past at each batch
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"too many requests wait; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Late(Exception):
+    """The deadline passed before the request was computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model that is served; generation 1 is the one at the start."""
+
+    recommender: Recommender
+    search: ItemSearch
+    generation: int
+
+    @classmethod
+    def warm(cls, recommender: Recommender, generation: int, settings: Settings) -> Loaded:
+        """Build what is built at first use, and run one request of each kind."""
+        recommender.processor.catalogue.lookup("\0")
+        recommender.recommend([[]], k=1, num_beams=settings.num_beams, scoring=settings.scoring)  # type: ignore[arg-type]
+        recommender.explain(recommender.processor.catalogue.item_ids[:1], k=1, num_beams=settings.num_beams)
+        return cls(recommender, ItemSearch(recommender.processor.catalogue), generation)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request: what to compute, with which model, until when (of ``time.monotonic``)."""
+
+    model: Loaded
+    query: Query
+    unknown: list[str]
+    num_beams: int
+    scoring: Any
+    kind: Kind
+    deadline: float
+    arrived: float = field(default_factory=time.monotonic)
+    future: asyncio.Future[Answer] = field(init=False)
+
+    @property
+    def bucket(self) -> tuple[int, int, str, Kind]:
+        """Jobs of one bucket can be computed together."""
+        return self.model.generation, self.num_beams, self.scoring, self.kind
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out, how long the request waited, and with how many it was computed."""
+
+    result: list[Recommendation] | Explanation
+    waited: float
+    batch_size: int
+
+
+class Engine:
+    """Runs requests in micro-batches. Everything but the model's work happens on the event loop.
+
+    Args:
+        model: the first one.
+        settings: limits.
+        load: reads the model anew, in a thread of its own; None where reloading makes no sense.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self,
+        model: Loaded,
+        settings: Settings,
+        load: Callable[[], Recommender] | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.metrics = Metrics() if metrics is None else metrics
+        self.metrics.generation.set(model.generation)
+        self._load = load
+        self._buckets: dict[Any, deque[Job]] = {}
+        self._waiting = self._computing = self._on_the_way = 0
+        self._task: asyncio.Task[None] | None = None
+        self._reloading = False
+        self._rate = 0.0  # requests a second while the worker is busy; 0 before the first batch
+
+    def start(self) -> None:
+        """Begin to take jobs from the queue; call it on the event loop. After :meth:`close` it may be started again."""
+        self._arrived = asyncio.Event()
+        self._worker = ThreadPoolExecutor(1, "flr-model")
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(_stopped)
+
+    @property
+    def alive(self) -> bool:
+        """False when the loop over batches is not running."""
+        return self._task is not None and not self._task.done()
+
+    async def close(self) -> None:
+        """Answer what waits, then stop."""
+        while self.alive and self._waiting + self._computing:
+            await asyncio.sleep(0.01)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+            self._worker.shutdown(wait=True)
+
+    def expect(self, more: int) -> None:
+        """A request is on its way (1), or it has come or gone (-1)."""
+        self._on_the_way += more
+        if not self._on_the_way and self.alive:
+            self._arrived.set()
+
+    def check_room(self) -> None:
+        """Busy when the queue is full."""
+        if self._waiting >= self.settings.max_queue:
+            self.metrics.dropped.labels("full").inc()
+            ahead = self._waiting + self._computing
+            wait = math.ceil(ahead / self._rate) if self._rate else 1
+            raise Busy(min(max(wait, 1), _LONGEST_RETRY))
+
+    async def submit(self, job: Job) -> Answer:
+        """The answer; Busy, Late, or what the model raised."""
+        self.check_room()
+        loop = asyncio.get_running_loop()
+        left = job.deadline - time.monotonic()
+        if left <= 0:
+            self.metrics.dropped.labels("late").inc()
+            raise Late
+        job.future = loop.create_future()
+        self._buckets.setdefault(job.bucket, deque()).append(job)
+        self._count(1)
+        self._arrived.set()
+        timer = loop.call_later(left, self._expire, job)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            if self._remove(job):
+                self.metrics.dropped.labels("gone").inc()
+            raise
+        finally:
+            timer.cancel()
+
+    async def reload(self) -> Loaded:
+        """Load the model anew beside the one that serves, warm it, and let it take over; the one that serves stays if that fails.
+
+        Raises:
+            RuntimeError: a reload is under way, or there is nothing to load from.
+            Exception: what loading raised.
+        """
+        if self._load is None:
+            raise RuntimeError("this server was given a model, not a folder to load one from")
+        if self._reloading:
+            raise RuntimeError("a reload is under way")
+        load, generation, settings = self._load, self.model.generation + 1, self.settings
+        self._reloading = True
+        started = time.monotonic()
+        try:
+            self.model = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings))
+        except Exception as error:
+            self.metrics.reloads.labels("failed").inc()
+            logger.error(
+                "reload failed", extra={"fields": {"event": "reload", "error": f"{type(error).__name__}: {error}"}}
+            )
+            raise
+        finally:
+            self._reloading = False
+        self.metrics.reloads.labels("done").inc()
+        self.metrics.generation.set(generation)
+        seconds = round(time.monotonic() - started, 3)
+        logger.info("reloaded", extra={"fields": {"event": "reload", "generation": generation, "seconds": seconds}})
+        return self.model
+
+    def _count(self, more: int) -> None:
+        self._waiting += more
+        self.metrics.queue_depth.set(self._waiting)
+
+    def _remove(self, job: Job) -> bool:
+        """Take a job out of the queue; False where it is there no longer."""
+        queue = self._buckets.get(job.bucket)
+        if queue is None or job not in queue:
+            return False
+        queue.remove(job)
+        if not queue:
+            del self._buckets[job.bucket]
+        self._count(-1)
+        return True
+
+    def _expire(self, job: Job) -> None:
+        if self._remove(job) and not job.future.done():
+            self.metrics.dropped.labels("late").inc()
+            job.future.set_exception(Late())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        patience = self.settings.max_wait_ms / 1000
+        while True:
+            while not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            queue = min(self._buckets.values(), key=lambda jobs: jobs[0].arrived)
+            head, limit = queue[0], self._limit(queue[0])
+            left = head.arrived + patience - time.monotonic()
+            if len(queue) < limit and self._on_the_way and left > 0:
+                self._arrived.clear()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), left)
+                continue
+            jobs = [queue.popleft() for _ in range(min(len(queue), limit))]
+            if not queue:
+                del self._buckets[head.bucket]
+            self._count(-len(jobs))
+            self._computing = len(jobs)
+            began = time.monotonic()
+            results = await loop.run_in_executor(self._worker, _compute, jobs)
+            seconds = time.monotonic() - began
+            self._computing = 0
+            rate = len(jobs) / max(seconds, 1e-6)
+            self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
+            self.metrics.batch_seconds.observe(seconds)
+            self.metrics.batch_size.observe(len(jobs))
+            for job, result in zip(jobs, results, strict=True):
+                self.metrics.queue_seconds.observe(began - job.arrived)
+                if job.future.done():  # its caller has gone
+                    continue
+                if isinstance(result, Exception):
+                    job.future.set_exception(result)
+                else:
+                    job.future.set_result(Answer(result, began - job.arrived, len(jobs)))
+
+    def _limit(self, job: Job) -> int:
+        return min(self.settings.max_batch_size, job.model.recommender.rows_at_once(job.num_beams))
+
+
+def _stopped(task: asyncio.Task[None]) -> None:
+    """The loop over batches ends by being cancelled; anything else turns /health to 503."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.critical("the engine has stopped", exc_info=error, extra={"fields": {"event": "engine"}})
+
+
+def _compute(jobs: list[Job]) -> list[list[Recommendation] | Explanation | Exception]:
+    """In the worker thread: one result, or what was raised, for every job of one bucket."""
+    first = jobs[0]
+    recommender, queries = first.model.recommender, [job.query for job in jobs]
+    try:
+        if first.kind == "explain":
+            return [*explained(recommender, queries, [job.unknown for job in jobs], first.num_beams, first.scoring)]
+        return [*recommender.ranked(queries, first.num_beams, first.scoring, first.kind == "shares")[0]]
+    except Exception as error:
+        if len(jobs) == 1:
+            return [error]
+        logger.warning("a batch failed, its requests are computed alone", extra={"fields": {"error": repr(error)}})
+        return [result for job in jobs for result in _compute([job])]

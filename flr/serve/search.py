@@ -1,0 +1,59 @@
+"""Finding items by what one types: substrings of titles and ids, the best places first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from flr.data import Catalogue
+
+_ENOUGH = 2000  # hits that are ranked; a query that has more is too short to rank well anyway
+_LOOKED_AT = 20_000  # rows that hold the longest word
+
+
+class Hits(NamedTuple):
+    """Catalogue indices, best first; ``complete`` is False where there were more than could be looked at."""
+
+    indices: list[int]
+    complete: bool
+
+
+class ItemSearch:
+    """Substring search over a catalogue: every word must occur, ignoring case, in the title or in the id.
+
+    Titles stand in one text, so that a search is a few scans in C: a million titles take some tens of milliseconds.
+    Safe from several threads.
+
+    >>> search = ItemSearch(Catalogue(["a1", "b2", "c3"], ["Blue Train", "Kind of Blue", "Round Trip"]))
+    >>> search("blue").indices, search("bl ki").indices, search("C3").indices, search("").indices
+    ([0, 1], [1], [2], [0, 1, 2])
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.size = len(catalogue)
+        rows = [
+            f"{' '.join(title.casefold().split())}\t{' '.join(item_id.casefold().split())}\n"
+            for title, item_id in zip(catalogue.titles, catalogue.item_ids, strict=True)
+        ]
+        self._text = "".join(rows)
+        self._starts = np.zeros(self.size + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=self._starts[1:])
+
+    def __call__(self, query: str) -> Hits:
+        """Items for what was typed. An empty query gives the first ones of the catalogue."""
+        words = query.casefold().split()
+        if not words:
+            return Hits(list(range(min(self.size, _ENOUGH))), self.size <= _ENOUGH)
+        rarest = max(words, key=len)
+        ranked: list[tuple[tuple[bool, bool, int], int]] = []
+        place, looked_at = self._text.find(rarest), 0
+        while place >= 0 and len(ranked) < _ENOUGH and looked_at < _LOOKED_AT:
+            looked_at += 1
+            index = int(np.searchsorted(self._starts, place, side="right")) - 1
+            row = self._text[self._starts[index] : self._starts[index + 1] - 1]
+            if all(word in row for word in words):
+                starts = all(f" {word}" in f" {row}" or f"\t{word}" in row for word in words)
+                ranked.append(((not row.startswith(" ".join(words)), not starts, len(row)), index))
+            place = self._text.find(rarest, int(self._starts[index + 1]))
+        return Hits([index for _, index in sorted(ranked)], place < 0)

@@ -1,0 +1,147 @@
+"""Running the application under uvicorn: socket, signals, draining, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+
+from flr.recommender import Recommender
+
+from .app import create_app
+from .gate import MAX_HEAD, Gate
+from .settings import Settings
+
+logger = logging.getLogger("flr.serve")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and the record's ``fields``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields = getattr(record, "fields", None)
+        line |= {"message": record.getMessage()} if fields is None else fields
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with a drain before it stops listening, an exit status of 0 after it, and SIGHUP."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, settings: Settings, address: str) -> None:
+        super().__init__(config)
+        self.gate, self.settings, self.address = gate, settings, address
+        self._reloads: set[asyncio.Task[None]] = set()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.loop = asyncio.get_running_loop()
+        if hasattr(signal, "SIGHUP"):
+            self.loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        logger.info("listening", extra={"fields": {"event": "listening", "url": self.address}})
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """First SIGTERM: drain, then stop. Ctrl-C, or a second signal: stop listening at once; a third Ctrl-C: leave."""
+        if sig == signal.SIGTERM and not self.gate.draining and self.loop is not None:
+            self.gate.draining = True
+            logger.info("draining", extra={"fields": {"event": "draining", "seconds": self.settings.drain_delay_s}})
+            self.loop.call_soon_threadsafe(self.loop.call_later, self.settings.drain_delay_s, self._stop)
+            return
+        self.gate.draining = True
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+    def _hang_up(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._reload())
+        self._reloads.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        try:
+            await self.gate.engine.reload()
+        except RuntimeError as error:
+            logger.warning("not reloaded", extra={"fields": {"event": "reload", "error": str(error)}})
+        except Exception:  # logged where it happened; the old model serves on
+            return
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening address; OSError where it is taken."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    # with the protocol, asyncio knows it for TCP and turns Nagle's algorithm off: 40 ms a request on a kept connection
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise OSError(f"cannot bind to {host}:{port}: {error.strerror}") from None
+    return bound
+
+
+def load(settings: Settings) -> Recommender:
+    """The model in ``settings.model``."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {} if settings.dtype is None else {"dtype": settings.dtype}
+    return Recommender.from_pretrained(settings.model, device, **options)
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status.
+
+    Raises:
+        ValueError, OSError: the address is taken, the model cannot be loaded, a token is too short.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    transformers.utils.logging.disable_progress_bar()  # a log of JSON lines
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    token, _ = settings.tokens()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    bound = bind(settings.host, settings.port)
+    with bound:
+        host, port = bound.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if token is None and not settings.loopback:
+            message = "anybody who reaches this address may use it: set a token"
+            logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
+        gate = create_app(load(settings), settings, lambda: load(settings))
+        config = uvicorn.Config(
+            gate,
+            http="h11",  # strict about what it takes for HTTP
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=settings.keep_alive_s,
+            timeout_graceful_shutdown=settings.drain_timeout_s,
+            h11_max_incomplete_event_size=MAX_HEAD,
+        )
+        server = Server(config, gate, settings, address)
+        server.run(sockets=[bound])
+    logger.info("stopped", extra={"fields": {"event": "stopped"}})
+    return 0 if server.started else 1

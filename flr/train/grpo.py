@@ -1,0 +1,436 @@
+"""Latent GRPO with transformers' ``Trainer``: G noisy thoughts a user, rewards, group advantages, a clipped surrogate.
+
+    a_i = r + σ ε_i,  ε_0 = 0      R_i = reward of the target after thought a_i      A = group_advantage(R)
+    loss = -mean_i mean(min(ρ_i A_i, clip(ρ_i, 1 - ε_low, 1 + ε_high) A_i)) + β KL,    mean over users of the global batch
+
+``policy`` says what ρ is the ratio of (docs/rl.md has the reasons): "thoughts", N(a_i; r, σ²) now against then, or "tokens",
+p(target token | prompt, r + σ ε_i) now against then, as LatentR3 has it. KL = Σ_n ‖r_n - r_n^SFT‖² / (2 σ²), exact for
+these Gaussians. The step goes through the wrapped module's forward, so DDP and FSDP2 average gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+
+from flr.data import CSR, EpochSampler, Interactions, RecProcessor
+from flr.decode import beam_search, rank_one_token
+from flr.decode.session import causal_lm
+from flr.forward import IGNORE
+from flr.group_forward import GroupInputs, GroupOutput
+from flr_kernels.group_advantage import KINDS
+
+from .sft import SFTTrainer
+from .surrogate import RewardInputs, Rewards, clipped_surrogate
+
+POLICIES = ("thoughts", "tokens")
+_NOISE = 0x5EED  # stream of random numbers of the noise
+
+
+@dataclass
+class LatentGRPOConfig(TrainingArguments):
+    """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
+
+    output_dir: str | None = field(default="runs/rl", metadata={"help": "Checkpoints, and at the end the best model."})
+    group_size: int = field(default=16, metadata={"help": "G, thoughts a user: one as it is, the others with noise."})
+    noise_scale: float = field(default=0.3, metadata={"help": "Deviation of the noise on a thought."})
+    noise_relative: bool = field(default=True, metadata={"help": "noise_scale is in units of the thought's RMS."})
+    policy: str = field(default="thoughts", metadata={"help": f"What the ratio is of: {' or '.join(POLICIES)}."})
+    advantage: str = field(default="grpo", metadata={"help": f"One of {', '.join(KINDS)}."})
+    advantage_epsilon: float = field(
+        default=1.0,
+        metadata={"help": "Added to the spread that grpo divides by (and to latentr3's norm), in units of the reward."},
+    )
+    advantage_from_clean: bool = field(
+        default=True,
+        metadata={
+            "help": "latentr3: compare with the group's own unperturbed member, not with the batch's mean of them."
+        },
+    )
+    reward: str = field(
+        default="log_likelihood",
+        metadata={"help": "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."},
+    )
+    reward_beams: int = field(default=20, metadata={"help": "Beams of the rewards that decode (hit@k, ndcg@k, mrr)."})
+    epsilon_low: float = field(default=0.2, metadata={"help": "The ratio is clipped below 1 minus this."})
+    epsilon_high: float = field(default=0.2, metadata={"help": "The ratio is clipped above 1 plus this."})
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on a batch, with its noise and rewards."})
+    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL from the thoughts of the model given."})
+    regularise: bool = field(default=False, metadata={"help": "Add the reasoner's regularisers, as in SFT."})
+    train_backbone: bool = field(default=False, metadata={"help": "Train the backbone too (policy tokens)."})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbone. Default: a tenth of --learning_rate."}
+    )
+    eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
+    eval_max_users: int | None = field(
+        default=None, metadata={"help": "Evaluate on that many users only, evenly spread. Default: all."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reasoner."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last incomplete batch of an epoch; the next one has another."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are interactions."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the valid split: no, steps, epoch."})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one included."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model on the valid split."})
+    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What best means."})
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 — HfArgumentParser expects None first
+        default="tensorboard", metadata={"help": "Where to log."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    embedding_dropout: ClassVar[float] = 0.0  # what the supervised trainer reads
+    output_dropout: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("policy", POLICIES), ("advantage", KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("group_size", "num_iterations", "reward_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
+        if self.noise_scale <= 0:
+            raise ValueError(f"noise_scale: expected a positive number, got {self.noise_scale}")
+        for name in ("epsilon_low", "epsilon_high", "kl_weight", "advantage_epsilon"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.train_backbone and (self.policy == "thoughts" or self.kl_weight):
+            raise ValueError(
+                "train_backbone: expected policy tokens and kl_weight 0, since thoughts reach the reasoner alone, got "
+                f"policy {self.policy} and kl_weight {self.kl_weight}"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing: expected False, got True; it excludes the cache that groups share"
+            )
+        if self.save_strategy == "steps" and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps: expected a multiple of num_iterations = {self.num_iterations}, got {self.save_steps}"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
+        Rewards.parse(self.reward)
+        super().__post_init__()
+
+
+class GroupCollator:
+    """Prompts, targets and noise of a batch of interactions.
+
+    Returns what the processor makes of the histories (less item_positions), targets int64 [B, S], target_mask bool
+    [B, S], items int64 [B] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row) alone: neither on the batch nor on
+    the process, nor on how often the batch is used.
+    """
+
+    def __init__(self, processor: RecProcessor, group_size: int, hidden_size: int, seed: int) -> None:
+        self.processor, self.group_size, self.hidden_size, self.seed = processor, group_size, hidden_size, seed
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        batch = self.processor(CSR.from_rows([row.history for row in rows]))
+        del batch["item_positions"]
+        codec = self.processor.item_codec
+        sequences = CSR(codec.tokens, codec.offsets).take(np.array([row.target for row in rows]))
+        lengths = sequences.lengths
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        targets = np.zeros(mask.shape, np.int64)
+        targets[mask] = sequences.values
+        batch["items"] = torch.tensor([row.target for row in rows])
+        batch["targets"], batch["target_mask"] = torch.from_numpy(targets), torch.from_numpy(mask)
+        batch["noise"] = torch.from_numpy(np.stack([self.noise(row.epoch, row.row) for row in rows]))
+        return batch
+
+    def noise(self, epoch: int, row: int) -> np.ndarray:
+        """float32 [G, N, D], unit normal; zeros for member 0."""
+        key = (self.seed % 2**32) << 32 | _NOISE
+        counter = [0, 0, row % 2**64, epoch]
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        noise = generator.standard_normal(
+            (self.group_size, self.processor.num_thoughts, self.hidden_size), dtype=np.float32
+        )
+        noise[0] = 0
+        return noise
+
+
+class RepeatedBlocks(Sampler[tuple[int, int]]):
+    """The rows of a sampler in blocks of ``block`` rows, every block ``times`` times; an incomplete last block is left out."""
+
+    def __init__(self, rows: EpochSampler, block: int, times: int) -> None:
+        self.rows, self.block, self.times = rows, block, times
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.block * self.block * self.times
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rows = list(self.rows)
+        for start in range(0, len(rows) - self.block + 1, self.block):
+            for _ in range(self.times):
+                yield from rows[start : start + self.block]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+
+
+@dataclass
+class _Rollout:
+    """What the first iteration on a batch leaves for the later ones."""
+
+    advantages: torch.Tensor  # [B, G]
+    old: torch.Tensor  # log-probabilities [B, G, S] or [B, G, N]
+    actions: tuple[torch.Tensor, torch.Tensor]
+
+
+class LatentGRPOTrainer(SFTTrainer):
+    """Trains the reasoner of a patched model so that thoughts around its own give better rewards.
+
+    Args:
+        model: patched, variant "flr" or "latentr3", supervised first.
+        args: :class:`LatentGRPOConfig`.
+        processor: the one it was trained with.
+        train, valid: interactions; ``valid`` is ranked as in SFT, and may be None.
+        rewards: overrides ``args.reward``; needed for functions of your own.
+        kwargs: as for ``transformers.Trainer``.
+
+    Loss, gradients and weights do not depend on how the users of a global batch are split over processes (for advantage
+    "latentr3" with gradient accumulation the statistics are those of the micro-batch of all processes). There is no dropout.
+    Advantages "latentr3" are multiplied by √(B G), which turns the norm into a deviation, so that their size does not
+    depend on the batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: LatentGRPOConfig,
+        processor: RecProcessor,
+        train: Interactions,
+        valid: Interactions | None = None,
+        rewards: Rewards | None = None,
+        **kwargs: Any,
+    ) -> None:
+        lm = causal_lm(model)
+        if not hasattr(lm, "flr"):
+            raise ValueError("model: expected a patched model of variant flr or latentr3, got one without a reasoner")
+        self.rewards = Rewards.parse(args.reward) if rewards is None else rewards
+        if not args.train_backbone:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")
+        self.reference = copy.deepcopy(lm.flr).requires_grad_(False).eval()
+        self._rollouts: list[_Rollout] = []
+        self._micro_batch = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._extremes = torch.tensor([torch.inf, -torch.inf])
+        options: Any = args
+        super().__init__(model, options, processor, train, valid, **kwargs)
+        hidden = lm.get_input_embeddings().weight.shape[-1]
+        self._groups = GroupCollator(processor, args.group_size, hidden, args.seed)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
+        world = self.accelerator.num_processes
+        self._block = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+        if len(train) < self._block and args.dataloader_drop_last:
+            raise ValueError(f"train: expected at least one batch of {self._block} users, got {len(train)} rows")
+
+    def _batch(self, rows: list[Any]) -> dict[str, Any]:
+        return self._with_edges(self._groups(rows))
+
+    def _with_edges(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.catalogue is not None:
+            batch["edges"] = self.catalogue.edges(batch["targets"].masked_fill(~batch["target_mask"], IGNORE))
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        options: Any = self.args
+        times = options.num_iterations
+        return sampler if times == 1 else RepeatedBlocks(sampler, self._block, times)
+
+    def _grouped_optimizer(self, model: Any) -> torch.optim.Optimizer:
+        args: Any = self.args
+        slow = args.learning_rate / 10 if args.backbone_learning_rate is None else args.backbone_learning_rate
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        decayed = set(self.get_decay_parameter_names(model))
+        mine = [p for n, p in parameters if ".flr." in f".{n}"]
+        rest = [(n in decayed, p) for n, p in parameters if ".flr." not in f".{n}"]
+        groups = [
+            {"params": mine, "lr": args.learning_rate, "weight_decay": args.weight_decay},
+            {"params": [p for decays, p in rest if decays], "lr": slow, "weight_decay": args.weight_decay},
+            {"params": [p for decays, p in rest if not decays], "lr": slow, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+        return cls(groups, **options)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, and their users over all processes, which the loss is divided by."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro_batch = 0
+        return batches, self._over_processes(torch.tensor(sum(len(b["targets"]) for b in batches), device=device))
+
+    def _over_processes(self, x: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(x, "sum") if self.accelerator.num_processes > 1 else x
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args: Any = self.args
+        model.eval()  # no dropout: noise on the thought is the only chance
+        inputs = dict(inputs)
+        items = inputs.pop("items")
+        group = GroupInputs(
+            inputs.pop("targets"),
+            inputs.pop("target_mask"),
+            inputs.pop("noise"),
+            noise_scale=args.noise_scale,
+            relative=args.noise_relative,
+            policy=args.policy,
+            catalogue=self.catalogue,
+            edges=inputs.pop("edges", None),
+            reference=self.reference.to(inputs["input_ids"].device),
+        )
+        iteration = self.state.global_step % args.num_iterations
+        if iteration and self._micro_batch >= len(self._rollouts):
+            raise ValueError(
+                f"num_iterations: expected to resume at a multiple of {args.num_iterations} steps, got "
+                f"{self.state.global_step}; the rewards of the batch are gone"
+            )
+        if iteration and args.policy == "thoughts":
+            group.actions = self._rollouts[self._micro_batch].actions
+        out: GroupOutput = model(**inputs, group=group)
+        now = out.thought_logprobs if args.policy == "thoughts" else out.logprobs
+        assert now is not None
+        if iteration == 0:
+            self._roll_out(model, inputs, items, group, out, now)
+        rollout = self._rollouts[self._micro_batch]
+        self._micro_batch += 1
+        mask = None if args.policy == "thoughts" else group.target_mask
+        surrogate = clipped_surrogate(now, rollout.old, mask, rollout.advantages, args.epsilon_low, args.epsilon_high)
+        losses = surrogate.loss + args.kl_weight * out.kl
+        if args.regularise:
+            losses = losses + out.regularisers
+        users = torch.tensor(len(losses), device=losses.device)
+        total = self._over_processes(users) if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / total * self.accelerator.num_processes  # DDP and FSDP average over processes
+        self._note(
+            loss=losses,
+            clip_fraction=surrogate.clipped,
+            kl=out.kl,
+            thought_norm=out.thought_norm,
+            gate_entropy=out.gate_entropy,
+        )
+        return (loss, out) if return_outputs else loss
+
+    def _roll_out(
+        self, model: Any, prompts: dict, items: torch.Tensor, group: GroupInputs, out: GroupOutput, now: torch.Tensor
+    ) -> None:
+        """Rewards and advantages of the current micro-batch, kept for the iterations on it."""
+        args: Any = self.args
+        assert out.logprobs is not None
+        assert out.thoughts is not None
+        assert out.actions is not None
+        seen = RewardInputs(
+            out.logprobs.detach(),
+            group.target_mask,
+            group.targets,
+            out.thoughts,
+            prompts,
+            items,
+            lambda: self._ranks(model, prompts, items, out),
+        )
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        result = self.rewards.advantages(
+            seen,
+            args.advantage,
+            args.advantage_epsilon,
+            args.advantage_from_clean,
+            torch.distributed.group.WORLD if several else None,
+        )
+        advantages = result.advantages
+        if args.advantage == "latentr3":
+            count = torch.tensor(advantages.numel(), device=advantages.device)
+            advantages = advantages * self._over_processes(count).sqrt()
+        del self._rollouts[self._micro_batch :]
+        self._rollouts.append(_Rollout(advantages, now.detach(), out.actions))
+        self._note(reward=result.mean, reward_std=result.std, reward_clean=result.rewards[:, 0].detach())
+        ends = torch.stack([advantages.min(), advantages.max()]).float().cpu()
+        self._extremes = torch.stack(
+            [torch.minimum(self._extremes[0], ends[0]), torch.maximum(self._extremes[1], ends[1])]
+        )
+
+    def _ranks(self, model: Any, prompts: dict, items: torch.Tensor, out: GroupOutput) -> torch.Tensor:
+        """Place [B, G] of the target in the list that constrained decoding gives each member, 0 where it is not in it.
+
+        Every member is a prompt of its own here: the beams of a member share a cache, members do not.
+        """
+        assert out.thoughts is not None
+        args: Any = self.args
+        if self.is_fsdp_enabled:
+            raise ValueError("reward: expected a likelihood under FSDP, where decoding would gather at different times")
+        batch, members = out.thoughts.shape[:2]
+        rows = {name: x.repeat_interleave(members, 0) for name, x in prompts.items()}
+        rows["thoughts"] = out.thoughts.flatten(0, 1)
+        target = items.repeat_interleave(members)[:, None]
+        lm = self.accelerator.unwrap_model(model)
+        if self.trie.depth == 1:
+            scores = rank_one_token(lm, rows, self.trie)  # [B·G, C]
+            ranks = (scores >= scores.gather(1, target)).sum(1)  # ties against the target
+        else:
+            width = args.reward_beams
+            hits = beam_search(lm, rows, self.trie, num_beams=width, k=width).items == target
+            ranks = (hits * torch.arange(1, width + 1, device=hits.device)).amax(1)
+        return ranks.view(batch, members)
+
+    def _note(self, **values: torch.Tensor | None) -> None:
+        """Add values [B] to the sums of the next line of the log."""
+        for name, value in values.items():
+            if value is not None:
+                value = value.detach().double()
+                new = torch.stack([value.sum(), torch.ones_like(value).sum()])
+                self._sums[name] = self._sums[name] + new if name in self._sums else new
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Means over the users of all processes since the last line, and the range of advantages."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self._over_processes(torch.stack([self._sums[name] for name in names])).cpu()
+            logs |= {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+            ends = self._extremes.to(self.args.device) * torch.tensor([-1.0, 1.0], device=self.args.device)
+            ends = self.accelerator.gather(ends[None]).amax(0).cpu()
+            if ends[1] > -torch.inf:
+                logs |= {"advantage_min": -float(ends[0]), "advantage_max": float(ends[1])}
+            self._sums = {}
+            self._extremes = torch.tensor([torch.inf, -torch.inf])
+        Trainer.log(self, logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As in SFT, and the mean log-likelihood of the targets, ``eval_target_logprob``."""
+        rows: Any = self.valid if eval_dataset is None else eval_dataset.interactions
+        extra = {f"{metric_key_prefix}_target_logprob": self.target_logprob(rows)}
+        self.log(extra)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) | extra
+
+    @torch.no_grad()
+    def target_logprob(self, rows: Interactions) -> float:
+        """Mean over rows of the mean log-probability of the target's tokens, normalised as in training, without noise."""
+        collate = GroupCollator(self.processor, 1, self._groups.hidden_size, self.args.seed)
+        size, total = self.args.per_device_eval_batch_size, 0.0
+        model: Any = self.model
+        model.eval()
+        for start in range(0, len(rows), size):
+            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            batch = self._prepare_inputs(self._with_edges(batch))
+            del batch["items"]
+            group = GroupInputs(
+                batch.pop("targets"),
+                batch.pop("target_mask"),
+                batch.pop("noise"),
+                catalogue=self.catalogue,
+                edges=batch.pop("edges", None),
+            )
+            logprobs = model(**batch, group=group).logprobs[:, 0]
+            total += float((logprobs.sum(-1) / group.target_mask.sum(-1)).sum())
+        return total / len(rows)
