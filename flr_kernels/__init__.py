@@ -9,6 +9,7 @@ from .dispatch import BackendUnavailable
 from .factor_aggregate import FactorAggregate, factor_aggregate
 from .factor_attention import FactorAttention, factor_attention
 from .group_advantage import GroupAdvantage, group_advantage
+from .log_normaliser import log_normaliser
 from .token_logprob import token_logprob
 
 __version__ = "0.1.0"
@@ -21,5 +22,6 @@ __all__ = [
     "factor_aggregate",
     "factor_attention",
     "group_advantage",
+    "log_normaliser",
     "token_logprob",
 ]

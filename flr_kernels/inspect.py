@@ -70,7 +70,8 @@ class _Launch:
 
 def _name(kernel: Any) -> str:
     """E.g. ``attention forward``, from module and function."""
-    op = "aggregate" if "aggregate" in kernel.__module__ else "attention"
+    words = {"aggregate": "aggregate", "normaliser": "normaliser"}
+    op = next((name for word, name in words.items() if word in kernel.__module__), "attention")
     return f"{op} {kernel.__name__.removesuffix('_kernel')}"
 
 
@@ -123,6 +124,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls of the ops' host code that between them launch every kernel variant for ``dtype``."""
     from . import triton_factor_aggregate as aggregate
     from . import triton_factor_attention as attention
+    from . import triton_log_normaliser as normaliser
 
     batch, factors = 2, 4
     vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
@@ -137,6 +139,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield label, partial(attention.backward, h, u, None, *saved, *saved, dh, tile=tile)
     f, gradients = _meta(*vectors, dtype=dtype), (_meta(batch, _SIZE), _meta(*scalars), _meta(batch), _meta(batch))
     yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
+    yield "", partial(normaliser.forward, _meta(batch, 99 * _SIZE, dtype=dtype))
     yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
 
 

@@ -149,6 +149,11 @@ def batch_advantages(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
     return ((rewards.double() - m) / (norm + eps)).to(rewards.dtype)
 
 
+def log_normaliser(logits: Tensor) -> Tensor:
+    """log Σ exp of every row of logits [R, V], [R]."""
+    return logits.to(accumulation_dtype(logits.dtype)).logsumexp(-1)
+
+
 def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """log softmax(hidden · weightᵀ)[target], [M]."""
     acc = accumulation_dtype(hidden.dtype)

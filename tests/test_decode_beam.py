@@ -423,7 +423,7 @@ def test_broken_logits_are_an_error(value):
 @pytest.mark.parametrize("cost", [0, 1e9])  # a dot product for each, one matrix product
 @pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
 def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
-    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", cost)
+    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", {"cpu": cost})
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     extra = {
         "Cohere": {"logit_scale": 0.3},

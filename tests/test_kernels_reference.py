@@ -232,3 +232,15 @@ def test_backend_selection(monkeypatch):
         monkeypatch.setenv("FLR_BACKEND", wrong)
         with pytest.raises(ValueError, match="FLR_BACKEND"):
             dispatch.select("token_logprob", x)
+
+
+def test_log_normaliser_is_a_log_sum_of_exponentials():
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(4, 1000)
+    expected = logits.double().exp().sum(1).log()
+    torch.testing.assert_close(flr_kernels.log_normaliser(logits).double(), expected, rtol=1e-6, atol=1e-6)
+    compiled = torch.compile(flr_kernels.log_normaliser, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(logits), flr_kernels.log_normaliser(logits))
+    for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="logits: expected"):
+            flr_kernels.log_normaliser(bad)

@@ -240,20 +240,33 @@ class _Search:
         live = running.score != -torch.inf
         begin = trie.children[running.node].long()
         fanout = (trie.children[running.node + 1] - begin).masked_fill(~live, 0)
-        if self.skips or _sync_is_free(fanout.device):
+        free = _sync_is_free(fanout.device)
+        if self.skips or free:
             widest = int(fanout.max()) if fanout.numel() else 0
         else:
             widest = trie.max_fanout[step]
+        widest = max(widest, 1)
         block = max(1, _MAX_CANDIDATES // max(1, rows * width))
-        starts = range(0, max(widest, 1), block)
+        starts = range(0, widest, block)
+        alike = free and step == 0 and not running.node.any()  # all at the root: its children are looked up once
+        may_end = self.scoring == "catalogue" or trie.num_leaves[step + 1] > 0
 
-        def children(start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            """Nodes, allowed items below them and log-probability before normalisation, [B, w, columns] each."""
-            column = torch.arange(start, min(start + block, max(widest, 1)), device=states.device)
-            inside = column < fanout[..., None]
-            node = torch.where(inside, begin[..., None] + column, 0)
-            count = self.allows.count(trie.leaf_begin[node].long(), trie.leaf_end[node].long()).masked_fill(~inside, 0)
-            return node, count, token_logits(states, self.rows, trie.tokens[node].long(), count > 0)
+        def children(at: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+            """Nodes, whether they end an item (None if none does), log-probability before normalisation: [B, w, columns],
+            the first two [1, 1, columns] or [B, 1, columns] where all are at the root."""
+            column = torch.arange(at, min(at + block, widest), device=states.device)
+            if alike:
+                node, inside = column[None, None] + 1, live[..., None]
+                low, high = (x[node].long().expand(rows, 1, -1) for x in (trie.leaf_begin, trie.leaf_end))
+            else:
+                inside = column < fanout[..., None]
+                node = torch.where(inside, begin[..., None] + column, 0)
+                low, high = (x[node].long() for x in (trie.leaf_begin, trie.leaf_end))
+            count = self.allows.count(low, high)
+            ends: torch.Tensor | None = None
+            if may_end:
+                ends = count == 1 if self.scoring == "catalogue" else trie.children[node] == trie.children[node + 1]
+            return node, ends, token_logits(states, self.rows, trie.tokens[node].long(), inside & (count > 0))
 
         first_block = children(0)
         if self.scoring == "full":
@@ -263,27 +276,44 @@ class _Search:
             for at in starts[1:]:
                 norm = torch.logaddexp(norm, torch.logsumexp(children(at)[2], dim=-1))
         invalid = (live & ~norm.isfinite()).any()
+        shift = norm.masked_fill(~live, 0.0)[..., None]
 
         beams: _Continuations | None = None
         complete: _Continuations | None = None
         for at in starts:
-            node, count, raw = first_block if at == 0 else children(at)
-            score = running.score[..., None] + (raw - norm[..., None])
-            score = score.masked_fill(count == 0, -torch.inf)
-            key = order_key(score, trie.leaf_begin[node].long()).masked_fill(score == -torch.inf, _DEAD)
-            parent = torch.arange(width, device=node.device)[:, None].expand_as(node)
-            every = _Continuations(*(x.flatten(1) for x in (score, node, parent, key)))
-            if num_beams:
-                ends = self._is_complete(every.node)
-                beams = _best(beams, every._replace(key=every.key.masked_fill(ends, _DEAD)), num_beams)
+            node, ends, score = first_block if at == 0 else children(at)
+            score = score.sub_(shift).add_(running.score[..., None])  # token_logits made it for us alone
             if complete_width:  # picked among all, then the unfinished struck out
-                complete = _best(complete, every, complete_width)
-        if beams is not None:
-            beams = beams._replace(score=beams.score.masked_fill(beams.key == _DEAD, -torch.inf))
+                complete = _best(complete, self._pick(score, node, complete_width), complete_width)
+            if num_beams:
+                if ends is not None:
+                    score = score.masked_fill_(ends, -torch.inf)
+                beams = _best(beams, self._pick(score, node, num_beams), num_beams)
         if complete is not None:
             unfinished = ~self._is_complete(complete.node) | (complete.key == _DEAD)
             complete = complete._replace(score=complete.score.masked_fill(unfinished, -torch.inf))
         return beams, complete, invalid
+
+    def _pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> _Continuations:
+        """The `count` best continuations of score [B, w, c], in order; node [B, w, c], or [1, 1, c]."""
+        columns, flat = score.shape[-1], score.flatten(1)
+        count = min(count, flat.shape[1])
+        index: torch.Tensor | None = None
+        if _sync_is_free(score.device) and count < flat.shape[1]:
+            # by score alone, which is cheaper than by key: right unless the last place is shared
+            top = flat.topk(count + 1, dim=1)
+            if not ((top.values[:, -1] == top.values[:, -2]) & (top.values[:, -1] != -torch.inf)).any():
+                index = top.indices[:, :-1]
+        if index is None:
+            key = order_key(score, self.trie.leaf_begin[node].long()).masked_fill(score == -torch.inf, _DEAD)
+            index = key.flatten(1).topk(count, dim=1).indices
+        chosen, parent = flat.gather(1, index), index // columns
+        if node.shape[:2] == (1, 1):
+            node = node[0, 0][index % columns]
+        else:
+            node = node.flatten(1).gather(1, index)
+        key = order_key(chosen, self.trie.leaf_begin[node].long()).masked_fill(chosen == -torch.inf, _DEAD)
+        return _best(None, _Continuations(chosen, node, parent, key), count)
 
     def _is_complete(self, node: torch.Tensor) -> torch.Tensor:
         """Whether a node [B, n] stands for an item: a leaf, or under `catalogue` with one allowed item below."""
