@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ matplotlib.rcParams.update({"svg.hashsalt": "flr", "svg.fonttype": "none", "font
 
 BLUE, ORANGE, GREY, DARK = "#3b6ea5", "#d9822b", "#d8dde3", "#33383d"
 PALETTE = (ORANGE, BLUE, "#5f9e6e", "#8d6ab8", "#b55d60", "#857a6c", "#4aa3a2", "#c4a23f")
+#: What a sweep's symbol counts.
+SYMBOLS = {
+    "L": "tokens of a prompt",
+    "B": "users",
+    "D": "hidden size",
+    "K": "factors",
+    "G": "group",
+    "T": "refinements",
+}
+SYMBOLS |= {"C": "items of the catalogue"}
 Row = dict[str, Any]
 
 
@@ -45,6 +56,10 @@ def speedup(rows: list[Row]) -> plt.Figure:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    left, right = axes.get_xlim()
+    ticks = [x * 10**n for n in range(-2, 4) for x in (1, 2, 5) if left <= x * 10**n <= right]
+    axes.set_xticks(ticks, [f"{x:g}×" for x in ticks])
+    axes.set_xlabel("time of the competitor / time of ours (medians of one run)", fontsize=8)
     axes.axvline(1, color=DARK, lw=0.8)
     figure.suptitle("times faster than the competitor on the same work; line: 20-80 %, tick: target", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -57,17 +72,28 @@ def roofline(rows: list[Row]) -> plt.Figure:
     ceilings = rows[0]["run"]["ceilings"]
     bandwidth = ceilings["copy_gb_per_s"] / 1e3
     intensity = [r["flops"] / r["bytes"] for r in rows]
-    low, high = min(intensity) / 4, max(max(intensity), 100) * 4
+    low, high = min(intensity) / 4, max(max(intensity), 100) * 2
     for dtype, peak in ceilings["matmul_tflop_per_s"].items():
         knee = peak / bandwidth
         axes.plot([low, knee, max(high, knee)], [low * bandwidth, peak, peak], color=DARK, lw=1.2)
-        axes.text(max(high, knee), peak, f"matmul {dtype} ", ha="right", va="bottom", fontsize=8)
+        axes.text(max(high, knee), peak, f"matmul {dtype}: {peak:.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
+    axes.text(low, 1.5 * low * bandwidth, f"copy: {1e3 * bandwidth:.3g} GB/s", va="bottom", fontsize=8)
     for index, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
         points = [(r["flops"] / r["bytes"], r["tflop_per_s"]) for r in rows if r["variant"] == variant]
         axes.scatter(*zip(*points, strict=True), s=22, color=PALETTE[index % len(PALETTE)], label=variant, zorder=3)
+    for suite in dict.fromkeys(r["suite"] for r in rows):
+        ours = [r for r in rows if r["suite"] == suite]
+        middle = sorted(r["flops"] / r["bytes"] for r in ours)[len(ours) // 2]
+        axes.text(middle, 0.45 * min(r["tflop_per_s"] for r in ours), suite.replace("_", " "), ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="TFLOP/s")
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{rows[0]['run']['device']}: measured against copy bandwidth and large matrix product")
+    axes.margins(y=0.1)
+    axes.set_ylim(
+        bottom=0.2 * min(r["tflop_per_s"] for r in rows), top=3 * max(ceilings["matmul_tflop_per_s"].values())
+    )
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.set_title(
+        f"{rows[0]['run']['device']}: operations needed a second, under what copies and matrix products reach"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -92,22 +118,38 @@ def growth(rows: list[Row]) -> plt.Figure:
             buffers = sweep.buffers()
             other.plot(sweep.sizes, [buffers.at(x) for x in sweep.sizes], color=BLUE, lw=0.8)
             other.set_yscale("log")
-            _two_ticks(other.yaxis, [y for y in sweep.peak_mb if y])
+            _two_ticks(other.yaxis, [y for y in sweep.peak_mb if y], " MB")
+            other.set_ylim(*_decades([y for y in sweep.peak_mb if y]))
             other.tick_params(labelsize=7, colors=BLUE)
             text += f", memory {memory.exponent:.2f}"
-        axes.set(xscale="log", yscale="log")
+        axes.set(xscale="log", yscale="log", ylim=_decades(sweep.ms))
+        axes.set_xlabel(f"{sweep.varied}, {SYMBOLS[sweep.varied]}", fontsize=7, labelpad=-4)
         _two_ticks(axes.xaxis, sweep.sizes)
-        _two_ticks(axes.yaxis, sweep.ms)
+        _two_ticks(axes.yaxis, sweep.ms, " ms")
         axes.tick_params(labelsize=7)
-        axes.set_title(f"{sweep.operation}\n{sweep.varied}: {text}", fontsize=8)
-    figure.suptitle("median ms (circles, left), peak MB (squares, right), exponent over the larger half", fontsize=9)
+        axes.set_title(f"{sweep.operation}: {text}", fontsize=8)
+    figure.suptitle(
+        "circles, left: median ms with its power law over the larger half of the sizes (exponents in the titles); "
+        "squares, right: peak MB with its sum of buffers",
+        fontsize=9,
+    )
     return figure
 
 
-def _two_ticks(axis: Axis, values: list[float]) -> None:
+def _decades(values: list[float]) -> tuple[float, float]:
+    """Limits around ``values``: two decades at least, so that what hardly grows looks flat."""
+    low, high = min(values), max(values)
+    room = max(10 / (high / low) ** 0.5, 1.3)
+    return low / room, high * room
+
+
+def _two_ticks(axis: Axis, values: list[float], unit: str = "") -> None:
     """Label the least and the greatest value alone."""
     ends = [min(values), max(values)]
-    axis.set_ticks(ends, [f"{x:.3g}" if x < 1e3 else f"{x:,.0f}" if x < 1e5 else f"{x:.0e}" for x in ends])
+    if ends[1] < 1.5 * ends[0]:
+        ends = ends[1:]  # two labels would overlap
+    texts = [f"{x:.3g}" if x < 1e3 else f"{x:,.0f}" if x < 1e5 else f"$10^{{{math.log10(x):.3g}}}$" for x in ends]
+    axis.set_ticks(ends, [text + unit for text in texts])
     axis.set_minor_locator(NullLocator())
 
 

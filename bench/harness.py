@@ -37,7 +37,7 @@ ROUNDS = {"quick": (15, 3, 2.0), "default": (31, 3, 15.0), "full": (51, 5, 60.0)
 ROUND_SECONDS = {"quick": 2e-3, "default": 5e-3, "full": 2e-2}
 MAX_CALLS = 50
 #: What a commit is judged dirty by: code that benchmarks run, not results, figures and prose.
-CODE = ("flr", "flr_kernels", "csrc", "bench", "setup.py", ":!bench/results")
+CODE = ("flr", "flr_kernels", "csrc", "bench", "setup.py", ":!bench/results", ":!bench/quick_baseline.json")
 
 
 def synchronize() -> None:

@@ -58,33 +58,35 @@ def span(values: list[float], form: Any) -> str:
 
 
 def speed(rows: list[Row]) -> str:
-    """A line for each kind of work (suite and first word of the case) and competitor with targets: the span over its cases."""
+    """A line for each kind of work (suite, first word of the case), competitor and target: its one case, or the span over its cases."""
     ours, groups = _ours(rows), {}
     for row in rows:
         if "target" in row:
-            key = (f"{row['suite']} {row['case'].split()[0]}".replace("_", " "), row["variant"])
+            key = (row["suite"], row["case"].split()[0], row["variant"], row["target"])
             groups.setdefault(key, []).append(row)
     lines = []
-    for (work, variant), group in groups.items():
+    for (name, kind, variant, target), group in groups.items():
         done = [row for row in group if "ratio" in row]
         memory = []
         for row in done:
             mine = ours[row["suite"], row["case"]].get("peak_mb")
             if mine and "peak_mb" in row:
                 memory.append(row["peak_mb"] / mine)
-        met = sum(row["ratio"]["p50"] >= row["target"] for row in done)
-        goal = span([row["target"] for row in group], lambda x: f"{x:g}")
+        met = sum(row["ratio"]["p50"] >= target for row in done)
         faster = span([row["ratio"]["p50"] for row in done], number)
+        alone = len(group) == 1
+        work = group[0]["case"] if alone else f"{kind}, {len(group)} cases"
         lines.append(
             [
-                work,
+                f"{name} {work}".replace("_", " "),
                 variant,
                 f"**{faster}×**" if done else "failed",
+                between(done[0]) if alone and done else "",
                 f"{span(memory, number)}×" if memory else "",
-                f"{goal}×: met in {met} of {len(group)}",
+                f"{target:g}×: " + (f"met in {met} of {len(group)}" if not alone else "met" if met else "**missed**"),
             ]
         )
-    return markdown(["work", "against", "times faster", "peak memory, theirs / ours", "target"], lines)
+    return markdown(["work", "against", "times faster", "20-80 %", "peak memory, theirs / ours", "target"], lines)
 
 
 def targets(rows: list[Row]) -> str:
@@ -120,7 +122,7 @@ def suite(rows: list[Row], name: str) -> str:
     lines = []
     for row in (r for r in rows if r["suite"] == name):
         if "failed" in row:
-            lines.append([row["case"], row["variant"], f"failed: {row['failed']}", "", "", "", "", ""])
+            lines.append([row["case"], row["variant"], f"failed: {row['failed']}", *[""] * 6])
             continue
         lines.append(
             [
@@ -129,13 +131,14 @@ def suite(rows: list[Row], name: str) -> str:
                 number(row["p50_ms"]),
                 f"{number(row['p20_ms'])}-{number(row['p80_ms'])}",
                 number(row["gb_per_s"]) if "gb_per_s" in row else "",
+                number(row["tflop_per_s"]) if "tflop_per_s" in row else "",
                 f"{row['of_ceiling']:.1%}" if "of_ceiling" in row else "",
                 number(row["peak_mb"]) if "peak_mb" in row else "",
                 f"{ratio(row)} ({between(row)})" if "ratio" in row else "",
             ]
         )
-    header = ["case", "variant", "p50 ms", "p20-p80", "GB/s", "of ceiling", "peak MB", "competitor / ours (p20-p80)"]
-    return markdown(header, lines)
+    header = ["case", "variant", "p50 ms", "p20-p80", "GB/s", "TFLOP/s", "of ceiling", "peak MB"]
+    return markdown([*header, "competitor / ours (p20-p80)"], lines)
 
 
 def machine(rows: list[Row]) -> str:

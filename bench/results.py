@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,10 @@ from .harness import ROOT, slug
 
 RESULTS = ROOT / "bench/results"
 Row = dict[str, Any]
+Key = tuple[str, str, str]
+#: What a ratio must show over runs under differing load to be part of a baseline: the least ratio, the greatest median over the least, the
+#: greatest p80 over the least p20. docs/log.md has the study.
+STEADY = {"runs": 3, "p50": 1.5, "spread": 1.4, "width": 2.0}
 
 
 def file_of(facts: dict[str, Any], folder: Path) -> Path:
@@ -25,27 +28,31 @@ def file_of(facts: dict[str, Any], folder: Path) -> Path:
     return folder / slug(facts["device"]) / f"{name}.json"
 
 
-def append(facts: dict[str, Any], rows: list[Row], folder: Path) -> Path:
-    """Add a run to the file of its commit and device; the file is replaced in one step."""
-    path = file_of(facts, folder)
-    runs = load(path)["runs"] if path.exists() else []
-    document = {"device": facts["device"], "commit": facts["commit"], "runs": [*runs, {**facts, "rows": rows}]}
+def write(document: dict[str, Any], path: Path) -> None:
+    """Replace ``path`` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(document, indent=1) + "\n")
     temporary.replace(path)
+
+
+def append(facts: dict[str, Any], rows: list[Row], folder: Path) -> Path:
+    """Add a run to the file of its commit and device."""
+    path = file_of(facts, folder)
+    runs = load(path)["runs"] if path.exists() else []
+    write({"device": facts["device"], "commit": facts["commit"], "runs": [*runs, {**facts, "rows": rows}]}, path)
     return path
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file.
+    """A results file, or a baseline made of some.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is neither.
     """
     try:
         document = json.loads(path.read_text())
-        if all("rows" in run for run in document["runs"]) and document["device"]:
+        if document["device"] and ("baseline" in document or all("rows" in run for run in document["runs"])):
             return document
     except (json.JSONDecodeError, KeyError, TypeError):
         pass
@@ -66,13 +73,15 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     return {device: [row for suite in suites.values() for row in suite.values()] for device, suites in devices.items()}
 
 
-def ratios(document: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
+def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     """(suite, case, competitor) -> competitor / ours pooled over a file's runs.
 
     p50 is the median of the runs' medians, p20 the least p20, p80 the greatest p80; ``spread`` is the greatest of the runs' medians
     over the least, ``ours_ms`` the median of our medians.
     """
-    found: dict[tuple[str, str, str], list[tuple[Row, float]]] = {}
+    if "baseline" in document:
+        return {(row["suite"], row["case"], row["variant"]): row["ratio"] for row in document["baseline"]}
+    found: dict[Key, list[tuple[Row, float]]] = {}
     for run in document["runs"]:
         ours = {(r["suite"], r["case"]): r["p50_ms"] for r in run["rows"] if "p50_ms" in r and "ratio" not in r}
         for row in run["rows"]:
@@ -92,8 +101,35 @@ def ratios(document: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, flo
     }
 
 
-def compare(a: dict[str, Any], b: dict[str, Any], threshold: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """What became of each ratio from ``a`` to ``b``, worst first, and notes on what only one of them has.
+def baseline(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ratios of several runs that are steady enough to fail a build by: the rule of STEADY.
+
+    Raises:
+        ValueError: several devices, too few runs, or no steady ratio in them.
+    """
+    runs = [run for document in documents for run in document.get("runs", [])]
+    devices = sorted({run["device"] for run in runs})
+    if len(runs) < STEADY["runs"] or len(devices) != 1:
+        raise ValueError(f"expected at least {STEADY['runs']} runs of one device, got {len(runs)} of {devices}")
+    pooled = ratios({"runs": runs})
+    rows = [
+        {"suite": key[0], "case": key[1], "variant": key[2], "ratio": {k: float(f"{v:.4g}") for k, v in ratio.items()}}
+        for key, ratio in sorted(pooled.items())
+        if ratio["runs"] == len(runs)
+        and ratio["p50"] >= STEADY["p50"]
+        and ratio["spread"] <= STEADY["spread"]
+        and ratio["p80"] / ratio["p20"] <= STEADY["width"]
+    ]
+    if not rows:
+        raise ValueError(f"expected a steady ratio ({STEADY}), got none of {len(pooled)}")
+    commits = sorted({run["commit"] for run in runs})
+    return {"device": devices[0], "commit": ", ".join(commits), "tier": runs[0]["tier"], "baseline": rows}
+
+
+def compare(
+    a: dict[str, Any], b: dict[str, Any], threshold: float
+) -> tuple[list[dict[str, Any]], list[Key], list[Key]]:
+    """What became of each ratio from ``a`` to ``b``, worst first; what only ``a`` has, and what only ``b``.
 
     A regression is a ratio that fell by more than the factor ``threshold`` and whose p80 in ``b`` is below its p20 in ``a``.
 
@@ -112,10 +148,5 @@ def compare(a: dict[str, Any], b: dict[str, Any], threshold: float) -> tuple[lis
         change = new["p50"] / old["p50"]
         regression = change < 1 / threshold and new["p80"] < old["p20"]
         changes.append({"key": key, "a": old, "b": new, "change": change, "regression": regression})
-    notes = [f"only in {name}: {' · '.join(key)}" for name, key in _only(before, after)]
-    return sorted(changes, key=lambda change: change["change"]), notes
-
-
-def _only(before: Iterable, after: Iterable) -> Iterator[tuple[str, tuple[str, str, str]]]:
-    for name, ours, theirs in (("the first", before, after), ("the second", after, before)):
-        yield from ((name, key) for key in sorted(set(ours) - set(theirs)))
+    changes.sort(key=lambda change: change["change"])
+    return changes, sorted(before.keys() - common), sorted(after.keys() - common)

@@ -56,7 +56,7 @@ def reference_ops():
 
 
 @pytest.mark.cases(
-    quick=[shape_of(2, 64, 256, 1)],
+    quick=[shape_of(2, 128, 512, 1)],
     default=[shape_of(4, 256, 1536, t) for t in (1, 2, 3)],
     gpu=[shape_of(64, 512, d, t, torch.bfloat16) for d in (1536, 4096) for t in (1, 2, 3)]
     + [shape_of(8, 4096, 1536, 1, torch.bfloat16)],

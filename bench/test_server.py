@@ -111,6 +111,7 @@ class Served:
 
     def __init__(self, shape: dict[str, Any], folder: Path) -> None:
         self.bodies = save(folder / "model", shape)
+        self.measured = {"L": shape["L"]}
         self.folder, self.concurrency = folder, shape["c"]
         self.loop = asyncio.new_event_loop()
         self.processes: list[subprocess.Popen] = []
@@ -151,11 +152,25 @@ class Served:
         self.loop.close()
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[dict[str, Served]]:
+    """Servers by shape: both tests ask the same ones."""
+    found: dict[str, Served] = {}
+    yield found
+    for both in found.values():
+        both.close()
+
+
 @pytest.fixture
-def served(shape, tmp_path) -> Iterator[Served]:
-    both = Served(shape, tmp_path)
-    yield both
-    both.close()
+def served(shape, running, tmp_path_factory) -> Served:
+    name = label(shape)
+    if name not in running:
+        for other in running.values():  # one pair at a time, for memory
+            other.close()
+        running.clear()
+        running[name] = Served(shape, tmp_path_factory.mktemp("served"))
+    shape |= running[name].measured
+    return running[name]
 
 
 @pytest.mark.cases(quick=QUICK, default=DEFAULT, full=FULL, gpu=GPU)

@@ -81,6 +81,14 @@ def test_token_logprob(shape, mode, tier, race):
         suite="token_logprob",
         shape=shape,
         check=check,
+        # hidden states and weight; in the backward once more, and the gradients that are wanted
+        bytes_moved=dtype.itemsize
+        * size
+        * (
+            (rows + vocabulary) * (1 if mode == "forward" else 2)
+            + rows * (mode != "forward")
+            + vocabulary * (mode == "train")
+        ),
         # the products that cannot be saved: logits, and dh, dw; without [M, V] kept, logits once more
         flops=2 * rows * size * vocabulary * {"forward": 1, "frozen": 2, "train": 3}[mode],
     )

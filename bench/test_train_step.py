@@ -24,7 +24,7 @@ from .baselines import two_pass
 from .harness import DEVICE, label
 
 MODEL = {"D": 512, "layers": 8, "V": 10432}
-TINY = {"D": 64, "layers": 2, "V": 512}
+SMALL = {"D": 128, "layers": 4, "V": 2048}  # large enough for a ratio of products, not of calls
 
 
 def build(shape: dict):
@@ -35,6 +35,31 @@ def build(shape: dict):
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).to(DEVICE)
     return flr.patch_model(model, config=flr.FLRConfig(num_factors=4, thought_token_id=shape["V"] - 1))
+
+
+def flops_of(shape: dict, rl: bool) -> int:
+    """The least that a step must compute: 11.25 D² weights a layer, causal attention, lm_head on target rows, prompts encoded once.
+
+    The backward of the supervised step costs twice its forward; that of RL, through the suffixes alone and to no weight, once.
+    The reasoner, under 1 %, is left out.
+    """
+    layers, size, users, prompt, target = (shape[k] for k in ("layers", "D", "B", "L", "S"))
+    rows = users * shape["G"] if rl else users
+
+    def backbone(count: int, tokens: int, before: int) -> float:
+        pairs = tokens * before + tokens * (tokens + 1) / 2
+        return count * layers * (2 * 11.25 * size**2 * tokens + 4 * size * pairs)
+
+    head = 2 * size * shape["V"] * rows * target
+    if rl:
+        return int(backbone(users, prompt, 0) + 2 * (backbone(rows, target, prompt) + head))
+    return int(3 * (backbone(users, prompt + 1 + target, 0) + head))
+
+
+def weight_bytes(model) -> int:
+    """Of the matrices; the embedding is left out, of which a step reads few rows."""
+    table = model.get_input_embeddings().weight
+    return sum(p.nbytes for p in model.parameters() if p.dim() > 1 and p is not table)
 
 
 def prompts_of(shape: dict) -> dict[str, torch.Tensor]:
@@ -58,7 +83,7 @@ def check_equal(model, ours, theirs, bound: float) -> None:
 
 
 @pytest.mark.cases(
-    quick=[{**TINY, "B": 2, "L": 48, "S": 6, "G": 4}],
+    quick=[{**SMALL, "B": 2, "L": 128, "S": 8, "G": 8}],
     default=[{**MODEL, "B": b, "L": 256, "S": 16, "G": 8} for b in (1, 4)],
     gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 4, "L": 256, "S": 16, "G": 8, "dtype": torch.bfloat16}],
 )
@@ -110,13 +135,15 @@ def test_rl_step(shape, tier, race):
         suite="train_step",
         shape=shape,
         check=check,
+        flops=flops_of(shape, rl=True),
+        bytes_moved=3 * weight_bytes(model),  # read by the prompts, by the suffixes, and by their backward
         target={"published": 13 if shape["B"] == 1 else 20} if tier != "quick" else None,
         rounds=3 if shape["B"] > 1 and tier != "quick" else None,
     )
 
 
 @pytest.mark.cases(
-    quick=[{**TINY, "B": 2, "L": 48, "S": 6}],
+    quick=[{**SMALL, "B": 8, "L": 128, "S": 8}],
     default=[{**MODEL, "B": 8, "L": 256, "S": 16}],
     gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 8, "L": 256, "S": 16, "dtype": torch.bfloat16}],
 )
@@ -149,6 +176,8 @@ def test_sft_step(shape, tier, race):
         suite="train_step",
         shape=shape,
         check=check,
+        flops=flops_of(shape, rl=False),
+        bytes_moved=3 * weight_bytes(model),  # read forward and backward, their gradient written
         target={"published": 2.0} if tier != "quick" else None,
         rounds=3 if tier != "quick" else None,
     )

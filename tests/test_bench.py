@@ -144,7 +144,7 @@ def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
     ]
     tables = report.tables(devices)
     assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["targets"]
-    assert "| s x | eager | **4.00×** |  | 5×: met in 0 of 1 |" in tables["speed"]
+    assert "| s x | eager | **4.00×** | 3.64-4.40 |  | 5×: **missed** |" in tables["speed"]
     assert "failed: RuntimeError: no" in tables["s"]
     text = "a\n<!-- bench:speed -->\nold\n<!-- /bench -->\nb\n"
     assert (
@@ -167,6 +167,29 @@ def test_compare_fails_on_a_ratio_that_fell(tmp_path, capsys, ratio, width, stat
     assert out["changes"][0]["change"] == pytest.approx(ratio / 10)
     assert out["changes"][0]["a"]["spread"] == pytest.approx(11 / 9)
     assert out["regressions"] == (["s · x · eager"] if status else [])
+
+
+def studied(folder, *ratios_of_runs):
+    """A results file of quick runs; a run is case to (ratio, width)."""
+    for run in ratios_of_runs:
+        several = [planted(*how, tier="quick", case=case) for case, how in run.items()]
+        path = saved(folder, {**several[0], "rows": [row for one in several for row in one["rows"]]})
+    return path
+
+
+def test_a_baseline_has_the_steady_ratios_alone(tmp_path, capsys):
+    steady, wild, level, wide = (10.0, 1.1), (10.0, 1.1), (1.2, 1.01), (10.0, 2.0)
+    runs = [{"steady": steady, "wild": wild, "level": level, "wide": wide, "gone": steady}] * 2
+    study = studied(tmp_path, *runs, {"steady": (12.0, 1.1), "wild": (15.0, 1.1), "level": level, "wide": wide})
+    out = tmp_path / "baseline.json"
+    assert main(["bench", "baseline", str(out), str(study)]) == 0
+    (row,) = results.load(out)["baseline"]
+    assert (row["case"], row["variant"]) == ("steady", "eager")
+    assert row["ratio"] == pytest.approx({"p20": 9.091, "p50": 10, "p80": 13.2, "spread": 1.2, "ours_ms": 2, "runs": 3})
+    assert main(["bench", "baseline", str(out), str(studied(tmp_path / "few", *runs))]) == 1
+    assert "expected at least 3 runs of one device, got 2" in capsys.readouterr().err
+    assert main(["bench", "baseline", str(out), str(studied(tmp_path / "none", *[{"level": level}] * 3))]) == 1
+    assert "expected a steady ratio" in capsys.readouterr().err
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):

@@ -38,14 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     tier.add_argument("--full", action="store_true", help="largest sizes and sweeps besides the default ones")
     report = commands.add_parser("report", help="tables into the documents, figures into docs/figures")
     report.add_argument("--results", type=Path, help="folder of results (default: bench/results)")
+    baseline = commands.add_parser("baseline", help="the steady ratios of several runs, to compare later ones with")
+    baseline.add_argument("output", type=Path, help="file to write")
+    baseline.add_argument("results", type=Path, nargs="+", help="results files, three runs in all or more")
     compare = commands.add_parser("compare", help="ratios competitor / ours of two files; status 1 on a regression")
-    compare.add_argument("a", type=Path, metavar="A", help="results file, before")
+    compare.add_argument(
+        "a", type=Path, metavar="A", help="results file, before, or a baseline: then B must have all of it"
+    )
     compare.add_argument("b", type=Path, metavar="B", help="results file, after")
     compare.add_argument("--threshold", type=float, default=1.5, help="factor a ratio may fall by (default 1.5)")
     return parser
 
 
-def _print_changes(changes: list[dict[str, Any]], notes: list[str]) -> None:
+def _print_changes(changes: list[dict[str, Any]]) -> None:
     table = Table("suite", "case", "competitor", "A: competitor / ours", "B", "B / A", "ours, ms")
     for change in changes:
         a, b = change["a"], change["b"]
@@ -57,8 +62,6 @@ def _print_changes(changes: list[dict[str, Any]], notes: list[str]) -> None:
             f"{a['ours_ms']:.3g} to {b['ours_ms']:.3g}",
         )
     console.print(table)
-    for note in notes:
-        console.print(note)
 
 
 def main(argv: list[str]) -> int:
@@ -76,9 +79,22 @@ def main(argv: list[str]) -> int:
         console.print("\n".join(f"wrote {path}" for path in changed) or "nothing changed")
         emit({"changed": [str(path) for path in changed]}, options.json)
         return 0
-    changes, notes = results.compare(results.load(options.a), results.load(options.b), options.threshold)
-    _print_changes(changes, notes)
+    if options.command == "baseline":
+        document = results.baseline([results.load(path) for path in options.results])
+        results.write(document, options.output)
+        console.print(f"wrote {options.output}: {len(document['baseline'])} steady ratios")
+        emit({"output": str(options.output), "ratios": len(document["baseline"])}, options.json)
+        return 0
+    a, b = results.load(options.a), results.load(options.b)
+    changes, missing, new = results.compare(a, b, options.threshold)
+    _print_changes(changes)
     regressions = [" · ".join(change["key"]) for change in changes if change["regression"]]
+    required = "baseline" in a
+    for key in missing:
+        console.print(f"{'MISSING' if required else 'only'} in {'B' if required else 'A'}: {' · '.join(key)}")
+    for key in () if required else new:
+        console.print(f"only in B: {' · '.join(key)}")
     console.print(f"{len(changes)} ratios, {len(regressions)} fell past a factor of {options.threshold:g}")
-    emit({"changes": changes, "notes": notes, "regressions": regressions}, options.json)
-    return 1 if regressions else 0
+    result = {"changes": changes, "regressions": regressions, "only_a": missing, "only_b": new}
+    emit(result, options.json)
+    return 1 if regressions or (required and missing) else 0
