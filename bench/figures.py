@@ -54,13 +54,13 @@ def speedup(rows: list[Row]) -> plt.Figure:
         axes.text(max(p80, row["target"]) * 1.06, y, f"{p50:.3g}×", va="center", fontsize=8, color=DARK)
     axes.set_yticks(range(len(rows)), [f"{r['suite']} {r['case']} · {r['variant']}" for r in rows], fontsize=7)
     axes.invert_yaxis()
+    axes.axvline(1, color=DARK, lw=0.8)
     axes.set_xscale("log")
     axes.margins(x=0.12)
     left, right = axes.get_xlim()
     ticks = [x * 10**n for n in range(-2, 4) for x in (1, 2, 5) if left <= x * 10**n <= right]
     axes.set_xticks(ticks, [f"{x:g}×" for x in ticks])
     axes.set_xlabel("time of the competitor / time of ours (medians of one run)", fontsize=8)
-    axes.axvline(1, color=DARK, lw=0.8)
     figure.suptitle("times faster than the competitor on the same work; line: 20-80 %, tick: target", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -85,15 +85,18 @@ def roofline(rows: list[Row]) -> plt.Figure:
         ours = [r for r in rows if r["suite"] == suite]
         middle = sorted(r["flops"] / r["bytes"] for r in ours)[len(ours) // 2]
         axes.text(middle, 0.45 * min(r["tflop_per_s"] for r in ours), suite.replace("_", " "), ha="center", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="TFLOP/s")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations a byte that must move",
+        ylabel="TFLOP/s, counting what the work needs",
+    )
     axes.margins(y=0.1)
     axes.set_ylim(
         bottom=0.2 * min(r["tflop_per_s"] for r in rows), top=3 * max(ceilings["matmul_tflop_per_s"].values())
     )
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    axes.set_title(
-        f"{rows[0]['run']['device']}: operations needed a second, under what copies and matrix products reach"
-    )
+    axes.set_title(f"{rows[0]['run']['device']}: roofline of a large copy and a large matrix product")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -123,7 +126,7 @@ def growth(rows: list[Row]) -> plt.Figure:
             other.tick_params(labelsize=7, colors=BLUE)
             text += f", memory {memory.exponent:.2f}"
         axes.set(xscale="log", yscale="log", ylim=_decades(sweep.ms))
-        axes.set_xlabel(f"{sweep.varied}, {SYMBOLS[sweep.varied]}", fontsize=7, labelpad=-4)
+        axes.set_xlabel(f"{sweep.varied}, {SYMBOLS[sweep.varied]}", fontsize=7, labelpad=-2)
         _two_ticks(axes.xaxis, sweep.sizes)
         _two_ticks(axes.yaxis, sweep.ms, " ms")
         axes.tick_params(labelsize=7)

@@ -1,7 +1,8 @@
 """Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten.
 
 A file holds the runs of one commit on one device; a run is the facts of its session and its rows. Reports take, for every device and
-suite, the newest commit that measured it, and of a case measured twice the later run.
+suite, the newest commit that measured it, and of a case measured twice the later run. A sweep of suite ``scaling`` (what stands before
+the colon of a case) counts as a suite here.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from .harness import ROOT, slug
 RESULTS = ROOT / "bench/results"
 Row = dict[str, Any]
 Key = tuple[str, str, str]
-#: What a ratio must show over runs under differing load to be part of a baseline: the least ratio, the greatest median over the least, the
-#: greatest p80 over the least p20. docs/log.md has the study.
+#: What a ratio must show over runs under differing load to be part of a baseline: that many runs, the median at least, the greatest median
+#: over the least, the greatest p80 over the least p20. Wall time depends on the machine's cores and is left out. Study: docs/log.md.
 STEADY = {"runs": 3, "p50": 1.5, "spread": 1.4, "width": 2.0}
 
 
@@ -61,12 +62,13 @@ def load(path: Path) -> dict[str, Any]:
 
 def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     """By device, the rows that a report shows; each also has its run's facts under ``run``. Quick runs are left out."""
-    devices: dict[str, dict[str, dict[tuple[str, str], Row]]] = {}
+    devices: dict[str, dict[tuple[str, str], dict[tuple[str, str], Row]]] = {}
     runs = [run for path in sorted(folder.glob("*/*.json")) for run in load(path)["runs"] if run["tier"] != "quick"]
     for run in sorted(runs, key=lambda run: run["date"]):
         facts = {key: value for key, value in run.items() if key != "rows"}
         for row in run["rows"]:
-            suite = devices.setdefault(run["device"], {}).setdefault(row["suite"], {})
+            sweep = row["case"].partition(":")[0] if row["suite"] == "scaling" else ""
+            suite = devices.setdefault(run["device"], {}).setdefault((row["suite"], sweep), {})
             if suite and next(iter(suite.values()))["run"]["commit"] != run["commit"]:
                 suite.clear()
             suite[row["case"], row["variant"]] = {**row, "run": facts}
@@ -102,7 +104,7 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
 
 
 def baseline(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ratios of several runs that are steady enough to fail a build by: the rule of STEADY.
+    """The ratios of several runs that are steady enough to fail a build by, see STEADY.
 
     Raises:
         ValueError: several devices, too few runs, or no steady ratio in them.
@@ -112,10 +114,17 @@ def baseline(documents: list[dict[str, Any]]) -> dict[str, Any]:
     if len(runs) < STEADY["runs"] or len(devices) != 1:
         raise ValueError(f"expected at least {STEADY['runs']} runs of one device, got {len(runs)} of {devices}")
     pooled = ratios({"runs": runs})
+    waits = {(row["suite"], row["case"]) for run in runs for row in run["rows"] if row.get("clock") == "wall"}
     rows = [
-        {"suite": key[0], "case": key[1], "variant": key[2], "ratio": {k: float(f"{v:.4g}") for k, v in ratio.items()}}
+        {
+            "suite": key[0],
+            "case": key[1],
+            "variant": key[2],
+            "ratio": {k: v if k == "runs" else float(f"{v:.4g}") for k, v in ratio.items()},
+        }
         for key, ratio in sorted(pooled.items())
         if ratio["runs"] == len(runs)
+        and key[:2] not in waits
         and ratio["p50"] >= STEADY["p50"]
         and ratio["spread"] <= STEADY["spread"]
         and ratio["p80"] / ratio["p20"] <= STEADY["width"]

@@ -33,7 +33,8 @@ def build(shape: dict):
         vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=shape["D"] * 11 // 4,
         num_hidden_layers=shape["layers"], num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(DEVICE)
+    with DEVICE:  # random numbers for 10⁹ weights take the host a minute
+        model = Qwen2ForCausalLM(config)
     return flr.patch_model(model, config=flr.FLRConfig(num_factors=4, thought_token_id=shape["V"] - 1))
 
 

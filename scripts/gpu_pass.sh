@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one call of less than 9 minutes: build, GPU tests, compute-sanitizer on the CUDA
-# extension, benchmarks, counters of the main kernels. Results go to $OUT (default out/gpu). Every part has a limit of
-# its own and one that fails or runs out of time does not stop the others; the exit status is 1 if any did, and a short
-# table comes last. Without a GPU it is a dry run: parts that need one are skipped, benchmarks run at their quick sizes.
+# Everything that waits for a GPU, in one call of less than 9 minutes: build, GPU tests, benchmarks, compute-sanitizer on the
+# CUDA extension, counters of the main kernels. Results go to $OUT (default out/gpu). Every part has a limit of its own, and all
+# together $TOTAL seconds (default 530, where no parts are named); one that fails or runs out of time does not stop the others; the
+# exit status is 1 if any did, and a short table comes last. Without a GPU it is a dry run: parts that need one are skipped,
+# benchmarks run at their quick sizes.
 #
-#   scripts/gpu_pass.sh              build test memcheck racecheck bench counters
+#   scripts/gpu_pass.sh              build test bench steps decode memcheck racecheck serve counters
 #   scripts/gpu_pass.sh test bench   some of these, or: inspect (minutes on few cores) tune (minutes)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,8 +18,14 @@ summary=()
 failed=0
 
 part() { # part NAME SECONDS COMMAND...; an interrupt first, so that pytest still writes what it has
-  local name=$1 limit=$2 start=$SECONDS status=0
+  local name=$1 limit=$2 start=$SECONDS status=0 left=$((total - SECONDS))
   shift 2
+  if ((left < 10)); then
+    skip "$name" "no time left"
+    failed=1
+    return
+  fi
+  ((limit <= left)) || limit=$left
   echo "== $name: $*" | tee -a "$log"
   timeout --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/.part" 2>&1 || status=$?
   cat "$OUT/.part" >>"$log"
@@ -38,9 +45,14 @@ skip() { # skip NAME REASON
   summary+=("$(printf '%-10s skipped: %s' "$1" "$2")")
 }
 
-all=(build test memcheck racecheck bench counters inspect tune)
+usual=(build test bench steps decode memcheck racecheck serve counters)
+all=("${usual[@]}" inspect tune)
 parts=("$@")
-[ $# -gt 0 ] || parts=(build test memcheck racecheck bench counters)
+total=${TOTAL:-3600}
+if [ $# -eq 0 ]; then
+  parts=("${usual[@]}")
+  total=${TOTAL:-530}
+fi
 for name in "${parts[@]}"; do
   [[ " ${all[*]} " == *" $name "* ]] && continue
   echo "gpu_pass: unknown part '$name', expected some of: ${all[*]}" >&2
@@ -48,18 +60,34 @@ for name in "${parts[@]}"; do
 done
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
-device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")')
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")') || device=none
 echo "gpu: $device, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)" | tee -a "$log"
 
-# limits of the parts of a plain call: 60 + 110 + 50 + 50 + 200 + 40 = 510 s
-if wanted build; then
+# seconds that each is expected to take on an H100, before its limit; together 440
+if wanted build; then # 20: five compilations on 16 cores
   TAIL=5 part build 60 "$python" setup.py build_ext --inplace
 fi
-if wanted test; then
-  part test 110 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests \
+if wanted test; then # 80: most of it Triton's compilations
+  part test 120 "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests \
     --junitxml "$OUT/tests.xml"
 fi
-for tool in memcheck racecheck; do
+bench() { # bench PART LIMIT BUDGET FILE...; the first case of every test is run before the second of any
+  local name=$1 limit=$2 budget=$3 tier=()
+  shift 3
+  [ "$device" != none ] || tier=(--quick)
+  TAIL=60 part "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider "${@/#/bench/test_}" --benchmark-only "${tier[@]}" \
+    --budget "$budget" --benchmark-columns=median --results "$OUT/results"
+}
+if wanted bench; then # 100, all of the budget: torch.compile 5-15 a case, a race 2-5; 12 tests, 35 cases
+  bench bench 130 100 factor_attention.py factor_aggregate.py reasoner.py group_advantage.py token_logprob.py
+fi
+if wanted steps; then # 60: RL 28 layers, B = 4: ours 0.1, published 1.5 a call, 8 calls each; the same for SFT; two models
+  bench steps 100 50 train_step.py
+fi
+if wanted decode; then # 60: Python dictionaries of up to 10⁶ items are built and walked on the host
+  bench decode 90 50 decode.py
+fi
+for tool in memcheck racecheck; do # 25 each: the kernels of csrc/ alone; a racecheck of everything takes longer than all of this
   wanted "$tool" || continue
   extension_tests=(tests/test_csrc*.py)
   if [ "$device" = none ]; then
@@ -69,18 +97,14 @@ for tool in memcheck racecheck; do
   elif [ ! -e "${extension_tests[0]}" ]; then
     skip "$tool" "no tests of the CUDA extension"
   else
-    # the kernels of csrc/ alone: a racecheck of everything takes longer than all of this
     TAIL=8 part "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-regex kns=advantage \
       "$python" -m pytest -q -m gpu -p no:cacheprovider "${extension_tests[@]}"
   fi
 done
-if wanted bench; then
-  tier=() # the default one
-  [ "$device" != none ] || tier=(--quick)
-  TAIL=90 part bench 200 "$python" -m pytest -q -p no:cacheprovider bench --benchmark-only "${tier[@]}" --budget 170 \
-    --benchmark-columns=median --results "$OUT/results"
+if wanted serve; then # 60: two servers of 6 GB to start, 128 requests one by one 4 a call, latencies 16
+  bench serve 100 60 server.py
 fi
-if wanted counters; then
+if wanted counters; then # 20
   if [ "$device" = none ]; then
     skip counters "no GPU"
   elif ! command -v ncu >/dev/null; then

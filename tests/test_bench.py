@@ -154,6 +154,16 @@ def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
         report.render(text.replace("speed", "nothing"), tables, "x.md")
 
 
+def test_a_sweep_measured_again_leaves_the_others(tmp_path):
+    def sweeps(*names, **more):
+        rows = [{"suite": "scaling", "case": f"{name}: L=1", "variant": "flr", "p50_ms": 1.0} for name in names]
+        return {**planted(**more), "rows": rows}
+
+    saved(tmp_path, sweeps("search", "build"), sweeps("search", commit="b", date="2026-01-02T00:00:00Z"))
+    (rows,) = results.newest(tmp_path).values()
+    assert [(row["case"], row["run"]["commit"]) for row in rows] == [("search: L=1", "b"), ("build: L=1", "a")]
+
+
 @pytest.mark.parametrize(
     ("ratio", "width", "status"),
     [(10.0, 1.1, 0), (7.0, 1.1, 0), (6.0, 1.1, 1), (6.0, 2.0, 0), (20.0, 1.1, 0)],
@@ -190,6 +200,29 @@ def test_a_baseline_has_the_steady_ratios_alone(tmp_path, capsys):
     assert "expected at least 3 runs of one device, got 2" in capsys.readouterr().err
     assert main(["bench", "baseline", str(out), str(studied(tmp_path / "none", *[{"level": level}] * 3))]) == 1
     assert "expected a steady ratio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("slower", "status"), [(1, 0), (1.4, 0), (3, 1)])
+def test_the_committed_baseline_finds_a_threefold_slowdown_on_any_machine(tmp_path, capsys, slower, status):
+    """As .ci/run compares: another, twice faster device with the same ratios passes, ours slower in one case does not."""
+    path = ROOT / "bench/quick_baseline.json"
+    rows = []
+    for index, kept in enumerate(results.load(path)["baseline"]):
+        ratio = {key: value / (1 if index else slower) for key, value in kept["ratio"].items()}
+        ratio |= {
+            end: ratio["p50"] + (ratio[end] - ratio["p50"]) / 2 for end in ("p20", "p80")
+        }  # one run's, not the pool's
+        (ours,) = planted(case=kept["case"], ms=kept["ratio"]["ours_ms"] / 2)["rows"][:1]
+        rows += [{**ours, "suite": kept["suite"]}]
+        rows += [{**ours, "suite": kept["suite"], "variant": kept["variant"], "ratio": ratio}]
+    run = saved(tmp_path, {**planted(), "rows": rows})
+    assert main(["bench", "compare", str(path), str(run), "--threshold", "2"]) == status
+    missing = saved(tmp_path / "less", {**planted(), "rows": rows[2:]})
+    capsys.readouterr()
+    assert (
+        main(["bench", "compare", str(path), str(missing), "--threshold", "2"]) == 1
+    )  # a case that is gone guards nothing
+    assert "MISSING in B" in capsys.readouterr().err
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
