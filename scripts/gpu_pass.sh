@@ -63,7 +63,7 @@ wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")') || device=none
 echo "gpu: $device, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)" | tee -a "$log"
 
-# seconds that each is expected to take on an H100, before its limit; together 440
+# seconds that each is expected to take on an H100, before its limit; together 430
 if wanted build; then # 20: five compilations on 16 cores
   TAIL=5 part build 60 "$python" setup.py build_ext --inplace
 fi
@@ -81,7 +81,7 @@ bench() { # bench PART LIMIT BUDGET FILE...; the first case of every test is run
 if wanted bench; then # 100, all of the budget: torch.compile 5-15 a case, a race 2-5; 12 tests, 35 cases
   bench bench 130 100 factor_attention.py factor_aggregate.py reasoner.py group_advantage.py token_logprob.py
 fi
-if wanted steps; then # 60: RL 28 layers, B = 4: ours 0.1, published 1.5 a call, 8 calls each; the same for SFT; two models
+if wanted steps; then # 40: RL, 28 layers, 32 rows of 273 tokens: published 100 TFLOP, 0.4 a call, ours 0.05; SFT 0.2 and 0.1; 8 calls each
   bench steps 100 50 train_step.py
 fi
 if wanted decode; then # 60: Python dictionaries of up to 10⁶ items are built and walked on the host
