@@ -10,11 +10,20 @@ may not be given (sorted, answered by binary search, 8·B·E bytes whatever the 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .trie import CatalogueTrie
+
+
+class FlatFilter(NamedTuple):
+    """`filter`, `listed`, `offset` and `entries` of `flr_kernels.trie_step`."""
+
+    filter: str
+    listed: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    entries: int = 0
 
 
 class ItemFilter(Protocol):
@@ -30,6 +39,9 @@ class ItemFilter(Protocol):
     def select(self, users: torch.Tensor) -> ItemFilter:
         """The filter of these rows, int64."""
 
+    def flat(self, users: int) -> FlatFilter:
+        """The arrays behind it, as `flr_kernels.trie_step` reads them, for B = `users`."""
+
 
 class _Everything:
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -43,6 +55,9 @@ class _Everything:
 
     def select(self, users: torch.Tensor) -> ItemFilter:
         return self
+
+    def flat(self, users: int) -> FlatFilter:
+        return FlatFilter("none")
 
 
 class _Mask:
@@ -83,6 +98,9 @@ class _Mask:
         row = self.offset // self.stride
         return _Mask(self.before, row[users] if len(row) > 1 else row, self.stride)
 
+    def flat(self, users: int) -> FlatFilter:
+        return FlatFilter("prefix", self.before, self.offset[:, 0].expand(users).contiguous(), self.stride)
+
     def _offset(self, like: torch.Tensor) -> torch.Tensor:
         return self.offset.view(-1, *[1] * (like.dim() - 1))
 
@@ -90,11 +108,18 @@ class _Mask:
 class _Listed:
     """listed int64 [B, E]: leaf positions in ascending order, each once, C past the end."""
 
+    kind: str
+
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         self.listed, self.num_items = listed, num_items
 
     def select(self, users: torch.Tensor) -> Any:
         return type(self)(self.listed[users], self.num_items)
+
+    def flat(self, users: int) -> FlatFilter:
+        entries = self.listed.shape[1]
+        offset = torch.arange(users, device=self.listed.device) * entries
+        return FlatFilter(self.kind, self.listed.flatten(), offset, entries)
 
     def _rank(self, position: torch.Tensor) -> torch.Tensor:
         """Listed positions before `position`."""
@@ -103,6 +128,8 @@ class _Listed:
 
 class _Selection(_Listed):
     """The listed items alone."""
+
+    kind = "only"
 
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return self._rank(end) - self._rank(begin)
@@ -119,6 +146,8 @@ class _Selection(_Listed):
 
 class _Exclusion(_Listed):
     """All but the listed items."""
+
+    kind = "exclude"
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         super().__init__(listed, num_items)

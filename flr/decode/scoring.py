@@ -3,6 +3,7 @@ logits of a few tokens without those of the whole vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -101,6 +102,12 @@ class HeadRows:
         blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
         parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
         return self._finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
+
+    def over(self, token: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from hidden [..., D] to the logits of the tokens int64 [U], float32 [..., U], by one product in the
+        model's dtype; the rows are copied once."""
+        weight = self.weight[token]
+        return lambda hidden: self._finish(torch.nn.functional.linear(hidden, weight).float(), token)
 
     def _finish(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         if self.bias is not None:

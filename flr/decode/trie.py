@@ -86,6 +86,7 @@ class CatalogueTrie:
         self.max_token = int(tokens.max())
         self._leaf_of_item: torch.Tensor | None = None
         self._node_key: torch.Tensor | None = None
+        self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -258,6 +259,15 @@ class CatalogueTrie:
                 inverse[self.items.long()] = torch.arange(self.num_items, device=self.device)
             self._leaf_of_item = inverse
         return self._leaf_of_item
+
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The different tokens, int64 [U] ascending, and which of them leads into each node, int32 [M] (0 for the root);
+        made at first use."""
+        if self._columns is None:
+            with torch.inference_mode(False):
+                different, column = self.tokens[1:].unique(return_inverse=True)
+                self._columns = different.long(), torch.nn.functional.pad(column, (1, 0)).int()
+        return self._columns
 
     def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
