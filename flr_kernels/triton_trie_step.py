@@ -22,8 +22,8 @@ from torch import Tensor
 from . import triton_config
 from .triton_launch import launch
 
-#: Keys that a program sorts at a time, and that it keeps: few sizes, so that few variants are compiled.
-_BLOCKS, _KEPT = (128, 1024), (16, 64, 256)
+#: Keys that a program sorts at a time, and that it keeps: few sizes, so that few variants are compiled; 1,024 keys spill.
+_BLOCKS, _KEPT = (128, 512), (16, 64, 256)
 _INTERPRETED = (4, 16), (2, 4, 8, 16, 64)
 
 
