@@ -22,8 +22,7 @@ the device, in that of `catalogue` once a step, for the number of tokens of the 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,8 +33,19 @@ import flr_kernels
 from flr_kernels import Continuations
 from flr_kernels.trie_step import runs_as_kernel
 
+from . import graphs
 from .filters import ItemFilter, item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser, order_key, token_logits
+from .graphs import Watch
+from .scoring import (
+    HeadRows,
+    Scoring,
+    TokenRows,
+    check_scoring,
+    check_vocabulary,
+    log_normaliser,
+    order_key,
+    token_logits,
+)
 from .session import Prompts, Session, evaluating, num_prompts, slots, start
 from .trie import CatalogueTrie
 
@@ -55,26 +65,6 @@ class BeamResult(NamedTuple):
 
 def _sync_is_free(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-class _Watch:
-    """Numbers that the device computes, as of the last step that is known to be done; the host does not wait for them."""
-
-    def __init__(self) -> None:
-        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-
-    def ask(self, numbers: torch.Tensor) -> list[int] | None:
-        """int64 [n] or those of an earlier call; None where nothing is known yet."""
-        if numbers.device.type == "cpu":
-            return numbers.tolist()
-        host, event = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(numbers, non_blocking=True)
-        event.record()
-        self.asked.append((host, event))
-        known: list[int] | None = None
-        while self.asked and self.asked[0][1].query():
-            known = self.asked.popleft()[0].tolist()
-        return known
 
 
 @torch.no_grad()
@@ -138,7 +128,7 @@ def beam_search(
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
         search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.rows, kernel)
-        return search.run(prompts)
+        return graphs.run(model, search, prompts) or search.run(prompts)
 
 
 def _nothing(rows: int, k: int, device: torch.device) -> BeamResult:
@@ -187,7 +177,7 @@ class Search:
         self.scoring, self.length_penalty, self.rows = scoring, length_penalty, rows
         self.skips = scoring == "catalogue"  # tokens without alternative
         self.kernel, self.columns = kernel, trie.tokens
-        self.logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.logits: TokenRows | None = None
         if kernel and rows is not None:  # logits of the catalogue's tokens instead of the vocabulary's
             tokens, self.columns = trie.columns()
             self.logits = rows.over(tokens)
@@ -208,7 +198,7 @@ class Search:
     def run(self, prompts: Prompts) -> BeamResult:
         """The whole search; fewer hypotheses and fewer users as it goes on, where the host need not wait to know."""
         session, count, device = prompts.session, len(prompts.states), prompts.states.device
-        at, watch = self.begin(prompts.states), _Watch()
+        at, watch = self.begin(prompts.states), Watch()
         result, users = at.best, torch.arange(count, device=device)
         knows = _sync_is_free(device) or self.skips
         broken = torch.zeros((), dtype=torch.bool, device=device)

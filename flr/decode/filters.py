@@ -10,6 +10,7 @@ may not be given (sorted, answered by binary search, 8·B·E bytes whatever the 
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,8 +43,39 @@ class ItemFilter(Protocol):
     def flat(self, users: int) -> FlatFilter:
         """The arrays behind it, as `flr_kernels.trie_step` reads them, for B = `users`."""
 
+    def padded(self, users: int) -> ItemFilter:
+        """For B = `users`, more than now, and lists of a length that is a power of two."""
 
-class _Everything:
+    def tensors(self) -> list[torch.Tensor]:
+        """What it consists of."""
+
+    def copied(self) -> ItemFilter:
+        """With tensors of its own."""
+
+    def load(self, other: Any) -> None:
+        """Take over the contents of another of the same shapes."""
+
+
+class _Tensors:
+    """Tensors by name, copied together."""
+
+    names: tuple[str, ...] = ()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self.names]
+
+    def copied(self) -> Any:
+        new = copy.copy(self)
+        for name in self.names:
+            setattr(new, name, getattr(self, name).clone())
+        return new
+
+    def load(self, other: Any) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+
+
+class _Everything(_Tensors):
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return end - begin
 
@@ -59,12 +91,17 @@ class _Everything:
     def flat(self, users: int) -> FlatFilter:
         return FlatFilter("none")
 
+    def padded(self, users: int) -> ItemFilter:
+        return self
 
-class _Mask:
+
+class _Mask(_Tensors):
     """Masks over the catalogue, U different ones, a user's being number `row` [B, 1].
 
     before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u, so that it rises throughout.
     """
+
+    names = ("before", "offset")
 
     def __init__(self, before: torch.Tensor, row: torch.Tensor, stride: int) -> None:
         self.before, self.offset, self.stride = before, row * stride, stride
@@ -101,14 +138,20 @@ class _Mask:
     def flat(self, users: int) -> FlatFilter:
         return FlatFilter("prefix", self.before, self.offset[:, 0].expand(users).contiguous(), self.stride)
 
+    def padded(self, users: int) -> ItemFilter:
+        extra = 0 if len(self.offset) == 1 else users - len(self.offset)
+        row = torch.nn.functional.pad(self.offset, (0, 0, 0, extra)) // self.stride
+        return _Mask(self.before, row, self.stride)
+
     def _offset(self, like: torch.Tensor) -> torch.Tensor:
         return self.offset.view(-1, *[1] * (like.dim() - 1))
 
 
-class _Listed:
+class _Listed(_Tensors):
     """listed int64 [B, E]: leaf positions in ascending order, each once, C past the end."""
 
     kind: str
+    names: tuple[str, ...] = ("listed",)
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         self.listed, self.num_items = listed, num_items
@@ -120,6 +163,11 @@ class _Listed:
         entries = self.listed.shape[1]
         offset = torch.arange(users, device=self.listed.device) * entries
         return FlatFilter(self.kind, self.listed.flatten(), offset, entries)
+
+    def padded(self, users: int) -> Any:
+        rows, entries = self.listed.shape
+        extra = (0, (1 << max(entries - 1, 0).bit_length()) - entries, 0, users - rows)
+        return type(self)(torch.nn.functional.pad(self.listed, extra, value=self.num_items), self.num_items)
 
     def _rank(self, position: torch.Tensor) -> torch.Tensor:
         """Listed positions before `position`."""
@@ -148,6 +196,7 @@ class _Exclusion(_Listed):
     """All but the listed items."""
 
     kind = "exclude"
+    names = ("listed", "gap")
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         super().__init__(listed, num_items)
