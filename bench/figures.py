@@ -78,13 +78,15 @@ def roofline(rows: list[Row]) -> plt.Figure:
         axes.plot([low, knee, max(high, knee)], [low * bandwidth, peak, peak], color=DARK, lw=1.2)
         axes.text(max(high, knee), peak, f"matmul {dtype}: {peak:.3g} TFLOP/s", ha="right", va="bottom", fontsize=8)
     axes.text(low, 1.5 * low * bandwidth, f"copy: {1e3 * bandwidth:.3g} GB/s", va="bottom", fontsize=8)
-    for index, variant in enumerate(dict.fromkeys(r["variant"] for r in rows)):
-        points = [(r["flops"] / r["bytes"], r["tflop_per_s"]) for r in rows if r["variant"] == variant]
-        axes.scatter(*zip(*points, strict=True), s=22, color=PALETTE[index % len(PALETTE)], label=variant, zorder=3)
-    for suite in dict.fromkeys(r["suite"] for r in rows):
-        ours = [r for r in rows if r["suite"] == suite]
-        middle = sorted(r["flops"] / r["bytes"] for r in ours)[len(ours) // 2]
-        axes.text(middle, 0.45 * min(r["tflop_per_s"] for r in ours), suite.replace("_", " "), ha="center", fontsize=8)
+    colours = {v: PALETTE[i % len(PALETTE)] for i, v in enumerate(dict.fromkeys(r["variant"] for r in rows))}
+    shapes = {suite: "osD^vP*X"[i % 8] for i, suite in enumerate(dict.fromkeys(r["suite"] for r in rows))}
+    for r in rows:
+        place = r["flops"] / r["bytes"], r["tflop_per_s"]
+        axes.scatter(*place, s=22, color=colours[r["variant"]], marker=shapes[r["suite"]], zorder=3)
+    for variant, colour in colours.items():
+        axes.scatter([], [], s=22, color=colour, label=variant)
+    for name, shape in shapes.items():
+        axes.scatter([], [], s=22, color=GREY, edgecolor=DARK, marker=shape, label=name.replace("_", " "))
     axes.set(
         xscale="log",
         yscale="log",
@@ -95,7 +97,7 @@ def roofline(rows: list[Row]) -> plt.Figure:
     axes.set_ylim(
         bottom=0.2 * min(r["tflop_per_s"] for r in rows), top=3 * max(ceilings["matmul_tflop_per_s"].values())
     )
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
     axes.set_title(f"{rows[0]['run']['device']}: roofline of a large copy and a large matrix product")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
