@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from . import results
-from .harness import ON_GPU, ROOT, TIERS, Ceilings, Race, facts, label
+from .harness import ON_GPU, ROOT, TIERS, Ceilings, Race, facts, keep_memory, label
 
 TIMEOUT = {"quick": 120, "default": 900, "full": 3600}
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -50,6 +50,8 @@ def tier_of(config) -> str:
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "cases(quick, default, full, gpu, gpu_full): shapes by tier, for `shape`")
     tier = tier_of(config)
+    if tier == "quick":
+        keep_memory()
     facts()  # of the code as it is now, whatever happens to the tree before the results are written
     config.stash[_ROWS], config.stash[_STARTED] = [], time.monotonic()
     config.stash[_CEILINGS] = Ceilings(tier)
