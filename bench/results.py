@@ -1,8 +1,7 @@
 """Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten.
 
 A file holds the runs of one commit on one device; a run is the facts of its session and its rows. Reports take, for every device and
-suite, the newest commit that measured it, and of a case measured twice the later run. A sweep of suite ``scaling`` (what stands before
-the colon of a case) counts as a suite here.
+kind of work (suite, first word of a case if it is one), the newest commit that measured it, and of a case measured twice the later run.
 """
 
 from __future__ import annotations
@@ -67,12 +66,13 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
     for run in sorted(runs, key=lambda run: run["date"]):
         facts = {key: value for key, value in run.items() if key != "rows"}
         for row in run["rows"]:
-            sweep = row["case"].partition(":")[0] if row["suite"] == "scaling" else ""
-            suite = devices.setdefault(run["device"], {}).setdefault((row["suite"], sweep), {})
-            if suite and next(iter(suite.values()))["run"]["commit"] != run["commit"]:
-                suite.clear()
-            suite[row["case"], row["variant"]] = {**row, "run": facts}
-    return {device: [row for suite in suites.values() for row in suite.values()] for device, suites in devices.items()}
+            word = row["case"].split()[0]
+            kinds = devices.setdefault(run["device"], {})
+            kind = kinds.setdefault((row["suite"], word if word.isalpha() else ""), {})
+            if kind and next(iter(kind.values()))["run"]["commit"] != run["commit"]:
+                kind.clear()
+            kind[row["case"], row["variant"]] = {**row, "run": facts}
+    return {device: [row for kind in kinds.values() for row in kind.values()] for device, kinds in devices.items()}
 
 
 def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:

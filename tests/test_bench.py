@@ -131,8 +131,8 @@ def test_runs_are_appended(tmp_path):
     assert document["runs"] == [json.loads(first)["runs"][0], planted(3.0)]
 
 
-def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
-    saved(tmp_path, planted(2.0, case="gone"), planted(3.0, commit="b", date="2026-01-02T00:00:00Z"))
+def test_a_report_shows_the_newest_commit_of_a_kind_of_work(tmp_path):
+    saved(tmp_path, planted(2.0, case="x gone"), planted(3.0, commit="b", date="2026-01-02T00:00:00Z"))
     saved(tmp_path, planted(4.0, commit="b", date="2026-01-03T00:00:00Z"))
     saved(tmp_path, planted(9.0, commit="c", date="2026-01-04T00:00:00Z", tier="quick"))
     devices = results.newest(tmp_path)
@@ -154,14 +154,14 @@ def test_a_report_shows_the_newest_commit_of_a_suite(tmp_path):
         report.render(text.replace("speed", "nothing"), tables, "x.md")
 
 
-def test_a_sweep_measured_again_leaves_the_others(tmp_path):
-    def sweeps(*names, **more):
-        rows = [{"suite": "scaling", "case": f"{name}: L=1", "variant": "flr", "p50_ms": 1.0} for name in names]
+def test_a_kind_of_work_measured_again_leaves_the_others(tmp_path):
+    def kinds(*names, **more):
+        rows = [{"suite": "s", "case": f"{name} B2", "variant": "flr", "p50_ms": 1.0} for name in names]
         return {**planted(**more), "rows": rows}
 
-    saved(tmp_path, sweeps("search", "build"), sweeps("search", commit="b", date="2026-01-02T00:00:00Z"))
+    saved(tmp_path, kinds("search", "build"), kinds("search", commit="b", date="2026-01-02T00:00:00Z"))
     (rows,) = results.newest(tmp_path).values()
-    assert [(row["case"], row["run"]["commit"]) for row in rows] == [("search: L=1", "b"), ("build: L=1", "a")]
+    assert [(row["case"], row["run"]["commit"]) for row in rows] == [("search B2", "b"), ("build B2", "a")]
 
 
 @pytest.mark.parametrize(
