@@ -103,8 +103,8 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     }
 
 
-def baseline(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ratios of several runs that are steady enough to fail a build by, see STEADY.
+def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The ratios of several runs that are steady enough to fail a build by, see STEADY; not those to the variants ``without``.
 
     Raises:
         ValueError: several devices, too few runs, or no steady ratio in them.
@@ -125,6 +125,7 @@ def baseline(documents: list[dict[str, Any]]) -> dict[str, Any]:
         for key, ratio in sorted(pooled.items())
         if ratio["runs"] == len(runs)
         and key[:2] not in waits
+        and key[2] not in without
         and ratio["p50"] >= STEADY["p50"]
         and ratio["spread"] <= STEADY["spread"]
         and ratio["p80"] / ratio["p20"] <= STEADY["width"]

@@ -196,6 +196,7 @@ def test_a_baseline_has_the_steady_ratios_alone(tmp_path, capsys):
     (row,) = results.load(out)["baseline"]
     assert (row["case"], row["variant"]) == ("steady", "eager")
     assert row["ratio"] == pytest.approx({"p20": 9.091, "p50": 10, "p80": 13.2, "spread": 1.2, "ours_ms": 2, "runs": 3})
+    assert main(["bench", "baseline", str(out), str(study), "--without", "eager"]) == 1
     assert main(["bench", "baseline", str(out), str(studied(tmp_path / "few", *runs))]) == 1
     assert "expected at least 3 runs of one device, got 2" in capsys.readouterr().err
     assert main(["bench", "baseline", str(out), str(studied(tmp_path / "none", *[{"level": level}] * 3))]) == 1

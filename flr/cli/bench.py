@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     baseline = commands.add_parser("baseline", help="the steady ratios of several runs, to compare later ones with")
     baseline.add_argument("output", type=Path, help="file to write")
     baseline.add_argument("results", type=Path, nargs="+", help="results files, three runs in all or more")
+    baseline.add_argument(
+        "--without",
+        nargs="+",
+        default=(),
+        metavar="VARIANT",
+        help="leave these out: variants of ours, that may become faster",
+    )
     compare = commands.add_parser("compare", help="ratios competitor / ours of two files; status 1 on a regression")
     compare.add_argument(
         "a", type=Path, metavar="A", help="results file, before, or a baseline: then B must have all of it"
@@ -80,7 +87,7 @@ def main(argv: list[str]) -> int:
         emit({"changed": [str(path) for path in changed]}, options.json)
         return 0
     if options.command == "baseline":
-        document = results.baseline([results.load(path) for path in options.results])
+        document = results.baseline([results.load(path) for path in options.results], tuple(options.without))
         results.write(document, options.output)
         console.print(f"wrote {options.output}: {len(document['baseline'])} steady ratios")
         emit({"output": str(options.output), "ratios": len(document["baseline"])}, options.json)
