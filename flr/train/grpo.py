@@ -409,15 +409,15 @@ class LatentGRPOTrainer(SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As in SFT, and the mean log-likelihood of the targets, ``eval_target_logprob``."""
         rows: Any = self.valid if eval_dataset is None else eval_dataset.interactions
-        extra = {f"{metric_key_prefix}_target_logprob": self.target_logprob(rows)}
+        extra = {f"{metric_key_prefix}_target_logprob": float(self.target_logprobs(rows).mean())}
         self.log(extra)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) | extra
 
     @torch.no_grad()
-    def target_logprob(self, rows: Interactions) -> float:
-        """Mean over rows of the mean log-probability of the target's tokens, normalised as in training, without noise."""
+    def target_logprobs(self, rows: Interactions) -> np.ndarray:
+        """Mean log-probability of each row's target tokens, float64 [n], normalised as in training, without noise."""
         collate = GroupCollator(self.processor, 1, self._groups.hidden_size, self.args.seed)
-        size, total = self.args.per_device_eval_batch_size, 0.0
+        size, parts = self.args.per_device_eval_batch_size, []
         model: Any = self.model
         model.eval()
         for start in range(0, len(rows), size):
@@ -432,5 +432,5 @@ class LatentGRPOTrainer(SFTTrainer):
                 edges=batch.pop("edges", None),
             )
             logprobs = model(**batch, group=group).logprobs[:, 0]
-            total += float((logprobs.sum(-1) / group.target_mask.sum(-1)).sum())
-        return total / len(rows)
+            parts.append((logprobs.sum(-1) / group.target_mask.sum(-1)).double().cpu().numpy())
+        return np.concatenate(parts)
