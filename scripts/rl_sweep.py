@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for bench
@@ -110,9 +109,6 @@ def compared(before: list[dict], after: list[dict], dataset: RecDataset) -> dict
 def main() -> int:
     args, console = options(), Console(stderr=True)
     runs: list[dict] = []
-    table = Table(
-        "policy", "reward", "advantage", "rate", "split", "metric", "before → after", "difference (95 %)", "by seed"
-    )
     rows: list[dict] = []
     cache: dict[Path, dict] = {}
     dataset = None
@@ -158,9 +154,9 @@ def main() -> int:
                 old, new = np.mean(cell["before"]), np.mean(cell["after"])
                 d = cell["difference"]
                 each = " ".join(f"{b - a:+.4f}" for a, b in zip(cell["before"], cell["after"], strict=True))
-                interval = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-                table.add_row(*key.values(), split, name, f"{old:.4f} → {new:.4f}", interval, each)
-    console.print(table)
+                interval = f"{d['low']:+.4f} to {d['high']:+.4f}"
+                means = f"{old:.4f} → {new:.4f}", f"{d['mean']:+.4f}"
+                print(f"{' '.join(key.values()):42} {split:5} {name:16}", *means, f"({interval})", "seeds", each)
     if args.results:
         found = {**facts(), "sft": args.sft.read_text(), "rl": args.rl.read_text(), "rows": rows, "runs": runs}
         write_json(args.results, found)
