@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from flr.decode import beam_search
-from flr.decode.beam import _Continuations, _Search
+from flr.decode.beam import Search
 from flr.decode.filters import item_filter
 from flr.decode.scoring import HeadRows
+from flr_kernels import Continuations
 
 from .baselines import generate_eval
 from .baselines.constraint import Best, PaddedCSR, PythonDict
@@ -24,13 +25,13 @@ def step_of(items: str, depth: int, vocabulary: int, users: int = 32, beams: int
     return {"B": users, "W": beams, "V": vocabulary, "items": items, "depth": depth}
 
 
-def search(items, users: int, beams: int, scoring: str, rows: HeadRows | None = None) -> _Search:
+def search(items, users: int, beams: int, scoring: str, rows: HeadRows | None = None) -> Search:
     trie = items.trie.to(DEVICE)
-    return _Search(trie, item_filter(trie, users), beams, beams, scoring, 0.0, rows)
+    return Search(trie, item_filter(trie, users), beams, beams, scoring, 0.0, rows)
 
 
-def hypotheses(nodes: torch.Tensor, scores: torch.Tensor) -> _Continuations:
-    return _Continuations(scores, nodes, torch.zeros_like(nodes), torch.zeros_like(nodes))
+def hypotheses(nodes: torch.Tensor, scores: torch.Tensor) -> Continuations:
+    return Continuations(scores, nodes, torch.zeros_like(nodes), torch.zeros_like(nodes))
 
 
 def merged(found, trie, beams: int) -> Best:
@@ -81,11 +82,11 @@ def test_step(shape, race, tier):
     padded = PaddedCSR(items.sequences, vocabulary, pad=0)
     states = torch.tensor([padded.state(p) for p in prefixes])
     ours, running = search(items, users, beams, "full"), hypotheses(nodes.to(DEVICE), scores)
-    widths = ours._widths(depth)
+    widths = ours.widths(depth)
 
     def step(rows: int):
-        some = _Continuations(*(x[:, :rows] for x in running))
-        return ours._expand(logits.view(users, beams, -1)[:, :rows], some, depth, *widths)
+        some = Continuations(*(x[:, :rows] for x in running))
+        return ours.expand(logits.view(users, beams, -1)[:, :rows], some, depth, *widths)
 
     needed = beams if depth else 1
 
@@ -133,16 +134,16 @@ def test_scorings(shape, race):
 
     @torch.no_grad()
     def by_children():
-        return few._expand(hidden, running, depth, *few._widths(depth))
+        return few.expand(hidden, running, depth, *few.widths(depth))
 
     @torch.no_grad()
     def by_vocabulary():
-        return all_._expand(model.lm_head(hidden), running, depth, *all_._widths(depth))
+        return all_.expand(model.lm_head(hidden), running, depth, *all_.widths(depth))
 
     def check():
         with torch.no_grad():
             reference = search(items, users, beams, "catalogue")
-            expected = reference._expand(model.lm_head(hidden), running, depth, *reference._widths(depth))
+            expected = reference.expand(model.lm_head(hidden), running, depth, *reference.widths(depth))
         for ours, theirs in zip(by_children()[:2], expected[:2], strict=True):
             assert (ours is None) == (theirs is None)
             if ours is not None:

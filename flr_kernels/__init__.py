@@ -11,17 +11,21 @@ from .factor_attention import FactorAttention, factor_attention
 from .group_advantage import GroupAdvantage, group_advantage
 from .log_normaliser import log_normaliser
 from .token_logprob import token_logprob
+from .trie_step import Continuations, TrieStep, trie_step
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "Continuations",
     "FactorAggregate",
     "FactorAttention",
     "GroupAdvantage",
+    "TrieStep",
     "factor_aggregate",
     "factor_attention",
     "group_advantage",
     "log_normaliser",
     "token_logprob",
+    "trie_step",
 ]

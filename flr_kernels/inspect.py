@@ -33,6 +33,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 #: Of one multiprocessor, on all three architectures: registers, and threads that can be resident (sm_80, 90, 100).
 _REGISTERS, _THREADS = 65536, 2048
@@ -70,7 +71,7 @@ class _Launch:
 
 def _name(kernel: Any) -> str:
     """E.g. ``attention forward``, from module and function."""
-    words = {"aggregate": "aggregate", "normaliser": "normaliser"}
+    words = {"aggregate": "aggregate", "normaliser": "normaliser", "trie_step": "trie step"}
     op = next((name for word, name in words.items() if word in kernel.__module__), "attention")
     return f"{op} {kernel.__name__.removesuffix('_kernel')}"
 
@@ -141,6 +142,26 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
     yield "", partial(normaliser.forward, _meta(batch, 99 * _SIZE, dtype=dtype))
     yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
+    yield from _trie_steps(dtype)
+
+
+def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Both selections at once; one alone is a part of the same program. Filters and widths do not depend on the logits' dtype."""
+    from . import triton_trie_step as trie_step
+
+    users, hypotheses, nodes = 2, 10, _SIZE
+    score, node = _meta(users, hypotheses), _meta(users, hypotheses, dtype=torch.int64)
+    arrays = [_meta(nodes, dtype=torch.int32) for _ in range(4)]
+    grid = list(product(("none",), (10, 50, 200), (100, 5000), (False, True)))
+    grid += product(("prefix", "only", "exclude"), (10,), (5000,), (False, True))
+    for filter, width, widest, unique in grid if dtype == torch.bfloat16 else grid[:2]:
+        listed = None if filter == "none" else _meta(_SIZE, dtype=torch.int32 if filter == "prefix" else torch.int64)
+        offset = None if listed is None else _meta(users, dtype=torch.int64)
+        arguments: tuple[Any, ...] = (
+            _meta(users, hypotheses, 99 * _SIZE, dtype=dtype), score, node, None if unique else score, *arrays, listed, offset,
+            16, width, width, widest, unique, filter,
+        )  # fmt: skip
+        yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
 
 
 def variants() -> dict[_Launch, str]:

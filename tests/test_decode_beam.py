@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_enough_beams_equal_brute_force(model, sequences, scoring, data):
         allowed, arguments = allowed & ~hit, {**arguments, "exclude": exclude}
     expected = naive_scores(model, inputs, sequences, scoring, allowed)
     k = data.draw(st.integers(1, count + 2))
-    found = beam_search(model, inputs, trie, max(count, 1), k, scoring, **arguments)
+    kernel = data.draw(st.booleans())  # the steps that a GPU takes
+    with mock.patch.object(flr.decode.beam, "runs_as_kernel", return_value=kernel):
+        found = beam_search(model, inputs, trie, max(count, 1), k, scoring, **arguments)
     assert_ranked(found, expected, k)
     chunk = data.draw(st.integers(1, 30))
     scores = score_all_items(model, inputs, trie, scoring, chunk, **arguments)
@@ -114,9 +117,11 @@ def transformers_beam_search(model, inputs, sequences, num_beams):
     return found
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("num_beams", [2, 3, 7])
-def test_few_beams_equal_transformers(family, num_beams):
+def test_few_beams_equal_transformers(family, num_beams, kernel, monkeypatch):
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kernel)
     model, inputs = toy_model(family, seed=1), toy_inputs((9, 4, 6))
     codes = torch.cartesian_prod(*[torch.arange(10, 18)] * 3)[::5].tolist()  # three tokens an item, no terminator
     apart = 0
@@ -179,9 +184,10 @@ def plain_catalogue_beams(model, prompt, items, num_beams, k):
     return sorted(found, key=lambda x: (-x[0], x[1]))[:k]
 
 
-@pytest.mark.parametrize("session", ["packed", "expanded"])
+@pytest.mark.parametrize(("session", "kernel"), [("packed", False), ("expanded", False), ("packed", True)])
 @pytest.mark.parametrize("num_beams", [1, 2, 4, 9])
-def test_few_beams_of_catalogue_scoring_equal_plain_python(model, monkeypatch, num_beams, session):
+def test_few_beams_of_catalogue_scoring_equal_plain_python(model, monkeypatch, num_beams, session, kernel):
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kernel)
     if session == "expanded":
         monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
     inputs = toy_inputs((9, 4, 6))
@@ -300,7 +306,7 @@ def test_few_beams_do_not_depend_on_batch_blocks_or_k(model, monkeypatch, scorin
     expected = beam_search(model, toy_inputs(), trie, 6, 6, scoring)
     fewer = beam_search(model, toy_inputs(), trie, 6, 2, scoring)  # a smaller k may stop earlier
     assert fewer.items.tolist() == expected.items[:, :2].tolist()
-    changes = [("_MAX_CANDIDATES", 20), ("_sync_is_free", lambda _: False)]  # the second: as on a GPU
+    changes = [("_MAX_CANDIDATES", 20), ("_sync_is_free", lambda _: False), ("runs_as_kernel", lambda *_: True)]
     for name, value in changes:
         with monkeypatch.context() as patch:
             patch.setattr(flr.decode.beam, name, value)

@@ -30,7 +30,7 @@ def python(*arguments, **environment):
 def test_kernels_under_the_interpreter():
     """A process of its own: TRITON_INTERPRET must be set before the kernels are imported, and must not touch other tests."""
     run = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_kernels.py",
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_kernels.py", "tests/test_triton_trie_step.py",
         TRITON_INTERPRET="1", PYTEST_ADDOPTS="-W ignore::RuntimeWarning", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -142,6 +142,7 @@ def test_inspection_compiles_what_dispatch_launches():
     assert kernels == {
         "attention forward", "attention combine", "attention delta", "attention backward", "attention combine_du",
         "aggregate forward", "aggregate backward", "normaliser forward",
+        "trie step normaliser", "trie step candidates", "trie step reduce", "trie step finish",
     }  # fmt: skip
     tiles = {t.name for itemsize in (2, 4) for back in (False, True) for t in triton_config.tiles(itemsize, back)}
     assert tiles <= {word for label in launches.values() for word in label.split()}

@@ -16,25 +16,40 @@ of allowed items: tokens without alternative have log-probability 0, the model r
 and an item is complete where nothing else can follow. Its logits are computed for the children alone.
 Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the smaller index.
 
-The host waits for the device once every few steps of `full`, to see whether anything is left to do, and once a step of
-`catalogue`, for the number of tokens of the next.
+On a GPU a step is a product with lm_head rows and `flr_kernels.trie_step`; inside the loop of `full` the host does not wait for
+the device, in that of `catalogue` once a step, for the number of tokens of the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+import flr_kernels
+from flr_kernels import Continuations
+from flr_kernels.trie_step import runs_as_kernel
+
+from . import graphs
 from .filters import ItemFilter, item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser, order_key, token_logits
+from .graphs import Watch
+from .scoring import (
+    HeadRows,
+    Scoring,
+    TokenRows,
+    check_scoring,
+    check_vocabulary,
+    log_normaliser,
+    order_key,
+    token_logits,
+)
 from .session import Prompts, Session, evaluating, num_prompts, slots, start
 from .trie import CatalogueTrie
 
 _MAX_CANDIDATES = 1 << 21  # continuations held at a time; a wider fan-out is worked off in blocks of columns
-_SYNC_EVERY = 4  # steps of `full`, where the host would have to wait for the device
 _LEAVE_BELOW = (
     0.75  # users that have finished leave the batch (a copy of the others' cache) when at most these are left
 )
@@ -46,15 +61,6 @@ class BeamResult(NamedTuple):
 
     items: torch.Tensor
     scores: torch.Tensor
-
-
-class _Continuations(NamedTuple):
-    """Children of all hypotheses of a user that made it into a selection, best first; [B, n] each."""
-
-    score: torch.Tensor  # float32, -inf for none
-    node: torch.Tensor  # int64
-    parent: torch.Tensor  # int64 column of the hypothesis it continues
-    key: torch.Tensor  # int64 order key, _DEAD for none
 
 
 def _sync_is_free(device: torch.device) -> bool:
@@ -120,8 +126,9 @@ def beam_search(
         device = prompts.states.device
         trie = trie.to(device)
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
-        found = _Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.rows).run(prompts)
-    return found
+        kernel = runs_as_kernel(prompts.states, max(num_beams, k))
+        search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.rows, kernel)
+        return graphs.run(model, search, prompts) or search.run(prompts)
 
 
 def _nothing(rows: int, k: int, device: torch.device) -> BeamResult:
@@ -131,8 +138,29 @@ def _nothing(rows: int, k: int, device: torch.device) -> BeamResult:
     )
 
 
-class _Search:
-    """One search; `allows` shrinks to the users that are not finished."""
+@dataclass
+class State:
+    """Where a search of B users stands: w hypotheses each, sorted by score."""
+
+    running: Continuations  # [B, w]
+    depth: torch.Tensor  # int64 [B, w'], tokens of the previous step's hypotheses
+    states: torch.Tensor  # [B, w, …] of the model after the hypotheses; of the previous step's until `forward`
+    best: BeamResult  # [B, k], items found so far
+    broken: torch.Tensor  # bool [B], a choice had to be made among NaN or infinite logits
+    overflow: torch.Tensor  # bool [B], a step of fixed size had more tokens to read than it has room for
+
+
+class Plan(NamedTuple):
+    """The way of hypotheses [B, w] to their next branching, under `catalogue`."""
+
+    node: torch.Tensor  # int64, the branching
+    depth: torch.Tensor  # int64, tokens before
+    lengths: torch.Tensor  # int64, tokens to read
+    first: torch.Tensor  # int64, an allowed leaf position below
+
+
+class Search:
+    """What a search asks of trie, filter and model, a level at a time; `allows` shrinks to the users that are not finished."""
 
     def __init__(
         self,
@@ -143,98 +171,128 @@ class _Search:
         scoring: Scoring,
         length_penalty: float,
         rows: HeadRows | None,
+        kernel: bool = False,
     ) -> None:
         self.trie, self.allows, self.num_beams, self.k = trie, allows, num_beams, k
         self.scoring, self.length_penalty, self.rows = scoring, length_penalty, rows
         self.skips = scoring == "catalogue"  # tokens without alternative
+        self.kernel, self.columns = kernel, trie.tokens
+        self.logits: TokenRows | None = None
+        if kernel and rows is not None:  # logits of the catalogue's tokens instead of the vocabulary's
+            tokens, self.columns = trie.columns()
+            self.logits = rows.over(tokens)
 
-    def run(self, prompts: Prompts) -> BeamResult:
-        trie, session, count = self.trie, prompts.session, len(prompts.states)
-        device = prompts.states.device
+    def begin(self, states: torch.Tensor) -> State:
+        """At the root, after prompts whose states are [B, …]."""
+        count, device = len(states), states.device
         root = torch.zeros(count, 1, dtype=torch.int64, device=device)
-        items = self.allows.count(root, torch.full_like(root, trie.num_items))
+        items = self.allows.count(root, torch.full_like(root, self.trie.num_items))
         score = torch.zeros_like(root, dtype=torch.float32).masked_fill(items == 0, -torch.inf)
-        running, depth, states = _Continuations(score, root, root, root), root, prompts.states[:, None]
-        result = best = _nothing(count, self.k, device)
-        users = torch.arange(count, device=device)
+        best, no = _nothing(count, self.k, device), torch.zeros(count, dtype=torch.bool, device=device)
         if self.skips:
             single = items == 1  # nothing to choose
-            best = self._collect(best, running._replace(score=score.masked_fill(~single, -torch.inf)))
-            running = running._replace(score=score.masked_fill(single, -torch.inf))
-            running, depth, states = self._advance(running, root, session, states)
-        broken = torch.zeros((), dtype=torch.bool, device=device)
-        free = _sync_is_free(device)
-        for step in range(trie.depth):
-            beam_width, complete_width = self._widths(step)
-            beams, complete, invalid = self._expand(states, running, step, beam_width, complete_width)
-            broken |= invalid
-            if complete is not None:
-                best = self._collect(best, complete)
-            if beams is None:
-                break
-            bound = beams.score
-            if self.length_penalty != 0.0:  # the best score a descendant can have: its log-probability cannot rise
-                length = trie.depth if self.length_penalty > 0 else step + 2
-                bound = bound / float(length) ** self.length_penalty
-            hopeless = bound < best.scores[:, -1:]
-            running = beams._replace(score=beams.score.masked_fill(hopeless, -torch.inf))
-            if free or self.skips or (step + 1) % _SYNC_EVERY == 0:
-                each = (running.score != -torch.inf).sum(1)
-                alive, left = torch.stack([each.amax(), (each > 0).sum()]).tolist()
-                if alive == 0:
-                    break
-                # sorted by score: what is dead or hopeless stands at the end
-                running = _Continuations(*(x[:, :alive] for x in running))
-                if left <= _LEAVE_BELOW * len(users):
-                    result = _put(result, users, best)
-                    stay = each.nonzero()[:, 0]
-                    users, depth, self.allows = users[stay], depth[stay], self.allows.select(stay)
-                    running, best = _Continuations(*(x[stay] for x in running)), BeamResult(*(x[stay] for x in best))
-                    session.select(stay)
-            if self.skips:
-                running, depth, states = self._advance(running, depth, session)
-            else:
-                states = session.step(trie.tokens[running.node.clamp_min(1)].long(), running.parent)
-        if bool(broken):
-            raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-        return _put(result, users, best)
+            only = Continuations(score.masked_fill(~single, -torch.inf), root, root, root)
+            best, score = self._collect(best, only), score.masked_fill(single, -torch.inf)
+        return State(Continuations(score, root, root, root), root, states[:, None], best, no, no)
 
-    def _widths(self, step: int) -> tuple[int, int]:
+    def run(self, prompts: Prompts) -> BeamResult:
+        """The whole search; fewer hypotheses and fewer users as it goes on, where the host need not wait to know."""
+        session, count, device = prompts.session, len(prompts.states), prompts.states.device
+        at, watch = self.begin(prompts.states), Watch()
+        result, users = at.best, torch.arange(count, device=device)
+        knows = _sync_is_free(device) or self.skips
+        broken = torch.zeros((), dtype=torch.bool, device=device)
+        for step in range(self.trie.depth):
+            plan, tokens = self.plan(at) if self.skips else None, None
+            if step or plan is not None:
+                numbers = self.numbers(at, plan)
+                known = numbers.tolist() if knows else watch.ask(numbers)
+                if known is not None and known[0] == 0:
+                    break
+                if knows and known is not None:
+                    alive, left, tokens = known
+                    # sorted by score: what is dead or hopeless stands at the end
+                    at.running = Continuations(*(x[:, :alive] for x in at.running))
+                    plan = plan and Plan(*(x[:, :alive] for x in plan))
+                    if left <= _LEAVE_BELOW * len(users):
+                        result, broken = _put(result, users, at.best), broken | at.broken.any()
+                        stay = (at.running.score != -torch.inf).any(1).nonzero()[:, 0]
+                        users, self.allows, plan = users[stay], self.allows.select(stay), plan and _rows(plan, stay)
+                        at = State(_rows(at.running, stay), at.depth[stay], at.states[stay], _rows(at.best, stay),
+                                   at.broken[stay], at.overflow[stay])  # fmt: skip
+                        session.select(stay)
+            self.forward(at, session, step, plan, tokens)
+            if not self.level(at, step):
+                break
+        if bool(broken | at.broken.any()):
+            raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
+        return _put(result, users, at.best)
+
+    def numbers(self, at: State, plan: Plan | None) -> torch.Tensor:
+        """int64 [3]: the most live hypotheses of a user, users that have one, the most tokens a user has to read next."""
+        each = (at.running.score != -torch.inf).sum(1)
+        tokens = each if plan is None else plan.lengths.sum(1)
+        return torch.stack([each.amax(), (each > 0).sum(), tokens.amax()])
+
+    def plan(self, at: State) -> Plan:
+        """How hypotheses get to their next branching; tokens without alternative have log-probability 0."""
+        trie, running = self.trie, at.running
+        live = running.score != -torch.inf
+        depth = at.depth.gather(1, running.parent)
+        first = self.allows.first(trie.leaf_begin[running.node].long()).clamp_max(trie.num_items - 1)
+        last = self.allows.last(trie.leaf_end[running.node].long())
+        joined = torch.where(live, trie.join(first, last, depth), depth)
+        node = torch.where(live, trie.ancestor(first, joined), running.node)
+        return Plan(node, depth, joined - depth, first)
+
+    def forward(self, at: State, session: Session, step: int, plan: Plan | None, tokens: int | None) -> None:
+        """The model reads what leads to the hypotheses: nothing at the root, a token each, or under `catalogue` the way to the
+        next branching, `tokens` of them a user."""
+        trie, running = self.trie, at.running
+        if plan is None:
+            if step:
+                at.states = session.step(trie.tokens[running.node.clamp_min(1)].long(), running.parent)
+            return
+        assert tokens is not None
+        at.running, at.depth = running._replace(node=plan.node), plan.depth + plan.lengths
+        if tokens:
+            owner, offset = slots(plan.lengths, tokens)
+            leaf, depth = plan.first.gather(1, owner), plan.depth.gather(1, owner)
+            node = trie.ancestor(leaf, (depth + 1 + offset.clamp_min(0)).minimum(at.depth.gather(1, owner)))
+            after = session.step(trie.tokens[node.clamp_min(1)].long(), running.parent, plan.lengths)
+            at.states = torch.where((plan.lengths > 0)[..., None], after, at.states) if step == 0 else after
+        at.overflow = at.overflow | (plan.lengths.sum(1) > tokens)
+
+    def level(self, at: State, step: int) -> bool:
+        """Choose among the hypotheses' children; False where no longer item can exist."""
+        beams, complete, invalid = self.expand(at.states, at.running, step, *self.widths(step))
+        at.broken = at.broken | invalid
+        if complete is not None:
+            at.best = self._collect(at.best, complete)
+        if beams is None:
+            return False
+        bound = beams.score
+        if self.length_penalty != 0.0:  # the best score a descendant can have: its log-probability cannot rise
+            length = self.trie.depth if self.length_penalty > 0 else step + 2
+            bound = bound / float(length) ** self.length_penalty
+        hopeless = bound < at.best.scores[:, -1:]
+        at.running = beams._replace(score=beams.score.masked_fill(hopeless, -torch.inf))
+        return True
+
+    def widths(self, step: int) -> tuple[int, int]:
         """How many unfinished and finished continuations step `step` keeps; 0 where the trie has none to give."""
         if self.skips:  # branchings may lie at any greater depth
             return min(self.num_beams, sum(self.trie.num_internal[step + 1 :])), max(self.num_beams, self.k)
         finished = max(self.num_beams, self.k) if self.trie.num_leaves[step + 1] else 0
         return min(self.num_beams, self.trie.num_internal[step + 1]), finished
 
-    def _advance(
-        self, running: _Continuations, depth: torch.Tensor, session: Session, states: torch.Tensor | None = None
-    ) -> tuple[_Continuations, torch.Tensor, torch.Tensor]:
-        """Lead hypotheses to their next branching: with its node, its depth [B, w], and the states there.
-
-        `depth` [B, w'] is that of the previous step's hypotheses; `states` those at the start, for which nothing need be read.
-        """
-        trie = self.trie
-        live = running.score != -torch.inf
-        depth = depth.gather(1, running.parent)
-        first = self.allows.first(trie.leaf_begin[running.node].long()).clamp_max(trie.num_items - 1)
-        last = self.allows.last(trie.leaf_end[running.node].long())
-        joined = torch.where(live, trie.join(first, last, depth), depth)
-        running = running._replace(node=torch.where(live, trie.ancestor(first, joined), running.node))
-        lengths = joined - depth
-        count = int(lengths.sum(1).max())
-        if count:
-            owner, offset = slots(lengths, count)
-            node = trie.ancestor(first.gather(1, owner), depth.gather(1, owner) + 1 + offset.clamp_min(0))
-            after = session.step(trie.tokens[node.clamp_min(1)].long(), running.parent, lengths)
-            states = after if states is None else torch.where((lengths > 0)[..., None], after, states)
-        assert states is not None, "a continuation has at least one token"
-        return running, joined, states
-
-    def _expand(
-        self, states: torch.Tensor, running: _Continuations, step: int, num_beams: int, complete_width: int
-    ) -> tuple[_Continuations | None, _Continuations | None, torch.Tensor]:
-        """Best unfinished and best finished continuations of `running` [B, w] (none where their width is 0), and whether
-        a live hypothesis has no finite normaliser."""
+    def expand(
+        self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
+    ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
+        """Best unfinished and best finished continuations of `running` [B, w] (none where their width is 0), and which users
+        have a live hypothesis without finite normaliser, bool [B]."""
+        if self.kernel:
+            return self._expand_by_kernel(states, running, step, num_beams, complete_width)
         trie = self.trie
         rows, width = running.node.shape
         live = running.score != -torch.inf
@@ -275,11 +333,11 @@ class _Search:
             norm = torch.logsumexp(first_block[2], dim=-1)
             for at in starts[1:]:
                 norm = torch.logaddexp(norm, torch.logsumexp(children(at)[2], dim=-1))
-        invalid = (live & ~norm.isfinite()).any()
+        invalid = (live & ~norm.isfinite()).any(1)
         shift = norm.masked_fill(~live, 0.0)[..., None]
 
-        beams: _Continuations | None = None
-        complete: _Continuations | None = None
+        beams: Continuations | None = None
+        complete: Continuations | None = None
         for at in starts:
             node, ends, score = first_block if at == 0 else children(at)
             score = score.sub_(shift).add_(running.score[..., None])  # token_logits made it for us alone
@@ -289,12 +347,31 @@ class _Search:
                 if ends is not None:
                     score = score.masked_fill_(ends, -torch.inf)
                 beams = _best(beams, self._pick(score, node, num_beams), num_beams)
-        if complete is not None:
-            unfinished = ~self._is_complete(complete.node) | (complete.key == _DEAD)
-            complete = complete._replace(score=complete.score.masked_fill(unfinished, -torch.inf))
-        return beams, complete, invalid
+        return beams, self._finished(complete), invalid
 
-    def _pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> _Continuations:
+    def _expand_by_kernel(
+        self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
+    ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
+        trie = self.trie
+        logits = states if self.logits is None else self.logits(states)
+        norm = log_normaliser(logits) if self.scoring == "full" else None
+        kind, listed, offset, entries = self.allows.flat(len(states))
+        found = flr_kernels.trie_step(
+            logits, running.score, running.node, trie.children, self.columns, trie.leaf_begin, trie.leaf_end,
+            num_unfinished=num_beams, num_all=complete_width, norm=norm, unique=self.skips, filter=kind, listed=listed,
+            offset=offset, entries=entries, widest=max(trie.max_fanout[step:]) if self.skips else trie.max_fanout[step],
+        )  # fmt: skip
+        beams, complete = found.unfinished if num_beams else None, found.all if complete_width else None
+        return beams, self._finished(complete), found.invalid
+
+    def _finished(self, complete: Continuations | None) -> Continuations | None:
+        """Those that end an item alone."""
+        if complete is None:
+            return None
+        unfinished = ~self._is_complete(complete.node) | (complete.key == _DEAD)
+        return complete._replace(score=complete.score.masked_fill(unfinished, -torch.inf))
+
+    def _pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> Continuations:
         """The `count` best continuations of score [B, w, c], in order; node [B, w, c], or [1, 1, c]."""
         columns, flat = score.shape[-1], score.flatten(1)
         count = min(count, flat.shape[1])
@@ -313,7 +390,7 @@ class _Search:
         else:
             node = node.flatten(1).gather(1, index)
         key = order_key(chosen, self.trie.leaf_begin[node].long()).masked_fill(chosen == -torch.inf, _DEAD)
-        return _best(None, _Continuations(chosen, node, parent, key), count)
+        return _best(None, Continuations(chosen, node, parent, key), count)
 
     def _is_complete(self, node: torch.Tensor) -> torch.Tensor:
         """Whether a node [B, n] stands for an item: a leaf, or under `catalogue` with one allowed item below."""
@@ -322,12 +399,13 @@ class _Search:
             return trie.children[node] == trie.children[node + 1]
         return self.allows.count(trie.leaf_begin[node].long(), trie.leaf_end[node].long()) == 1
 
-    def _collect(self, best: BeamResult, complete: _Continuations) -> BeamResult:
+    def _collect(self, best: BeamResult, complete: Continuations) -> BeamResult:
         """Merge finished continuations into the best items so far."""
         trie = self.trie
         found = complete.score != -torch.inf
-        # a unique prefix leads to the one allowed leaf below it; a leaf node to itself
-        leaf = self.allows.first(trie.leaf_begin[complete.node].long()).clamp_max(trie.num_items - 1)
+        leaf = trie.leaf_begin[complete.node].long()
+        if self.skips:  # a unique prefix leads to the one allowed leaf below it
+            leaf = self.allows.first(leaf).clamp_max(trie.num_items - 1)
         score = complete.score
         if self.length_penalty != 0.0:
             score = score / trie.lengths[leaf].float() ** self.length_penalty
@@ -338,6 +416,10 @@ class _Search:
         return BeamResult(items.gather(1, index), scores.gather(1, index))
 
 
+def _rows(tensors: Any, rows: torch.Tensor) -> Any:
+    return type(tensors)(*(x[rows] for x in tensors))
+
+
 def _put(result: BeamResult, users: torch.Tensor, best: BeamResult) -> BeamResult:
     """`best` in the rows `users`; the same where those are all."""
     if len(users) == len(result.items):
@@ -345,9 +427,9 @@ def _put(result: BeamResult, users: torch.Tensor, best: BeamResult) -> BeamResul
     return BeamResult(*(all_.index_copy(0, users, own) for all_, own in zip(result, best, strict=True)))
 
 
-def _best(so_far: _Continuations | None, more: _Continuations, width: int) -> _Continuations:
+def _best(so_far: Continuations | None, more: Continuations, width: int) -> Continuations:
     """The `width` largest by key, in order."""
     if so_far is not None:
-        more = _Continuations(*(torch.cat(pair, dim=1) for pair in zip(so_far, more, strict=True)))
+        more = Continuations(*(torch.cat(pair, dim=1) for pair in zip(so_far, more, strict=True)))
     key, index = more.key.topk(min(width, more.key.shape[1]), dim=1)
-    return _Continuations(more.score.gather(1, index), more.node.gather(1, index), more.parent.gather(1, index), key)
+    return Continuations(more.score.gather(1, index), more.node.gather(1, index), more.parent.gather(1, index), key)

@@ -10,11 +10,21 @@ may not be given (sorted, answered by binary search, 8·B·E bytes whatever the 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import copy
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .trie import CatalogueTrie
+
+
+class FlatFilter(NamedTuple):
+    """`filter`, `listed`, `offset` and `entries` of `flr_kernels.trie_step`."""
+
+    filter: str
+    listed: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    entries: int = 0
 
 
 class ItemFilter(Protocol):
@@ -30,8 +40,42 @@ class ItemFilter(Protocol):
     def select(self, users: torch.Tensor) -> ItemFilter:
         """The filter of these rows, int64."""
 
+    def flat(self, users: int) -> FlatFilter:
+        """The arrays behind it, as `flr_kernels.trie_step` reads them, for B = `users`."""
 
-class _Everything:
+    def padded(self, users: int) -> ItemFilter:
+        """For B = `users`, more than now, and lists of a length that is a power of two."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it consists of."""
+
+    def copied(self) -> ItemFilter:
+        """With tensors of its own."""
+
+    def load(self, other: Any) -> None:
+        """Take over the contents of another of the same shapes."""
+
+
+class _Tensors:
+    """Tensors by name, copied together."""
+
+    names: tuple[str, ...] = ()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, name) for name in self.names]
+
+    def copied(self) -> Any:
+        new = copy.copy(self)
+        for name in self.names:
+            setattr(new, name, getattr(self, name).clone())
+        return new
+
+    def load(self, other: Any) -> None:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+
+
+class _Everything(_Tensors):
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return end - begin
 
@@ -44,12 +88,20 @@ class _Everything:
     def select(self, users: torch.Tensor) -> ItemFilter:
         return self
 
+    def flat(self, users: int) -> FlatFilter:
+        return FlatFilter("none")
 
-class _Mask:
+    def padded(self, users: int) -> ItemFilter:
+        return self
+
+
+class _Mask(_Tensors):
     """Masks over the catalogue, U different ones, a user's being number `row` [B, 1].
 
     before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u, so that it rises throughout.
     """
+
+    names = ("before", "offset")
 
     def __init__(self, before: torch.Tensor, row: torch.Tensor, stride: int) -> None:
         self.before, self.offset, self.stride = before, row * stride, stride
@@ -83,18 +135,39 @@ class _Mask:
         row = self.offset // self.stride
         return _Mask(self.before, row[users] if len(row) > 1 else row, self.stride)
 
+    def flat(self, users: int) -> FlatFilter:
+        return FlatFilter("prefix", self.before, self.offset[:, 0].expand(users).contiguous(), self.stride)
+
+    def padded(self, users: int) -> ItemFilter:
+        extra = 0 if len(self.offset) == 1 else users - len(self.offset)
+        row = torch.nn.functional.pad(self.offset, (0, 0, 0, extra)) // self.stride
+        return _Mask(self.before, row, self.stride)
+
     def _offset(self, like: torch.Tensor) -> torch.Tensor:
         return self.offset.view(-1, *[1] * (like.dim() - 1))
 
 
-class _Listed:
+class _Listed(_Tensors):
     """listed int64 [B, E]: leaf positions in ascending order, each once, C past the end."""
+
+    kind: str
+    names: tuple[str, ...] = ("listed",)
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         self.listed, self.num_items = listed, num_items
 
     def select(self, users: torch.Tensor) -> Any:
         return type(self)(self.listed[users], self.num_items)
+
+    def flat(self, users: int) -> FlatFilter:
+        entries = self.listed.shape[1]
+        offset = torch.arange(users, device=self.listed.device) * entries
+        return FlatFilter(self.kind, self.listed.flatten(), offset, entries)
+
+    def padded(self, users: int) -> Any:
+        rows, entries = self.listed.shape
+        extra = (0, (1 << max(entries - 1, 0).bit_length()) - entries, 0, users - rows)
+        return type(self)(torch.nn.functional.pad(self.listed, extra, value=self.num_items), self.num_items)
 
     def _rank(self, position: torch.Tensor) -> torch.Tensor:
         """Listed positions before `position`."""
@@ -103,6 +176,8 @@ class _Listed:
 
 class _Selection(_Listed):
     """The listed items alone."""
+
+    kind = "only"
 
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return self._rank(end) - self._rank(begin)
@@ -119,6 +194,9 @@ class _Selection(_Listed):
 
 class _Exclusion(_Listed):
     """All but the listed items."""
+
+    kind = "exclude"
+    names = ("listed", "gap")
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         super().__init__(listed, num_items)

@@ -96,16 +96,30 @@ class HeadRows:
             different, column = token.unique(return_inverse=True)
             if len(hidden) * len(different) < _GATHER_COST.get(hidden.device.type, 40) * len(token):
                 logits = hidden @ self.weight[different].float().T
-                return self._finish(logits[row, column], token)
+                return self.finish(logits[row, column], token)
         cells = _CACHED_CELLS if hidden.device.type == "cpu" else 1 << 26
         blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
         parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
-        return self._finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
+        return self.finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
 
-    def _finish(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def over(self, token: torch.Tensor) -> TokenRows:
+        """The rows of the tokens int64 [U], copied once."""
+        return TokenRows(self, self.weight[token], token)
+
+    def finish(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         if self.bias is not None:
             logits = logits + self.bias[token].float()
         return scale_logits(self.lm, logits)
+
+
+class TokenRows:
+    """From hidden [..., D] to the logits of some tokens, float32 [..., U], by one product in the model's dtype."""
+
+    def __init__(self, rows: HeadRows, weight: torch.Tensor, token: torch.Tensor) -> None:
+        self.rows, self.weight, self.token = rows, weight, token
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)
 
 
 def token_logits(

@@ -292,6 +292,9 @@ class _AppendLayer(DynamicLayer):
 class PackedSession:
     """Hypotheses of a user are the tokens of one row; see the module's text."""
 
+    sees: torch.Tensor  # bool [B, w, columns], of each hypothesis the suffix columns it may look at
+    depth: torch.Tensor  # int64 [B, w], how many tokens it has
+
     def __init__(self, model: nn.Module, past: Cache, prepared: Mapping[str, torch.Tensor], hidden: bool) -> None:
         self.model, self.hidden = model, hidden
         self.prompt_seen = prepared["attention_mask"].bool()[:, None]  # [B, 1, L]
@@ -302,10 +305,7 @@ class PackedSession:
         self.cache = Cache(layers=[*self.layers])
         config = causal_lm(model).config.get_text_config(decoder=True)
         self.additive = config._attn_implementation == "eager"
-        rows, device = len(self.prompt_seen), self.prompt_seen.device
-        # of each hypothesis: the suffix columns it may look at, bool [B, w, columns], and how many tokens it has [B, w]
-        self.sees = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
-        self.depth = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.rewind()
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         count, columns = tokens.shape[1], self.sees.shape[-1]
@@ -327,7 +327,7 @@ class PackedSession:
         self.sees = torch.cat([inherited, mine], dim=-1)
         self.depth = depth + lengths
         states = self._forward(tokens, self.next_position + depth.gather(1, owner) + offset.clamp_min(0), sees)
-        last = (lengths.cumsum(1) - 1).clamp_min(0)
+        last = (lengths.cumsum(1) - 1).clamp(0, count - 1)
         return states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
@@ -353,6 +353,39 @@ class PackedSession:
         self.sees, self.depth = self.sees[users], self.depth[users]
         for layer in self.layers:
             layer.select(users)
+
+    def of_size(self, users: int, length: int, columns: int) -> PackedSession:
+        """A session for `users` prompts of `length` tokens and so many columns in all, with nothing in it: see `load`."""
+        new = copy.copy(self)
+        new.length = length
+        new.prompt_seen = self.prompt_seen.new_zeros(users, 1, length)
+        new.next_position = self.next_position.new_zeros(users, 1)
+        new.layers = []
+        for layer in self.layers:
+            keys, values = (
+                x.new_zeros(users, x.shape[1], columns, x.shape[3]) for x in (layer.key_buffer, layer.value_buffer)
+            )
+            new.layers.append(_AppendLayer(keys, values))
+        new.cache = Cache(layers=[*new.layers])
+        new.rewind()
+        return new
+
+    def load(self, other: PackedSession) -> None:
+        """Copy the prompts of a session that has made no step into this one's tensors, on the right of each row."""
+        rows, start = len(other.prompt_seen), self.length - other.length
+        self.prompt_seen.zero_()[:rows, :, start:] = other.prompt_seen
+        self.next_position[:rows] = other.next_position
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.key_buffer[:rows, :, start : self.length] = theirs.key_buffer[:, :, : other.length]
+            mine.value_buffer[:rows, :, start : self.length] = theirs.value_buffer[:, :, : other.length]
+
+    def rewind(self) -> None:
+        """Back to the prompts."""
+        rows, device = len(self.prompt_seen), self.prompt_seen.device
+        self.sees = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)
+        self.depth = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        for layer in self.layers:
+            layer.truncate(self.length)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
         mask = torch.cat([self.prompt_seen.expand(-1, tokens.shape[1], -1), sees], dim=-1)[:, None]

@@ -86,6 +86,8 @@ class CatalogueTrie:
         self.max_token = int(tokens.max())
         self._leaf_of_item: torch.Tensor | None = None
         self._node_key: torch.Tensor | None = None
+        self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ways: list[int] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -258,6 +260,37 @@ class CatalogueTrie:
                 inverse[self.items.long()] = torch.arange(self.num_items, device=self.device)
             self._leaf_of_item = inverse
         return self._leaf_of_item
+
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The different tokens, int64 [U] ascending, and which of them leads into each node, int32 [M] (0 for the root);
+        made at first use."""
+        if self._columns is None:
+            with torch.inference_mode(False):
+                different, column = self.tokens[1:].unique(return_inverse=True)
+                self._columns = different.long(), torch.nn.functional.pad(column, (1, 0)).int()
+        return self._columns
+
+    def ways(self) -> list[int]:
+        """[depth]: the most tokens from one branching to the next, the (n + 1)-th at least, tokens of the first choice included and
+        ways to single items not; for n = 0 from the root to the first branching. Made at first use.
+
+        >>> CatalogueTrie.from_sequences([5, 7, 8, 5, 7, 9, 6], [0, 3, 6, 7]).ways()    # (5, 7, 8), (5, 7, 9), (6,)
+        [0, 2, 1]
+        """
+        if self._ways is None:
+            children = self.children.cpu().numpy()
+            several = (self.leaf_end - self.leaf_begin).cpu().numpy() > 1
+            fanout, way = np.diff(children), np.zeros(self.num_nodes, np.int64)
+            ways, deepest = [], 0
+            for first, last in reversed(list(zip(self.level_start, self.level_start[1:], strict=False))[:-1]):
+                chain = np.flatnonzero((fanout[first:last] == 1) & several[first:last]) + first
+                way[chain] = 1 + way[children[chain]]
+                if several[first:last].any():
+                    deepest = max(deepest, 1 + int(way[first:last][several[first:last]].max()))
+                ways.append(deepest)
+            ways[-1] = int(way[0])
+            self._ways = ways[::-1]
+        return self._ways
 
     def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
