@@ -14,8 +14,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flr.forward import head
+from flr_kernels.trie_step import runs_as_kernel
 
-from .beam import _Search
+from .beam import Search
 from .filters import item_filter
 from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary
 from .session import PackedSession, Prompts, _packing_obstacle, evaluating, slots
@@ -130,9 +131,12 @@ def group_ranks(
         prompt = {"attention_mask": prompts.attention_mask, "position_ids": prompts.position_ids}
         packed = PackedSession(model, prompts.cache, prompt, rows is not None)
         own = torch.arange(members, device=hidden.device)[:, None] == prompts.member
+        for layer in packed.layers:
+            layer.truncate(packed.length + len(prompts.member))
         packed.sees = own.expand(batch, -1, -1)
         packed.depth = packed.depth.new_full((batch, members), thoughts)
         begun = Prompts(states, _Members(packed, batch, members), rows, first.shape[-1])
-        search = _Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, rows)
+        kernel = runs_as_kernel(states, num_beams)
+        search = Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, rows, kernel)
         found = search.run(begun).items == target
     return (found * torch.arange(1, num_beams + 1, device=found.device)).amax(1).view(batch, members)
