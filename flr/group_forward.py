@@ -32,6 +32,7 @@ from .reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
     from .catalogue_loss import CatalogueLoss
+    from .decode.group import GroupPrompts
 
 logger = logging.getLogger("flr")
 
@@ -53,6 +54,7 @@ class GroupInputs:
             are computed then, and neither noise nor targets are looked at.
         catalogue, edges: normalise targets over their siblings in the catalogue instead of the vocabulary; edges int64 [B, S]
             are ``catalogue.edges`` of the targets (-100 behind them).
+        decodable: also give ``prompts``.
     """
 
     targets: Tensor
@@ -65,6 +67,7 @@ class GroupInputs:
     actions: tuple[Tensor, Tensor] | None = None
     catalogue: CatalogueLoss | None = None
     edges: Tensor | None = None
+    decodable: bool = False
 
 
 @dataclass
@@ -82,6 +85,7 @@ class GroupOutput(ModelOutput):
         thoughts: [B, G, N, D], the embeddings fed at the thought tokens, no gradient.
         thought_norm: [B], ‖r‖₂ of the unperturbed member's last thought, no gradient.
         gate_entropy: [B], of the last refinement of the first thought, nats, no gradient.
+        prompts: what ``flr.decode.group.group_ranks`` goes on from, if asked for; None where members have caches of their own.
     """
 
     logprobs: Tensor | None = None
@@ -92,6 +96,7 @@ class GroupOutput(ModelOutput):
     thoughts: Tensor | None = None
     thought_norm: Tensor | None = None
     gate_entropy: Tensor | None = None
+    prompts: GroupPrompts | None = None
 
 
 @cache
@@ -189,6 +194,20 @@ class _Suffix:
             **({"position_ids": self.first + offsets} if self.positioned else {}),
         )
         return out.last_hidden_state.view(batch, members, length, size)
+
+    def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
+        """The prompts and thoughts alone, the last of which began a run of ``steps`` tokens; hidden states [B, G, D] after it."""
+        from .decode.group import GroupPrompts  # which stands on this package
+
+        length, device = self.prompt_mask.shape[1], hidden.device
+        earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)
+        last = len(earlier) + torch.arange(self.members, device=device) * steps
+        kept = torch.cat([earlier, last])
+        plain = DynamicCache()
+        layers: list[Any] = list(self.cache.layers)
+        for n, layer in enumerate(layers):
+            plain.update(layer.keys.detach()[:, :, kept], layer.values.detach()[:, :, kept], n)
+        return GroupPrompts(plain, self.member[kept[length:] - length], hidden.detach(), self.prompt_mask, position_ids)
 
     def _masks(self, sees: Tensor, offsets: Tensor, dtype: torch.dtype) -> Any:
         """4-D mask of the prompt's columns and the members' own; by layer type where they differ."""
@@ -338,13 +357,15 @@ def group_forward(
                 history, valid = (x.repeat_interleave(members, 0) for x in (history, valid))
             history = torch.cat([history, state], 1)
             valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
-    logprobs = None
+    logprobs = prompts = None
     if group.actions is None:
         behind = targets[:, None].expand(-1, members, -1, -1)
         with _gradients(through):
             hidden = suffix.run(torch.cat([fed[-1][:, :, None], behind.to(fed[-1].dtype)], 2))  # [B, G, S, D]
             wanted = group.targets if group.edges is None else group.edges
             logprobs = target_logprobs(model, hidden, wanted[:, None], group.target_mask[:, None], group.catalogue)
+        if group.decodable and suffix.packed:
+            prompts = suffix.prompts(thoughts, steps, hidden[:, :, 0], position_ids[:, :length])
 
     first, last = outs[0], outs[-1]
     gates = first.gates[:, -1].detach()
@@ -357,6 +378,7 @@ def group_forward(
         thoughts=torch.stack(fed, 2).detach(),
         thought_norm=last.thought.detach().view(batch, -1, last.thought.shape[-1])[:, 0].norm(dim=-1),
         gate_entropy=-torch.special.xlogy(gates, gates).sum(-1),
+        prompts=prompts,
     )
 
 

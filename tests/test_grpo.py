@@ -13,7 +13,8 @@ from test_train import DATA, tiny
 import flr
 from bench.baselines import two_pass
 from flr.data import EpochSampler, InteractionDataset
-from flr.decode import score_all_items
+from flr.decode import CatalogueTrie, beam_search, score_all_items
+from flr.decode.group import group_ranks
 from flr.group_forward import GroupInputs
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, RewardInputs, Rewards
 from flr.train.grpo import GroupCollator, RepeatedBlocks
@@ -253,10 +254,10 @@ def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
 
 def test_it_learns_what_is_rewarded(tmp_path):
     train = trainer(tmp_path, learning_rate=3e-3, num_train_epochs=6, noise_scale=0.5, group_size=16)
-    before = train.target_logprob(DATA.train)
+    before = train.target_logprobs(DATA.train).mean()
     backbone = {n: p.clone() for n, p in train.model.named_parameters() if not n.startswith("flr.")}
     train.train()
-    assert train.target_logprob(DATA.train) > before + 0.02
+    assert train.target_logprobs(DATA.train).mean() > before + 0.02
     assert all(torch.equal(p, backbone[n]) for n, p in train.model.named_parameters() if n in backbone)
     assert not any(p.requires_grad for n, p in train.model.named_parameters() if n in backbone)
 
@@ -303,6 +304,56 @@ def test_ranks_are_those_of_the_catalogue(tmp_path, codec):
     assert families.gradients(train.model, loss)["flr.output"].norm() > 0
 
 
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize(("codec", "thoughts", "beams"), [("id", 1, 9), ("sid", 2, 9), ("title", 1, 12)])
+def test_ranks_behind_one_prompt_equal_those_of_repeated_prompts(tmp_path, codec, thoughts, beams, scoring):
+    model, processor = tiny(codec, num_thoughts=thoughts)
+    processor.scoring = scoring
+    train = trainer(tmp_path, model=model.double(), processor=processor, reward_beams=beams, noise_scale=3.0)
+    batch = batch_of(train)
+    prompts = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids", "reasoner_mask")}
+    group = GroupInputs(batch["targets"], batch["target_mask"], batch["noise"], 3.0, decodable=True)
+    out = train.model.eval()(**prompts, group=group)
+    cells = []  # tokens that the backbone works on, call by call
+    train.model.model.layers[0].register_forward_pre_hook(lambda _, x: cells.append(x[0].shape[:2].numel()))
+    shared = train._ranks(train.model, prompts, batch["items"], out)
+    ours, cells[:] = list(cells), []
+    out.prompts = None
+    repeated = train._ranks(train.model, prompts, batch["items"], out)
+    assert torch.equal(shared, repeated)
+    assert len(shared.unique()) > 3
+    assert (shared == 0).any() or codec == "id"
+    prefill = 16 * 4 * prompts["input_ids"].shape[1]
+    assert sum(cells[: 1 + thoughts]) == prefill
+    assert sum(ours) <= sum(cells) - prefill if thoughts == 1 else sum(ours) < sum(cells)
+    assert not ours or codec != "id"
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi", "mistral"])
+def test_group_ranks_of_families(family, scoring):
+    """Items of one to five tokens behind prompts of different lengths: members finish at different steps."""
+    model, prompts, group = case(family, thoughts=2)
+    generator = np.random.default_rng(0)
+    items = {tuple(generator.integers(3, 9, n)) for n in generator.integers(1, 5, 60)}
+    items = [(*item, 9) for item in sorted(items)]  # none begins another
+    trie = CatalogueTrie.from_sequences(np.concatenate(items), np.cumsum([0, *map(len, items)]))
+    group.decodable = True
+    out = model(**prompts, group=group)
+    if family == "mistral":  # its window is shorter than prompt, thoughts and item
+        assert group_ranks(model, out.prompts, trie, torch.zeros(3).long(), 15, scoring) is None
+        return
+    rows = {name: x.repeat_interleave(4, 0) for name, x in prompts.items()}
+    rows["thoughts"] = out.thoughts.flatten(0, 1)
+    lists = beam_search(model, rows, trie, 15, 15, scoring).items.view(3, 4, 15)
+    for member, place in [(0, 0), (1, 4), (2, 9), (3, 14)]:
+        targets = lists[:, member, place]
+        ranks = group_ranks(model, out.prompts, trie, targets, 15, scoring)
+        hits = lists == targets[:, None, None]
+        assert torch.equal(ranks, (hits * torch.arange(1, 16)).amax(-1))
+        assert (ranks[:, member] == place + 1).all()
+
+
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 def test_iterations_on_a_batch(tmp_path, policy):
     """The second step on a batch has the first one's rewards, and a ratio that has moved."""
@@ -344,8 +395,8 @@ def test_what_is_logged(tmp_path):
 
 def test_target_logprob_is_the_supervised_loss(tmp_path):
     train = trainer(tmp_path, "sid", per_device_eval_batch_size=7)
-    found = train.target_logprob(DATA.valid)
-    again = trainer(tmp_path, "sid").target_logprob(DATA.valid)
+    found = train.target_logprobs(DATA.valid)
+    again = trainer(tmp_path, "sid").target_logprobs(DATA.valid)
     assert found == pytest.approx(again, rel=1e-5)
     total = 0.0
     for row in (DATA.valid[i] for i in range(len(DATA.valid))):
@@ -358,7 +409,7 @@ def test_target_logprob_is_the_supervised_loss(tmp_path):
         )
         logp = logp.logits[:, -tokens.shape[1] - 1 : -1].log_softmax(-1).gather(-1, tokens[..., None])
         total += float(logp.detach().mean())
-    assert found == pytest.approx(total / len(DATA.valid), rel=1e-4)
+    assert found.mean() == pytest.approx(total / len(DATA.valid), rel=1e-4)
 
 
 def test_backbone_trains_when_asked(tmp_path):

@@ -69,6 +69,7 @@ def settings(options: QuickstartOptions) -> tuple[Any, ...]:
         embedding_dropout=0.1,
         output_dropout=0.1,
         reasoner_learning_rate=3e-4,
+        normalisation="catalogue",
         lr_scheduler_type="cosine",
         per_device_train_batch_size=64,
         per_device_eval_batch_size=256,

@@ -49,11 +49,12 @@ def train(
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
         before = trainer.evaluate()
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
         after = trainer.evaluate()
     trainer.save_model(str(args.output_dir))
     trainer.save_state()
     history: dict[float, dict[str, float]] = {}
-    for line in trainer.state.log_history:
+    for line in lines:
         if found := {name: line[name] for name in names if name in line}:
             history.setdefault(line["step"], {"step": line["step"]}).update(found)
     summary = {

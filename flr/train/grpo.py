@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from flr.data import CSR, EpochSampler, Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
+from flr.decode.group import group_ranks
 from flr.decode.session import causal_lm
 from flr.forward import IGNORE
 from flr.group_forward import GroupInputs, GroupOutput
@@ -291,6 +292,7 @@ class LatentGRPOTrainer(SFTTrainer):
             catalogue=self.catalogue,
             edges=inputs.pop("edges", None),
             reference=self.reference.to(inputs["input_ids"].device),
+            decodable=self.rewards.may_decode,
         )
         iteration = self.state.global_step % args.num_iterations
         if iteration and self._micro_batch >= len(self._rollouts):
@@ -364,23 +366,27 @@ class LatentGRPOTrainer(SFTTrainer):
     def _ranks(self, model: Any, prompts: dict, items: torch.Tensor, out: GroupOutput) -> torch.Tensor:
         """Place [B, G] of the target in the list that constrained decoding gives each member, 0 where it is not in it.
 
-        Every member is a prompt of its own here: the beams of a member share a cache, members do not.
+        Members go on from the group forward; where they cannot be packed into a row, each is a prompt of its own.
         """
         assert out.thoughts is not None
         args: Any = self.args
         if self.is_fsdp_enabled:
             raise ValueError("reward: expected a likelihood under FSDP, where decoding would gather at different times")
+        lm, width, scoring = self.accelerator.unwrap_model(model), args.reward_beams, self.processor.scoring
+        ranks = None
+        if out.prompts is not None:
+            ranks = group_ranks(lm, out.prompts, self.trie, items, width, scoring)
+        if ranks is not None:
+            return ranks
         batch, members = out.thoughts.shape[:2]
         rows = {name: x.repeat_interleave(members, 0) for name, x in prompts.items()}
         rows["thoughts"] = out.thoughts.flatten(0, 1)
         target = items.repeat_interleave(members)[:, None]
-        lm = self.accelerator.unwrap_model(model)
         if self.trie.depth == 1:
-            scores = rank_one_token(lm, rows, self.trie)  # [B·G, C]
+            scores = rank_one_token(lm, rows, self.trie, scoring)  # [B·G, C]
             ranks = (scores >= scores.gather(1, target)).sum(1)  # ties against the target
         else:
-            width = args.reward_beams
-            hits = beam_search(lm, rows, self.trie, num_beams=width, k=width).items == target
+            hits = beam_search(lm, rows, self.trie, width, width, scoring).items == target
             ranks = (hits * torch.arange(1, width + 1, device=hits.device)).amax(1)
         return ranks.view(batch, members)
 
@@ -409,15 +415,15 @@ class LatentGRPOTrainer(SFTTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As in SFT, and the mean log-likelihood of the targets, ``eval_target_logprob``."""
         rows: Any = self.valid if eval_dataset is None else eval_dataset.interactions
-        extra = {f"{metric_key_prefix}_target_logprob": self.target_logprob(rows)}
+        extra = {f"{metric_key_prefix}_target_logprob": float(self.target_logprobs(rows).mean())}
         self.log(extra)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix) | extra
 
     @torch.no_grad()
-    def target_logprob(self, rows: Interactions) -> float:
-        """Mean over rows of the mean log-probability of the target's tokens, normalised as in training, without noise."""
+    def target_logprobs(self, rows: Interactions) -> np.ndarray:
+        """Mean log-probability of each row's target tokens, float64 [n], normalised as in training, without noise."""
         collate = GroupCollator(self.processor, 1, self._groups.hidden_size, self.args.seed)
-        size, total = self.args.per_device_eval_batch_size, 0.0
+        size, parts = self.args.per_device_eval_batch_size, []
         model: Any = self.model
         model.eval()
         for start in range(0, len(rows), size):
@@ -432,5 +438,5 @@ class LatentGRPOTrainer(SFTTrainer):
                 edges=batch.pop("edges", None),
             )
             logprobs = model(**batch, group=group).logprobs[:, 0]
-            total += float((logprobs.sum(-1) / group.target_mask.sum(-1)).sum())
-        return total / len(rows)
+            parts.append((logprobs.sum(-1) / group.target_mask.sum(-1)).double().cpu().numpy())
+        return np.concatenate(parts)

@@ -38,9 +38,9 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
     )
     normalisation: str = field(
-        default="catalogue",
+        default="full",
         metadata={
-            "help": "What a target token competes with: catalogue (what continues an item there) or full (the vocabulary)."
+            "help": "What a target token competes with: full (the vocabulary) or catalogue (what continues an item there)."
         },
     )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})

@@ -101,9 +101,9 @@ class Rewards:
         return cls(terms)
 
     @property
-    def decodes(self) -> bool:
-        """Whether a term needs the ranks that constrained decoding gives."""
-        return any(isinstance(name, str) and name not in LIKELIHOODS for name in self.terms)
+    def may_decode(self) -> bool:
+        """Whether a term may ask for the ranks that constrained decoding gives."""
+        return any(name not in LIKELIHOODS for name in self.terms)
 
     def of(self, inputs: RewardInputs) -> Tensor:
         """Rewards [B, G]."""
