@@ -16,13 +16,13 @@ from flr.decode.group import group_ranks
 from flr.group_forward import GroupInputs
 
 from .harness import DEVICE, label
-from .test_train_step import MODEL, TINY, build, prompts_of
+from .test_train_step import MODEL, SMALL, build, prompts_of
 
 CODES = 4
 
 
 @pytest.mark.cases(
-    quick=[{**TINY, "B": 2, "L": 48, "G": 4, "W": 5, "C": 200}],
+    quick=[{**SMALL, "B": 2, "L": 48, "G": 4, "W": 5, "C": 200}],
     default=[{**MODEL, "B": b, "L": 256, "G": 8, "W": 20, "C": 10_000} for b in (1, 4)],
     gpu=[
         {"D": 1536, "layers": 28, "V": 151936, "B": 4, "L": 256, "G": 8, "W": 20, "C": 100_000, "dtype": torch.bfloat16}

@@ -85,7 +85,7 @@ if wanted steps; then # 40: RL, 28 layers, 32 rows of 273 tokens: published 100 
   bench steps 100 50 train_step.py
 fi
 if wanted decode; then # 60: Python dictionaries of up to 10⁶ items are built and walked on the host
-  bench decode 90 50 decode.py
+  bench decode 90 50 decode.py group_ranks.py
 fi
 for tool in memcheck racecheck; do # 25 each: the kernels of csrc/ alone; a racecheck of everything takes longer than all of this
   wanted "$tool" || continue
