@@ -50,8 +50,7 @@ def tier_of(config) -> str:
 def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "cases(quick, default, full, gpu, gpu_full): shapes by tier, for `shape`")
     tier = tier_of(config)
-    if tier == "quick":
-        keep_memory()
+    keep_memory()
     facts()  # of the code as it is now, whatever happens to the tree before the results are written
     config.stash[_ROWS], config.stash[_STARTED] = [], time.monotonic()
     config.stash[_CEILINGS] = Ceilings(tier)

@@ -53,10 +53,10 @@ def speedup(rows: list[Row]) -> plt.Figure:
         axes.plot(row["target"], y, marker="|", color=DARK, markersize=11, markeredgewidth=2)
         axes.text(max(p80, row["target"]) * 1.06, y, f"{p50:.3g}×", va="center", fontsize=8, color=DARK)
     axes.set_yticks(range(len(rows)), [f"{r['suite']} {r['case']} · {r['variant']}" for r in rows], fontsize=7)
-    axes.invert_yaxis()
     axes.axvline(1, color=DARK, lw=0.8)
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     left, right = axes.get_xlim()
     ticks = [x * 10**n for n in range(-2, 4) for x in (1, 2, 5) if left <= x * 10**n <= right]
     axes.set_xticks(ticks, [f"{x:g}×" for x in ticks])

@@ -65,7 +65,7 @@ def speed(rows: list[Row]) -> str:
             key = (row["suite"], row["case"].split()[0], row["variant"], row["target"])
             groups.setdefault(key, []).append(row)
     lines = []
-    for (name, kind, variant, target), group in groups.items():
+    for (name, _, variant, target), group in groups.items():
         done = [row for row in group if "ratio" in row]
         memory = []
         for row in done:
@@ -75,10 +75,10 @@ def speed(rows: list[Row]) -> str:
         met = sum(row["ratio"]["p50"] >= target for row in done)
         faster = span([row["ratio"]["p50"] for row in done], number)
         alone = len(group) == 1
-        work = group[0]["case"] if alone else f"{kind}, {len(group)} cases"
+        shared = [word for word in group[0]["case"].split() if all(word in row["case"].split() for row in group)]
         lines.append(
             [
-                f"{name} {work}".replace("_", " "),
+                f"{name} {' '.join(shared)}{'' if alone else f', {len(group)} cases'}".replace("_", " "),
                 variant,
                 f"**{faster}×**" if done else "failed",
                 between(done[0]) if alone and done else "",
