@@ -107,7 +107,7 @@ def test_step(shape, race, tier):
     }
     target = {"python dict": 10.0 if depth == 0 else 7.0, "padded csr": 2.5 if depth == 0 else 1.0}
     race(f"step {label(shape)}", variants, suite="decode", shape=shape, check=check, target=target,
-         bytes_moved=4 * logits.numel())  # fmt: skip
+         bytes_moved=4 * logits.numel() if depth else None)  # at the root ours has a tenth of the rows  # fmt: skip
 
 
 @pytest.mark.cases(

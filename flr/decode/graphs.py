@@ -12,6 +12,7 @@ compared with its replay; from the third on graphs answer. What cannot be captur
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -58,7 +59,7 @@ class Watch:
             return numbers.tolist()
         host, event = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
         host.copy_(numbers, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(numbers.device))
         self.asked.append((host, event))
         known: list[int] | None = None
         while self.asked and self.asked[0][1].query():
@@ -127,6 +128,7 @@ class Replayed:
                 at, more = next(steps)
                 outcome = self._outcome(at)
             levels.append((graph, *outcome))
+            outcome[1].items.fill_(-7)  # so that a replay that does nothing is noticed
         self.levels = levels
 
     def _one_by_one(self) -> Iterator[_Level]:
@@ -226,7 +228,8 @@ def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None
             return None
         replayed = Replayed(search, prompts)
         plain = replayed.run(count)
-        replayed.capture()
+        with torch.cuda.device(prompts.states.device) if prompts.states.is_cuda else contextlib.nullcontext():
+            replayed.capture()
         found = replayed.run(count)
         if not _equal(found, plain):
             raise RuntimeError("their result differs from that of the same operations one by one")
