@@ -87,7 +87,7 @@ class BuildExtension(build_ext):
             print(f"flr: built flr_kernels._C ({found})", flush=True)
             return
         print(
-            "flr: going on without flr_kernels._C; the PyTorch reference serves group_advantage. See docs/extension.md"
+            "flr: going on without flr_kernels._C; the PyTorch reference serves its operations. See docs/extension.md"
         )
 
     def compile(self, extension, nvcc):
@@ -108,10 +108,11 @@ class BuildExtension(build_ext):
         cxx = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         cxx += [*shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
         core = SOURCES / "group_advantage.cuh"
+        headers = [core, SOURCES / "log_normaliser.h"]
 
         def cpp(name, *extra):
             source, output = SOURCES / f"{name}.cpp", str(folder / f"{name}.o")
-            return output, ([*cxx, *extra, str(source), "-o", output], [source, core])
+            return output, ([*cxx, *extra, str(source), "-o", output], [source, *headers])
 
         commands = {}  # longest first
         linker = [*compiler, "-shared"]
@@ -122,13 +123,17 @@ class BuildExtension(build_ext):
             command = [*gpu, f"--threads={jobs}", *flags, "-c", str(source), "-o", output]
             commands[output] = (command, [source, core])
             linker = [nvcc, *host, "-shared", "--cudart=static"]
-        commands.update([cpp("bindings", *includes, *defines), cpp("group_advantage")])
+        commands.update([cpp("bindings", *includes, *defines), cpp("group_advantage"), cpp("log_normaliser")])
         objects = list(commands)
         commands[str(target)] = ([*linker, *objects, "-o", str(target)], objects)
         run_all(commands, folder, jobs)
         return f"CUDA {names} and host" if nvcc else "host only: no nvcc found or it failed"
 
 
-sources = [f"csrc/{name}" for name in ("bindings.cpp", "group_advantage.cpp", "group_advantage.cu")]
-extension = Extension("flr_kernels._C", sources, depends=["csrc/group_advantage.cuh"], optional=not REQUIRED)
+sources = [
+    f"csrc/{name}" for name in ("bindings.cpp", "group_advantage.cpp", "log_normaliser.cpp", "group_advantage.cu")
+]
+extension = Extension(
+    "flr_kernels._C", sources, depends=["csrc/group_advantage.cuh", "csrc/log_normaliser.h"], optional=not REQUIRED
+)
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "group_advantage.cuh"
+#include "log_normaliser.h"
 
 namespace py = pybind11;
 using namespace flr;
@@ -168,6 +169,16 @@ void batch_advantage(const View& rewards, const View& partials, const View& adva
 #endif
 }
 
+void log_normaliser(const View& logits, const View& out, int device, uintptr_t) {
+  if (device != -1) refuse("device", "-1: this has no CUDA half", std::to_string(device));
+  const Sizes& sizes = std::get<3>(logits);
+  if (sizes.size() != 2 || sizes[1] < 1) refuse("logits", "[R, V] with V >= 1", text(sizes));
+  const Array rows = check("logits", logits, device, sizes, "float32");
+  if (sizes[1] > 1 && rows.strides[1] != 1) refuse("logits", "a contiguous last dimension", "strides " + text(rows.strides));
+  float* result = static_cast<float*>(contiguous("out", out, device, {sizes[0]}, "float32").data);
+  log_normaliser_host(static_cast<const float*>(rows.data), sizes[0], sizes[1], rows.strides[0], result);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -176,6 +187,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("architectures") = FLR_ARCHITECTURES;  // "8.0 9.0 12.0+PTX"; empty without the CUDA half
   module.def("group_advantage", &group_advantage);
   module.def("batch_advantage", &batch_advantage);
+  module.def("log_normaliser", &log_normaliser);
 #ifdef FLR_CUDA
   module.def("driver_problem", [] {
     const char* problem = driver_problem();

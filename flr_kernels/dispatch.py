@@ -1,5 +1,5 @@
 """Which implementation of an op runs: ``reference`` (PyTorch), ``triton``, ``cuda``, ``host`` (C++ on one CPU
-thread, for tests) or ``cce`` (the library cut-cross-entropy, for ``token_logprob``).
+thread) or ``cce`` (the library cut-cross-entropy, for ``token_logprob``).
 
 ``FLR_BACKEND`` is ``auto`` (default), one backend for every op, or a comma-separated list with per-op choices::
 
@@ -40,6 +40,7 @@ class Op:
     forward: dict[str, Callable] = field(default_factory=dict)
     backward: dict[str, Callable] = field(default_factory=dict)
     check: dict[str, Callable[..., None]] = field(default_factory=dict)
+    on_cpu: tuple[str, ...] = ("reference",)
 
     def register(
         self,
@@ -47,11 +48,13 @@ class Op:
         forward: Callable,
         backward: Callable | None = None,
         check: Callable[..., None] | None = None,
+        *,
+        on_cpu: bool = False,
     ) -> None:
         """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones.
 
         ``check`` takes the arguments of either and raises :class:`BackendUnavailable` or ``ValueError`` if the backend
-        cannot serve them.
+        cannot serve them. ``on_cpu``: ``auto`` tries it on CPU tensors; others run there when asked for by name.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -60,6 +63,8 @@ class Op:
             self.backward[backend] = backward
         if check is not None:
             self.check[backend] = check
+        if on_cpu:
+            self.on_cpu = (backend, *self.on_cpu)
 
 
 OPS: dict[str, Op] = {}
@@ -117,10 +122,11 @@ def select(name: str, tensor: torch.Tensor, *args) -> str:
             )
         _accepts(backend, name, (tensor, *args))
         return backend
-    if not tensor.is_cuda:
-        return "reference"
+    order = _AUTO_ORDER if tensor.is_cuda else OPS[name].on_cpu
+    if len(order) == 1:
+        return order[0]
     reasons = []
-    for candidate in filter(implementations.__contains__, _AUTO_ORDER):
+    for candidate in filter(implementations.__contains__, order):
         try:
             _accepts(candidate, name, (tensor, *args))
         except (BackendUnavailable, ValueError) as reason:

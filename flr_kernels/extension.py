@@ -1,7 +1,7 @@
 """The compiled half (csrc/, built by setup.py): loading it, saying why it cannot run, and the backends it serves.
 
 Backends of ``group_advantage`` and ``batch_advantage``: "cuda" for CUDA tensors, "host" (the same C++ core on one thread)
-for CPU tensors; the host twin is for tests and runs only when asked for by name.
+for CPU tensors; that twin is for tests and runs only when asked for by name. "host" of ``log_normaliser`` is what ``auto`` takes.
 """
 
 from __future__ import annotations
@@ -140,3 +140,10 @@ def batch_advantage(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
     advantages = torch.empty_like(rewards)
     _call("batch_advantage", rewards, rewards, partials, advantages, eps)
     return advantages
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """As the reference, for float32 on a CPU; every logit is read from memory once (csrc/log_normaliser.cpp)."""
+    out = logits.new_empty(logits.shape[0])
+    _call("log_normaliser", logits, logits, out)
+    return out

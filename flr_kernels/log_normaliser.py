@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference, triton_config
+from . import checks, dispatch, extension, reference, triton_config
 
 
 def _triton_forward(logits: Tensor) -> Tensor:
@@ -26,9 +26,18 @@ def _triton_check(logits: Tensor) -> None:
         raise ValueError("logits: the triton backend takes float64 under the interpreter only, got float64")
 
 
+def _host_check(logits: Tensor) -> None:
+    extension.check_host(logits)
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits: backend 'host' expects float32, got {logits.dtype}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"logits: backend 'host' expects a contiguous last dimension, got strides {logits.stride()}")
+
+
 _OP = dispatch.op("log_normaliser")
 _OP.register("reference", reference.log_normaliser)
 _OP.register("triton", _triton_forward, check=_triton_check)
+_OP.register("host", extension.log_normaliser, check=_host_check, on_cpu=True)
 
 
 @torch.library.custom_op("flr::log_normaliser", mutates_args=())

@@ -1,5 +1,7 @@
 // Runs the host twin over awkward sizes under the sanitizers (tests/test_csrc.py): buffers of exactly the right size, results
 // against plain loops in long double. Exit status 1 and a line on the first difference.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <condition_variable>
@@ -9,6 +11,7 @@
 #include <vector>
 
 #include "../csrc/group_advantage.cuh"
+#include "../csrc/log_normaliser.h"
 
 using namespace flr;
 
@@ -129,8 +132,25 @@ static void run(int64_t groups, int64_t size, int64_t length, Kind kind, Reward 
   }
 }
 
+static void normaliser(int64_t rows, int64_t size, int64_t stride) {
+  std::vector<float> logits(rows > 0 ? (rows - 1) * stride + size : 0), out(rows);
+  for (float& x : logits) x = float(40 * uniform() - 20);
+  if (rows > 0 && size > 2) logits[size / 2] = -INFINITY, logits[size - 1] = 1e4f;
+  log_normaliser_host(logits.data(), rows, size, stride, out.data());
+  for (int64_t row = 0; row < rows; ++row) {
+    long double top = -INFINITY, sum = 0;
+    for (int64_t i = 0; i < size; ++i) top = std::max(top, (long double)logits[row * stride + i]);
+    for (int64_t i = 0; i < size; ++i) sum += expl(logits[row * stride + i] - top);
+    const long double wanted = top + logl(sum);
+    if (fabsl(out[row] - wanted) > 1e-6L * (1 + fabsl(wanted))) expect("log_normaliser", out[row], wanted);
+  }
+}
+
 int main() {
   int cases = 0;
+  for (int64_t size : {1, 2, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 5000})
+    for (int64_t rows : {0, 1, 3})
+      for (int64_t gap : {0, 5}) normaliser(rows, size, size + gap), ++cases;
   for (int64_t groups : {0, 1, 3, 17})
     for (int64_t size : {1, 2, 7, 33})
       for (int64_t length : {0, 1, 5, 31, 70})

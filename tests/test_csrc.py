@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flr_kernels
-from flr_kernels import extension, reference
+from flr_kernels import dispatch, extension, reference
 from flr_kernels.group_advantage import KINDS, REWARDS
 
 ROOT = Path(__file__).parents[1]
@@ -366,10 +366,52 @@ def test_fuzz_the_binding(data):
     assert all(torch.cat([x[:8], x[16:]]).eq(-1).all() for x in whole)
 
 
+@needs_extension
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 64, 2047, 2048, 2049, 100_003])
+def test_log_normaliser_of_rows_on_a_cpu(size):
+    torch.manual_seed(size)
+    logits = 5 * torch.randn(6, size + 3)[:, :size]  # rows further apart than V
+    logits[0, size // 2], logits[1], logits[2] = 1e4, logits[1] - 1e4, logits[2] + 1e4
+    logits[3, : size - 1] = -torch.inf
+    assert dispatch.select("log_normaliser", logits) == "host"
+    found = flr_kernels.log_normaliser(logits)
+    expected = logits.double().logsumexp(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=2e-6)
+    assert torch.equal(found, flr_kernels.log_normaliser(logits))
+    broken = logits.clone()
+    broken[0, -1], broken[1, 0], broken[2] = torch.nan, torch.inf, -torch.inf
+    assert flr_kernels.log_normaliser(broken).isfinite().tolist() == [False] * 3 + [True] * 3
+
+
+@needs_extension
+def test_log_normaliser_takes_what_the_kernel_does_not(monkeypatch):
+    logits = torch.randn(4, 50)
+    for other in (logits.double(), logits.bfloat16(), logits.T):
+        assert dispatch.select("log_normaliser", other) == "reference"
+        torch.testing.assert_close(flr_kernels.log_normaliser(other).double(), other.double().logsumexp(-1))
+        monkeypatch.setenv("FLR_BACKEND", "log_normaliser=host")
+        with pytest.raises(ValueError, match="backend 'host' expects"):
+            flr_kernels.log_normaliser(other)
+        monkeypatch.delenv("FLR_BACKEND")
+    module = extension.load()
+    view, out = extension._view(logits), extension._view(torch.empty(4))
+    for views, message in (
+        ((extension._view(logits.double()), out, -1, 0), "logits: expected float32"),
+        ((extension._view(logits.T), out, -1, 0), "contiguous last dimension"),
+        ((view, extension._view(torch.empty(3)), -1, 0), "out: expected shape"),
+        (((*view[:5], 796), out, -1, 0), "within its storage"),
+        ((extension._view(logits[0]), out, -1, 0), r"logits: expected \[R, V\]"),
+        ((view, out, 0, 0), "no CUDA half"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.log_normaliser(*views)
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_the_host_twin_under_the_sanitizers(tmp_path):
     flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-pthread"]
-    files = [ROOT / "csrc/group_advantage.cpp", ROOT / "tests/csrc_driver.cpp", "-o", tmp_path / "driver"]
+    sources = [ROOT / "csrc/group_advantage.cpp", ROOT / "csrc/log_normaliser.cpp"]
+    files = [*sources, ROOT / "tests/csrc_driver.cpp", "-o", tmp_path / "driver"]
     build = [COMPILER, *flags, "-fsanitize=address,undefined", *map(str, files)]
     compiled = subprocess.run(build, capture_output=True, text=True)
     if "cannot find" in compiled.stderr and "san" in compiled.stderr:
@@ -377,7 +419,7 @@ def test_the_host_twin_under_the_sanitizers(tmp_path):
     assert compiled.returncode == 0, compiled.stderr
     run = subprocess.run([tmp_path / "driver"], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout == "1338 cases\n"
+    assert run.stdout == "1410 cases\n"
 
 
 def _cuda_inputs(groups=64, size=8, length=16):
