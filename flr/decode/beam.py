@@ -315,16 +315,21 @@ class Search:
             column = torch.arange(at, min(at + block, widest), device=states.device)
             if alike:
                 node, inside = column[None, None] + 1, live[..., None]
-                low, high = (x[node].long().expand(rows, 1, -1) for x in (trie.leaf_begin, trie.leaf_end))
             else:
                 inside = column < fanout[..., None]
                 node = torch.where(inside, begin[..., None] + column, 0)
-                low, high = (x[node].long() for x in (trie.leaf_begin, trie.leaf_end))
-            count = self.allows.count(low, high)
             ends: torch.Tensor | None = None
-            if may_end:
-                ends = count == 1 if self.scoring == "catalogue" else trie.children[node] == trie.children[node + 1]
-            return node, ends, token_logits(states, self.rows, trie.tokens[node].long(), inside & (count > 0))
+            if may_end and not self.skips:
+                ends = trie.children[node] == trie.children[node + 1]
+            if self.skips or not self.allows.all:
+                low, high = (x[node].long().expand(rows, -1, -1) for x in (trie.leaf_begin, trie.leaf_end))
+                count = self.allows.count(low, high)
+                inside = inside & (count > 0)
+                if self.skips:
+                    ends = count == 1
+            else:
+                inside = inside.expand(-1, -1, len(column))
+            return node, ends, token_logits(states, self.rows, trie.tokens[node].long(), inside)
 
         first_block = children(0)
         if self.scoring == "full":

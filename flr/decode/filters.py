@@ -28,6 +28,10 @@ class FlatFilter(NamedTuple):
 
 
 class ItemFilter(Protocol):
+    @property
+    def all(self) -> bool:
+        """Whether every item is allowed."""
+
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Allowed items among leaf positions begin..end-1, int64 of the same shape."""
 
@@ -60,6 +64,7 @@ class _Tensors:
     """Tensors by name, copied together."""
 
     names: tuple[str, ...] = ()
+    all = False
 
     def tensors(self) -> list[torch.Tensor]:
         return [getattr(self, name) for name in self.names]
@@ -76,6 +81,8 @@ class _Tensors:
 
 
 class _Everything(_Tensors):
+    all = True
+
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return end - begin
 
