@@ -34,7 +34,7 @@ from torch import nn
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.data._io import atomic_file, write_json, write_parquet
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
-from flr.decode.scoring import order_key, resolve_scoring
+from flr.decode.scoring import resolve_scoring
 from flr.decode.session import evaluating
 from flr.metrics import (
     COVERAGE_CUTOFF,
@@ -49,6 +49,7 @@ from flr.metrics import (
     ranks_from_scores,
     row_metrics,
 )
+from flr_kernels.reference import order_key
 
 Method = Literal["auto", "beam", "exhaustive"]
 Level = Literal["item", "title"]

@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from flr_kernels.reference import order_key
+
 from .attribution import ThinkingPrompts, attribute, influence_shares, think
 from .checkpoint import from_pretrained
 from .data import CSR, RecProcessor
 from .decode import CatalogueTrie, Scoring, beam_search
-from .decode.scoring import order_key, resolve_scoring
+from .decode.scoring import resolve_scoring
 from .decode.session import causal_lm, evaluating
 from .patch import is_patched
 from .views import ViewMixture

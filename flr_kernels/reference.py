@@ -154,6 +154,13 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return logits.to(accumulation_dtype(logits.dtype)).logsumexp(-1)
 
 
+def order_key(score: Tensor, tie: Tensor) -> Tensor:
+    """int64 that sorts like (score, -tie): unique keys make top-k deterministic. tie in 0 .. 2**32 - 1."""
+    bits = (score + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.long() << 32) | (0xFFFFFFFF - tie)
+
+
 def trie_step(
     logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
     leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_open: int, num_all: int, widest: int,
@@ -185,9 +192,7 @@ def trie_step(
     if norm is None:
         norm = logit.logsumexp(-1)
     total = logit - norm[..., None] + score[..., None].masked_fill(~live, 0.0)
-    bits = (total + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    key = torch.where(inside & (total > -torch.inf), (ordered << 32) | (0xFFFFFFFF - low), dead)
+    key = torch.where(inside & (total > -torch.inf), order_key(total, low), dead)
     ends = count == 1 if unique else children[child] == children[child + 1]
 
     def best(keys: Tensor, width: int) -> tuple[Tensor, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -175,6 +177,19 @@ def test_threads_do_not_share_tensors(policy):
     for thread in threads:
         thread.join()
     assert found == [expected] * 15
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_what_is_kept_for_a_model_does_not_keep_it(policy, scoring):
+    model = toy_model("llama", seed=77)
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 20, 3, 4)))
+    calls(model, trie, 3, scoring=scoring)
+    assert len(policy) == 1
+    policy.clear()
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_few_shapes_are_kept(policy, monkeypatch):

@@ -31,6 +31,7 @@ from torch import nn
 
 import flr_kernels
 from flr_kernels import Continuations
+from flr_kernels.reference import order_key
 from flr_kernels.trie_step import runs_as_kernel
 
 from . import graphs
@@ -43,7 +44,6 @@ from .scoring import (
     check_scoring,
     check_vocabulary,
     log_normaliser,
-    order_key,
     token_logits,
 )
 from .session import Prompts, Session, evaluating, num_prompts, slots, start

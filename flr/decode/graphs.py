@@ -76,6 +76,7 @@ class Replayed:
         users, device = _padded_users(len(prompts.states)), prompts.states.device
         length = -(-session.length // _PROMPT_STEP) * _PROMPT_STEP
         self.search = copy.copy(search)
+        self.search.logits = copy.copy(search.logits)
         self.search.allows = search.allows.padded(users).copied()
         self.tokens = self._tokens()
         room = length + sum(w * n for w, n in zip(self._widths(), self.tokens, strict=True))
@@ -99,10 +100,19 @@ class Replayed:
         self.states[:count].copy_(prompts.states)
         self.live.zero_()[:count] = True
         assert isinstance(prompts.session, PackedSession)
+        self.session.model, self.search.rows = prompts.session.model, search.rows
         self.session.load(prompts.session)
         self.search.allows.load(search.allows.padded(len(self.live)))
         if self.search.logits is not None and search.logits is not None:
             self.search.logits.weight.copy_(search.logits.weight)  # which may have been trained meanwhile
+            self.search.logits.rows = search.logits.rows
+
+    def forget_model(self) -> None:
+        """Until the next `load`, so that what is kept for a model does not keep the model."""
+        self.search.rows = None
+        vars(self.session).pop("model", None)
+        if self.search.logits is not None:
+            vars(self.search.logits).pop("rows", None)
 
     def steps(self) -> Iterator[tuple[State, bool]]:
         """The search, level by level, and whether there is another; nothing waits for the device."""
@@ -242,6 +252,8 @@ def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None
         logger.warning("decoding without CUDA graphs for these shapes: %s", error)
         return None
     finally:
+        if entry.replayed is not None:
+            entry.replayed.forget_model()
         entry.lock.release()
 
 

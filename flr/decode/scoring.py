@@ -40,13 +40,6 @@ def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
         raise ValueError(f"the catalogue uses token {trie.max_token}, the model's vocabulary has {vocabulary}")
 
 
-def order_key(score: torch.Tensor, tie: torch.Tensor) -> torch.Tensor:
-    """int64 that sorts like (score, -tie): unique keys make top-k deterministic. tie in 0 .. 2**32 - 1."""
-    bits = (score + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered.long() << 32) | (0xFFFFFFFF - tie)
-
-
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """log sum exp over the vocabulary in float32, [..., V] -> [...].
 
