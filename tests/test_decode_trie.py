@@ -175,6 +175,21 @@ def test_refuses():
             trie.walk(impossible)
 
 
+def test_a_moved_trie_keeps_no_tensor_of_the_old_device():
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(0, 30)))
+    trie.columns(), trie.leaf_of_item, trie.ancestor(torch.tensor([0]), torch.tensor([1]))  # all that is made at first use
+    before = {id(x) for x in _tensors(trie)}
+    moved = trie.to("meta")
+    assert {x.device.type for x in _tensors(moved)} == {"meta"}
+    assert moved.leaf_of_item.device.type == "meta"
+    assert {id(x) for x in _tensors(trie)} == before
+
+
+def _tensors(trie: CatalogueTrie) -> list[torch.Tensor]:
+    values = [v if isinstance(v, tuple) else (v,) for v in vars(trie).values()]
+    return [x for value in values for x in value if isinstance(x, torch.Tensor)]
+
+
 def test_saved_and_loaded_are_equal(tmp_path):
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(0, 40)))
     path = tmp_path / "new folder" / "trie.safetensors"

@@ -84,10 +84,14 @@ class CatalogueTrie:
         self.num_internal = tuple(int((x > 0).sum()) for x in per_level)
         self.num_leaves = tuple(len(x) - n for x, n in zip(per_level, self.num_internal, strict=True))
         self.max_token = int(tokens.max())
+        self._ways: list[int] | None = None
+        self._forget_tensors()
+
+    def _forget_tensors(self) -> None:
+        """Drop what was computed on this trie's device; it is made again at first use."""
         self._leaf_of_item: torch.Tensor | None = None
         self._node_key: torch.Tensor | None = None
         self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._ways: list[int] | None = None
 
     # ---------------------------------------------------------------- building
 
@@ -354,7 +358,7 @@ class CatalogueTrie:
             return self
         moved = object.__new__(CatalogueTrie)
         moved.__dict__.update(self.__dict__)
-        moved._leaf_of_item = moved._node_key = None
+        moved._forget_tensors()
         for name in _ARRAYS:
             setattr(moved, name, getattr(self, name).to(device))
         return moved
