@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from .config import FLRConfig
-from .patch import patch_model
+from flr.config import FLRConfig
+from flr.patch import patch_model
 
 logger = logging.getLogger("flr")
 

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from .attribution import ThinkingPrompts, think
-from .data import CSR, Interactions, RecProcessor
-from .decode import CatalogueTrie, Scoring
-from .decode.session import evaluating
-from .recommender import History, OnUnknown, Query, Recommendation, Recommender
-from .report import PathLike, explanation_body, page, save_png, write_text
+from flr.attribution import ThinkingPrompts, think
+from flr.data import CSR, Interactions, RecProcessor
+from flr.decode import CatalogueTrie, Scoring
+from flr.decode.session import evaluating
+from flr.recommender import History, OnUnknown, Query, Recommendation, Recommender
+from flr.report import PathLike, explanation_body, page, save_png, write_text
 
 _HEAT = LinearSegmentedColormap.from_list("flr", ["#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66"])
 _LABEL = 30  # characters of a title on the heat map

@@ -23,12 +23,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .config import FLRConfig
-from .reasoner import LOSSES, ReasonerOutput
+from flr.config import FLRConfig
+from flr.reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
-    from .catalogue_loss import CatalogueLoss
-    from .group_forward import GroupInputs
+    from flr.catalogue_loss import CatalogueLoss
+    from flr.group_forward import GroupInputs
 
 logger = logging.getLogger("flr")
 
@@ -310,7 +310,7 @@ def flr_forward(
     not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
     """
     if group is not None:
-        from .group_forward import group_forward  # it stands on this module
+        from flr.group_forward import group_forward  # it stands on this module
 
         return group_forward(self, input_ids, attention_mask, position_ids, reasoner_mask, group)
     config: FLRConfig = self._flr_patch.config

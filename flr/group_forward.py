@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.utils.generic import ModelOutput
 
-from .forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
-from .head import head_logprob
-from .reasoner import LOSSES, ReasonerOutput
+from flr.forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
+from flr.head import head_logprob
+from flr.reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
-    from .catalogue_loss import CatalogueLoss
-    from .decode.group import GroupPrompts
+    from flr.catalogue_loss import CatalogueLoss
+    from flr.decode.group import GroupPrompts
 
 logger = logging.getLogger("flr")
 
@@ -197,7 +197,7 @@ class _Suffix:
 
     def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
         """The prompts and thoughts alone, the last of which began a run of ``steps`` tokens; hidden states [B, G, D] after it."""
-        from .decode.group import GroupPrompts  # which stands on this package
+        from flr.decode.group import GroupPrompts  # which stands on this package
 
         length, device = self.prompt_mask.shape[1], hidden.device
         earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)

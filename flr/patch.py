@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import FLRConfig
-from .forward import flr_forward, head
-from .reasoner import build_reasoner
+from flr.config import FLRConfig
+from flr.forward import flr_forward, head
+from flr.reasoner import build_reasoner
 
 logger = logging.getLogger("flr")
 

@@ -25,10 +25,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from flr.config import FLRConfig
 from flr_kernels import factor_aggregate, factor_attention
 from flr_kernels.checks import accumulation_dtype
-
-from .config import FLRConfig
 
 LOSSES = ("orthogonality", "diversity", "sparsity")
 

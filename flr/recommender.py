@@ -20,19 +20,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from flr.attribution import ThinkingPrompts, attribute, influence_shares, think
+from flr.checkpoint import from_pretrained
+from flr.data import CSR, RecProcessor
+from flr.decode import CatalogueTrie, Scoring, beam_search
+from flr.decode.scoring import resolve_scoring
+from flr.decode.session import causal_lm, evaluating
+from flr.patch import is_patched
+from flr.views import ViewMixture
 from flr_kernels.reference import order_key
 
-from .attribution import ThinkingPrompts, attribute, influence_shares, think
-from .checkpoint import from_pretrained
-from .data import CSR, RecProcessor
-from .decode import CatalogueTrie, Scoring, beam_search
-from .decode.scoring import resolve_scoring
-from .decode.session import causal_lm, evaluating
-from .patch import is_patched
-from .views import ViewMixture
-
 if TYPE_CHECKING:
-    from .explain import Explanation
+    from flr.explain import Explanation
 
 logger = logging.getLogger("flr")
 
@@ -251,7 +250,7 @@ class Recommender:
 
         ``options`` as for :meth:`recommend` (num_beams, exclude_seen, scoring, on_unknown).
         """
-        from .explain import explain_with
+        from flr.explain import explain_with
 
         return explain_with(self, history, k, **options)
 

@@ -37,15 +37,7 @@ from flr_kernels.trie_step import runs_as_kernel
 from . import graphs
 from .filters import ItemFilter, item_filter
 from .graphs import Watch
-from .scoring import (
-    HeadRows,
-    Scoring,
-    TokenRows,
-    check_scoring,
-    check_vocabulary,
-    log_normaliser,
-    token_logits,
-)
+from .scoring import HeadRows, Scoring, TokenRows, check_scoring, check_vocabulary, log_normaliser, token_logits
 from .session import Prompts, Session, evaluating, num_prompts, slots, start
 from .trie import CatalogueTrie
 
