@@ -29,7 +29,7 @@ def rows(seed=0, dtype=torch.float64):
 def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
     if chunked:
         monkeypatch.setattr(flr.forward, "MAX_LOSS_LOGITS", 4 * families.VOCAB)
-        monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", 2 * families.VOCAB)
+        monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.op"], "CHUNK", 2 * families.VOCAB)
     model = families.tiny_model("llama" if family == "scaled" else family).double()
     if family == "scaled":
         model.config.logits_scaling = 3.0  # as Granite's
@@ -143,7 +143,7 @@ def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
 
 def test_the_optional_backend(monkeypatch):
     """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
-    module = sys.modules["flr_kernels.token_logprob"]
+    module = sys.modules["flr_kernels.ops.token_logprob.op"]
     hidden, target = rows(dtype=torch.bfloat16)
     weight = torch.randn(families.VOCAB, families.HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setenv("FLR_BACKEND", "token_logprob=cce")

@@ -26,7 +26,7 @@ from flr.decode.group import group_ranks
 from flr.decode.session import causal_lm
 from flr.forward import IGNORE
 from flr.group_forward import GroupInputs, GroupOutput
-from flr_kernels.group_advantage import KINDS
+from flr_kernels.ops.group_advantage.op import KINDS
 
 from .sft import SFTTrainer
 from .surrogate import RewardInputs, Rewards, clipped_surrogate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flr_kernels import group_advantage
-from flr_kernels.group_advantage import GroupAdvantage
+from flr_kernels.ops.group_advantage.op import GroupAdvantage
 
 LIKELIHOODS = ("neg_perplexity", "log_likelihood")
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference, triton_config
+from ... import checks, dispatch, reference
+from ...backends import triton_config
 
 
 class FactorAggregate(NamedTuple):
@@ -50,15 +51,15 @@ def _reference_backward(
 
 
 def _triton_forward(*args):
-    from . import triton_factor_aggregate  # imported on use: flr_kernels itself needs only torch
+    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
 
-    return triton_factor_aggregate.forward(*args)
+    return triton_kernels.forward(*args)
 
 
 def _triton_backward(*args):
-    from . import triton_factor_aggregate
+    from . import triton_kernels
 
-    return triton_factor_aggregate.backward(*args)
+    return triton_kernels.backward(*args)
 
 
 def _triton_check(f: Tensor, *_) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_launch import dot_inputs, dot_weights, dot_wide
+from ...backends.triton_launch import dot_inputs, dot_weights, dot_wide
 
 #: Arguments whose value must not lead to one more compilation of a kernel.
 _SIZES = ["length", "splits", "last", "mask_length", "mask_stride_b", "mask_stride_l", "K"]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, extension, reference, triton_config
+from ... import checks, dispatch, reference
+from ...backends import extension, triton_config
 
 
 def _triton_forward(logits: Tensor) -> Tensor:
-    from . import triton_log_normaliser  # imported on use: flr_kernels itself needs only torch
+    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
 
-    return triton_log_normaliser.forward(logits)
+    return triton_kernels.forward(logits)
 
 
 def _triton_check(logits: Tensor) -> None:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference, triton_config
+from ... import checks, dispatch, reference
+from ...backends import triton_config
 
 
 class FactorAttention(NamedTuple):
@@ -35,15 +36,15 @@ class FactorAttention(NamedTuple):
 
 
 def _triton_forward(*args):
-    from . import triton_factor_attention  # imported on use: flr_kernels itself needs only torch
+    from . import triton_host  # imported on use: flr_kernels itself needs only torch
 
-    return triton_factor_attention.forward(*args)
+    return triton_host.forward(*args)
 
 
 def _triton_backward(*args):
-    from . import triton_factor_attention
+    from . import triton_host
 
-    return triton_factor_attention.backward(*args)
+    return triton_host.backward(*args)
 
 
 def _triton_check(h: Tensor, u: Tensor, *_) -> None:

@@ -4,7 +4,7 @@
     G_jk = f_j · f_k,  n_k = √(G_kk + ε²),  P_jk = G_jk / (n_j n_k) off the diagonal, 0 on it
     orthogonality = Σ_jk P_jk² / (K (K - 1))
 
-Backward, c = 4 dorth / (K (K - 1)); the formulas of :mod:`flr_kernels.factor_aggregate` with the unit vectors written out,
+Backward, c = 4 dorth / (K (K - 1)); the formulas of ``op.py`` with the unit vectors written out,
 so that one K x K matrix A holds everything that the orthogonality sends back:
 
     A_kj = c P_kj / (n_k n_j)  for j ≠ k,     A_kk = -c Σ_j P_kj² / n_k²
@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks, triton_config
-from .triton_launch import dot_wide, launch, precision
+from ... import checks
+from ...backends import triton_config
+from ...backends.triton_launch import dot_wide, launch, precision
 
 
 @triton.jit

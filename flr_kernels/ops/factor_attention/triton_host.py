@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import checks, triton_config
-from .triton_attention_kernels import backward_kernel, combine_du_kernel, combine_kernel, delta_kernel, forward_kernel
-from .triton_launch import arch, launch, precision
+from ... import checks
+from ...backends import triton_config
+from ...backends.triton_launch import arch, launch, precision
+from .triton_kernels import backward_kernel, combine_du_kernel, combine_kernel, delta_kernel, forward_kernel
 
 #: A bfloat16 result keeps 8 bits, so operands of 11 bits do; float16 keeps 11 and needs more.
 _DH_PRECISION = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}
@@ -65,7 +66,7 @@ def forward(
 
     ``last_first`` walks over the users from the last to the first; results are the same to the bit.
 
-    ``tile`` overrides the choice of :func:`flr_kernels.triton_config.attention_tile`, for tuning and inspection.
+    ``tile`` overrides the choice of :func:`flr_kernels.backends.triton_config.attention_tile`, for tuning and inspection.
 
     Raises:
         ValueError: D, K or dtype outside of the kernels' range, or a last dimension of ``h`` or ``u`` that is not

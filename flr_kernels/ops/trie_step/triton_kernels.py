@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_config
-from .triton_launch import launch
+from ...backends import triton_config
+from ...backends.triton_launch import launch
 
 #: Keys that a program sorts at a time, and that it keeps: few sizes, so that few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)

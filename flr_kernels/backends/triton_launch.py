@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks, triton_config
+from .. import checks
+from . import triton_config
 
 #: Compiler options of every kernel. Fused multiply-add is asked for by name because its default changes in Triton 3.10.
 OPTIONS = {"enable_fp_fusion": True}

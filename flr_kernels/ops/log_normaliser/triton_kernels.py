@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import checks, reference, triton_config
-from .triton_launch import arch, launch, precision
+from ... import checks, reference
+from ...backends import triton_config
+from ...backends.triton_launch import arch, launch, precision
 
 #: Programs of a multiprocessor that are worth starting; 4 warps with 16 loads a thread in flight each.
 PROGRAMS = 4

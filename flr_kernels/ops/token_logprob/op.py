@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from ... import checks, dispatch, reference
 
 #: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
 CHUNK = 1 << 24

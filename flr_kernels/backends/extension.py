@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .dispatch import BackendUnavailable
+from .. import checks
+from ..dispatch import BackendUnavailable
 from .source_hash import source_hash
 
 BUILD = "build it with `python setup.py build_ext --inplace` or `pip install -e .` (docs/extension.md)"
-_CSRC = Path(__file__).parent.parent / "csrc"
+_CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @functools.cache

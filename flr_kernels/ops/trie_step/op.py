@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference, triton_config
+from ... import checks, dispatch, reference
+from ...backends import triton_config
 
 FILTERS = ("none", "prefix", "only", "exclude")
 #: The widest selection that the Triton kernel makes.
@@ -39,9 +40,9 @@ class TrieStep(NamedTuple):
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton_trie_step  # imported on use: flr_kernels itself needs only torch
+    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
 
-    return triton_trie_step.forward(*args)
+    return triton_kernels.forward(*args)
 
 
 def _triton_check(logits: Tensor, *args: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import BackendUnavailable
+from ..dispatch import BackendUnavailable
 
 #: Factors are padded to the row count of a tensor-core tile.
 FACTOR_BLOCK = 16

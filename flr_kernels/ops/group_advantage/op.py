@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, extension, reference
+from ... import checks, dispatch, reference
+from ...backends import extension
 
 KINDS = ("grpo", "dr_grpo", "rloo", "latentr3")
 REWARDS = ("neg_perplexity", "log_likelihood", "given")
