@@ -49,7 +49,7 @@ from flr.metrics import (
     ranks_from_scores,
     row_metrics,
 )
-from flr_kernels.reference import order_key
+from flr_kernels.order import order_key
 
 Method = Literal["auto", "beam", "exhaustive"]
 Level = Literal["item", "title"]

@@ -28,7 +28,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.decode.session import causal_lm, evaluating
 from flr.patch import is_patched
 from flr.views import ViewMixture
-from flr_kernels.reference import order_key
+from flr_kernels.order import order_key
 
 if TYPE_CHECKING:
     from flr.explain import Explanation

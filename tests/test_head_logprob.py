@@ -29,7 +29,7 @@ def rows(seed=0, dtype=torch.float64):
 def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
     if chunked:
         monkeypatch.setattr(flr.forward, "MAX_LOSS_LOGITS", 4 * families.VOCAB)
-        monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.op"], "CHUNK", 2 * families.VOCAB)
+        monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.reference"], "CHUNK", 2 * families.VOCAB)
     model = families.tiny_model("llama" if family == "scaled" else family).double()
     if family == "scaled":
         model.config.logits_scaling = 3.0  # as Granite's

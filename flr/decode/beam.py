@@ -32,7 +32,7 @@ from torch import nn
 import flr_kernels
 from flr_kernels import Continuations
 from flr_kernels.ops.trie_step.op import runs_as_kernel
-from flr_kernels.reference import order_key
+from flr_kernels.order import order_key
 
 from . import graphs
 from .filters import ItemFilter, item_filter

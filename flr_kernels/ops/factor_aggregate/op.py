@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
+from ... import checks, dispatch
 from ...backends import triton_config
+from . import reference
 
 
 class FactorAggregate(NamedTuple):
@@ -30,24 +31,6 @@ class FactorAggregate(NamedTuple):
     gates: Tensor  # [B, K]
     orthogonality: Tensor  # [B]
     gate_entropy: Tensor  # [B]
-
-
-def _reference_backward(
-    f: Tensor, gates: Tensor, d_thought: Tensor, d_gates: Tensor, d_orth: Tensor, d_entropy: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    dtype = f.dtype
-    f = f.to(gates.dtype)
-    factors = f.shape[1]
-    scale = (f.square().sum(-1, keepdim=True) + eps * eps).rsqrt()  # [B, K, 1]
-    unit = f * scale
-    cosines = unit @ unit.transpose(1, 2)
-    cosines = cosines - torch.diag_embed(cosines.diagonal(dim1=1, dim2=2))
-    d_unit = (4 / max(factors * (factors - 1), 1)) * d_orth[:, None, None] * (cosines @ unit)
-    d_f = gates[..., None] * d_thought[:, None] + scale * (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True))
-    log_gates = gates.clamp_min(torch.finfo(gates.dtype).tiny).log()
-    d_g = d_gates + (f @ d_thought[..., None])[..., 0] - d_entropy[:, None] * (log_gates + 1)
-    d_logits = gates * (d_g - (gates * d_g).sum(-1, keepdim=True))
-    return d_f.to(dtype), d_logits
 
 
 def _triton_forward(*args):
@@ -68,7 +51,7 @@ def _triton_check(f: Tensor, *_) -> None:
 
 
 _OP = dispatch.op("factor_aggregate")
-_OP.register("reference", reference.factor_aggregate, _reference_backward)
+_OP.register("reference", reference.factor_aggregate, reference.factor_aggregate_backward)
 _OP.register("triton", _triton_forward, _triton_backward, _triton_check)
 
 

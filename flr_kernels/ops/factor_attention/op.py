@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
+from ... import checks, dispatch
 from ...backends import triton_config
+from . import reference
 
 
 class FactorAttention(NamedTuple):

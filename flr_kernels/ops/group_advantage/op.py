@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
+from ... import checks, dispatch
 from ...backends import extension
+from . import reference
 
 KINDS = ("grpo", "dr_grpo", "rloo", "latentr3")
 REWARDS = ("neg_perplexity", "log_likelihood", "given")
@@ -38,37 +39,12 @@ class GroupAdvantage(NamedTuple):
     std: Tensor  # [B], their sample standard deviation; 0 for G = 1
 
 
-def _reference(
-    token_logprobs: Tensor, mask: Tensor | None, group_size: int, kind: str, reward: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rewards = reference.sequence_rewards(token_logprobs, mask, reward).view(-1, group_size)
-    mean, std, _ = reference.group_statistics(rewards)
-    if kind == "latentr3":
-        batch = reference.batch_partial(rewards)
-        advantages = reference.batch_advantages(rewards, batch[None], eps)
-    else:
-        batch, advantages = mean.new_empty(0), reference.group_advantages(rewards, kind, eps)
-    return rewards, advantages, mean[:, 0].to(rewards.dtype), std[:, 0].to(rewards.dtype), batch
-
-
-def _reference_backward(
-    token_logprobs: Tensor, mask: Tensor | None, rewards: Tensor, d_rewards: Tensor, reward: str
-) -> Tensor:
-    d_rewards = d_rewards.reshape(-1)
-    if reward == "given":
-        inside = token_logprobs.reshape(-1).abs() <= reference.MAX_REWARD
-        return (d_rewards * inside).view_as(token_logprobs).to(token_logprobs.dtype)
-    weight = torch.ones_like(token_logprobs, dtype=d_rewards.dtype) if mask is None else mask.to(d_rewards.dtype)
-    mean = rewards.reshape(-1) if reward == "log_likelihood" else -(-rewards.reshape(-1)).log()
-    d_mean = d_rewards if reward == "log_likelihood" else d_rewards * -rewards.reshape(-1)
-    d_mean = d_mean * (mean > reference.MIN_MEAN_LOGPROB) / weight.sum(-1).clamp_min(1)
-    return (d_mean[:, None] * weight).to(token_logprobs.dtype)
-
-
-dispatch.op("group_advantage").register("reference", _reference, _reference_backward)
+dispatch.op("group_advantage").register("reference", reference.group_advantage, reference.group_advantage_backward)
 dispatch.op("batch_advantage").register("reference", reference.batch_advantages)
 for _backend, _check in (("cuda", extension.check_cuda), ("host", extension.check_host)):
-    dispatch.op("group_advantage").register(_backend, extension.group_advantage, _reference_backward, _check)
+    dispatch.op("group_advantage").register(
+        _backend, extension.group_advantage, reference.group_advantage_backward, _check
+    )
     dispatch.op("batch_advantage").register(_backend, extension.batch_advantage, check=_check)
 
 

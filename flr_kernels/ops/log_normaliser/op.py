@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
+from ... import checks, dispatch
 from ...backends import extension, triton_config
+from . import reference
 
 
 def _triton_forward(logits: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def _host_check(logits: Tensor) -> None:
 
 
 _OP = dispatch.op("log_normaliser")
-_OP.register("reference", reference.log_normaliser)
+_OP.register("reference", reference.blockwise)
 _OP.register("triton", _triton_forward, check=_triton_check)
 _OP.register("host", extension.log_normaliser, check=_host_check, on_cpu=True)
 

@@ -17,39 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
-
-#: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
-CHUNK = 1 << 24
-
-
-def _rows(hidden: Tensor, weight: Tensor) -> list[slice]:
-    step = max(1, CHUNK // max(weight.shape[0], 1))
-    return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
-
-
-def _chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    out = hidden.new_empty(hidden.shape[0], dtype=checks.accumulation_dtype(hidden.dtype))
-    for rows in _rows(hidden, weight):
-        out[rows] = reference.token_logprob(hidden[rows], weight, target[rows])
-    return out
-
-
-def _chunked_backward(
-    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
-) -> tuple[Tensor, Tensor]:
-    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
-    for rows in _rows(hidden, weight):
-        p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
-        d_logits = p.mul_(-grad[rows, None])
-        d_logits.scatter_add_(1, target[rows, None], grad[rows, None])
-        d_logits = d_logits.to(hidden.dtype)
-        if needs_dh:
-            d_hidden[rows] = d_logits @ weight
-        if needs_dw:
-            d_weight += d_logits.T @ hidden[rows]
-    return d_hidden, d_weight.to(weight.dtype)
+from ... import checks, dispatch
+from . import reference
 
 
 def _cce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -68,8 +37,10 @@ def _cce_check(hidden: Tensor, *_: Any) -> None:
         raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
 
 
-dispatch.op("token_logprob").register("reference", _chunked, _chunked_backward)
-dispatch.op("token_logprob").register("cce", _cce, _chunked_backward, _cce_check)  # backward: in compiled graphs
+dispatch.op("token_logprob").register("reference", reference.chunked, reference.chunked_backward)
+dispatch.op("token_logprob").register(
+    "cce", _cce, reference.chunked_backward, _cce_check
+)  # backward: in compiled graphs
 
 
 @torch.library.custom_op("flr::token_logprob", mutates_args=())

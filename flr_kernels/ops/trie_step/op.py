@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import checks, dispatch, reference
+from ... import checks, dispatch
 from ...backends import triton_config
+from . import reference
 
 FILTERS = ("none", "prefix", "only", "exclude")
 #: The widest selection that the Triton kernel makes.
@@ -46,18 +47,24 @@ def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _triton_check(logits: Tensor, *args: Any) -> None:
+    _triton_takes(logits, max(args[10:12]))
+
+
+def _triton_takes(logits: Tensor, width: int) -> None:
     triton_config.check_device(logits)
     triton_config.check_rows("logits", logits)
-    num_open, num_all = args[10:12]
-    if max(num_open, num_all) > MAX_WIDTH:
-        raise ValueError(
-            f"num_unfinished, num_all: the triton backend selects at most {MAX_WIDTH}, got {num_open}, {num_all}"
-        )
+    if width > MAX_WIDTH:
+        raise ValueError(f"num_unfinished, num_all: the triton backend selects at most {MAX_WIDTH}, got {width}")
 
 
 def runs_as_kernel(logits: Tensor, width: int) -> bool:
-    """Whether :func:`trie_step` with these logits and at most ``width`` continuations runs as a kernel, not as its definition."""
-    return dispatch.select("trie_step", logits, *[None] * 10, width, width) != "reference"
+    """Whether :func:`trie_step` of these logits and at most ``width`` continuations runs as a kernel, not as its definition."""
+
+    def accepts(backend: str) -> None:
+        if backend == "triton":
+            _triton_takes(logits, width)
+
+    return dispatch.select("trie_step", logits, accepts=accepts) != "reference"
 
 
 _OP = dispatch.op("trie_step")
@@ -68,22 +75,22 @@ _OP.register("triton", _triton_forward, check=_triton_check)
 @torch.library.custom_op("flr::trie_step", mutates_args=())
 def _forward(
     logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
-    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_open: int, num_all: int, widest: int,
+    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
     unique: bool, filter: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return dispatch.forward(
-        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries, num_open,
+        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries, num_unfinished,
         num_all, widest, unique, filter,
     )  # fmt: skip
 
 
 @_forward.register_fake
-def _(logits, score, node, norm, children, tokens, begin, end, listed, offset, entries, num_open, num_all, *rest):
+def _(logits, score, node, norm, children, tokens, begin, end, listed, offset, entries, num_unfinished, num_all, *rest):
     def some(width: int) -> tuple[Tensor, ...]:
         shape = (len(node), width)
         return score.new_empty(shape), *(node.new_empty(shape) for _ in range(3))
 
-    return *some(num_open), *some(num_all), node.new_empty((len(node),), dtype=torch.bool)
+    return *some(num_unfinished), *some(num_all), node.new_empty((len(node),), dtype=torch.bool)
 
 
 def trie_step(

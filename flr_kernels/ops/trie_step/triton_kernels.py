@@ -210,7 +210,7 @@ def _shrunk(keys: Tensor, keep: int, block: int) -> Tensor:
 
 def forward(
     logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
-    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_open: int, num_all: int, widest: int,
+    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
     unique: bool, filter: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The reference's arguments and result."""
@@ -222,8 +222,8 @@ def forward(
         "offset_ptr": node if offset is None else offset, "hypotheses": hypotheses, "E": entries,
         "STEPS": max(entries, 1).bit_length(),
     }  # fmt: skip
-    keep, block = _sizes(max(num_open, num_all), widest)
-    keep_open, keep_all = keep * (num_open > 0), keep * (num_all > 0)
+    keep, block = _sizes(max(num_unfinished, num_all), widest)
+    keep_open, keep_all = keep * (num_unfinished > 0), keep * (num_all > 0)
     if norm is None:
         norm = score.new_empty(users, hypotheses)
         arguments = {**step, "norm_ptr": norm}
@@ -239,7 +239,7 @@ def forward(
     )
     invalid = torch.empty(users, dtype=torch.uint8, device=node.device)
     out: list[Tensor] = []
-    for keys, width in ((found[1], num_open), (found[0], num_all)):
+    for keys, width in ((found[1], num_unfinished), (found[0], num_all)):
         best = (score.new_empty(users, width), *(node.new_empty(users, width) for _ in range(3)))
         out.extend(best)
         if not width:
