@@ -32,10 +32,10 @@ from rich.table import Table
 from torch import nn
 
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
-from flr.data._io import atomic_file, write_json, write_parquet
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import resolve_scoring
 from flr.decode.session import evaluating
+from flr.files import atomic_file, write_json, write_parquet
 from flr.metrics import (
     COVERAGE_CUTOFF,
     Difference,

@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from flr.data._io import atomic_file
+from flr.files import atomic_file
 
 PathLike = str | os.PathLike[str]
 

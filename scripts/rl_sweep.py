@@ -32,8 +32,8 @@ from flr.cli import rl, sft  # noqa: E402
 from flr.cli.options import AugmentOptions, DataOptions, ModelOptions, parse  # noqa: E402
 from flr.config import FLRConfig  # noqa: E402
 from flr.data import HistoryViews, RecDataset, RecProcessor  # noqa: E402
-from flr.data._io import write_json  # noqa: E402
 from flr.evaluate import evaluate  # noqa: E402
+from flr.files import write_json  # noqa: E402
 from flr.metrics import paired_difference, row_metrics  # noqa: E402
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, SFTConfig  # noqa: E402
 

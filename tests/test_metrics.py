@@ -189,7 +189,7 @@ def test_item_knn_is_its_formula(decay, backward):
     assert (model.ranks(test, groups) <= model.ranks(test)).all()
 
 
-@pytest.mark.parametrize("name", ["metrics", "baselines", "decode.trie", "decode.beam"])
+@pytest.mark.parametrize("name", ["metrics", "baselines", "data.trie", "decode.beam"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"flr.{name}"))
     assert result.attempted > 0

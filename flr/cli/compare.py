@@ -15,8 +15,8 @@ from rich.table import Table
 
 from flr.config import FLRConfig
 from flr.data import RecDataset
-from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
+from flr.files import write_json
 from flr.metrics import paired_difference, row_metrics
 from flr.train import SFTConfig
 

@@ -16,9 +16,9 @@ from rich.table import Table
 from flr.checkpoint import from_pretrained
 from flr.config import FLRConfig
 from flr.data import RecDataset, RecProcessor
-from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
 from flr.explain import explain, factor_interest
+from flr.files import write_json
 from flr.report import plot_compare, quickstart_report
 from flr.train import LatentGRPOConfig, SFTConfig
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ._io import PathLike
+from flr.files import PathLike
+
 from .catalogue import Catalogue
 from .interactions import RecDataset
 from .report import ReadReport

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ._io import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+
 from .catalogue import Catalogue
 from .report import ReadReport
 

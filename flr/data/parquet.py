@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ._io import PathLike, read_parquet
+from flr.files import PathLike, read_parquet
+
 from .catalogue import Catalogue
 from .interactions import RecDataset
 from .report import ReadReport

@@ -14,7 +14,8 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from ._io import PathLike, read_json, write_json
+from flr.files import PathLike, read_json, write_json
+
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions

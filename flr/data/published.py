@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ._io import PathLike, read_json
+from flr.files import PathLike, read_json
+
 from .catalogue import Catalogue
 from .interactions import Interactions, RecDataset
 from .report import ReadReport

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ._io import PathLike
+from flr.files import PathLike
+
 from .interactions import RecDataset
 from .parquet import LOG_NAME, read_parquet_log
 from .published import is_published, read_published

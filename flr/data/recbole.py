@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._io import PathLike
+from flr.files import PathLike
+
 from .interactions import RecDataset
 from .report import ReadReport
 from .splits import LogBuilder, split_log, titled_catalogue

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import flr_kernels
+from flr.data.trie import CatalogueTrie
 from flr_kernels import Continuations
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 from flr_kernels.order import order_key
@@ -39,7 +40,6 @@ from .filters import ItemFilter, item_filter
 from .graphs import Watch
 from .scoring import HeadRows, Scoring, TokenRows, check_scoring, check_vocabulary, log_normaliser, token_logits
 from .session import Prompts, Session, evaluating, num_prompts, slots, start
-from .trie import CatalogueTrie
 
 _MAX_CANDIDATES = 1 << 21  # continuations held at a time; a wider fan-out is worked off in blocks of columns
 _LEAVE_BELOW = (

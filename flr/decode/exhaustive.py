@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from flr.data.trie import CatalogueTrie, Codec
+
 from .filters import ItemFilter, item_filter
 from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser
 from .session import evaluating, num_prompts, start
-from .trie import CatalogueTrie, Codec
 
 
 class _Block(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .trie import CatalogueTrie
+from flr.data.trie import CatalogueTrie
 
 
 class FlatFilter(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from flr.data.trie import CatalogueTrie
 from flr.forward import head
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 
@@ -20,7 +21,6 @@ from .beam import Search
 from .filters import item_filter
 from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary
 from .session import PackedSession, Prompts, _packing_obstacle, evaluating, slots
-from .trie import CatalogueTrie
 
 
 @dataclass(eq=False)

@@ -8,9 +8,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 import flr_kernels
+from flr.data.trie import CatalogueTrie
 from flr.forward import scale_logits
-
-from .trie import CatalogueTrie
 
 Scoring = Literal["full", "catalogue"]
 

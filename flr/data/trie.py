@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from flr.data._io import atomic_file
+from flr.files import atomic_file
 
 _FORMAT = "flr-catalogue-trie-1"
 _ARRAYS = ("children", "tokens", "leaf_begin", "leaf_end", "items", "lengths")
