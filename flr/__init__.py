@@ -3,10 +3,10 @@
 model = flr.patch_model(model, tokenizer, flr.FLRConfig(num_factors=4))
 """
 
-from .checkpoint import from_pretrained, load_latentr3
 from .config import FLRConfig
-from .patch import is_patched, patch_model, reasoner_parameters, unpatch_model
-from .reasoner import FactorizedReasoner, ReasonerOutput
+from .model.checkpoint import from_pretrained, load_latentr3
+from .model.patch import is_patched, patch_model, reasoner_parameters, unpatch_model
+from .model.reasoner import FactorizedReasoner, ReasonerOutput
 from .recommender import Recommendation, Recommender
 
 __version__ = "0.1.0"

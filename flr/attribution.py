@@ -38,8 +38,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
 from flr.decode.session import causal_lm, prepare_inputs
-from flr.forward import FLROutput, head
-from flr.patch import is_patched
+from flr.model.forward import FLROutput, head
+from flr.model.patch import is_patched
 
 #: Up to this K every set of factors is computed.
 EXACT_FACTORS = 6

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from flr.group_forward import _Suffix
+from flr.model.group_forward import _Suffix
 
 PROMPT, MEMBERS, STEPS = 9, 4, 4  # L, G, S of the picture
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"

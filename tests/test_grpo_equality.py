@@ -9,8 +9,8 @@ import torch
 
 import flr
 from bench.baselines import two_pass
-from flr import group_forward
-from flr.group_forward import GroupInputs, packing_obstacle
+from flr.model import group_forward
+from flr.model.group_forward import GroupInputs, packing_obstacle
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is in float32 alone.

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import flr.forward
+import flr.model.forward
 import flr_kernels
-from flr.head import _is_plain, head_logprob
+from flr.model.head import _is_plain, head_logprob
 
 ROWS = 9
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flr
-from flr import forward as forward_module
+from flr.model import forward as forward_module
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is not here.

@@ -384,7 +384,7 @@ def test_opcheck_and_fullgraph_compile():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_reasoner_thinks_the_same_on_the_kernels(autocast, monkeypatch):
     from flr.config import FLRConfig
-    from flr.reasoner import FactorizedReasoner
+    from flr.model.reasoner import FactorizedReasoner
 
     torch.manual_seed(0)
     reasoner = FactorizedReasoner(64, FLRConfig(num_factors=4, num_refinements=2)).to(DEVICE)

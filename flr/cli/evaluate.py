@@ -32,7 +32,7 @@ class EvaluateOptions:
 
 def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
-    from flr.checkpoint import from_pretrained
+    from flr.model.checkpoint import from_pretrained
 
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")

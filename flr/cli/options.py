@@ -29,7 +29,7 @@ from flr.data import (
     load_dataset,
 )
 from flr.data import expand_prefixes as all_prefixes
-from flr.patch import patch_model
+from flr.model.patch import patch_model
 from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
 from flr.train.features import INITS
 

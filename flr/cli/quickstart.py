@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from flr.checkpoint import from_pretrained
 from flr.config import FLRConfig
 from flr.data import RecDataset, RecProcessor
 from flr.evaluate import EvalResult, evaluate
 from flr.explain import explain, factor_interest
 from flr.files import write_json
+from flr.model.checkpoint import from_pretrained
 from flr.report import plot_compare, quickstart_report
 from flr.train import LatentGRPOConfig, SFTConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from flr.checkpoint import from_pretrained
 from flr.data import RecDataset, RecProcessor
+from flr.model.checkpoint import from_pretrained
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, last_complete_checkpoint
 
 from .options import DataOptions, console, emit, parse

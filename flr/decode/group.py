@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flr.data.trie import CatalogueTrie
-from flr.forward import head
+from flr.model.forward import head
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from .beam import Search

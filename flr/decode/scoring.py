@@ -9,7 +9,7 @@ import torch
 
 import flr_kernels
 from flr.data.trie import CatalogueTrie
-from flr.forward import scale_logits
+from flr.model.forward import scale_logits
 
 Scoring = Literal["full", "catalogue"]
 

@@ -24,8 +24,8 @@ from flr.data import CSR, EpochSampler, Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.group import group_ranks
 from flr.decode.session import causal_lm
-from flr.forward import IGNORE
-from flr.group_forward import GroupInputs, GroupOutput
+from flr.model.forward import IGNORE
+from flr.model.group_forward import GroupInputs, GroupOutput
 from flr_kernels.ops.group_advantage.op import KINDS
 
 from .sft import SFTTrainer

@@ -96,7 +96,7 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         hidden: [M, D]; float32, float64, bfloat16 or float16. M = 0 is allowed.
         weight: lm_head weight [V, D], dtype and device of ``hidden``. A DTensor (FSDP2) is gathered for the call; every
             process of its mesh must make it, with rows of its own, and the gradient is the sum over processes. Inside a
-            sharded module's forward the weight is whole already; :func:`flr.head.head_logprob` goes that way.
+            sharded module's forward the weight is whole already; :func:`flr.model.head.head_logprob` goes that way.
         target: int64 [M], in [0, V).
 
     Returns:

@@ -24,11 +24,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flr.config import FLRConfig
-from flr.reasoner import LOSSES, ReasonerOutput
+
+from .reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
-    from flr.catalogue_loss import CatalogueLoss
-    from flr.group_forward import GroupInputs
+    from .catalogue_loss import CatalogueLoss
+    from .group_forward import GroupInputs
 
 logger = logging.getLogger("flr")
 
@@ -304,13 +305,13 @@ def flr_forward(
         catalogue: normalise target tokens over their siblings in the catalogue instead of the vocabulary; ``labels`` are
             then ``catalogue.edges(labels)``.
         thoughts: [B, N, D], embeddings for the thought tokens instead of the reasoner's; in the same columns in every row.
-        group: the result is then the :class:`flr.group_forward.GroupOutput` of a latent GRPO step.
+        group: the result is then the :class:`flr.model.outputs.GroupOutput` of a latent GRPO step.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
     not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
     """
     if group is not None:
-        from flr.group_forward import group_forward  # it stands on this module
+        from .group_forward import group_forward  # it stands on this module
 
         return group_forward(self, input_ids, attention_mask, position_ids, reasoner_mask, group)
     config: FLRConfig = self._flr_patch.config

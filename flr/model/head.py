@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flr.forward import _row_losses
 from flr_kernels import token_logprob
 
-#: What makes logits more than hidden · weightᵀ (see :func:`flr.forward.head`).
+from .forward import _row_losses
+
+#: What makes logits more than hidden · weightᵀ (see :func:`flr.model.head.head`).
 _SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 
 

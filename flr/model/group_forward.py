@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.utils.generic import ModelOutput
 
-from flr.forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
-from flr.head import head_logprob
-from flr.reasoner import LOSSES, ReasonerOutput
+from .forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
+from .head import head_logprob
+from .reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
-    from flr.catalogue_loss import CatalogueLoss
     from flr.decode.group import GroupPrompts
+
+    from .catalogue_loss import CatalogueLoss
 
 logger = logging.getLogger("flr")
 

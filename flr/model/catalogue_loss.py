@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy, dropout, linear
 from torch.utils.checkpoint import checkpoint
 
 from flr.decode import CatalogueTrie
-from flr.forward import IGNORE, MAX_LOSS_LOGITS, head, scale_logits
+
+from .forward import IGNORE, MAX_LOSS_LOGITS, head, scale_logits
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, forward and backward, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100

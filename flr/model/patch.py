@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flr.config import FLRConfig
-from flr.forward import flr_forward, head
-from flr.reasoner import build_reasoner
+
+from .forward import flr_forward, head
+from .reasoner import build_reasoner
 
 logger = logging.getLogger("flr")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flr.config import FLRConfig
-from flr.patch import patch_model
+
+from .patch import patch_model
 
 logger = logging.getLogger("flr")
 
