@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import flr
 from flr.config import FLRConfig
 from flr.decode import CatalogueTrie, beam_search
-from flr.model.group_forward import GroupInputs
+from flr.model.outputs import GroupInputs
 from flr.model.reasoner import FactorizedReasoner
 from flr.train.surrogate import clipped_surrogate
 from flr_kernels import factor_attention, group_advantage

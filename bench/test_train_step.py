@@ -16,7 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import flr
-from flr.model.group_forward import GroupInputs
+from flr.model.outputs import GroupInputs
 from flr.train.surrogate import clipped_surrogate
 from flr_kernels import group_advantage
 

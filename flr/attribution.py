@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
-from flr.decode.session import causal_lm, prepare_inputs
-from flr.model.forward import FLROutput, head
+from flr.decode.prompts import prepare_inputs
+from flr.model.backbone import causal_lm
+from flr.model.head import head
+from flr.model.outputs import FLROutput
 from flr.model.patch import is_patched
 
 #: Up to this K every set of factors is computed.

@@ -34,7 +34,6 @@ from torch import nn
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import resolve_scoring
-from flr.decode.session import evaluating
 from flr.files import atomic_file, write_json, write_parquet
 from flr.metrics import (
     COVERAGE_CUTOFF,
@@ -49,6 +48,7 @@ from flr.metrics import (
     ranks_from_scores,
     row_metrics,
 )
+from flr.model.backbone import evaluating
 from flr_kernels.order import order_key
 
 Method = Literal["auto", "beam", "exhaustive"]

@@ -22,7 +22,7 @@ from torch import nn
 from flr.attribution import ThinkingPrompts, think
 from flr.data import CSR, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring
-from flr.decode.session import evaluating
+from flr.model.backbone import evaluating
 from flr.recommender import History, OnUnknown, Query, Recommendation, Recommender
 from flr.report import PathLike, explanation_body, page, save_png, write_text
 

@@ -24,7 +24,7 @@ from flr.attribution import ThinkingPrompts, attribute, influence_shares, think
 from flr.data import CSR, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search
 from flr.decode.scoring import resolve_scoring
-from flr.decode.session import causal_lm, evaluating
+from flr.model.backbone import causal_lm, evaluating
 from flr.model.checkpoint import from_pretrained
 from flr.model.patch import is_patched
 from flr.views import ViewMixture

@@ -5,6 +5,7 @@ implementation and autograd, so ``torch.compile(fullgraph=True)`` works) and is 
 environment variable ``FLR_BACKEND`` (see :mod:`flr_kernels.dispatch`).
 """
 
+from . import reference  # noqa: F401 - so that flr_kernels.reference is there
 from .dispatch import BackendUnavailable
 from .ops.factor_aggregate.op import FactorAggregate, factor_aggregate
 from .ops.factor_attention.op import FactorAttention, factor_attention

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from flr.model.group_forward import _Suffix
+from flr.model.packed_members import PackedMembers
 
 PROMPT, MEMBERS, STEPS = 9, 4, 4  # L, G, S of the picture
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
@@ -20,7 +20,7 @@ def mask() -> torch.Tensor:
     """bool [G S, L + G S] of a row with two columns of padding."""
     config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None, layer_types=None)
     seen = torch.tensor([[0, 0] + [1] * (PROMPT - 2)])
-    suffix = _Suffix.__new__(_Suffix)
+    suffix = PackedMembers.__new__(PackedMembers)
     suffix.config, suffix.prompt_mask = config, seen
     suffix.member = torch.arange(MEMBERS).repeat_interleave(STEPS)
     suffix.offset = torch.arange(STEPS).repeat(MEMBERS)

@@ -12,12 +12,12 @@ import torch.multiprocessing as mp
 from test_train import DATA, tiny, trainer
 
 import flr
+from flr.config import IGNORE
 from flr.data import Augment, HistoryViews, InteractionDataset, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
 from flr.model import catalogue_loss
 from flr.model.catalogue_loss import CatalogueLoss
-from flr.model.forward import IGNORE
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, item_neighbours
 
 PLAIN = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}

@@ -17,8 +17,8 @@ from test_recommender import build, same
 import flr
 from flr.attribution import think
 from flr.data import Catalogue, Interactions, RecProcessor, build_tokenizer, planted_dataset
-from flr.decode.session import evaluating
 from flr.explain import agreement, assign_factors, explain, factor_interest, factor_interest_nmi, item_attention
+from flr.model.backbone import evaluating
 from flr.recommender import Recommender
 from flr.report import plot_compare, quickstart_report, summarise
 

@@ -2,10 +2,11 @@
 
 from flr.data.trie import CatalogueTrie
 
-from .beam import BeamResult, beam_search
+from .beam import beam_search
 from .exhaustive import rank_one_token, score_all_items
 from .filters import ItemFilter, item_filter
 from .scoring import Scoring
+from .search import BeamResult
 
 __all__ = [
     "BeamResult",

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from flr.data.trie import CatalogueTrie, Codec
+from flr.model.backbone import evaluating
+from flr.model.head import HeadRows
 
 from .filters import ItemFilter, item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser
-from .session import evaluating, num_prompts, start
+from .prompts import num_prompts, prefill
+from .scoring import Scoring, check_scoring, check_vocabulary, log_normaliser
 
 
 class _Block(NamedTuple):
@@ -68,7 +70,7 @@ def score_all_items(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        root, session, head_rows, vocabulary = start(
+        root, session, head_rows, vocabulary = prefill(
             model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue"
         )
         check_vocabulary(trie, vocabulary)
@@ -110,7 +112,7 @@ def rank_one_token(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        logits = start(model, inputs, reserve=1).states
+        logits = prefill(model, inputs, reserve=1).states
     check_vocabulary(trie, logits.shape[-1])
     trie = trie.to(logits.device)
     allows = item_filter(trie, len(logits), allowed, exclude)

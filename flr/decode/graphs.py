@@ -18,18 +18,17 @@ import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .session import PackedSession, Prompts
-
-if TYPE_CHECKING:
-    from .beam import BeamResult, Search, State
+from .packed import PackedSession
+from .prompts import Prompts
+from .search import BeamResult, Search, State, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -45,26 +44,6 @@ _Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, torch.Tensor, BeamResult
 
 def _padded_users(count: int) -> int:
     return 1 << (count - 1).bit_length()
-
-
-class Watch:
-    """Numbers that the device computes, as of the last step that is known to be done; the host does not wait for them."""
-
-    def __init__(self) -> None:
-        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-
-    def ask(self, numbers: torch.Tensor) -> list[int] | None:
-        """int64 [n] or those of an earlier call; None where nothing is known yet."""
-        if numbers.device.type == "cpu":
-            return numbers.tolist()
-        host, event = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(numbers, non_blocking=True)
-        event.record(torch.cuda.current_stream(numbers.device))
-        self.asked.append((host, event))
-        known: list[int] | None = None
-        while self.asked and self.asked[0][1].query():
-            known = self.asked.popleft()[0].tolist()
-        return known
 
 
 class Replayed:

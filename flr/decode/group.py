@@ -6,39 +6,23 @@ To the search every member is a user of its own. Nothing is encoded again: not t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from flr.data.trie import CatalogueTrie
-from flr.model.forward import head
+from flr.model.backbone import evaluating
+from flr.model.head import HeadRows, head
+from flr.model.outputs import GroupPrompts
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 
-from .beam import Search
 from .filters import item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary
-from .session import PackedSession, Prompts, _packing_obstacle, evaluating, slots
-
-
-@dataclass(eq=False)
-class GroupPrompts:
-    """Prompts of B users and the N thoughts of each one's G members, as a group forward leaves them; no gradients.
-
-    Attributes:
-        cache: keys and values of L prompt columns and, behind them, G·N thoughts.
-        member: int64 [G·N], whose thought a column is.
-        hidden: [B, G, D], the state after a member's last thought.
-        attention_mask, position_ids: int64 [B, L] of the prompts.
-    """
-
-    cache: Cache
-    member: torch.Tensor
-    hidden: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+from .packed import PackedSession, obstacle
+from .prompts import Prompts
+from .scoring import Scoring, check_scoring, check_vocabulary
+from .search import Search
+from .session import slots
 
 
 class _Members:
@@ -119,7 +103,7 @@ def group_ranks(
             if not bool(scores.isfinite().all()):
                 raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
             return (scores >= scores.gather(1, target)).sum(1).view(batch, members)
-        if _packing_obstacle(model, prompts.cache, prompts.attention_mask.shape[1], thoughts + trie.depth) is not None:
+        if obstacle(model, prompts.cache, prompts.attention_mask.shape[1] + thoughts + trie.depth) is not None:
             return None
         trie, rows, states = trie.to(hidden.device), None, hidden
         first = head(model, hidden[:1])

@@ -3,20 +3,16 @@ logits of a few tokens without those of the whole vocabulary."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
 import flr_kernels
 from flr.data.trie import CatalogueTrie
-from flr.model.forward import scale_logits
+from flr.model.head import HeadRows
+from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 
 Scoring = Literal["full", "catalogue"]
-
-_CACHED_CELLS = 1 << 18  # numbers worked on at a time on a CPU: 1 MiB, so that they stay in its cache
-#: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU measured; on
-#: a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
-_GATHER_COST = {"cpu": 40, "cuda": 300}
 
 
 def check_scoring(scoring: str, name: str = "scoring") -> None:
@@ -42,70 +38,9 @@ def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
     """log sum exp over the vocabulary in float32, [..., V] -> [...]; on a CPU always from float32, a block of rows at a time."""
     rows = logits.reshape(-1, logits.shape[-1])
     if logits.device.type == "cpu" and rows.dtype != torch.float32:
-        blocks = rows.split(max(1, _CACHED_CELLS // rows.shape[1]))
+        blocks = rows.split(max(1, CACHED_CELLS // rows.shape[1]))
         return torch.cat([flr_kernels.log_normaliser(block.float()) for block in blocks]).view(logits.shape[:-1])
     return flr_kernels.log_normaliser(rows).float().view(logits.shape[:-1])
-
-
-class HeadRows:
-    """Logits of chosen tokens from hidden states, in float32, reading the chosen rows of lm_head alone.
-
-    Made by `of`, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
-    """
-
-    def __init__(self, lm: Any) -> None:
-        module = lm.get_output_embeddings()
-        self.lm, self.weight, self.bias = lm, module.weight, module.bias
-
-    @classmethod
-    def of(cls, lm: Any, hidden: torch.Tensor, logits: torch.Tensor) -> HeadRows | None:
-        """Rows of `lm`, if they give the `logits` [B, V] that it computed itself from `hidden` [B, D]."""
-        module = lm.get_output_embeddings()
-        plain = type(module) is torch.nn.Linear and type(module.weight) in (torch.nn.Parameter, torch.Tensor)
-        if not plain or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
-            return None
-        rows = cls(lm)
-        count, vocabulary = logits.shape
-        token = torch.arange(0, vocabulary, max(1, vocabulary // 16), device=logits.device).repeat(count)
-        row = torch.arange(count, device=logits.device).repeat_interleave(len(token) // max(count, 1))
-        theirs = logits[row, token].float()
-        error = (rows(hidden, row, token) - theirs).abs().amax()
-        return rows if bool(error <= 1e-2 * theirs.abs().amax().clamp_min(1e-6)) else None
-
-    def __call__(self, hidden: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """Logit of `token` int64 [n] after the state `row` int64 [n] of hidden [R, D], float32 [n].
-
-        As a product with all different tokens where that is cheaper than a dot product for each.
-        """
-        hidden = hidden.float()
-        if len(token):
-            different, column = token.unique(return_inverse=True)
-            if len(hidden) * len(different) < _GATHER_COST.get(hidden.device.type, 40) * len(token):
-                logits = hidden @ self.weight[different].float().T
-                return self.finish(logits[row, column], token)
-        cells = _CACHED_CELLS if hidden.device.type == "cpu" else 1 << 26
-        blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
-        parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
-        return self.finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
-
-    def over(self, token: torch.Tensor) -> TokenRows:
-        """The rows of the tokens int64 [U], copied once."""
-        return TokenRows(self, self.weight[token], token)
-
-    def finish(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        if self.bias is not None:
-            logits = logits + self.bias[token].float()
-        return scale_logits(self.lm, logits)
-
-
-class TokenRows:
-    """From hidden [..., D] to the logits of some tokens, float32 [..., U], by one product in the model's dtype."""
-
-    def __init__(self, rows: HeadRows, weight: torch.Tensor, token: torch.Tensor) -> None:
-        self.rows, self.weight, self.token = rows, weight, token
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)
 
 
 def token_logits(

@@ -15,13 +15,14 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, dropout, linear
 from torch.utils.checkpoint import checkpoint
 
-from flr.decode import CatalogueTrie
+from flr.config import IGNORE
+from flr.data.trie import CatalogueTrie
 
-from .forward import IGNORE, MAX_LOSS_LOGITS, head, scale_logits
+from .head import MAX_LOSS_LOGITS, has_rows, head, is_unhooked, scale_logits
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, forward and backward, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100
@@ -120,7 +121,8 @@ class CatalogueLoss:
         begin = children[parent]
         fanout = (children[parent + 1] - begin).masked_fill(edges == IGNORE, 0)
         losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        gathers = _is_plain(model.get_output_embeddings())
+        lm_head = model.get_output_embeddings()
+        gathers = has_rows(lm_head) and is_unhooked(lm_head)
 
         first = ((fanout > 1) & (parent == 0)).nonzero()[:, 0]
         if len(first):
@@ -146,17 +148,6 @@ class CatalogueLoss:
         """Log-probabilities [B, V] of first tokens from logits [B, V], normalised over the root's children."""
         children, tokens, _ = self._arrays(logits.device)
         return logits - logits[:, tokens[1 : int(children[1])]].logsumexp(-1, keepdim=True)
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether rows of the lm_head may be read from its weight: a matrix of this process, and nothing hooked in."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter  # not sharded
-        and module.weight.numel() > 0  # not partitioned away
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
 
 
 def _at(model: Any, hidden: Tensor, tokens: Tensor, gathers: bool) -> Tensor:

@@ -14,100 +14,25 @@ Attention that takes no 4-D mask gets the prompt's cache expanded to B·G rows i
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.utils.generic import ModelOutput
 
-from .forward import MAX_LOSS_LOGITS, _is_checkpointing, _row_losses
-from .head import head_logprob
+from .backbone import is_checkpointing
+from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
 from .reasoner import LOSSES, ReasonerOutput
 
 if TYPE_CHECKING:
-    from flr.decode.group import GroupPrompts
-
     from .catalogue_loss import CatalogueLoss
+from .backbone import backbone_trains, takes_positions
+from .outputs import GroupInputs, GroupOutput
+from .packed_members import PackedMembers
 
 logger = logging.getLogger("flr")
-
-
-@dataclass
-class GroupInputs:
-    """What a group forward needs beside the prompts.
-
-    Attributes:
-        targets: int64 [B, S], a user's target tokens from column 0 on; anything behind them.
-        target_mask: bool [B, S], true on target tokens; every row starts with a true one and has no gap.
-        noise: [B, G, N, D], ε of unit variance; member 0 of every group is the unperturbed one and must be 0.
-        noise_scale: σ, absolute or in units of the RMS of the user's thought r.
-        relative: which of the two.
-        policy: "tokens", log-probabilities of the targets pass gradients to the thoughts; or "thoughts", they do not (the
-            suffix runs without a graph), and those of the noisy thoughts do.
-        reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
-        actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
-            are computed then, and neither noise nor targets are looked at.
-        catalogue, edges: normalise targets over their siblings in the catalogue instead of the vocabulary; edges int64 [B, S]
-            are ``catalogue.edges`` of the targets (-100 behind them).
-        decodable: also give ``prompts``.
-    """
-
-    targets: Tensor
-    target_mask: Tensor
-    noise: Tensor
-    noise_scale: float = 1.0
-    relative: bool = True
-    policy: str = "tokens"
-    reference: nn.Module | None = None
-    actions: tuple[Tensor, Tensor] | None = None
-    catalogue: CatalogueLoss | None = None
-    edges: Tensor | None = None
-    decodable: bool = False
-
-
-@dataclass
-class GroupOutput(ModelOutput):
-    """Result of a group forward.
-
-    Attributes:
-        logprobs: [B, G, S] log p of every target token given a member's thoughts, 0 behind a row's target; float32 or
-            float64; None for given actions.
-        thought_logprobs: [B, G, N], log N(r + σ ε; r, σ²) less its constant, -‖r + σ ε - r‖² / (2 σ²), the action fixed:
-            its gradient is (ε / σ) · dr.
-        regularisers: [B], weighted sum of the reasoner's regularisers, mean over thoughts and members.
-        kl: [B], Σ_n ‖r_n - r_n^ref‖² / (2 σ²), mean over members; None without a reference.
-        actions: r + σ ε [B, G, N, D] and σ [B, G, N], no gradient.
-        thoughts: [B, G, N, D], the embeddings fed at the thought tokens, no gradient.
-        thought_norm: [B], ‖r‖₂ of the unperturbed member's last thought, no gradient.
-        gate_entropy: [B], of the last refinement of the first thought, nats, no gradient.
-        prompts: what ``flr.decode.group.group_ranks`` goes on from, if asked for; None where members have caches of their own.
-    """
-
-    logprobs: Tensor | None = None
-    thought_logprobs: Tensor | None = None
-    regularisers: Tensor | None = None
-    kl: Tensor | None = None
-    actions: tuple[Tensor, Tensor] | None = None
-    thoughts: Tensor | None = None
-    thought_norm: Tensor | None = None
-    gate_entropy: Tensor | None = None
-    prompts: GroupPrompts | None = None
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
-
-
-def backbone_trains(model: nn.Module) -> bool:
-    """Whether anything but the reasoner needs a gradient."""
-    return any(p.requires_grad and ".flr." not in f".{name}" for name, p in model.named_parameters())
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, group: GroupInputs) -> None:
@@ -138,7 +63,7 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"edges: expected {tuple(mask.shape)} with a catalogue and none without, got another")
     if group.noise_scale < 0:
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
-    if model.training and _is_checkpointing(model):
+    if model.training and is_checkpointing(model):
         raise ValueError("gradient checkpointing: expected off, got on; it excludes the KV cache that members share")
     if input_ids.device.type != "cpu":
         return  # looking at the data would wait for the device
@@ -150,111 +75,6 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError("target_mask: expected true from column 0 to a row's last target token, got others")
     if bool(noise[:, 0].any()):
         raise ValueError("noise: expected zeros for member 0 of every group, got others")
-
-
-class _Suffix:
-    """The columns behind the prompts, what they may see, and the cache they are appended to."""
-
-    def __init__(self, model: Any, cache: DynamicCache, prompt_mask: Tensor, first: Tensor, members: int) -> None:
-        self.model, self.cache, self.prompt_mask, self.first, self.members = model, cache, prompt_mask, first, members
-        self.config = model.config.get_text_config(decoder=True)
-        device = prompt_mask.device
-        self.member = torch.zeros(0, dtype=torch.int64, device=device)  # of every column
-        self.offset = torch.zeros(0, dtype=torch.int64, device=device)  # tokens since the prompt
-        self.positioned = _takes_positions(model)
-        obstacle = packing_obstacle(model)
-        self.packed = obstacle is None
-        if obstacle is not None:
-            _say_once(f"the prompt's cache is expanded to every group member instead of shared: {obstacle}")
-            cache.batch_repeat_interleave(members)
-            self.prompt_mask, self.first = (x.repeat_interleave(members, 0) for x in (prompt_mask, first))
-
-    def run(self, embeds: Tensor) -> Tensor:
-        """Hidden states [B, G, n, D] of the next n tokens of every member."""
-        batch, members, length, size = embeds.shape
-        offset = self.offset.max() + 1 if len(self.offset) else self.offset.new_zeros(())
-        offsets = offset + torch.arange(length, device=embeds.device)
-        if not self.packed:
-            self.offset = torch.cat([self.offset, offsets])
-            ones = self.prompt_mask.new_ones(len(self.prompt_mask), len(self.offset))
-            mask: Any = torch.cat([self.prompt_mask, ones], 1)
-            rows = batch * members
-        else:
-            member = torch.arange(members, device=embeds.device).repeat_interleave(length)
-            offsets = offsets.repeat(members)
-            self.member, self.offset = torch.cat([self.member, member]), torch.cat([self.offset, offsets])
-            sees = (member[:, None] == self.member) & (offsets[:, None] >= self.offset)  # [G n, columns]
-            mask = self._masks(sees, offsets, embeds.dtype)
-            rows = batch
-        out = self.model.base_model(
-            inputs_embeds=embeds.reshape(rows, -1, size),
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **({"position_ids": self.first + offsets} if self.positioned else {}),
-        )
-        return out.last_hidden_state.view(batch, members, length, size)
-
-    def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
-        """The prompts and thoughts alone, the last of which began a run of ``steps`` tokens; hidden states [B, G, D] after it."""
-        from flr.decode.group import GroupPrompts  # which stands on this package
-
-        length, device = self.prompt_mask.shape[1], hidden.device
-        earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)
-        last = len(earlier) + torch.arange(self.members, device=device) * steps
-        kept = torch.cat([earlier, last])
-        plain = DynamicCache()
-        layers: list[Any] = list(self.cache.layers)
-        for n, layer in enumerate(layers):
-            plain.update(layer.keys.detach()[:, :, kept], layer.values.detach()[:, :, kept], n)
-        return GroupPrompts(plain, self.member[kept[length:] - length], hidden.detach(), self.prompt_mask, position_ids)
-
-    def _masks(self, sees: Tensor, offsets: Tensor, dtype: torch.dtype) -> Any:
-        """4-D mask of the prompt's columns and the members' own; by layer type where they differ."""
-        batch, length = self.prompt_mask.shape
-        full = torch.cat(
-            [
-                self.prompt_mask[:, None].bool().expand(-1, len(sees), -1),
-                sees.expand(batch, -1, -1),
-            ],
-            -1,
-        )
-
-        def finished(mask: Tensor) -> Tensor:
-            if self.config._attn_implementation != "eager":
-                return mask[:, None]
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-        types = _layer_types(self.config)
-        if types == {"full_attention"}:
-            return finished(full)
-        columns = torch.cat([torch.arange(-length, 0, device=sees.device), self.offset])
-        near = finished(full & (offsets[:, None] - columns < self.config.sliding_window))
-        return near if len(types) == 1 else {"full_attention": finished(full), "sliding_attention": near}
-
-
-def _layer_types(config: Any) -> set[str]:
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
-    return set(types) if window is not None else {t.replace("sliding_attention", "full_attention") for t in types}
-
-
-def _takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(type(model.base_model).forward).parameters
-
-
-def packing_obstacle(model: Any) -> str | None:
-    """Why the members cannot be packed into one row with a 4-D mask, or None."""
-    config = model.config.get_text_config(decoder=True)
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"{attention} attention takes no 4-D mask"
-    if not _takes_positions(model) or getattr(config, "alibi", False):
-        return f"{type(model).__name__} derives positions from the attention mask"
-    odd = _layer_types(config) - {"full_attention", "sliding_attention"}
-    return f"it has layers of type {', '.join(sorted(odd))}" if odd else None
 
 
 @contextlib.contextmanager
@@ -308,7 +128,7 @@ def group_forward(
 
     with _gradients(backbone_trains(model)):
         embeds = table(input_ids)  # [B, L + N, D]
-        positions = {"position_ids": position_ids[:, :length]} if _takes_positions(model) else {}
+        positions = {"position_ids": position_ids[:, :length]} if takes_positions(model) else {}
         kv = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
         history = model.base_model(
             inputs_embeds=embeds[:, :length],
@@ -319,7 +139,7 @@ def group_forward(
             **positions,
         ).last_hidden_state  # [B, L, D]
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
-    suffix = _Suffix(model, kv, attention_mask[:, :length], position_ids[:, length, None], members)
+    suffix = PackedMembers(model, kv, attention_mask[:, :length], position_ids[:, length, None], members)
 
     valid = attention_mask[:, :length].bool()
     if reasoner_mask is not None:
@@ -398,7 +218,7 @@ def target_logprobs(
     if catalogue is not None:
         found = -catalogue(model, rows, wanted)
     elif rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
-        found = -_row_losses(model, rows, wanted, 0.0)
+        found = -row_losses(model, rows, wanted, 0.0)
     else:
         found = head_logprob(model, rows, wanted)
     return torch.zeros(shape, dtype=found.dtype, device=found.device).masked_scatter(chosen, found)

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flr.config import FLRConfig
 
-from .forward import flr_forward, head
+from .forward import flr_forward
+from .head import head
 from .reasoner import build_reasoner
 
 logger = logging.getLogger("flr")

@@ -20,12 +20,12 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
+from flr.config import IGNORE
 from flr.data import CSR, EpochSampler, Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.group import group_ranks
-from flr.decode.session import causal_lm
-from flr.model.forward import IGNORE
-from flr.model.group_forward import GroupInputs, GroupOutput
+from flr.model.backbone import causal_lm
+from flr.model.outputs import GroupInputs, GroupOutput
 from flr_kernels.ops.group_advantage.op import KINDS
 
 from .sft import SFTTrainer

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from flr.config import IGNORE
 from flr.data import Augment, EpochSampler, InteractionDataset, Interactions, RecProcessor, SFTCollator
 from flr.decode import CatalogueTrie
 from flr.decode.scoring import check_scoring
 from flr.evaluate import evaluate
 from flr.model.catalogue_loss import CatalogueLoss
-from flr.model.forward import IGNORE
 
 
 @dataclass
