@@ -32,8 +32,8 @@ from flr.cli.options import AugmentOptions, DataOptions, ModelOptions, parse  # 
 from flr.config import FLRConfig  # noqa: E402
 from flr.data import HistoryViews, RecDataset, RecProcessor  # noqa: E402
 from flr.evaluate import evaluate  # noqa: E402
+from flr.evaluate.metrics import paired_difference, row_metrics  # noqa: E402
 from flr.files import write_json  # noqa: E402
-from flr.metrics import paired_difference, row_metrics  # noqa: E402
 from flr.model.checkpoint import from_pretrained  # noqa: E402
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, SFTConfig  # noqa: E402
 

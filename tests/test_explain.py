@@ -15,12 +15,19 @@ from sklearn.metrics import normalized_mutual_info_score
 from test_recommender import build, same
 
 import flr
-from flr.attribution import think
 from flr.data import Catalogue, Interactions, RecProcessor, build_tokenizer, planted_dataset
-from flr.explain import agreement, assign_factors, explain, factor_interest, factor_interest_nmi, item_attention
+from flr.explain.attribution import think
+from flr.explain.interest import (
+    agreement,
+    assign_factors,
+    explain,
+    factor_interest,
+    factor_interest_nmi,
+    item_attention,
+)
 from flr.model.backbone import evaluating
-from flr.recommender import Recommender
-from flr.report import plot_compare, quickstart_report, summarise
+from flr.recommend.recommender import Recommender
+from flr.report.html import plot_compare, quickstart_report, summarise
 
 NASTY = "<script>alert(1)</script> & \"A $5 <b>Wonder</b>\" 'x' $y$"
 

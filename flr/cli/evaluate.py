@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flr.baselines import ItemKNN, Popularity
 from flr.data import RecProcessor
 from flr.evaluate import evaluate, evaluate_scorer
+from flr.evaluate.baselines import ItemKNN, Popularity
 
 from .options import DataOptions, console, emit, parse
 

@@ -16,10 +16,10 @@ from rich.table import Table
 from flr.config import FLRConfig
 from flr.data import RecDataset, RecProcessor
 from flr.evaluate import EvalResult, evaluate
-from flr.explain import explain, factor_interest
+from flr.explain.interest import explain, factor_interest
 from flr.files import write_json
 from flr.model.checkpoint import from_pretrained
-from flr.report import plot_compare, quickstart_report
+from flr.report.html import plot_compare, quickstart_report
 from flr.train import LatentGRPOConfig, SFTConfig
 
 from . import rl

@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flr.explain import Explanation, explained
-from flr.recommender import Query, Recommendation, Recommender
+from flr.explain.interest import Explanation, explained
+from flr.recommend.recommender import Query, Recommendation, Recommender
 
 from .metrics import Metrics
 from .search import ItemSearch

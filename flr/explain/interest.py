@@ -19,12 +19,13 @@ from matplotlib.figure import Figure
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from flr.attribution import ThinkingPrompts, think
 from flr.data import CSR, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring
 from flr.model.backbone import evaluating
-from flr.recommender import History, OnUnknown, Query, Recommendation, Recommender
-from flr.report import PathLike, explanation_body, page, save_png, write_text
+from flr.recommend.recommender import History, OnUnknown, Query, Recommendation, Recommender
+from flr.report.html import PathLike, explanation_body, page, save_png, write_text
+
+from .attribution import ThinkingPrompts, think
 
 _HEAT = LinearSegmentedColormap.from_list("flr", ["#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66"])
 _LABEL = 30  # characters of a title on the heat map

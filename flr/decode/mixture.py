@@ -18,8 +18,9 @@ import scipy.sparse as sp
 import torch
 
 from flr.data import CSR, HistoryViews, RecProcessor
-from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token
-from flr.decode.scoring import resolve_scoring
+
+from . import CatalogueTrie, Scoring, beam_search, rank_one_token
+from .scoring import resolve_scoring
 
 _MAX_DENSE = 1 << 28  # probabilities kept for one-token codecs: 1 GiB in float32
 

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from flr.attribution import ThinkingPrompts, attribute, influence_shares, think
 from flr.data import CSR, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search
+from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
+from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
 from flr.model.backbone import causal_lm, evaluating
 from flr.model.checkpoint import from_pretrained
 from flr.model.patch import is_patched
-from flr.views import ViewMixture
 from flr_kernels.order import order_key
 
 if TYPE_CHECKING:
-    from flr.explain import Explanation
+    from flr.explain.interest import Explanation
 
 logger = logging.getLogger("flr")
 
@@ -250,7 +250,7 @@ class Recommender:
 
         ``options`` as for :meth:`recommend` (num_beams, exclude_seen, scoring, on_unknown).
         """
-        from flr.explain import explain_with
+        from flr.explain.interest import explain_with
 
         return explain_with(self, history, k, **options)
 

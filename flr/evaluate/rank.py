@@ -35,7 +35,10 @@ from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import resolve_scoring
 from flr.files import atomic_file, write_json, write_parquet
-from flr.metrics import (
+from flr.model.backbone import evaluating
+from flr_kernels.order import order_key
+
+from .metrics import (
     COVERAGE_CUTOFF,
     Difference,
     Interval,
@@ -48,8 +51,6 @@ from flr.metrics import (
     ranks_from_scores,
     row_metrics,
 )
-from flr.model.backbone import evaluating
-from flr_kernels.order import order_key
 
 Method = Literal["auto", "beam", "exhaustive"]
 Level = Literal["item", "title"]
@@ -254,7 +255,9 @@ def evaluate(
         raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {trie.num_items}")
     views = processor.views if views is None else views
     if views is not None:
-        from flr.views import ViewMixture  # it scores like a baseline; imported here because it stands on this package
+        from flr.decode.mixture import (
+            ViewMixture,  # it scores like a baseline; imported here because it stands on this package
+        )
 
         beams = max(num_beams, top_k)
         mixture = ViewMixture(

@@ -11,7 +11,8 @@ import scipy.sparse as sp
 import torch
 
 from flr.data import CSR, Interactions
-from flr.metrics import ranks_from_scores
+
+from .metrics import ranks_from_scores
 
 _TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
 

@@ -39,7 +39,7 @@ def escape(value: Any) -> str:
 
 def page(title: str, body: str) -> str:
     """A complete document around ``body`` (HTML); ``title`` is text."""
-    folder = files("flr") / "templates"
+    folder = files("flr.report") / "templates"
     style = (folder / "page.css").read_text(encoding="utf-8")
     skeleton = Template((folder / "page.html").read_text(encoding="utf-8"))
     return skeleton.substitute(title=escape(title), style=style, body=body)

@@ -1,0 +1,1 @@
+"""Recommendations: from names to queries, from queries to answers and their explanation."""
