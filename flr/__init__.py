@@ -7,7 +7,8 @@ from .config import FLRConfig
 from .model.checkpoint import from_pretrained, load_latentr3
 from .model.patch import is_patched, patch_model, reasoner_parameters, unpatch_model
 from .model.reasoner import FactorizedReasoner, ReasonerOutput
-from .recommend.recommender import Recommendation, Recommender
+from .recommend.recommender import Recommender
+from .recommend.results import Recommendation
 
 __version__ = "0.1.0"
 

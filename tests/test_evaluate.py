@@ -142,7 +142,7 @@ def test_seen_items_are_never_given(codec):
 def test_more_rows_than_a_part_and_few_logits(monkeypatch):
     model, processor = make_model("sid")
     expected = evaluate(model, processor, make_rows(), progress=False)
-    monkeypatch.setattr(flr.evaluate.rank, "_PART_ROWS", 7)
+    monkeypatch.setattr(flr.evaluate.parts, "_PART_ROWS", 7)
     monkeypatch.setattr(flr.evaluate.rank, "_MAX_LOGITS", 1)
     sizes = []
     handle = model.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
@@ -154,7 +154,7 @@ def test_more_rows_than_a_part_and_few_logits(monkeypatch):
 
 def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     model, processor = make_model("sid")
-    monkeypatch.setattr(flr.evaluate.rank, "_PART_ROWS", 6)
+    monkeypatch.setattr(flr.evaluate.parts, "_PART_ROWS", 6)
     expected = evaluate(model, processor, make_rows(), progress=False)
     calls = {"n": 0, "stop": 3}
     real = flr.evaluate.rank.beam_search

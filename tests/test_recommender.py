@@ -15,7 +15,7 @@ from flr.data import CSR, Catalogue, HistoryViews, PromptTemplate, RecProcessor,
 from flr.decode import CatalogueTrie, score_all_items
 from flr.decode.mixture import ViewMixture
 from flr.explain.attribution import coalitions, influence_shares
-from flr.recommend.recommender import Recommender
+from flr.recommend import Recommender
 
 HISTORIES = [["item_3", "brave jazz 1", "item_7"], ["item_1"] * 12, [], ["item_9", "item_2"]]
 

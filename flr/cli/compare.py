@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    from flr.report.html import plot_compare
+    from flr.report.plots import plot_compare
 
     plot_compare(outcome["rows"], root / "compare.png")
     console.print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")

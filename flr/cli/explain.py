@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("history: expected item ids or titles, got none")
     if not (options.png or options.html or rest.json):
         options.png, options.html = "explanation.png", "explanation.html"
-    from flr.recommend.recommender import Recommender
+    from flr.recommend import Recommender
 
     explanation = Recommender.from_pretrained(options.model).explain(options.history, k=options.k)
     if options.png:

@@ -28,7 +28,7 @@ class RecommendOptions:
 
 def main(argv: list[str]) -> int:
     options, rest = parse("recommend", ABOUT, (RecommendOptions,), argv)
-    from flr.recommend.recommender import Recommender
+    from flr.recommend import Recommender
 
     recommender = Recommender.from_pretrained(options.model)
     histories = [options.history]

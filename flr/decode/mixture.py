@@ -11,18 +11,31 @@ each item of the catalogue that occurs.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 
 from flr.data import CSR, HistoryViews, RecProcessor
+from flr.data.trie import CatalogueTrie
+from flr_kernels.order import order_key
 
-from . import CatalogueTrie, Scoring, beam_search, rank_one_token
-from .scoring import resolve_scoring
+from .beam import beam_search
+from .exhaustive import rank_one_token
+from .scoring import Scoring, resolve_scoring
 
 _MAX_DENSE = 1 << 28  # probabilities kept for one-token codecs: 1 GiB in float32
+
+
+class Mixed(NamedTuple):
+    """The best items of a mixture."""
+
+    items: np.ndarray  # int64 [B, k], best first, -1 past the end
+    scores: np.ndarray  # float32 [B, k], log-probabilities
+    parts: tuple[
+        np.ndarray, np.ndarray
+    ]  # float64 [B, k] each: log of the whole prompt's weight, and of what the others give
 
 
 class ViewMixture:
@@ -100,6 +113,10 @@ class ViewMixture:
 
     def scores(self, histories: CSR) -> np.ndarray:
         """Probabilities, float32 [B, C], of B histories."""
+        return self._mixed(histories, None)
+
+    def _mixed(self, histories: CSR, whole: np.ndarray | None) -> np.ndarray:
+        """Probabilities [B, C]; ``whole`` [B, C] are those of the whole prompts, where they are known."""
         count = len(histories.offsets) - 1
         kept = histories.slice(
             np.maximum(histories.offsets[:-1], histories.offsets[1:] - self.processor.max_history),
@@ -109,7 +126,7 @@ class ViewMixture:
         weight = np.where(lengths > 0, self.views.weight, 0.0)  # an empty history has its prompt alone
         total = np.zeros((count, len(self.processor.catalogue)), np.float32)
         if (weight < 1).any():
-            total += (1 - weight)[:, None] * _dense(self._probabilities(histories))
+            total += (1 - weight)[:, None] * (_dense(self._probabilities(histories)) if whole is None else whole)
         if self.views.weight > 0 and len(kept.values):
             self._know(kept.values)
             age = np.repeat(kept.offsets[1:], lengths) - 1 - np.arange(len(kept.values))
@@ -119,6 +136,33 @@ class ViewMixture:
             mix = sp.csr_matrix((share, (row, self._row[kept.values])), shape=(count, self._table.shape[0]))
             total += _dense(mix @ self._table)
         return total.astype(np.float32)
+
+    def best(
+        self, histories: CSR, k: int, exclude: torch.Tensor | None = None, allowed: torch.Tensor | None = None
+    ) -> Mixed:
+        """The k best items; those that may not be given are struck out of the mixture, which is not normalised again.
+
+        Args:
+            histories: of B users.
+            k: how many items; all of them where the catalogue has fewer.
+            exclude: int64 [B, E], -1 past the end. allowed: bool [C] or [B, C].
+        """
+        whole = _dense(self._probabilities(histories))  # 0 for what its beam search did not give
+        probabilities = torch.from_numpy(self._mixed(histories, whole))
+        if exclude is not None:
+            row, column = (exclude >= 0).nonzero(as_tuple=True)
+            probabilities[row, exclude[row, column]] = 0.0
+        if allowed is not None:
+            probabilities.masked_fill_(~allowed, 0.0)
+        index = torch.arange(probabilities.shape[1])
+        items = order_key(probabilities.log(), index).topk(min(k, len(index)), dim=1).indices
+        chosen = probabilities.gather(1, items)
+        alone = torch.from_numpy(whole).gather(1, items).double()
+        weight = torch.where(torch.from_numpy(histories.lengths > 0), 1.0 - self.views.weight, 1.0).double()[:, None]
+        rest = (chosen.double() - weight * alone).clamp_min(0.0)
+        log_weight = torch.where(alone > 0, weight, 0.0).log()
+        found = torch.where(chosen > 0, items, -1)
+        return Mixed(found.numpy(), chosen.log().numpy(), (log_weight.numpy(), rest.log().numpy()))
 
 
 def _dense(x: Any) -> np.ndarray:

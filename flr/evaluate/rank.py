@@ -11,53 +11,37 @@ where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import nn
 
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import resolve_scoring
-from flr.files import atomic_file, write_json, write_parquet
 from flr.model.backbone import evaluating
 from flr_kernels.order import order_key
 
 from .metrics import (
-    COVERAGE_CUTOFF,
-    Difference,
-    Interval,
-    bootstrap_intervals,
-    coverage,
     group_ids,
-    paired_difference,
-    rank_metrics,
     ranks_from_lists,
     ranks_from_scores,
-    row_metrics,
 )
+from .parts import _fingerprint, _in_parts, _Ranked, _state_checksums
+from .result import EvalResult
 
 Method = Literal["auto", "beam", "exhaustive"]
-Level = Literal["item", "title"]
 
-_PART_ROWS = 1024
 _MAX_LOGITS = 1 << 27  # of one step: users a batch are cut so that B·W·V stays below (512 MiB in float32)
-_TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
 
 class Scorer(Protocol):
@@ -68,134 +52,6 @@ class Scorer(Protocol):
 
     def scores(self, histories: CSR) -> np.ndarray:
         """Float [B, C] for B histories, higher is better."""
-
-
-class _Ranked(NamedTuple):
-    """What is kept of a row; [n] and [n, k]."""
-
-    by_item: np.ndarray
-    by_title: np.ndarray
-    items: np.ndarray
-    scores: np.ndarray
-
-
-@dataclass
-class EvalResult:
-    """Ranks of an evaluation and what follows from them.
-
-    Attributes:
-        name: of the model, for tables.
-        users: user id of every row, in the order of the interactions; rows of one user are resampled together.
-        targets: int64 [n] item indices.
-        ranks: "item" and "title": int64 [n], 1 is best, 0 not given (see flr.metrics).
-        items, scores: int64 and float32 [n, k]: the items given to each row, best first, -1 / -inf past the end.
-        num_items: C.
-        settings: how it was made.
-        metrics: by level ("item", "title") and name ("hr@10", "ndcg@10", "mrr", …); "item" has coverage@10 too.
-        intervals: bootstrap intervals of the same, coverage excepted.
-    """
-
-    name: str
-    users: list[str]
-    targets: np.ndarray
-    ranks: dict[str, np.ndarray]
-    items: np.ndarray
-    scores: np.ndarray
-    num_items: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, dict[str, float]] = field(init=False)
-    intervals: dict[str, dict[str, Interval]] = field(init=False)
-    samples: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.metrics = {level: rank_metrics(ranks) for level, ranks in self.ranks.items()}
-        self.intervals = {
-            level: bootstrap_intervals(row_metrics(ranks), self.users, self.samples, seed=self.seed)
-            for level, ranks in self.ranks.items()
-        }
-        self.metrics["item"][f"coverage@{COVERAGE_CUTOFF}"] = coverage(self.items, self.num_items)
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def __repr__(self) -> str:
-        m = self.metrics["item"]
-        return f"EvalResult({self.name!r}, {len(self)} rows, hr@10={m['hr@10']:.4f}, ndcg@10={m['ndcg@10']:.4f})"
-
-    def difference(self, other: EvalResult, metric: str = "ndcg@10", level: Level = "item") -> Difference:
-        """`other`'s mean minus this one's, with a paired bootstrap interval; ValueError unless the rows are the same."""
-        if self.users != other.users or not np.array_equal(self.targets, other.targets):
-            raise ValueError(f"other: expected the rows of {self.name!r}, got different users or targets")
-        a, b = (row_metrics(result.ranks[level])[metric] for result in (self, other))
-        return paired_difference(a, b, self.users, self.samples, seed=self.seed)
-
-    def save(self, path: str | Path) -> None:
-        """Write `ranks.parquet` (one row a prediction) and `metrics.json` into the folder `path`, each atomically."""
-        folder = Path(path)
-        columns = {
-            "user": pa.array(self.users, pa.string()),
-            "target": pa.array(self.targets),
-            "rank_item": pa.array(self.ranks["item"]),
-            "rank_title": pa.array(self.ranks["title"]),
-            "items": _lists(self.items),
-            "scores": _lists(self.scores),
-        }
-        meta = {"name": self.name, "num_items": self.num_items, "settings": self.settings}
-        meta |= {"samples": self.samples, "seed": self.seed}
-        table = pa.table(columns).replace_schema_metadata({"flr": json.dumps({"kind": "evaluation", **meta})})
-        write_parquet(folder / "ranks.parquet", table)
-        report = {
-            **meta,
-            "rows": len(self),
-            "metrics": self.metrics,
-            "intervals": {level: {k: list(v) for k, v in x.items()} for level, x in self.intervals.items()},
-        }
-        write_json(folder / "metrics.json", report)
-
-    @classmethod
-    def load(cls, path: str | Path) -> EvalResult:
-        """Read what `save` wrote; ValueError where it is something else."""
-        file = Path(path) / "ranks.parquet"
-        if not file.is_file():
-            raise ValueError(f"path: expected a saved evaluation, {file} is missing")
-        table = pq.read_table(file)
-        meta = json.loads((table.schema.metadata or {}).get(b"flr", b"{}"))
-        if meta.get("kind") != "evaluation":
-            raise ValueError(f"{file}: expected the ranks of an evaluation, got {meta.get('kind')!r}")
-        return cls(
-            name=meta["name"],
-            users=table["user"].to_pylist(),
-            targets=table["target"].to_numpy(),
-            ranks={level: table[f"rank_{level}"].to_numpy() for level in ("item", "title")},
-            items=_matrix(table["items"]),
-            scores=_matrix(table["scores"]),
-            num_items=meta["num_items"],
-            settings=meta["settings"],
-            samples=meta["samples"],
-            seed=meta["seed"],
-        )
-
-    def table(self, *others: EvalResult, level: Level = "item", metrics: Sequence[str] = _TABLE_METRICS) -> Table:
-        """Rich table: this result and `others` (e.g. popularity and item-kNN) beside it, a column each."""
-        results = (self, *others)
-        table = Table(
-            title=f"{len(self)} predictions over {self.num_items} items, by {level}; 95 % bootstrap intervals"
-        )
-        table.add_column("metric")
-        for result in results:
-            table.add_column(result.name, justify="right")
-        best = {m: max(r.metrics[level][m] for r in results) for m in metrics}
-        for metric in metrics:
-            cells = []
-            for result in results:
-                value, interval = result.metrics[level][metric], result.intervals[level][metric]
-                number = f"[bold]{value:.4f}[/bold]" if value == best[metric] and len(results) > 1 else f"{value:.4f}"
-                cells.append(f"{number} [dim]{interval.low:.4f}–{interval.high:.4f}[/dim]")
-            table.add_row(metric, *cells)
-        name = f"coverage@{COVERAGE_CUTOFF}"
-        table.add_row(name, *(f"{result.metrics['item'][name]:.4f}" for result in results))
-        return table
 
 
 def evaluate(
@@ -255,9 +111,7 @@ def evaluate(
         raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {trie.num_items}")
     views = processor.views if views is None else views
     if views is not None:
-        from flr.decode.mixture import (
-            ViewMixture,  # it scores like a baseline; imported here because it stands on this package
-        )
+        from flr.decode.mixture import ViewMixture
 
         beams = max(num_beams, top_k)
         mixture = ViewMixture(
@@ -386,46 +240,6 @@ def _from_scores(scores: torch.Tensor, targets: torch.Tensor, groups: torch.Tens
     return _Ranked(*(x.cpu().numpy() for x in ranked))
 
 
-def _in_parts(
-    rank: Callable[[np.ndarray], _Ranked],
-    order: np.ndarray,
-    batch_size: int,
-    folder: Path | None,
-    advance: Callable[[int], None],
-) -> _Ranked:
-    """`rank` of all rows, taken in `order`, with finished parts of _PART_ROWS kept in `folder`; in the rows' own order."""
-    parts = []
-    for start in range(0, len(order), _PART_ROWS):
-        rows = order[start : start + _PART_ROWS]
-        file = None if folder is None else folder / f"{start:09d}.npz"
-        part = None if file is None else _read_part(file, len(rows))
-        if part is None:
-            batches = []
-            for first in range(0, len(rows), batch_size):
-                batch = rows[first : first + batch_size]
-                batches.append(rank(batch))
-                advance(len(batch))
-            part = _Ranked(*(np.concatenate(x) for x in zip(*batches, strict=True)))
-            if file is not None:
-                with atomic_file(file) as temporary, temporary.open("wb") as stream:
-                    np.savez(stream, **part._asdict())
-        else:
-            advance(len(rows))
-        parts.append(part)
-    back = np.argsort(order)
-    return _Ranked(*(np.concatenate(x)[back] for x in zip(*parts, strict=True)))
-
-
-def _read_part(file: Path, rows: int) -> _Ranked | None:
-    """A finished part; None where it is absent or was cut short."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            part = _Ranked(*(arrays[name] for name in _Ranked._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return part if all(len(x) == rows for x in part) else None
-
-
 def _result(
     name: str,
     interactions: Interactions,
@@ -449,50 +263,9 @@ def _result(
     )
 
 
-def _state_checksums(model: nn.Module) -> Iterator[bytes]:
-    """Name, shape, dtype and integer sums of every weight's bits, and the configuration: what the outputs depend on."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_json_string"):
-        yield config.to_json_string(use_diff=False).encode()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-            bits = tensor.detach().contiguous().flatten().view(integers)
-            sums = [int(bits[i::7].sum(dtype=torch.int64)) for i in (0, 3)] + [int(bits.sum(dtype=torch.int64))]
-            yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode()
-
-
-def _fingerprint(
-    settings: Mapping[str, Any],
-    weights: Iterable[bytes],
-    prompts: CSR,
-    codec: Any,
-    interactions: Interactions,
-    catalogue: Catalogue,
-) -> str:
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
-    for chunk in weights:
-        digest.update(chunk)
-    rows = (interactions.histories.values, interactions.histories.offsets, interactions.targets)
-    for array in (prompts.values, prompts.offsets, codec.tokens, codec.offsets, *rows, group_ids(catalogue.titles)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 @contextmanager
 def _bar(enabled: bool, text: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled) as bar:
         task = bar.add_task(text, total=total)
         yield lambda rows: bar.advance(task, rows)
-
-
-def _lists(matrix: np.ndarray) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).ravel()), matrix.shape[1])
-
-
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
-    return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)

@@ -7,14 +7,12 @@ for r in recommender.recommend([["B00005YW4H", "Kind of Blue"]], k=5)[0]:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,88 +22,23 @@ from flr.data import CSR, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
+from flr.explain.attention import item_attention
 from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
 from flr.model.backbone import causal_lm, evaluating
 from flr.model.checkpoint import from_pretrained
 from flr.model.patch import is_patched
-from flr_kernels.order import order_key
 
-if TYPE_CHECKING:
-    from flr.explain.interest import Explanation
+from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
+from .results import Explanation, HistoryItem, Recommendation
 
 logger = logging.getLogger("flr")
 
-OnUnknown = Literal["raise", "skip"]
-#: One user: item ids or titles, oldest first; or an integer array of catalogue indices.
-History: TypeAlias = "Sequence[str] | np.ndarray"
-#: Values that an item's attribute may have, by the attribute's name in the catalogue.
-Where: TypeAlias = "Mapping[str, Iterable[Any]]"
 
-MAX_K = 1000
-MAX_BEAMS = 1000
-MAX_HISTORIES = 10_000
-MAX_ENTRIES = 10_000
-_MIN_TEXT = 500  # an entry may always be this long; else as long as the catalogue's longest id or title
 _MAX_LOGITS = 1 << 26  # of a beam step: users a part are cut so that B·W·V stays below (256 MiB in float32)
 _MAX_USERS = 64  # a part
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Attributes:
-        item_id, title, index: which item; index 0..C-1 in the catalogue.
-        score: log-probability of the item given the history, under the scoring asked for; where the processor has ``views``, of their
-            mixture.
-        factor_shares: K numbers >= 0 that sum to 1, each factor's share of the influence that the factors had on this score:
-            |contribution| over the sum of them; 1/K each where no factor moves the score by more than rounding. Empty
-            for variants without factors and where shares were not asked for.
-        contributions: K signed numbers, by how much each factor raised (or lowered) the score, in nats: Shapley values of
-            the thought's K parts (see flr.attribution). With views, of the thought behind the whole history; the views of single
-            items are taken as they are. Empty where factor_shares is.
-        base_score: the score with the factors' parts left out of the thought. base_score + sum(contributions) = score.
-            None where contributions is empty.
-    """
-
-    item_id: str
-    title: str
-    score: float
-    index: int
-    factor_shares: list[float]
-    contributions: list[float]
-    base_score: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
-
-
-class Resolved(NamedTuple):
-    """Histories as catalogue indices (int64 arrays, oldest first) and, for each, the entries that were skipped."""
-
-    histories: list[np.ndarray]
-    unknown: list[list[str]]
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """What one user asks for, in catalogue indices.
-
-    Attributes:
-        history: int64 [M], oldest first.
-        k: items wanted.
-        exclude: int64 [E], items that may not be given; repeats do no harm.
-        allowed: bool [C], items that may be given; None for all.
-    """
-
-    history: np.ndarray
-    k: int
-    exclude: np.ndarray
-    allowed: np.ndarray | None = None
-
-
-class Recommender:
+class Recommender(QueryBuilder):
     """Recommends from a catalogue with a model.
 
     Ranks as ``flr.evaluate.evaluate`` does, by the processor's ``views`` where it has any (the probabilities given single items are
@@ -137,8 +70,8 @@ class Recommender:
     """
 
     def __init__(self, model: nn.Module, processor: RecProcessor, trie: CatalogueTrie | None = None) -> None:
+        super().__init__(processor)
         self.model = model
-        self.processor = processor
         lm = causal_lm(model)
         config = lm._flr_patch.config if is_patched(lm) else None
         count = config.thought_count if config is not None else 0
@@ -159,8 +92,6 @@ class Recommender:
             raise ValueError(
                 f"processor: expected tokens below the model's vocabulary of {self._vocabulary}, got {self.trie.max_token}"
             )
-        catalogue = processor.catalogue
-        self._longest_text = max(_MIN_TEXT, *map(len, catalogue.item_ids), *map(len, catalogue.titles))
         self._lock = threading.RLock()
         self._mixture: ViewMixture | None = None
 
@@ -245,128 +176,24 @@ class Recommender:
             part = min(part, _MAX_LOGITS // self.trie.num_items)
         return max(1, part)
 
-    def explain(self, history: History, k: int = 5, **options: Any) -> Explanation:
-        """Recommendations for one history and what the factors attended to: :func:`flr.explain.explain` with this recommender.
-
-        ``options`` as for :meth:`recommend` (num_beams, exclude_seen, scoring, on_unknown).
-        """
-        from flr.explain.interest import explain_with
-
-        return explain_with(self, history, k, **options)
-
-    def resolve(
-        self, histories: Sequence[History], on_unknown: OnUnknown = "raise", *, suggest: bool = True
-    ) -> Resolved:
-        """Catalogue indices of histories, and the entries that the catalogue does not know (with "skip").
-
-        Args:
-            histories, on_unknown: as for :meth:`recommend`.
-            suggest: name near matches of an unknown entry in the error; the search takes up to a second in a large catalogue.
-
-        Raises:
-            ValueError: too many or too long histories, an entry that is not text, an unknown one (with "raise").
-        """
-        if isinstance(histories, str) or not isinstance(histories, Sequence):
-            raise ValueError(f"histories: expected a sequence of histories, got {type(histories).__name__}")
-        if len(histories) > MAX_HISTORIES:
-            raise ValueError(f"histories: expected at most {MAX_HISTORIES}, got {len(histories)}")
-        found = [self.names(f"histories[{i}]", x, on_unknown, suggest=suggest) for i, x in enumerate(histories)]
-        return Resolved([indices for indices, _ in found], [strangers for _, strangers in found])
-
-    def names(
-        self, name: str, history: History, on_unknown: OnUnknown = "raise", *, every: bool = False, suggest: bool = True
-    ) -> tuple[np.ndarray, list[str]]:
-        """Indices int64 [M] of ids and titles, and those skipped; ``name`` is what errors call the argument.
-
-        A title that several items share gives the first of them, with ``every`` all of them. Errors as :meth:`resolve`.
-        """
-        if on_unknown not in ("raise", "skip"):
-            raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
-        size = len(self.processor.catalogue)
-        if isinstance(history, str) or not isinstance(history, (Sequence, np.ndarray)):
-            raise ValueError(
-                f"{name}: expected a sequence of item ids or titles, got {type(history).__name__} {history!r:.80}"
-            )
-        if len(history) > MAX_ENTRIES:
-            raise ValueError(f"{name}: expected at most {MAX_ENTRIES} entries, got {len(history)}")
-        if isinstance(history, np.ndarray) and history.dtype.kind in "iu":
-            if history.ndim != 1 or (history.size and not 0 <= history.min() <= history.max() < size):
-                raise ValueError(f"{name}: expected indices 0..{size - 1} in one dimension, got {history!r:.200}")
-            return history.astype(np.int64), []
-        indices: list[int] = []
-        strangers: list[str] = []
-        for place, entry in enumerate(history):
-            if not isinstance(entry, str):
-                raise ValueError(
-                    f"{name}[{place}]: expected an item id or a title (str), got {type(entry).__name__} {entry!r:.80}"
-                )
-            if len(entry) > self._longest_text:  # near matches are searched in time quadratic in the length
-                raise ValueError(
-                    f"{name}[{place}]: expected an id or title of at most {self._longest_text} characters, got {len(entry)}"
-                )
-            found = self.processor.catalogue.lookup(entry)
-            indices += found if every else found[:1]
-            if not found:
-                if on_unknown == "raise":
-                    near = self.processor.catalogue.suggest(entry) if suggest else ""
-                    raise ValueError(f"{name}[{place}]: {entry!r} is no id and no title of the catalogue{near}")
-                strangers.append(entry)
-        return np.array(indices, np.int64), strangers
-
-    def selection(
+    def explain(
         self,
-        allow: History | None = None,
-        deny: History = (),
-        where: Where | None = None,
-        on_unknown: OnUnknown = "raise",
+        history: History,
+        k: int = 5,
         *,
-        suggest: bool = True,
-    ) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
-        """Which items may be given: bool [C] or None for all, indices of those that may not, and the unknown entries of both.
-
-        Arguments and errors as for :meth:`recommend`; an attribute that the catalogue lacks, or values of another type, raise ValueError.
-        """
-        denied, unknown = self.names("deny", deny, on_unknown, every=True, suggest=suggest)
-        allowed = None
-        if allow is not None:
-            listed, strangers = self.names("allow", allow, on_unknown, every=True, suggest=suggest)
-            unknown = strangers + unknown
-            allowed = np.zeros(len(self.processor.catalogue), bool)
-            allowed[listed] = True
-        for attribute_name, values in (where or {}).items():
-            matching = self._having(attribute_name, values)
-            allowed = matching if allowed is None else allowed & matching
-        return allowed, denied, unknown
-
-    def _having(self, name: str, values: Iterable[Any]) -> np.ndarray:
-        column = self.processor.catalogue.attributes.get(name)
-        if column is None:
-            known = ", ".join(map(repr, self.processor.catalogue.attributes)) or "none"
-            raise ValueError(f"where: expected attributes of the catalogue ({known}), got {name!r}")
-        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-            raise ValueError(f"where[{name!r}]: expected a list of values, got {values!r:.80}")
-        wanted = list(values)
-        if len(wanted) > MAX_ENTRIES:
-            raise ValueError(f"where[{name!r}]: expected at most {MAX_ENTRIES} values, got {len(wanted)}")
-        types: tuple[type, ...] = {"U": (str,), "b": (bool, np.bool_)}.get(column.dtype.kind, (int, float, np.number))
-        for value in wanted:
-            if not isinstance(value, types) or (isinstance(value, bool) and column.dtype.kind != "b"):
-                raise ValueError(f"where[{name!r}]: expected values of type {types[0].__name__}, got {value!r:.80}")
-        if column.dtype.kind in "iuf":  # a number of any size compares as a float, exact to 2^53
-            return np.isin(column.astype(np.float64), np.array([float(min(max(x, -1e300), 1e300)) for x in wanted]))
-        return np.isin(column, np.array(wanted, column.dtype.kind))
-
-    @staticmethod
-    def query(
-        history: np.ndarray,
-        k: int,
+        num_beams: int = 20,
         exclude_seen: bool = False,
-        allowed: np.ndarray | None = None,
-        denied: np.ndarray | None = None,
-    ) -> Query:
-        """A query from what :meth:`resolve` and :meth:`selection` gave."""
-        parts = [part for part in (denied, history if exclude_seen else None) if part is not None]
-        return Query(history, k, np.concatenate([np.zeros(0, np.int64), *parts]), allowed)
+        scoring: Scoring | Literal["auto"] = "auto",
+        on_unknown: OnUnknown = "raise",
+    ) -> Explanation:
+        """Recommendations for one history, and what each factor attended to and contributed.
+
+        Arguments and errors are those of :meth:`recommend`.
+        """
+        self.check(k, num_beams, scoring)
+        resolved = self.resolve([history], on_unknown)
+        query = self.query(resolved.histories[0], k, exclude_seen)
+        return self.explained([query], resolved.unknown, max(num_beams, k), scoring)[0]
 
     @property
     def variant(self) -> str:
@@ -379,13 +206,6 @@ class Recommender:
         """K; 0 for variants without factors."""
         lm = causal_lm(self.model)
         return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
-
-    def check(self, k: int, num_beams: int, scoring: str) -> None:
-        """ValueError unless these may be given to :meth:`recommend`."""
-        for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
-                raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
-        resolve_scoring(scoring, self.processor.scoring)
 
     def ranked(
         self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
@@ -405,7 +225,7 @@ class Recommender:
         k = max(query.k for query in queries)
         if num_beams < k:
             raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
-        exclude, allowed = _exclusions(queries), _allowances(queries)
+        exclude, allowed = exclusions(queries), allowances(queries)
         scoring = resolve_scoring(scoring, self.processor.scoring)
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs = self.processor(histories)
@@ -416,7 +236,8 @@ class Recommender:
                 )
                 items, scores = found.items.cpu().numpy(), found.scores.cpu().numpy()
             else:
-                items, scores, mixed_with = self._mixed(histories, k, num_beams, scoring, exclude, allowed)
+                mixture = self._mixture_of(num_beams, scoring)
+                items, scores, mixed_with = mixture.best(CSR.from_rows(histories), k, exclude, allowed)
                 exclude = allowed = None  # struck out of the mixture, which is not normalised again
             wanted = np.array([[query.k] for query in queries])
             items = np.where(np.arange(items.shape[1]) < wanted, items, -1)
@@ -446,69 +267,45 @@ class Recommender:
             )
         return lists, prompts
 
-    def _mixed(
+    def explained(
         self,
-        histories: list[np.ndarray],
-        k: int,
+        queries: Sequence[Query],
+        unknown: Sequence[list[str]],
         num_beams: int,
-        scoring: Scoring,
-        exclude: torch.Tensor | None,
-        allowed: torch.Tensor | None,
-    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Items and scores [B, k] by the processor's views, and the logarithms of the whole prompt's weight and of the rest."""
+        scoring: Scoring | Literal["auto"],
+    ) -> list[Explanation]:
+        """Explanations of a few queries, computed together: as :meth:`ranked`, ``unknown`` being what each one's names lacked."""
+        lists, prompts = self.ranked(queries, num_beams, scoring, shares=True)
+        processor, variant = self.processor, self.variant
+        positions = processor([query.history for query in queries])["item_positions"]
+        attention, gates, norms = np.zeros((len(queries), 0, 0, 0, 0)), np.zeros((len(queries), 0, 0, 0)), None
+        if prompts is not None:
+            with torch.inference_mode():
+                attention = item_attention(prompts, positions, max(len(query.history) for query in queries))
+                gates = torch.stack([step.gates for step in prompts.output.steps], 1).double().cpu().numpy()
+                scale = prompts.lm._flr_patch.config.input_scale or 1.0
+                norms = prompts.contributions.norm(dim=-1).double().cpu().numpy()
+                norms /= scale * prompts.contributions.shape[-1] ** 0.5
+        catalogue = processor.catalogue
+        found = []
+        for row, query in enumerate(queries):
+            used = set(positions[row][positions[row] >= 0].tolist())
+            items = [
+                HistoryItem(catalogue.item_ids[item], catalogue.titles[item], item, place in used)
+                for place, item in enumerate(query.history.tolist())
+            ]
+            own = attention[row, ..., : len(items)] if prompts is not None else np.zeros((0, 0, 0, len(items)))
+            parts = norms[row] if norms is not None else np.zeros((0, 0))
+            found.append(Explanation(variant, items, list(unknown[row]), own, gates[row], parts, lists[row]))
+        return found
+
+    def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:
+        """The mixture over the processor's views; the last one is kept, since its table may be large."""
         views, old = self.processor.views, self._mixture
-        assert views is not None
         if old is None or (old.views, old.num_beams, old.scoring) != (views, num_beams, scoring):
-            self._mixture = None  # its table may be large
+            self._mixture = None
             self._mixture = ViewMixture(
                 self.model, self.processor, views, num_beams=num_beams, scoring=scoring, trie=self.trie
             )
         assert self._mixture is not None
-        rows = CSR.from_rows(histories)
-        probabilities = torch.from_numpy(self._mixture.scores(rows))
-        if exclude is not None:
-            row, column = (exclude >= 0).nonzero(as_tuple=True)
-            probabilities[row, exclude[row, column]] = 0.0
-        if allowed is not None:
-            probabilities.masked_fill_(~allowed, 0.0)
-        index = torch.arange(probabilities.shape[1])
-        items = order_key(probabilities.log(), index).topk(min(k, len(index)), dim=1).indices
-        chosen = probabilities.gather(1, items)
-        alone = ViewMixture(
-            self.model,
-            self.processor,
-            dataclasses.replace(views, weight=0.0),
-            num_beams=num_beams,
-            scoring=scoring,
-            trie=self.trie,
-        )
-        whole = (
-            torch.from_numpy(alone.scores(rows)).gather(1, items).double()
-        )  # 0 for what its beam search did not give
-        weight = torch.where(torch.from_numpy(rows.lengths > 0), 1.0 - views.weight, 1.0).double()[:, None]
-        rest = (chosen.double() - weight * whole).clamp_min(0.0)
-        log_weight = torch.where(whole > 0, weight, 0.0).log()
-        found = torch.where(chosen > 0, items, -1)
-        return found.numpy(), chosen.log().numpy(), (log_weight.numpy(), rest.log().numpy())
-
-
-def _exclusions(queries: Sequence[Query]) -> torch.Tensor | None:
-    """int64 [B, E] padded with -1; None where no query excludes anything."""
-    longest = max(len(query.exclude) for query in queries)
-    if longest == 0:
-        return None
-    exclude = torch.full((len(queries), longest), -1, dtype=torch.int64)
-    for row, query in enumerate(queries):
-        exclude[row, : len(query.exclude)] = torch.from_numpy(query.exclude)
-    return exclude
-
-
-def _allowances(queries: Sequence[Query]) -> torch.Tensor | None:
-    """bool [C] where all queries share one mask, else [B, C]; None where no query has one."""
-    masks = [query.allowed for query in queries]
-    some = next((mask for mask in masks if mask is not None), None)
-    if some is None:
-        return None
-    if all(mask is some for mask in masks):
-        return torch.from_numpy(some)
-    return torch.from_numpy(np.stack([np.ones_like(some) if mask is None else mask for mask in masks]))
+        return self._mixture

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 import flr
 from flr.decode.scoring import resolve_scoring
-from flr.recommend.recommender import Recommender
+from flr.recommend import Recommender
 
 from .engine import Busy, Engine, Job, Late, Loaded
 from .gate import Gate, Trace, problem

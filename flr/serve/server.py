@@ -15,7 +15,7 @@ import torch
 import transformers
 import uvicorn
 
-from flr.recommend.recommender import Recommender
+from flr.recommend import Recommender
 
 from .app import create_app
 from .gate import MAX_HEAD, Gate
