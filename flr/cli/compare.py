@@ -20,7 +20,8 @@ from flr.evaluate.metrics import paired_difference, row_metrics
 from flr.files import write_json
 from flr.train import SFTConfig
 
-from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
+from .options import AugmentOptions, DataOptions, ModelOptions
+from .parsing import console, emit, parse
 from .sft import train
 
 ABOUT = (

@@ -8,7 +8,8 @@ from flr.data import RecProcessor
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 
-from .options import DataOptions, console, emit, parse
+from .options import DataOptions
+from .parsing import console, emit, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .options import console, emit, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 

@@ -27,7 +27,8 @@ from flr.train import LatentGRPOConfig, SFTConfig
 
 from . import rl
 from .compare import METRICS, MODES, CompareOptions, compare, print_table, seed_difference
-from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
+from .options import AugmentOptions, DataOptions, ModelOptions
+from .parsing import console, emit, parse
 
 ABOUT = (
     "Train five small models on generated data, reinforce one of them, compare, explain and report: about three minutes "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from .options import console, emit, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 

@@ -20,7 +20,7 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 from .filters import item_filter
 from .packed import PackedSession, obstacle
 from .prompts import Prompts
-from .scoring import Scoring, check_scoring, check_vocabulary
+from .scoring import Scoring, check_scoring, check_vocabulary, rank_by_scores, rank_in_list
 from .search import Search
 from .session import slots
 
@@ -93,7 +93,7 @@ def group_ranks(
     batch, members, size = prompts.hidden.shape
     thoughts = len(prompts.member) // members
     hidden = prompts.hidden.reshape(-1, size)
-    target = targets.repeat_interleave(members)[:, None]
+    target = targets.repeat_interleave(members)
     with evaluating(model):
         if trie.depth == 1:
             logits = head(model, hidden)
@@ -102,7 +102,7 @@ def group_ranks(
             scores = logits[:, trie.tokens[1:].long()].float()[:, trie.leaf_of_item]
             if not bool(scores.isfinite().all()):
                 raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-            return (scores >= scores.gather(1, target)).sum(1).view(batch, members)
+            return rank_by_scores(scores, target).view(batch, members)
         if obstacle(model, prompts.cache, prompts.attention_mask.shape[1] + thoughts + trie.depth) is not None:
             return None
         trie, rows, states = trie.to(hidden.device), None, hidden
@@ -122,5 +122,4 @@ def group_ranks(
         begun = Prompts(states, _Members(packed, batch, members), rows, first.shape[-1])
         kernel = runs_as_kernel(states, num_beams)
         search = Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, rows, kernel)
-        found = search.run(begun).items == target
-    return (found * torch.arange(1, num_beams + 1, device=found.device)).amax(1).view(batch, members)
+        return rank_in_list(search.run(begun).items, target).view(batch, members)

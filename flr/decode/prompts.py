@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from flr.model.backbone import causal_lm, forward_parameters, takes_positions, warn_once
 from flr.model.head import HeadRows
+from flr.model.patch import is_patched
 
 from .expanded import ExpandedSession
 from .packed import PackedSession, obstacle
@@ -41,7 +41,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tor
     lm = causal_lm(model)
     device = next(lm.parameters()).device
     dropped = set(_NOT_MODEL_INPUTS)
-    if "reasoner_mask" not in inspect.signature(lm.forward).parameters:
+    if not is_patched(lm):
         dropped.add("reasoner_mask")
     prepared = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value

@@ -60,3 +60,13 @@ def token_logits(
     out = torch.full(wanted.shape, -torch.inf, dtype=torch.float32, device=states.device).flatten(0, 1)
     out[row, column] = rows(flat, row, token[row, column])
     return out.view(wanted.shape)
+
+
+def rank_by_scores(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Place int64 [R] of the item ``target`` [R] among scores [R, C], 1 is best; ties count against it."""
+    return (scores >= scores.gather(1, target[:, None])).sum(1)
+
+
+def rank_in_list(items: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Place int64 [R] of the item ``target`` [R] in lists of items [R, k], 1 is best, 0 where it is not in it."""
+    return ((items == target[:, None]) * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(1)

@@ -16,9 +16,7 @@ from torch import nn
 from flr.data import CSR, Catalogue, Interactions
 from flr.files import atomic_file
 
-from .metrics import (
-    group_ids,
-)
+from .metrics import group_ids
 
 _PART_ROWS = 1024
 

@@ -31,11 +31,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.model.backbone import evaluating
 from flr_kernels.order import order_key
 
-from .metrics import (
-    group_ids,
-    ranks_from_lists,
-    ranks_from_scores,
-)
+from .metrics import group_ids, ranks_from_lists, ranks_from_scores
 from .parts import _fingerprint, _in_parts, _Ranked, _state_checksums
 from .result import EvalResult
 

@@ -37,7 +37,7 @@ class _Arrays(NamedTuple):
 
 
 class CatalogueLoss:
-    """What a patched model's forward takes as ``catalogue=``, with ``labels=`` the edges of the target tokens.
+    """What a patched model's forward takes as ``catalogue_loss=``, with ``labels=`` the target_nodes of the target tokens.
 
     Args:
         trie: the catalogue, of two items at least.
@@ -47,7 +47,7 @@ class CatalogueLoss:
         ValueError: an argument out of range.
 
     >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
-    >>> CatalogueLoss(trie).edges(torch.tensor([[-100, 5, 8], [-100, -100, 6]])).tolist()
+    >>> CatalogueLoss(trie).target_nodes(torch.tensor([[-100, 5, 8], [-100, -100, 6]])).tolist()
     [[-100, 1, 4], [-100, -100, 2]]
     """
 
@@ -69,7 +69,7 @@ class CatalogueLoss:
         parents = torch.cat([parents.new_full((1,), -1), parents])
         return _Arrays(*(x.to(device) for x in (children, self.trie.tokens.long(), parents)))
 
-    def edges(self, labels: Tensor) -> Tensor:
+    def target_nodes(self, labels: Tensor) -> Tensor:
         """Tokens of one item a row, -100 elsewhere, as the nodes that they lead to.
 
         Args:
@@ -82,7 +82,7 @@ class CatalogueLoss:
             ValueError: a row's tokens are not an item's whole sequence.
         """
         node = labels.new_zeros(len(labels))
-        edges = labels.clone()
+        target_nodes = labels.clone()
         for column in (labels != IGNORE).any(0).nonzero()[:, 0].tolist():
             token = labels[:, column]
             here = token != IGNORE
@@ -96,30 +96,30 @@ class CatalogueLoss:
                     f"in column {column} of row {row}"
                 )
             node = torch.where(here, index + 1, node)
-            edges[:, column] = torch.where(here, node, IGNORE)
+            target_nodes[:, column] = torch.where(here, node, IGNORE)
         children = self._arrays(labels.device).children
         short = (node > 0) & (children[node] < children[node + 1])
         if bool(short.any()):
             raise ValueError(f"labels: expected an item's whole sequence, row {int(short.int().argmax())} breaks off")
-        return edges
+        return target_nodes
 
-    def __call__(self, model: Any, hidden: Tensor, edges: Tensor, smoothing: float = 0.0) -> Tensor:
+    def __call__(self, model: Any, hidden: Tensor, target_nodes: Tensor, smoothing: float = 0.0) -> Tensor:
         """Loss of every target token.
 
         Args:
-            model: patched causal LM. hidden: its last hidden states [M, D] before the tokens. edges: int64 [M].
+            model: patched causal LM. hidden: its last hidden states [M, D] before the tokens. target_nodes: int64 [M].
             smoothing: share of the target that goes to all children alike, in [0, 1).
 
         Returns:
-            float32 (float64 for such hidden states) [M]; 0 where edges are -100 or a node has one child.
+            float32 (float64 for such hidden states) [M]; 0 where target_nodes are -100 or a node has one child.
         """
-        children, tokens, parents = self._arrays(edges.device)
+        children, tokens, parents = self._arrays(target_nodes.device)
         if self.output_dropout and model.training:
             hidden = dropout(hidden, self.output_dropout)
-        child = edges.clamp_min(1)
+        child = target_nodes.clamp_min(1)
         parent = parents[child]
         begin = children[parent]
-        fanout = (children[parent + 1] - begin).masked_fill(edges == IGNORE, 0)
+        fanout = (children[parent + 1] - begin).masked_fill(target_nodes == IGNORE, 0)
         losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lm_head = model.get_output_embeddings()
         gathers = has_rows(lm_head) and is_unhooked(lm_head)

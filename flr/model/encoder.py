@@ -10,7 +10,7 @@ from torch import Tensor
 from flr.config import FLRConfig
 
 from .outputs import FLROutput
-from .pieces import Pieces
+from .pieces import Pieces, take_columns
 from .reasoner import LOSSES, ReasonerOutput
 
 
@@ -26,6 +26,16 @@ class Encoder:
         self.steps: list[ReasonerOutput] = []
         self.step_rows: list[Tensor] = []
         self.anchor: Tensor | None = None
+
+    def run(self, columns: list[int], stop: int, given: Tensor | None = None) -> None:
+        """Encode columns up to ``stop``, with a thought in each of ``columns``: the embeddings ``given`` [B, N, D], or our own."""
+        if given is not None and given.shape[:2] != (len(self.inputs.embeds), len(columns)):
+            expected = f"[{len(self.inputs.embeds)}, {len(columns)}, D] for these columns"
+            raise ValueError(f"thoughts: expected {expected}, got {tuple(given.shape)}")
+        for n, column in enumerate(columns):
+            self.encode(column)
+            self.think(column, None if given is None else given[:, n])
+        self.encode(stop)
 
     def encode(self, stop: int) -> None:
         """Encode columns up to ``stop``."""
@@ -49,6 +59,13 @@ class Encoder:
 
     def last_hidden(self) -> Tensor:
         return self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, 1)
+
+    def all_layers(self, inverse: Tensor | None) -> tuple[Tensor, ...] | None:
+        """Hidden states of every layer where they were asked for, columns by ``inverse`` (None: as they are)."""
+        if not self.layers:
+            return None
+        layers = tuple(torch.cat(parts, 1) for parts in zip(*self.layers, strict=True))
+        return layers if inverse is None else tuple(take_columns(x, inverse, 0) for x in layers)
 
     def think(self, column: int, given: Tensor | None = None) -> None:
         """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""

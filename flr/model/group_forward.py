@@ -14,25 +14,19 @@ Attention that takes no 4-D mask gets the prompt's cache expanded to B·G rows i
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import is_checkpointing
+from .backbone import backbone_trains, is_checkpointing, takes_positions
+from .catalogue_loss import CatalogueLoss
 from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
-from .reasoner import LOSSES, ReasonerOutput
-
-if TYPE_CHECKING:
-    from .catalogue_loss import CatalogueLoss
-from .backbone import backbone_trains, takes_positions
 from .outputs import GroupInputs, GroupOutput
 from .packed_members import PackedMembers
-
-logger = logging.getLogger("flr")
+from .reasoner import LOSSES, ReasonerOutput
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, group: GroupInputs) -> None:
@@ -57,10 +51,12 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"policy: expected tokens or thoughts, got {group.policy!r}")
     if group.policy == "thoughts" and torch.is_grad_enabled() and backbone_trains(model):
         raise ValueError("policy: expected tokens for a backbone that trains, got thoughts, which do not reach it")
-    if (group.catalogue is None) != (group.edges is None) or (
-        group.edges is not None and group.edges.shape != mask.shape
+    if (group.catalogue_loss is None) != (group.target_nodes is None) or (
+        group.target_nodes is not None and group.target_nodes.shape != mask.shape
     ):
-        raise ValueError(f"edges: expected {tuple(mask.shape)} with a catalogue and none without, got another")
+        raise ValueError(
+            f"target_nodes: expected {tuple(mask.shape)} with a catalogue_loss and none without, got another"
+        )
     if group.noise_scale < 0:
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
     if model.training and is_checkpointing(model):
@@ -83,10 +79,61 @@ def _gradients(needed: bool) -> Iterator[None]:
         yield
 
 
-def _regularisers(config: Any, out: ReasonerOutput, batch: int) -> Tensor:
-    """Weighted sum [B] of a thought's regularisers; mean over members where each made its own."""
-    total: Any = sum(getattr(config, f"{name}_weight") * out.user_losses[name] for name in LOSSES)
-    return total.view(batch, -1).mean(1)
+class _Thoughts:
+    """The members' noisy thoughts, made one after another, and what is computed of each."""
+
+    def __init__(self, model: Any, group: GroupInputs, history: Tensor, valid: Tensor) -> None:
+        self.model, self.group, self.history, self.valid = model, group, history, valid
+        self.batch, self.length = history.shape[:2]
+        self.embeddings: list[Tensor] = []  # [B, G, D], as fed
+        self.actions: list[Tensor] = []  # [B, G, D], r + σ ε
+        self.sigmas: list[Tensor] = []  # [B, G]
+        self.logprobs: list[Tensor] = []  # [B, G]
+        self.outs: list[ReasonerOutput] = []
+        self.kl: Any = 0.0  # [B]
+
+    def noisy_thought(self, anchor: Tensor, passes_gradients: bool) -> Tensor:
+        """Embeddings [B, G, D] of the next thought, anchor [B, D] + r + σ ε."""
+        group, n = self.group, len(self.outs)
+        position = self.length - 1 + n
+        out = self.model.flr(self.history, self.valid, position)
+        r = out.thought.view(self.batch, -1, out.thought.shape[-1])  # [B, 1 or G, D]: the first thought is shared
+        if group.actions is None:
+            sigma = torch.full_like(r[..., :1], group.noise_scale)  # [B, 1 or G, 1]
+            if group.relative:
+                sigma = sigma * r.detach().square().mean(-1, keepdim=True).sqrt()
+            noisy = r + sigma * group.noise[:, :, n].to(r.dtype)
+        else:
+            noisy, sigma = group.actions[0][:, :, n], group.actions[1][:, :, n, None]
+        noisy = noisy if passes_gradients else noisy.detach()
+        variance = 2 * sigma.square() + torch.finfo(r.dtype).tiny
+        self.logprobs.append(-((noisy.detach() - r).square() / variance).sum(-1))
+        if group.reference is not None:
+            with torch.no_grad():
+                theirs = group.reference(self.history, self.valid, position).thought.view_as(r)
+            self.kl = self.kl + ((r - theirs).square() / variance).sum(-1).mean(1)
+        self.embeddings.append(anchor[:, None] + noisy.to(anchor.dtype))
+        self.actions.append(noisy.detach())
+        self.sigmas.append(sigma[..., 0].expand(-1, group.noise.shape[1]))
+        self.outs.append(out)
+        return self.embeddings[-1]
+
+    def extend(self, state: Tensor) -> None:
+        """Let the next thought be made from the members' states [B, G, 1, D] after the last one, too."""
+        state = state.flatten(0, 1)
+        if len(self.history) != len(state):
+            members = len(state) // len(self.history)
+            self.history, self.valid = (x.repeat_interleave(members, 0) for x in (self.history, self.valid))
+        self.history = torch.cat([self.history, state], 1)
+        self.valid = torch.cat([self.valid, self.valid.new_ones(len(self.valid), 1)], 1)
+
+    def regularisers(self) -> Tensor:
+        """Weighted sum [B] of the reasoner's regularisers, mean over thoughts and members."""
+        config, sums = self.model._flr_patch.config, []
+        for out in self.outs:
+            total: Any = sum(getattr(config, f"{name}_weight") * out.user_losses[name] for name in LOSSES)
+            sums.append(total.view(self.batch, -1).mean(1))
+        return torch.stack(sums).mean(0)
 
 
 def group_forward(
@@ -145,58 +192,36 @@ def group_forward(
     if reasoner_mask is not None:
         valid = valid & reasoner_mask[:, :length]
     anchor = {"last": embeds[:, length - 1], "none": torch.zeros_like(embeds[:, 0])}.get(config.anchor)
-    fed, actions, sigmas, chances = [], [], [], []  # of every thought
-    outs: list[ReasonerOutput] = []
-    kl: Any = 0.0
-    through = group.policy == "tokens"  # gradients pass from the targets to the thoughts
+    grad_through_targets = group.policy == "tokens"  # gradients pass from the targets to the thoughts
+    made = _Thoughts(model, group, history, valid)
     for n in range(thoughts):
-        out = model.flr(history, valid, length - 1 + n)
-        r = out.thought.view(batch, -1, out.thought.shape[-1])  # [B, 1 or G, D]: the first thought is shared
-        if group.actions is None:
-            sigma = torch.full_like(r[..., :1], group.noise_scale)  # [B, 1 or G, 1]
-            if group.relative:
-                sigma = sigma * r.detach().square().mean(-1, keepdim=True).sqrt()
-            noisy = r + sigma * group.noise[:, :, n].to(r.dtype)
-        else:
-            noisy, sigma = group.actions[0][:, :, n], group.actions[1][:, :, n, None]
-        noisy = noisy if through else noisy.detach()
-        variance = 2 * sigma.square() + torch.finfo(r.dtype).tiny
-        chances.append(-((noisy.detach() - r).square() / variance).sum(-1))
-        if group.reference is not None:
-            with torch.no_grad():
-                wanted = group.reference(history, valid, length - 1 + n).thought.view_as(r)
-            kl = kl + ((r - wanted).square() / variance).sum(-1).mean(1)
-        here = embeds[:, length + n] if anchor is None else anchor
-        fed.append(here[:, None] + noisy.to(here.dtype))
-        actions.append(noisy.detach())
-        sigmas.append(sigma[..., 0].expand(-1, members))
-        outs.append(out)
+        embedding = made.noisy_thought(embeds[:, length + n] if anchor is None else anchor, grad_through_targets)
         if n < thoughts - 1:
-            with _gradients(through):
-                state = suffix.run(fed[-1][:, :, None]).flatten(0, 1)  # [B·G, 1, D]
-            if n == 0:
-                history, valid = (x.repeat_interleave(members, 0) for x in (history, valid))
-            history = torch.cat([history, state], 1)
-            valid = torch.cat([valid, valid.new_ones(len(valid), 1)], 1)
+            with _gradients(grad_through_targets):
+                made.extend(suffix.run(embedding[:, :, None]))
     logprobs = prompts = None
     if group.actions is None:
-        behind = targets[:, None].expand(-1, members, -1, -1)
-        with _gradients(through):
-            hidden = suffix.run(torch.cat([fed[-1][:, :, None], behind.to(fed[-1].dtype)], 2))  # [B, G, S, D]
-            wanted = group.targets if group.edges is None else group.edges
-            logprobs = target_logprobs(model, hidden, wanted[:, None], group.target_mask[:, None], group.catalogue)
+        target_tokens = targets[:, None].expand(-1, members, -1, -1)
+        with _gradients(grad_through_targets):
+            hidden = suffix.run(
+                torch.cat([embedding[:, :, None], target_tokens.to(embedding.dtype)], 2)
+            )  # [B, G, S, D]
+            target_ids = group.targets if group.target_nodes is None else group.target_nodes
+            logprobs = target_logprobs(
+                model, hidden, target_ids[:, None], group.target_mask[:, None], group.catalogue_loss
+            )
         if group.decodable and suffix.packed:
             prompts = suffix.prompts(thoughts, steps, hidden[:, :, 0], position_ids[:, :length])
 
-    first, last = outs[0], outs[-1]
+    first, last = made.outs[0], made.outs[-1]
     gates = first.gates[:, -1].detach()
     return GroupOutput(
         logprobs=logprobs,
-        thought_logprobs=torch.stack(chances, -1),
-        regularisers=torch.stack([_regularisers(config, out, batch) for out in outs]).mean(0),
-        kl=None if group.reference is None else kl,
-        actions=(torch.stack(actions, 2), torch.stack(sigmas, -1)),
-        thoughts=torch.stack(fed, 2).detach(),
+        thought_logprobs=torch.stack(made.logprobs, -1),
+        regularisers=made.regularisers(),
+        kl=None if group.reference is None else made.kl,
+        actions=(torch.stack(made.actions, 2), torch.stack(made.sigmas, -1)),
+        thoughts=torch.stack(made.embeddings, 2).detach(),
         thought_norm=last.thought.detach().view(batch, -1, last.thought.shape[-1])[:, 0].norm(dim=-1),
         gate_entropy=-torch.special.xlogy(gates, gates).sum(-1),
         prompts=prompts,
@@ -204,21 +229,20 @@ def group_forward(
 
 
 def target_logprobs(
-    model: Any, hidden: Tensor, targets: Tensor, mask: Tensor, catalogue: CatalogueLoss | None = None
+    model: Any, hidden: Tensor, targets: Tensor, mask: Tensor, catalogue_loss: CatalogueLoss | None = None
 ) -> Tensor:
     """log p of targets [B, 1, S] given hidden states [B, G, S, D]: [B, G, S], 0 where ``mask`` [B, 1, S] is false.
 
-    With a catalogue, targets are its edges.
-
-    The lm_head runs on target rows alone. Their logits are kept for the backward where they are few, else recomputed.
+    With a ``catalogue_loss``, targets are its nodes. The lm_head runs on target rows alone; their logits are kept for the
+    backward where they are few, else recomputed.
     """
     shape = hidden.shape[:-1]
     chosen = mask.expand(shape)
-    rows, wanted = hidden[chosen], targets.expand(shape)[chosen]
-    if catalogue is not None:
-        found = -catalogue(model, rows, wanted)
+    rows, targets = hidden[chosen], targets.expand(shape)[chosen]
+    if catalogue_loss is not None:
+        values = -catalogue_loss(model, rows, targets)
     elif rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
-        found = -row_losses(model, rows, wanted, 0.0)
+        values = -row_losses(model, rows, targets, 0.0)
     else:
-        found = head_logprob(model, rows, wanted)
-    return torch.zeros(shape, dtype=found.dtype, device=found.device).masked_scatter(chosen, found)
+        values = head_logprob(model, rows, targets)
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -45,6 +46,38 @@ class FLRCausalLMOutput(CausalLMOutputWithPast):
 
 
 @dataclass
+class ThoughtInputs:
+    """Keyword arguments that a patched model's forward takes beside those of the model it was.
+
+    Attributes:
+        reasoner_mask: bool [B, L]; narrows what the factors attend to, e.g. to item tokens. None for the whole prompt.
+        thought_start: a promise that every row's first thought stands in this column and no label before it; saves a
+            look at the data (one device synchronisation).
+        skip_logits: return no logits, only the loss. Default: in training with labels.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        num_items_in_batch: divisor of the summed cross-entropy (as ``Trainer`` passes it under gradient
+            accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
+            tokens, so that any split of a batch gives the same sum.
+        catalogue_loss: normalise target tokens over their siblings in the catalogue instead of the vocabulary;
+            ``labels`` are then ``catalogue_loss.target_nodes(labels)``.
+        thoughts: [B, N, D], embeddings for the thought tokens instead of the reasoner's; in the same columns in every row.
+    """
+
+    reasoner_mask: Tensor | None = None
+    thought_start: int | None = None
+    skip_logits: bool | None = None
+    label_smoothing: float = 0.0
+    num_items_in_batch: Tensor | int | None = None
+    catalogue_loss: CatalogueLoss | None = None
+    thoughts: Tensor | None = None
+
+    @classmethod
+    def taken_from(cls, kwargs: dict[str, Any]) -> ThoughtInputs:
+        """Those among ``kwargs``, which loses them."""
+        return cls(**{f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs})
+
+
+@dataclass
 class GroupInputs:
     """What a group forward needs beside the prompts.
 
@@ -59,8 +92,8 @@ class GroupInputs:
         reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
         actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
             are computed then, and neither noise nor targets are looked at.
-        catalogue, edges: normalise targets over their siblings in the catalogue instead of the vocabulary; edges int64 [B, S]
-            are ``catalogue.edges`` of the targets (-100 behind them).
+        catalogue_loss, target_nodes: normalise targets over their siblings in the catalogue instead of the vocabulary;
+            target_nodes int64 [B, S] are ``catalogue_loss.target_nodes`` of the targets (-100 behind them).
         decodable: also give ``prompts``.
     """
 
@@ -72,8 +105,8 @@ class GroupInputs:
     policy: str = "tokens"
     reference: nn.Module | None = None
     actions: tuple[Tensor, Tensor] | None = None
-    catalogue: CatalogueLoss | None = None
-    edges: Tensor | None = None
+    catalogue_loss: CatalogueLoss | None = None
+    target_nodes: Tensor | None = None
     decodable: bool = False
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-if TYPE_CHECKING:
-    from .outputs import GroupPrompts
 from .backbone import attention_types, packing_obstacle, takes_positions, warn_once
+from .outputs import GroupPrompts
 
 
 def obstacle(model: Any) -> str | None:
@@ -19,6 +18,18 @@ def obstacle(model: Any) -> str | None:
         return reason
     odd = attention_types(model.config.get_text_config(decoder=True)) - {"full_attention", "sliding_attention"}
     return f"it has layers of type {', '.join(sorted(odd))}" if odd else None
+
+
+def member_mask(prompt_mask: Tensor, member: Tensor, offset: Tensor, last: int) -> Tensor:
+    """bool [B, last, L + c]: what the last of c columns behind the prompt see, the prompt and their own member so far.
+
+    Args:
+        prompt_mask: [B, L], not 0 on the prompt's tokens.
+        member, offset: int64 [c], whose token a column is, and how many of that member's stand before it.
+    """
+    own = (member[-last:, None] == member) & (offset[-last:, None] >= offset)
+    prompt = prompt_mask[:, None].bool().expand(-1, last, -1)
+    return torch.cat([prompt, own.expand(len(prompt_mask), -1, -1)], -1)
 
 
 class PackedMembers:
@@ -52,8 +63,7 @@ class PackedMembers:
             member = torch.arange(members, device=embeds.device).repeat_interleave(length)
             offsets = offsets.repeat(members)
             self.member, self.offset = torch.cat([self.member, member]), torch.cat([self.offset, offsets])
-            sees = (member[:, None] == self.member) & (offsets[:, None] >= self.offset)  # [G n, columns]
-            mask = self._masks(sees, offsets, embeds.dtype)
+            mask = self._masks(member_mask(self.prompt_mask, self.member, self.offset, len(offsets)), embeds.dtype)
             rows = batch
         out = self.model.base_model(
             inputs_embeds=embeds.reshape(rows, -1, size),
@@ -67,8 +77,6 @@ class PackedMembers:
 
     def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
         """The prompts and thoughts alone, the last of which began a run of ``steps`` tokens; hidden states [B, G, D] after it."""
-        from .outputs import GroupPrompts  # which stands on this package
-
         length, device = self.prompt_mask.shape[1], hidden.device
         earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)
         last = len(earlier) + torch.arange(self.members, device=device) * steps
@@ -79,16 +87,8 @@ class PackedMembers:
             plain.update(layer.keys.detach()[:, :, kept], layer.values.detach()[:, :, kept], n)
         return GroupPrompts(plain, self.member[kept[length:] - length], hidden.detach(), self.prompt_mask, position_ids)
 
-    def _masks(self, sees: Tensor, offsets: Tensor, dtype: torch.dtype) -> Any:
-        """4-D mask of the prompt's columns and the members' own; by layer type where they differ."""
-        batch, length = self.prompt_mask.shape
-        full = torch.cat(
-            [
-                self.prompt_mask[:, None].bool().expand(-1, len(sees), -1),
-                sees.expand(batch, -1, -1),
-            ],
-            -1,
-        )
+    def _masks(self, full: Tensor, dtype: torch.dtype) -> Any:
+        """4-D masks of ``full`` [B, q, L + c]; by layer type where they differ."""
 
         def finished(mask: Tensor) -> Tensor:
             if self.config._attn_implementation != "eager":
@@ -99,6 +99,7 @@ class PackedMembers:
         types = attention_types(self.config)
         if types == {"full_attention"}:
             return finished(full)
-        columns = torch.cat([torch.arange(-length, 0, device=sees.device), self.offset])
-        near = finished(full & (offsets[:, None] - columns < self.config.sliding_window))
+        columns = torch.cat([torch.arange(-self.prompt_mask.shape[1], 0, device=full.device), self.offset])
+        offsets = self.offset[-full.shape[1] :, None]
+        near = finished(full & (offsets - columns < self.config.sliding_window))
         return near if len(types) == 1 else {"full_attention": finished(full), "sliding_attention": near}

@@ -46,6 +46,29 @@ class Pieces:
             valid = narrowed if valid is None else narrowed & valid
         return valid
 
+    def shifted(self) -> tuple[Pieces, Tensor | None]:
+        """Rows shifted until their first thoughts share a column, and the source [B, L'] of every column.
+
+        Itself and None where they do already, or where prepared masks forbid it.
+        """
+        mask: Any = self.mask
+        prepared = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)
+        source = None if prepared else shift_rows(self.is_thought, mask)
+        if source is None:
+            return self, None
+        positions = (
+            torch.arange(self.is_thought.shape[1], device=source.device) if self.positions is None else self.positions
+        )
+        narrowed = self.reasoner_mask
+        pieces = Pieces(
+            embeds=take_columns(self.embeds, source, 0),
+            mask=take_columns(torch.ones_like(self.is_thought) if mask is None else mask, source, 0),
+            positions=take_columns(positions.expand(self.is_thought.shape), source, 0),
+            is_thought=take_columns(self.is_thought, source, False),
+            reasoner_mask=None if narrowed is None else take_columns(narrowed, source, False),
+        )
+        return pieces, source
+
 
 def thought_columns(is_thought: Tensor) -> list[int]:
     return is_thought.any(0).nonzero()[:, 0].tolist()

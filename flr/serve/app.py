@@ -25,8 +25,8 @@ from flr.decode.scoring import resolve_scoring
 from flr.recommend import Recommender
 
 from .engine import Busy, Engine, Job, Late, Loaded
-from .gate import Gate, Trace, problem
 from .metrics import Metrics
+from .middleware import Gate, Trace, problem
 from .schemas import (
     ExplainResponse,
     InfoResponse,

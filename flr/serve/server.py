@@ -18,7 +18,7 @@ import uvicorn
 from flr.recommend import Recommender
 
 from .app import create_app
-from .gate import MAX_HEAD, Gate
+from .middleware import MAX_HEAD, Gate
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
