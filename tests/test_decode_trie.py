@@ -151,7 +151,7 @@ def test_ancestors_and_joins(seed, data):
         next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
         for a, b in ((by_leaf[i], by_leaf[j]) for i, j in zip(first.tolist(), last.tolist(), strict=True))
     ]
-    assert trie.join(first, last, torch.zeros_like(first)).tolist() == shared
+    assert trie.common_depth(first, last, torch.zeros_like(first)).tolist() == shared
 
 
 def test_refuses():

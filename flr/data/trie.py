@@ -84,7 +84,7 @@ class CatalogueTrie:
         self.num_internal = tuple(int((x > 0).sum()) for x in per_level)
         self.num_leaves = tuple(len(x) - n for x, n in zip(per_level, self.num_internal, strict=True))
         self.max_token = int(tokens.max())
-        self._ways: list[int] | None = None
+        self._longest_forced_runs: list[int] | None = None
         self._forget_tensors()
 
     def _forget_tensors(self) -> None:
@@ -274,14 +274,14 @@ class CatalogueTrie:
                 self._columns = different.long(), torch.nn.functional.pad(column, (1, 0)).int()
         return self._columns
 
-    def ways(self) -> list[int]:
+    def longest_forced_runs(self) -> list[int]:
         """[depth]: the most tokens from one branching to the next, the (n + 1)-th at least, tokens of the first choice included and
         ways to single items not; for n = 0 from the root to the first branching. Made at first use.
 
-        >>> CatalogueTrie.from_sequences([5, 7, 8, 5, 7, 9, 6], [0, 3, 6, 7]).ways()    # (5, 7, 8), (5, 7, 9), (6,)
+        >>> CatalogueTrie.from_sequences([5, 7, 8, 5, 7, 9, 6], [0, 3, 6, 7]).longest_forced_runs()    # (5, 7, 8), (5, 7, 9), (6,)
         [0, 2, 1]
         """
-        if self._ways is None:
+        if self._longest_forced_runs is None:
             children = self.children.cpu().numpy()
             several = (self.leaf_end - self.leaf_begin).cpu().numpy() > 1
             fanout, way = np.diff(children), np.zeros(self.num_nodes, np.int64)
@@ -293,8 +293,8 @@ class CatalogueTrie:
                     deepest = max(deepest, 1 + int(way[first:last][several[first:last]].max()))
                 ways.append(deepest)
             ways[-1] = int(way[0])
-            self._ways = ways[::-1]
-        return self._ways
+            self._longest_forced_runs = ways[::-1]
+        return self._longest_forced_runs
 
     def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
         """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
@@ -309,7 +309,7 @@ class CatalogueTrie:
             self._node_key = key  # ascending: nodes are numbered by level, within a level by their leaves
         return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
 
-    def join(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+    def common_depth(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Depth, int64, of the deepest node that has both leaf positions `first` <= `last` below it; `above` is the depth of
         some node that does."""
         low, high = above, self.lengths[first.clamp_max(self.num_items - 1)].long()

@@ -7,17 +7,17 @@ Two scorings, each exact for what it defines:
   full       sum of log softmax over the whole vocabulary, at every token of the item
   catalogue  the same with the softmax over the node's children that lead to allowed items: probabilities over the
              allowed items sum to 1
-Semantics are those of transformers' `generate(num_beams=W, early_stopping="never")` under a prefix constraint:
+Semantics are those of transformers' ``generate(num_beams=W, early_stopping="never")`` under a prefix constraint:
   * a continuation that completes an item is kept if it ranks among the best max(W, k) of all continuations of the step,
     it takes no beam from the unfinished ones, of which the best W go on;
   * the search ends when no unfinished hypothesis can still enter the best k.
-So with W >= C it is exact. A step of `full` is a token. A step of `catalogue` leads from branching to branching of the trie
+So with W >= C it is exact. A step of ``full`` is a token. A step of ``catalogue`` leads from branching to branching of the trie
 of allowed items: tokens without alternative have log-probability 0, the model reads them together with the next choice,
 and an item is complete where nothing else can follow. Its logits are computed for the children alone.
 Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the smaller index.
 
-On a GPU a step is a product with lm_head rows and `flr_kernels.trie_step`; inside the loop of `full` the host does not wait for
-the device, in that of `catalogue` once a step, for the number of tokens of the next.
+On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does not wait for
+the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def beam_search(
 ) -> BeamResult:
     """The k best items for each user's prompt.
 
-    The model is run in eval mode (restored afterwards); its `generation_config` is not looked at. The caller chunks
-    users: memory is that of the prompt's cache plus, in `full`, B·W·V logits.
+    The model is run in eval mode (restored afterwards); its ``generation_config`` is not looked at. The caller chunks
+    users: memory is that of the prompt's cache plus, in ``full``, B·W·V logits.
 
     Args:
         model: causal LM of transformers, patched or not.
@@ -68,7 +68,7 @@ def beam_search(
         num_beams: W >= 1.
         k: how many items to return; more than W may not all be found.
         scoring: "full" or "catalogue".
-        allowed, exclude, only, categories, wanted: which items may be given, see `item_filter`; None allows all.
+        allowed, exclude, only, categories, wanted: which items may be given, see ``item_filter``; None allows all.
         length_penalty: scores are divided by (tokens of the item) ** length_penalty.
 
     Returns:
@@ -89,7 +89,7 @@ def beam_search(
     """
     check_scoring(scoring)
     if num_beams < 1 or k < 1:
-        raise ValueError(f"num_beams and k must be at least 1, got {num_beams} and {k}")
+        raise ValueError(f"num_beams, k: expected at least 1, got {num_beams} and {k}")
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
     with evaluating(model):
@@ -99,5 +99,5 @@ def beam_search(
         trie = trie.to(device)
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
-        search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.rows, kernel)
+        search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows, kernel)
         return graphs.run(model, search, prompts) or search.run(prompts)

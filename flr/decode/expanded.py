@@ -80,7 +80,7 @@ class ExpandedSession:
         depth: torch.Tensor,
         user: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Cache]:
-        """States of tokens [R, n] whose first stands `depth` [R] behind the prompt."""
+        """States of tokens [R, n] whose first stands ``depth`` [R] behind the prompt."""
         start = (
             self.next_position.repeat_interleave(len(tokens) // self.rows) if user is None else self.next_position[user]
         )

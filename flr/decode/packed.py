@@ -36,7 +36,7 @@ def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
 
 
 class _AppendLayer(DynamicLayer):
-    """Keys and values in a buffer with spare room: appending copies the new columns only; `truncate` forgets them."""
+    """Keys and values in a buffer with spare room: appending copies the new columns only; ``truncate`` forgets them."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class PackedSession:
         self.cache = Cache(layers=[*self.layers])
         config = causal_lm(model).config.get_text_config(decoder=True)
         self.additive = config._attn_implementation == "eager"
-        self.rewind()
+        self.reset()
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         count, columns = tokens.shape[1], self.sees.shape[-1]
@@ -140,8 +140,8 @@ class PackedSession:
         for layer in self.layers:
             layer.select(users)
 
-    def of_size(self, users: int, length: int, columns: int) -> PackedSession:
-        """A session for `users` prompts of `length` tokens and so many columns in all, with nothing in it: see `load`."""
+    def empty_like(self, users: int, length: int, columns: int) -> PackedSession:
+        """A session for ``users`` prompts of ``length`` tokens and so many columns in all, with nothing in it: see ``copy_from``."""
         new = copy.copy(self)
         new.length = length
         new.prompt_seen = self.prompt_seen.new_zeros(users, 1, length)
@@ -153,10 +153,10 @@ class PackedSession:
             )
             new.layers.append(_AppendLayer(keys, values))
         new.cache = Cache(layers=[*new.layers])
-        new.rewind()
+        new.reset()
         return new
 
-    def load(self, other: PackedSession) -> None:
+    def copy_from(self, other: PackedSession) -> None:
         """Copy the prompts of a session that has made no step into this one's tensors, on the right of each row."""
         rows, start = len(other.prompt_seen), self.length - other.length
         self.prompt_seen.zero_()[:rows, :, start:] = other.prompt_seen
@@ -165,7 +165,7 @@ class PackedSession:
             mine.key_buffer[:rows, :, start : self.length] = theirs.key_buffer[:, :, : other.length]
             mine.value_buffer[:rows, :, start : self.length] = theirs.value_buffer[:, :, : other.length]
 
-    def rewind(self) -> None:
+    def reset(self) -> None:
         """Back to the prompts."""
         rows, device = len(self.prompt_seen), self.prompt_seen.device
         self.sees = torch.zeros(rows, 1, 0, dtype=torch.bool, device=device)

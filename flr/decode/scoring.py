@@ -17,7 +17,7 @@ Scoring = Literal["full", "catalogue"]
 
 def check_scoring(scoring: str, name: str = "scoring") -> None:
     if scoring not in get_args(Scoring):
-        raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(Scoring))}, got {scoring!r}")
 
 
 def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
@@ -25,13 +25,13 @@ def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
     if scoring == "auto":
         return trained
     if scoring not in get_args(Scoring):
-        raise ValueError(f"scoring must be one of {['auto', *get_args(Scoring)]}, got {scoring!r}")
+        raise ValueError(f"scoring: expected one of auto, {', '.join(get_args(Scoring))}, got {scoring!r}")
     return cast(Scoring, scoring)
 
 
 def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
     if trie.max_token >= vocabulary:
-        raise ValueError(f"the catalogue uses token {trie.max_token}, the model's vocabulary has {vocabulary}")
+        raise ValueError(f"trie: expected tokens below the model's vocabulary of {vocabulary}, got {trie.max_token}")
 
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,9 @@ def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
 def token_logits(
     states: torch.Tensor, rows: HeadRows | None, token: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Logits float32 [B, w, c] of `token` int64 [B, w, c] or [1, 1, c] where `wanted` bool [B, w, c], else -inf; new memory.
+    """Logits float32 [B, w, c] of ``token`` int64 [B, w, c] or [1, 1, c] where ``wanted`` bool [B, w, c], else -inf; new memory.
 
-    `states` are logits [B, w, V], or the hidden states [B, w, D] that `rows` makes logits of.
+    ``states`` are logits [B, w, V], or the hidden states [B, w, D] that ``rows`` makes logits of.
     """
     same = token.shape[:2] == (1, 1)
     token = token.clamp_min(0)

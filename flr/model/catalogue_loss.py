@@ -2,8 +2,8 @@
 
     -log P(item) = Σ_s  logsumexp_{c child of n_s} x_s(c)  -  x_s(token s)       n_s: node before token s, x_s: logits there
 
-so that Σ_items P(item) = 1, a token without siblings costs 0, and the value is the one that `flr.decode` ranks by under
-`scoring="catalogue"`. Only logits of children are needed:
+so that Σ_items P(item) = 1, a token without siblings costs 0, and the value is the one that ``flr.decode`` ranks by under
+``scoring="catalogue"``. Only logits of children are needed:
     root    every user's first token: one matrix product with the children's rows of lm_head
     below   few children each: their rows gathered, one dot product a (token, child) pair; or, where the vocabulary is so
             small that the whole product is cheaper, or lm_head is no plain matrix, the full logits with the children picked
@@ -29,7 +29,7 @@ _GATHER_COST = 100
 
 
 class _Arrays(NamedTuple):
-    """The trie on one device, int64; nodes as `CatalogueTrie` numbers them."""
+    """The trie on one device, int64; nodes as ``CatalogueTrie`` numbers them."""
 
     children: Tensor  # [M + 1]
     tokens: Tensor  # [M]

@@ -140,7 +140,7 @@ def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
 class HeadRows:
     """Logits of chosen tokens from hidden states, in float32, reading the chosen rows of lm_head alone.
 
-    Made by `of`, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
+    Made by ``of``, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
     """
 
     def __init__(self, lm: Any) -> None:
@@ -149,7 +149,7 @@ class HeadRows:
 
     @classmethod
     def of(cls, lm: Any, hidden: Tensor, logits: Tensor) -> HeadRows | None:
-        """Rows of `lm`, if they give the `logits` [B, V] that it computed itself from `hidden` [B, D]."""
+        """Rows of ``lm``, if they give the ``logits`` [B, V] that it computed itself from ``hidden`` [B, D]."""
         module = lm.get_output_embeddings()
         if not has_rows(module) or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
             return None
@@ -162,7 +162,7 @@ class HeadRows:
         return rows if bool(error <= 1e-2 * theirs.abs().amax().clamp_min(1e-6)) else None
 
     def __call__(self, hidden: Tensor, row: Tensor, token: Tensor) -> Tensor:
-        """Logit of `token` int64 [n] after the state `row` int64 [n] of hidden [R, D], float32 [n].
+        """Logit of ``token`` int64 [n] after the state ``row`` int64 [n] of hidden [R, D], float32 [n].
 
         As a product with all different tokens where that is cheaper than a dot product for each.
         """
@@ -190,8 +190,8 @@ class HeadRows:
 class TokenRows:
     """From hidden [..., D] to the logits of some tokens, float32 [..., U], by one product in the model's dtype."""
 
-    def __init__(self, rows: HeadRows, weight: Tensor, token: Tensor) -> None:
-        self.rows, self.weight, self.token = rows, weight, token
+    def __init__(self, head_rows: HeadRows, weight: Tensor, token: Tensor) -> None:
+        self.head_rows, self.weight, self.token = head_rows, weight, token
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)
+        return self.head_rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)

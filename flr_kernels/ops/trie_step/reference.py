@@ -43,7 +43,7 @@ def trie_step(
     ends = count == 1 if unique else children[child] == children[child + 1]
 
     def best(keys: Tensor, width: int) -> tuple[Tensor, ...]:
-        padded = torch.nn.functional.pad(keys.flatten(1), (0, width), value=dead)  # fewer children than `width`
+        padded = torch.nn.functional.pad(keys.flatten(1), (0, width), value=dead)  # fewer children than ``width``
         top, index = padded.topk(width, dim=1)
         alive, index = top != dead, index.clamp_max(max(keys[0].numel() - 1, 0))
         values = (total.flatten(1).gather(1, index), child.flatten(1).gather(1, index), index // widest)
