@@ -149,6 +149,6 @@ def forward(name: str, tensor: torch.Tensor, *args):
 
 
 def backward(name: str, tensor: torch.Tensor, *args):
-    """Run the backward that belongs to :func:`forward`'s implementation: the same device and shapes, the same choice."""
+    """Run the backward that belongs to :func:`forward`: the same device and shapes, the same choice."""
     with torch.autocast(tensor.device.type, enabled=False):
         return OPS[name].backward[select(name, tensor, *args)](tensor, *args)

@@ -1,11 +1,11 @@
 """``python -m flr_kernels.inspect``: what every kernel variant costs, compiled ahead of time, without a GPU.
 
-The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to a
-device, so the variants listed are the ones that dispatch launches: every tile of :mod:`flr_kernels.backends.triton_config`, one
-split and several, with and without the history's gradient, and each input dtype. Registers and stack come from the
-``cuobjdump`` that Triton ships, shared memory from the compiler. The CUDA kernels of the extension (csrc/), where it is
-built, are read from its file. The exit status is 1 if a kernel uses stack (a spill:
-local memory, several times slower) or more shared memory than the architecture gives one program.
+The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to
+a device, so the variants listed are the ones that dispatch launches: every tile of
+:mod:`flr_kernels.backends.triton_config`, one split and several, with and without the history's gradient, and each
+input dtype. Registers and stack come from the ``cuobjdump`` that Triton ships, shared memory from the compiler. The
+CUDA kernels of the extension (csrc/), where it is built, are read from its file. The exit status is 1 if a kernel uses
+stack (a spill: local memory, several times slower) or more shared memory than the architecture gives one program.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SIZE = 1552
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel. ``programs`` is how many fit a multiprocessor at once by registers, threads and shared memory."""
+    """One compiled kernel; ``programs`` fit a multiprocessor at once by registers, threads and shared memory."""
 
     kernel: str
     label: str
@@ -146,7 +146,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Both selections at once; one alone is a part of the same program. Filters and widths do not depend on the logits' dtype."""
+    """Both selections at once: one alone is a part of the same program."""
     from .ops.trie_step import triton_kernels as trie_step
 
     users, hypotheses, nodes = 2, 10, _SIZE
@@ -158,8 +158,8 @@ def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         listed = None if filter == "none" else _meta(_SIZE, dtype=torch.int32 if filter == "prefix" else torch.int64)
         offset = None if listed is None else _meta(users, dtype=torch.int64)
         arguments: tuple[Any, ...] = (
-            _meta(users, hypotheses, 99 * _SIZE, dtype=dtype), score, node, None if unique else score, *arrays, listed, offset,
-            16, width, width, widest, unique, filter,
+            _meta(users, hypotheses, 99 * _SIZE, dtype=dtype), score, node, None if unique else score, *arrays, listed,
+            offset, 16, width, width, widest, unique, filter,
         )  # fmt: skip
         yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
 
@@ -265,9 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         if not arguments.json:
             if len(rows) == 1:
-                print(
-                    f"{'kernel':20} {'variant':34} {'arch':>6} {'regs':>5} {'stack':>6} {'shared':>7} {'warps':>5} {'per SM':>6}"
-                )
+                print(f"{'kernel':20} {'variant':34}   arch  regs  stack  shared warps per SM")
             print(
                 f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
                 f"{row.warps:>5} {row.programs:>6}{'' if row.ok else '  <- over the limit'}",

@@ -195,7 +195,7 @@ def test_training_raises_the_targets_likelihood(tmp_path):
     before = likelihood()
     train.train()
     assert likelihood() > before + 0.3
-    with pytest.raises(ValueError, match="normalisation must be one of"):
+    with pytest.raises(ValueError, match="normalisation: expected one of"):
         trainer(tmp_path, model, processor, normalisation="items")
 
 
@@ -229,7 +229,7 @@ def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
     assert RecProcessor.from_pretrained(tmp_path).scoring == "full"
     with pytest.raises(ValueError, match="scoring"):
         RecProcessor(processor.tokenizer, processor.catalogue, "sid", scoring="auto")
-    with pytest.raises(ValueError, match="scoring must be one of \\['auto'"):
+    with pytest.raises(ValueError, match="scoring: expected one of auto"):
         evaluate(model, loaded, DATA.test, scoring="half")
 
 

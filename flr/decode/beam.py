@@ -11,13 +11,13 @@ Semantics are those of transformers' ``generate(num_beams=W, early_stopping="nev
   * a continuation that completes an item is kept if it ranks among the best max(W, k) of all continuations of the step,
     it takes no beam from the unfinished ones, of which the best W go on;
   * the search ends when no unfinished hypothesis can still enter the best k.
-So with W >= C it is exact. A step of ``full`` is a token. A step of ``catalogue`` leads from branching to branching of the trie
-of allowed items: tokens without alternative have log-probability 0, the model reads them together with the next choice,
-and an item is complete where nothing else can follow. Its logits are computed for the children alone.
-Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the smaller index.
+So with W >= C it is exact. A step of ``full`` is a token. A step of ``catalogue`` leads from branching to branching
+of the trie of allowed items: tokens without alternative have log-probability 0, the model reads them together with the
+next choice, and an item is complete where nothing else can follow. Its logits are computed for the children alone.
+Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the index.
 
-On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does not wait for
-the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
+On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does
+not wait for the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Exact log-probability of every item: the definition that beam search is tested against, and an evaluator for small
 catalogues.
 
-Every inner node of the trie needs the model's distribution once. A block of neighbouring items is scored in one forward:
-its inner nodes are tokens of one row behind the prompt, each seeing the prompt, its ancestors and itself, so the prompt is
-encoded once a user and a shared prefix once a block.
+Every inner node of the trie needs the model's distribution once. A block of neighbouring items is scored in one
+forward: its inner nodes are tokens of one row behind the prompt, each seeing the prompt, its ancestors and itself, so
+the prompt is encoded once a user and a shared prefix once a block.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .scoring import Scoring, check_scoring, check_vocabulary, log_normaliser
 
 
 class _Block(NamedTuple):
-    """Part of the trie above leaf positions begin..end-1, on the host; its n inner nodes breadth first, without root."""
+    """The trie above leaf positions begin..end-1, on the host; its n inner nodes breadth first, without root."""
 
     begin: int
     end: int
@@ -54,7 +54,7 @@ def score_all_items(
         trie: the catalogue's, or a codec to build one of (build it once when calling often).
         scoring: "full" or "catalogue".
         chunk: inner nodes in one forward, at least; memory is B·chunk·V logits. None: as many as 2^26 logits allow.
-        allowed, exclude: as for ``beam_search``; other items get -inf, and ``catalogue`` normalises over what is allowed.
+        allowed, exclude: as for ``beam_search``; others get -inf, and ``catalogue`` normalises over what is allowed.
 
     Returns:
         float32 [B, C] by item index.

@@ -26,7 +26,7 @@ class ExpandedSession:
         if self.positioned:
             self.next_position = prepared["position_ids"][:, -1] + 1
         self.rows = len(self.mask)
-        # tokens of each hypothesis, int64 [B, w, t] padded at the end, and how many [B, w]; None once steps were of one token
+        # tokens of each hypothesis, int64 [B, w, t] padded at the end; None once steps were of one token
         self.paths: torch.Tensor | None = self.mask.new_zeros((self.rows, 1, 0), dtype=torch.int64)
         self.depth = self.mask.new_zeros((self.rows, 1), dtype=torch.int64)
 
@@ -43,8 +43,10 @@ class ExpandedSession:
         return states.view(rows, width, -1)
 
     def _again(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Steps of several tokens. Caches of hypotheses that differ in length do not go together without padding, which
-        sliding windows would count: hypotheses are encoded anew from the prompt's cache, those of one length at a time."""
+        """Steps of several tokens: hypotheses are encoded anew from the prompt's cache, those of one length at a time.
+
+        Caches of different lengths do not go together without padding, which sliding windows would count.
+        """
         earlier = self.paths
         if earlier is None:
             raise ValueError("lengths: expected None, as in the session's earlier steps")

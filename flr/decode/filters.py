@@ -1,11 +1,11 @@
 """Which items a request may be given, asked of trie nodes.
 
-A filter answers, for ranges of leaf positions, how many items in the range are allowed. A node whose count is 0 is never
-entered, so a forbidden item is never emitted and no beam is spent on a subtree of forbidden items. All methods take
-``begin`` and ``end``, int64 [B, ...] with 0 <= begin <= end <= C, and know row b as user b; nothing synchronises.
+A filter answers, for ranges of leaf positions, how many items in the range are allowed. A node whose count is 0 is
+never entered, so a forbidden item is never emitted and no beam is spent on a subtree of forbidden items. All methods
+take ``begin`` and ``end``, int64 [B, ...] with 0 <= begin <= end <= C, and know row b as user b; nothing synchronises.
 
-Two forms: a mask over the catalogue (prefix sums, 4·C bytes for every different row), and short lists of items that may or
-may not be given (sorted, answered by binary search, 8·B·E bytes whatever the size of the catalogue).
+Two forms: a mask over the catalogue (prefix sums, 4·C bytes for every different row), and short lists of items that may
+or may not be given (sorted, answered by binary search, 8·B·E bytes whatever the size of the catalogue).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Everything(_Tensors):
 class _Mask(_Tensors):
     """Masks over the catalogue, U different ones, a user's being number ``row`` [B, 1].
 
-    before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u, so that it rises throughout.
+    before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u: it rises.
     """
 
     names = ("before", "offset")
@@ -244,8 +244,8 @@ def item_filter(
         trie: its device is where the filter lives.
         batch_size: B.
         allowed: bool [C] or [B, C]; None allows all.
-        exclude: deny-list, int64 [B, E] items that must not be given, padded with -1, repeats welcome; None excludes none.
-        only: allow-list, int64 [B, E] of the same form: no other item is given; None allows all. A row of -1 allows nothing.
+        exclude: deny-list, int64 [B, E] items that must not be given, padded with -1, repeats welcome; or None.
+        only: allow-list, int64 [B, E] of the same form: no other item is given; or None. A row of -1 allows nothing.
         categories: int64 [C], 64 bits an item (a numpy uint64 array is viewed as int64); needs ``wanted``.
         wanted: int64 [B], or one number for all: items with one of these bits are given.
 
@@ -262,9 +262,8 @@ def item_filter(
     row: torch.Tensor | None = None
     if allowed is not None:
         if allowed.dtype != torch.bool or allowed.shape not in ((num_items,), (batch_size, num_items)):
-            raise ValueError(
-                f"allowed: expected bool [{num_items}] or [{batch_size}, {num_items}], got {allowed.dtype} {list(allowed.shape)}"
-            )
+            shape = f"[{num_items}] or [{batch_size}, {num_items}]"
+            raise ValueError(f"allowed: expected bool {shape}, got {allowed.dtype} {list(allowed.shape)}")
         allowed = allowed.to(trie.device).view(-1, num_items)  # one row serves everybody
         if len(allowed) > 1:
             row = torch.arange(batch_size, device=trie.device)[:, None]

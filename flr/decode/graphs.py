@@ -1,12 +1,12 @@
 """Beam search as CUDA graphs: a level of the trie is one graph, so that a step costs the host one launch.
 
-A search of fixed shapes: users are padded to a power of two, prompts on the left to a multiple of 64, every level keeps all W
-hypotheses, and under ``catalogue`` every level reads as many tokens as the longest way between two branchings of the trie (longer ways, which
-filters can make, are noticed by the device, and the search is done again without graphs). The inputs of a call (prompt cache, states, filter) are copied
-into tensors that the graphs know. Levels are replayed in order until a level that is known to be done, without
-waiting for it, left nothing alive.
+A search of fixed shapes: users are padded to a power of two, prompts on the left to a multiple of 64, every level keeps
+all W hypotheses, and under ``catalogue`` every level reads as many tokens as the longest way between two branchings of
+the trie. (Filters can make longer ways: the device notices, and the search is done again without graphs.) The inputs of
+a call (prompt cache, states, filter) are copied into tensors that the graphs know. Levels are replayed in order until a
+level that is known to be done, without waiting for it, left nothing alive.
 
-Graphs belong to (model, trie, shapes). The first call with new shapes runs as usual; the second, too, and is captured and
+Graphs belong to (model, trie, shapes). The first call with new shapes runs as usual; the second, too, is captured and
 compared with its replay; from the third on graphs answer. What cannot be captured is logged once and runs as usual.
 """
 
@@ -171,8 +171,9 @@ def _entry(model: nn.Module, search: Search, prompts: Prompts) -> _Entry:
     users = _padded_users(len(prompts.states))
     shapes = tuple((type(x).__name__, tuple(x.shape)) for x in search.allows.padded(users).tensors())
     key = (
-        weights, prompts.states.device, prompts.states.dtype, id(search.trie), users, -(-session.length // _PROMPT_STEP),
-        search.num_beams, search.k, search.scoring, search.length_penalty, type(search.allows), shapes, session.additive,
+        weights, prompts.states.device, prompts.states.dtype, id(search.trie), users,
+        -(-session.length // _PROMPT_STEP), search.num_beams, search.k, search.scoring, search.length_penalty,
+        type(search.allows), shapes, session.additive,
     )  # fmt: skip
     with _lock:
         known = _entries.setdefault(model, OrderedDict())
@@ -197,8 +198,11 @@ def _usable(search: Search, prompts: Prompts) -> bool:
 
 
 def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None:
-    """The search by graphs, or None where they do not serve: another device, an expanded cache, shapes seen for the first time,
-    graphs in use by another thread, FLR_CUDA_GRAPHS=0."""
+    """The search by graphs, or None where they do not serve.
+
+    That is on other devices, with an expanded cache, for shapes seen for the first time, while another thread uses the
+    graphs, and with FLR_CUDA_GRAPHS=0.
+    """
     if not _usable(search, prompts):
         return None
     entry = _entry(model, search, prompts)

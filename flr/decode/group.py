@@ -1,7 +1,8 @@
 """Decoding for every member of a group behind the one prompt that a group forward has encoded.
 
-The members' thoughts are hypotheses of one ``PackedSession``, and their beams continue them: B rows of prompt, B·G·W hypotheses.
-To the search every member is a user of its own. Nothing is encoded again: not the prompt, not the thoughts.
+The members' thoughts are hypotheses of one ``PackedSession``, and their beams continue them: B rows of
+prompt, B·G·W hypotheses. To the search every member is a user of its own. Nothing is encoded again: not the prompt, not
+the thoughts.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def group_ranks(
 ) -> torch.Tensor | None:
     """Place of each user's target in the list that constrained decoding gives each of its members.
 
-    Exact for one-token catalogues (ties count against the target); otherwise in the ``num_beams`` best of a beam search.
+    Exact for one-token catalogues (ties count against the target); else in the ``num_beams`` best of a beam search.
 
     Args:
-        model: the causal LM, unwrapped. prompts: of a group forward. trie: the catalogue. targets: int64 [B] item indices.
+        model: the causal LM, unwrapped. prompts: of a group forward. targets: int64 [B] items.
 
     Returns:
         int64 [B, G], 1 is best, 0 not in the list. None where the model's beams cannot be packed into rows.

@@ -5,8 +5,8 @@ are better described by a sum, in which an item needs to fit one thing that they
 
     p(item | user) = (1 - w) p(item | history) + w Σ_j λ_j p(item | item j alone),   λ_j ∝ decay^age_j,  Σ λ_j = 1
 
-with age 0 for the latest item. A prompt of one item is the same for every user, so its distribution is computed once for
-each item of the catalogue that occurs.
+with age 0 for the latest item. A prompt of one item is the same for every user, so its distribution is computed once
+for each item of the catalogue that occurs.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ViewMixture:
     Args:
         model, processor: a (patched) causal LM and its processor.
         views: weights; default the processor's own.
-        num_beams: for codecs of several tokens an item, each view gives probability to its ``num_beams`` best items only,
-            and none to the others. One-token codecs are exact.
+        num_beams: for codecs of several tokens an item, each view gives probability to its ``num_beams`` best items
+            only, and none to the others. One-token codecs are exact.
         batch_size: prompts at a time.
 
     Raises:

@@ -141,7 +141,7 @@ class PackedSession:
             layer.select(users)
 
     def empty_like(self, users: int, length: int, columns: int) -> PackedSession:
-        """A session for ``users`` prompts of ``length`` tokens and so many columns in all, with nothing in it: see ``copy_from``."""
+        """A session for ``users`` prompts of ``length`` tokens, ``columns`` in all; see ``copy_from``."""
         new = copy.copy(self)
         new.length = length
         new.prompt_seen = self.prompt_seen.new_zeros(users, 1, length)

@@ -35,7 +35,7 @@ def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
 
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
-    """log sum exp over the vocabulary in float32, [..., V] -> [...]; on a CPU always from float32, a block of rows at a time."""
+    """log sum exp over the vocabulary in float32, [..., V] -> [...]; on a CPU from float32, in blocks of rows."""
     rows = logits.reshape(-1, logits.shape[-1])
     if logits.device.type == "cpu" and rows.dtype != torch.float32:
         blocks = rows.split(max(1, CACHED_CELLS // rows.shape[1]))
@@ -46,7 +46,7 @@ def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
 def token_logits(
     states: torch.Tensor, rows: HeadRows | None, token: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Logits float32 [B, w, c] of ``token`` int64 [B, w, c] or [1, 1, c] where ``wanted`` bool [B, w, c], else -inf; new memory.
+    """Logits float32 [B, w, c], new memory, of ``token`` int64 [B, w, c] or [1, 1, c]; -inf but where ``wanted``.
 
     ``states`` are logits [B, w, V], or the hidden states [B, w, D] that ``rows`` makes logits of.
     """

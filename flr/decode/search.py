@@ -26,7 +26,7 @@ _DEAD = torch.iinfo(torch.int64).min
 
 
 class Watch:
-    """Numbers that the device computes, as of the last step that is known to be done; the host does not wait for them."""
+    """Numbers that the device computes, as of the last step that is known to be done, without waiting."""
 
     def __init__(self) -> None:
         self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
@@ -74,6 +74,11 @@ class State:
     broken: torch.Tensor  # bool [B], a choice had to be made among NaN or infinite logits
     overflow: torch.Tensor  # bool [B], a step of fixed size had more tokens to read than it has room for
 
+    def of(self, users: torch.Tensor) -> State:
+        """Those of some users."""
+        running, best = _rows(self.running, users), _rows(self.best, users)
+        return State(running, self.depth[users], self.states[users], best, self.broken[users], self.overflow[users])
+
 
 class Plan(NamedTuple):
     """The way of hypotheses [B, w] to their next branching, under ``catalogue``."""
@@ -87,8 +92,8 @@ class Plan(NamedTuple):
 class Search:
     """What a search asks of trie, filter and model, a level at a time.
 
-    ``allows`` shrinks to the users that are not finished. A choice in PyTorch is defined by ``flr_kernels.reference.trie_step``,
-    which is what kernels compute; the tests compare the two.
+    ``allows`` shrinks to the users that are not finished. A choice in PyTorch is defined by
+    ``flr_kernels.reference.trie_step``, which is what kernels compute; the tests compare the two.
     """
 
     def __init__(
@@ -151,8 +156,7 @@ class Search:
                             self.allows.select(unfinished),
                             plan and _rows(plan, unfinished),
                         )
-                        state = State(_rows(state.running, unfinished), state.depth[unfinished], state.states[unfinished], _rows(state.best, unfinished),
-                                   state.broken[unfinished], state.overflow[unfinished])  # fmt: skip
+                        state = state.of(unfinished)
                         session.select(unfinished)
             self.forward(state, session, step, plan, tokens)
             if not self.level(state, step):
@@ -162,7 +166,7 @@ class Search:
         return _put(result, users, state.best)
 
     def numbers(self, state: State, plan: Plan | None) -> torch.Tensor:
-        """int64 [3]: the most live hypotheses of a user, users that have one, the most tokens a user has to read next."""
+        """int64 [3]: the most live hypotheses of a user, users with one, the most tokens a user has to read next."""
         each = (state.running.score != -torch.inf).sum(1)
         tokens = each if plan is None else plan.lengths.sum(1)
         return torch.stack([each.amax(), (each > 0).sum(), tokens.amax()])
@@ -179,8 +183,10 @@ class Search:
         return Plan(node, depth, branching - depth, first)
 
     def forward(self, state: State, session: Session, step: int, plan: Plan | None, tokens: int | None) -> None:
-        """The model reads what leads to the hypotheses: nothing at the root, a token each, or under ``catalogue`` the way to the
-        next branching, ``tokens`` of them a user."""
+        """The model reads what leads to the hypotheses.
+
+        That is nothing at the root, a token each, or under ``catalogue`` the way to the next branching.
+        """
         trie, running = self.trie, state.running
         if plan is None:
             if step:
@@ -222,8 +228,10 @@ class Search:
     def expand(
         self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
     ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
-        """Best unfinished and best finished continuations of ``running`` [B, w] (none where their width is 0), and which users
-        have a live hypothesis without finite normaliser, bool [B]."""
+        """Best unfinished and best finished continuations of ``running`` [B, w]; None where their width is 0.
+
+        Third, bool [B], which users have a live hypothesis without finite normaliser.
+        """
         if self.kernel:
             return self._expand_by_kernel(states, running, step, num_beams, complete_width)
         candidates = _Candidates(self, states, running, step)
@@ -257,10 +265,11 @@ class Search:
         logits = states if self.logits is None else self.logits(states)
         norm = log_normaliser(logits) if self.scoring == "full" else None
         kind, listed, offset, entries = self.allows.flat(len(states))
+        widest = max(trie.max_fanout[step:]) if self.skips_forced else trie.max_fanout[step]
         step_result = flr_kernels.trie_step(
             logits, running.score, running.node, trie.children, self.columns, trie.leaf_begin, trie.leaf_end,
-            num_unfinished=num_beams, num_all=complete_width, norm=norm, unique=self.skips_forced, filter=kind, listed=listed,
-            offset=offset, entries=entries, widest=max(trie.max_fanout[step:]) if self.skips_forced else trie.max_fanout[step],
+            num_unfinished=num_beams, num_all=complete_width, norm=norm, unique=self.skips_forced, filter=kind,
+            listed=listed, offset=offset, entries=entries, widest=widest,
         )  # fmt: skip
         beams, complete = step_result.unfinished if num_beams else None, step_result.all if complete_width else None
         return beams, self._finished(complete), step_result.invalid

@@ -1,13 +1,13 @@
 """A prompt encoded once, continued by many hypotheses at a time.
 
-``prompts.prefill(model, inputs, reserve)`` prefills (a patched model thinks inside this call) and returns the states after the prompt
-and a session that continues from it. Two kinds, chosen by what the model can do:
+``prompts.prefill`` returns the states after the prompt (a patched model thinks inside this call) and a session that
+continues from it. Two kinds, chosen by what the model can do:
 
-``PackedSession``    The W hypotheses of a user are W tokens of one row. The prompt's keys and values exist once a user; the
-                   hypotheses' own ones are appended behind them and never moved. Who sees what is a 4-D mask
-                   [B, 1, W, L + columns], kept up to date from ancestor pointers. Needs sdpa or eager attention,
-                   position_ids, and no sliding window shorter than prompt plus item.
-``ExpandedSession``  The cache is expanded to B·W rows and reordered, as transformers does it. Works with every attention.
+``PackedSession``    The W hypotheses of a user are W tokens of one row. The prompt's keys and values exist once a user;
+                     the hypotheses' own ones are appended behind them and never moved. Who sees what is a 4-D mask
+                     [B, 1, W, L + columns], kept up to date from ancestor pointers. Needs sdpa or eager attention,
+                     position_ids, and no sliding window shorter than prompt plus item.
+``ExpandedSession``  The cache is expanded to B·W rows and reordered, as transformers does it. Every attention can.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Session(Protocol):
 
 @contextlib.contextmanager
 def lm_head_inputs(model: nn.Module, skip: bool) -> Iterator[list[torch.Tensor]]:
-    """What the lm_head is given inside, call by call; with ``skip`` it works on no row, and the model's logits are empty.
+    """What the lm_head is given inside, call by call; with ``skip`` it works on no row, and logits are empty.
 
     Other threads that use the model meanwhile are left alone.
     """
@@ -89,8 +89,9 @@ def model_states(model: nn.Module, hidden: bool, arguments: Mapping[str, Any]) -
 
 
 def slots(lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layout of ``lengths`` [B, w] tokens side by side in ``count`` columns: which hypothesis a column belongs to and the
-    token's place in it, int64 [B, count] each; (w - 1, -1) past the end.
+    """Layout of ``lengths`` [B, w] tokens side by side in ``count`` columns.
+
+    Returns whose a column is and the token's place in it, int64 [B, count]; past the end (w - 1, -1).
 
     >>> owner, offset = slots(torch.tensor([[2, 0, 1]]), 4)
     >>> owner.tolist(), offset.tolist()

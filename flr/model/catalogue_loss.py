@@ -1,12 +1,12 @@
 """Cross-entropy under the catalogue's normalisation: a target token competes with the children of its trie node only.
 
-    -log P(item) = Σ_s  logsumexp_{c child of n_s} x_s(c)  -  x_s(token s)       n_s: node before token s, x_s: logits there
+    -log P(item) = Σ_s  logsumexp_{c child of n_s} x_s(c)  -  x_s(token s)     n_s: node before token s, x_s: its logits
 
-so that Σ_items P(item) = 1, a token without siblings costs 0, and the value is the one that ``flr.decode`` ranks by under
-``scoring="catalogue"``. Only logits of children are needed:
+so that Σ_items P(item) = 1, a token without siblings costs 0, and the value is the one that ``flr.decode`` ranks by
+under ``scoring="catalogue"``. Only logits of children are needed:
     root    every user's first token: one matrix product with the children's rows of lm_head
-    below   few children each: their rows gathered, one dot product a (token, child) pair; or, where the vocabulary is so
-            small that the whole product is cheaper, or lm_head is no plain matrix, the full logits with the children picked
+    below   few children each: their rows gathered, one dot product a (token, child) pair; or, where the vocabulary is
+            so small that the whole product is cheaper, or lm_head is no plain matrix, the children among all logits
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flr.data.trie import CatalogueTrie
 
 from .head import MAX_LOSS_LOGITS, has_rows, head, is_unhooked, scale_logits
 
-#: What a gathered dot product costs, in those of a matrix product (one CPU thread, forward and backward, D of 128 and 1024: 67 to 290).
+#: What a gathered dot product costs, in those of a matrix product (one CPU thread, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100
 
 
@@ -37,7 +37,7 @@ class _Arrays(NamedTuple):
 
 
 class CatalogueLoss:
-    """What a patched model's forward takes as ``catalogue_loss=``, with ``labels=`` the target_nodes of the target tokens.
+    """What a patched model's forward takes as ``catalogue_loss=``, with ``labels=`` its :meth:`target_nodes`.
 
     Args:
         trie: the catalogue, of two items at least.
@@ -92,8 +92,8 @@ class CatalogueLoss:
             if bool(strange.any()):
                 row = int(strange.int().argmax())
                 raise ValueError(
-                    f"labels: expected an item's tokens, but none of the catalogue goes on with token {int(token[row])} "
-                    f"in column {column} of row {row}"
+                    f"labels: expected an item's tokens, got token {int(token[row])} in column {column} of row {row}, "
+                    "with which none of the catalogue goes on"
                 )
             node = torch.where(here, index + 1, node)
             target_nodes[:, column] = torch.where(here, node, IGNORE)

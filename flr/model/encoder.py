@@ -28,7 +28,7 @@ class Encoder:
         self.anchor: Tensor | None = None
 
     def run(self, columns: list[int], stop: int, given: Tensor | None = None) -> None:
-        """Encode columns up to ``stop``, with a thought in each of ``columns``: the embeddings ``given`` [B, N, D], or our own."""
+        """Encode columns up to ``stop``, a thought in each of ``columns``: ``given`` [B, N, D], or our own."""
         if given is not None and given.shape[:2] != (len(self.inputs.embeds), len(columns)):
             expected = f"[{len(self.inputs.embeds)}, {len(columns)}, D] for these columns"
             raise ValueError(f"thoughts: expected {expected}, got {tuple(given.shape)}")

@@ -47,7 +47,7 @@ def flr_forward(
         kwargs: those of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
-    not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
+    not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU: a look is free).
     """
     own = ThoughtInputs.taken_from(kwargs)
     if group is not None:

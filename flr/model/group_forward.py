@@ -157,8 +157,8 @@ def group_forward(
         group: targets, noise and reference.
 
     Raises:
-        ValueError: a shape does not fit, gradient checkpointing is on, and on the CPU, where a look is free: right padding,
-            thought tokens elsewhere, noise on member 0.
+        ValueError: a shape does not fit, gradient checkpointing is on, and on the CPU, where a look is free: right
+            padding, thought tokens elsewhere, noise on member 0.
     """
     config = model._flr_patch.config
     if input_ids is None:
@@ -233,8 +233,8 @@ def target_logprobs(
 ) -> Tensor:
     """log p of targets [B, 1, S] given hidden states [B, G, S, D]: [B, G, S], 0 where ``mask`` [B, 1, S] is false.
 
-    With a ``catalogue_loss``, targets are its nodes. The lm_head runs on target rows alone; their logits are kept for the
-    backward where they are few, else recomputed.
+    With a ``catalogue_loss``, targets are its nodes. The lm_head runs on target rows alone; their logits are kept for
+    the backward where they are few, else recomputed.
     """
     shape = hidden.shape[:-1]
     chosen = mask.expand(shape)

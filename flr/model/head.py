@@ -17,8 +17,8 @@ from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 MAX_LOSS_LOGITS = 1 << 26
 #: What makes logits more than hidden · weightᵀ (see :func:`head`).
 _SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-#: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU measured; on
-#: a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
+#: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU
+#: measured; on a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
 _GATHER_COST = {"cpu": 40, "cuda": 300}
 
 
@@ -60,9 +60,9 @@ def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> 
 def has_rows(module: Any) -> bool:
     """Whether rows of the lm_head may be read from its weight: an ordinary matrix, whole in this process.
 
-    What more is asked differs on purpose. :class:`HeadRows` also compares with logits that the model itself computed, so
-    hooks do not matter. The catalogue's loss has nothing to compare with in a training step and wants no hooks either.
-    :func:`head_logprob` calls the module, hooks and all, with another ``forward``: it may be sharded, but must
+    What more is asked differs on purpose. :class:`HeadRows` also compares with logits that the model itself computed,
+    so hooks do not matter. The catalogue's loss has nothing to compare with in a training step and wants no hooks
+    either. :func:`head_logprob` calls the module, hooks and all, with another ``forward``: it may be sharded, but must
     be a matrix and nothing more, without bias, scale or softcap.
     """
     return (
@@ -98,8 +98,8 @@ def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
 
     The computation takes the place of the head's ``forward``, so whatever hooks surround that run: FSDP2 gathers the
     weight before and reduce-scatters its gradient after, as for any layer (likewise DeepSpeed ZeRO-3, whose hooks are
-    on the same call; not tested here). Call it in the forward of the wrapped module. Outside, an FSDP2 weight is gathered for
-    the call and its gradient is the sum over processes, not FSDP's mean.
+    on the same call; not tested here). Call it in the forward of the wrapped module. Outside, an FSDP2 weight is
+    gathered for the call and its gradient is the sum over processes, not FSDP's mean.
 
     Args:
         model: a causal LM; its config says how logits are made of the head's output.

@@ -60,7 +60,7 @@ class ThoughtInputs:
             tokens, so that any split of a batch gives the same sum.
         catalogue_loss: normalise target tokens over their siblings in the catalogue instead of the vocabulary;
             ``labels`` are then ``catalogue_loss.target_nodes(labels)``.
-        thoughts: [B, N, D], embeddings for the thought tokens instead of the reasoner's; in the same columns in every row.
+        thoughts: [B, N, D], embeddings of the thought tokens instead of the reasoner's; same columns in every row.
     """
 
     reasoner_mask: Tensor | None = None
@@ -87,8 +87,8 @@ class GroupInputs:
         noise: [B, G, N, D], ε of unit variance; member 0 of every group is the unperturbed one and must be 0.
         noise_scale: σ, absolute or in units of the RMS of the user's thought r.
         relative: which of the two.
-        policy: "tokens", log-probabilities of the targets pass gradients to the thoughts; or "thoughts", they do not (the
-            suffix runs without a graph), and those of the noisy thoughts do.
+        policy: "tokens", log-probabilities of the targets pass gradients to the thoughts; or "thoughts", they do not
+            (the suffix runs without a graph), and those of the noisy thoughts do.
         reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
         actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
             are computed then, and neither noise nor targets are looked at.
@@ -117,15 +117,15 @@ class GroupOutput(ModelOutput):
     Attributes:
         logprobs: [B, G, S] log p of every target token given a member's thoughts, 0 behind a row's target; float32 or
             float64; None for given actions.
-        thought_logprobs: [B, G, N], log N(r + σ ε; r, σ²) less its constant, -‖r + σ ε - r‖² / (2 σ²), the action fixed:
-            its gradient is (ε / σ) · dr.
+        thought_logprobs: [B, G, N], log N(r + σ ε; r, σ²) less its constant, -‖r + σ ε - r‖² / (2 σ²), the action
+            fixed: its gradient is (ε / σ) · dr.
         regularisers: [B], weighted sum of the reasoner's regularisers, mean over thoughts and members.
         kl: [B], Σ_n ‖r_n - r_n^ref‖² / (2 σ²), mean over members; None without a reference.
         actions: r + σ ε [B, G, N, D] and σ [B, G, N], no gradient.
         thoughts: [B, G, N, D], the embeddings fed at the thought tokens, no gradient.
         thought_norm: [B], ‖r‖₂ of the unperturbed member's last thought, no gradient.
         gate_entropy: [B], of the last refinement of the first thought, nats, no gradient.
-        prompts: what ``flr.decode.group.group_ranks`` goes on from, if asked for; None where members have caches of their own.
+        prompts: what ``flr.decode.group.group_ranks`` goes on from, if asked for; None without packing.
     """
 
     logprobs: Tensor | None = None

@@ -13,7 +13,7 @@ from .outputs import GroupPrompts
 
 
 def obstacle(model: Any) -> str | None:
-    """Why the members cannot be packed into one row, or None; sliding windows are in the mask, so caches keep everything."""
+    """Why the members cannot be packed into one row, or None. Sliding windows are in the mask: no obstacle."""
     if (reason := packing_obstacle(model)) is not None:
         return reason
     odd = attention_types(model.config.get_text_config(decoder=True)) - {"full_attention", "sliding_attention"}
@@ -76,7 +76,7 @@ class PackedMembers:
         return out.last_hidden_state.view(batch, members, length, size)
 
     def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
-        """The prompts and thoughts alone, the last of which began a run of ``steps`` tokens; hidden states [B, G, D] after it."""
+        """The prompts and thoughts alone; the last began a run of ``steps`` tokens, ``hidden`` [B, G, D] follows it."""
         length, device = self.prompt_mask.shape[1], hidden.device
         earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)
         last = len(earlier) + torch.arange(self.members, device=device) * steps

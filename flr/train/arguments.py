@@ -62,7 +62,7 @@ class SFTConfig(RecTrainingArguments):
     normalisation: str = field(
         default="full",
         metadata={
-            "help": "What a target token competes with: full (the vocabulary) or catalogue (what continues an item there)."
+            "help": "What a target token competes with: full (the vocabulary) or catalogue (what continues an item)."
         },
     )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})

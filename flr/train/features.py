@@ -40,8 +40,8 @@ def item_features(catalogue: Catalogue, size: int, seed: int = 0, power: float =
 
     Args:
         size: columns. seed: of the SVD.
-        power: directions are scaled by their singular value to this power, >= 0. 1 is the plain SVD, in which words that
-            many titles share (a genre) come first; less lets rare words (a name) count.
+        power: directions are scaled by their singular value to this power, >= 0. 1 is the plain SVD, in which words
+            that many titles share (a genre) come first; less lets rare words (a name) count.
 
     Returns:
         float32 [C, size]; rows of unit length (zero for an item whose title has no known feature). Fewer than ``size``

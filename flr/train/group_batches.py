@@ -18,8 +18,8 @@ class GroupCollator:
     """Prompts, targets and noise of a batch of interactions.
 
     Returns what the processor makes of the histories (less item_positions), targets int64 [B, S], target_mask bool
-    [B, S], items int64 [B] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row) alone: neither on the batch nor on
-    the process, nor on how often the batch is used.
+    [B, S], items int64 [B] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row)
+    alone: neither on the batch nor on the process, nor on how often the batch is used.
     """
 
     def __init__(self, processor: RecProcessor, group_size: int, hidden_size: int, seed: int) -> None:
@@ -52,7 +52,7 @@ class GroupCollator:
 
 
 class RepeatedBlocks(Sampler[tuple[int, int]]):
-    """The rows of a sampler in blocks of ``block`` rows, every block ``times`` times; an incomplete last block is left out."""
+    """The rows of a sampler in blocks of ``block`` rows, each ``times`` times, without an incomplete last block."""
 
     def __init__(self, rows: EpochSampler, block: int, times: int) -> None:
         self.rows, self.block, self.times = rows, block, times

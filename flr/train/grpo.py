@@ -1,11 +1,11 @@
 """Latent GRPO with transformers' ``Trainer``: G noisy thoughts a user, rewards, group advantages, a clipped surrogate.
 
     a_i = r + σ ε_i,  ε_0 = 0      R_i = reward of the target after thought a_i      A = group_advantage(R)
-    loss = -mean_i mean(min(ρ_i A_i, clip(ρ_i, 1 - ε_low, 1 + ε_high) A_i)) + β KL,    mean over users of the global batch
+    loss = -mean_i mean(min(ρ_i A_i, clip(ρ_i, 1 - ε_low, 1 + ε_high) A_i)) + β KL     mean over users of the batch
 
-``policy`` says what ρ is the ratio of (docs/rl.md has the reasons): "thoughts", N(a_i; r, σ²) now against then, or "tokens",
-p(target token | prompt, r + σ ε_i) now against then, as LatentR3 has it. KL = Σ_n ‖r_n - r_n^SFT‖² / (2 σ²), exact for
-these Gaussians. The step goes through the wrapped module's forward, so DDP and FSDP2 average gradients.
+``policy`` says what ρ is the ratio of (docs/rl.md has the reasons): "thoughts", N(a_i; r, σ²) now against then, or
+"tokens", p(target token | prompt, r + σ ε_i) now against then, as LatentR3 has it. KL = Σ_n ‖r_n - r_n^SFT‖² / (2 σ²),
+exact for these Gaussians. The step goes through the wrapped module's forward, so DDP and FSDP2 average gradients.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class LatentGRPOTrainer(RecTrainer):
         kwargs: as for ``transformers.Trainer``.
 
     Loss, gradients and weights do not depend on how the users of a global batch are split over processes (for advantage
-    "latentr3" with gradient accumulation the statistics are those of the micro-batch of all processes). There is no dropout.
-    Advantages "latentr3" are multiplied by √(B G), which turns the norm into a deviation, so that their size does not
-    depend on the batch.
+    "latentr3" with gradient accumulation the statistics are those of the micro-batch of all processes). There is no
+    dropout. Advantages "latentr3" are multiplied by √(B G), which turns the norm into a deviation, so that their size
+    does not depend on the batch.
     """
 
     def __init__(

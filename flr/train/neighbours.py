@@ -77,7 +77,7 @@ def item_neighbours(
 
 
 def with_catalogue_rows(train: Interactions, table: Neighbours, copies: int) -> Interactions:
-    """``copies`` rows more for each item i with neighbours: history [i], target a neighbour that augmentation draws anew."""
+    """``copies`` rows more for each item i with neighbours: history [i], target a neighbour that is drawn anew."""
     if copies < 1:
         return train
     known = np.repeat(np.flatnonzero(table.cumulative[:, -1] > 0), copies)

@@ -43,7 +43,7 @@ class Rewards:
         >>> Rewards.parse("accuracy")
         Traceback (most recent call last):
         ...
-        ValueError: reward: expected neg_perplexity, log_likelihood, mrr, hit@k or ndcg@k, with =weight or not, got 'accuracy'
+        ValueError: reward: expected neg_perplexity, log_likelihood, mrr, hit@k or ndcg@k (=weight), got 'accuracy'
     """
 
     terms: Mapping[str | RewardFunction, float] = field(default_factory=lambda: {"neg_perplexity": 1.0})
@@ -122,9 +122,7 @@ def _check_name(name: str) -> None:
     metric, _, cutoff = name.partition("@")
     ranking = (metric in ("hit", "ndcg") and cutoff.isdigit() and int(cutoff) > 0) or name == "mrr"
     if name not in LIKELIHOODS and not ranking:
-        raise ValueError(
-            f"reward: expected {', '.join(LIKELIHOODS)}, mrr, hit@k or ndcg@k, with =weight or not, got {name!r}"
-        )
+        raise ValueError(f"reward: expected {', '.join(LIKELIHOODS)}, mrr, hit@k or ndcg@k (=weight), got {name!r}")
 
 
 def ranking_reward(ranks: Tensor, name: str) -> Tensor:

@@ -25,8 +25,8 @@ class SFTTrainer(RecTrainer):
         augment: changes of training histories.
         kwargs: as for ``transformers.Trainer``.
 
-    The order of rows, the augmentation and dropout depend on (seed, epoch, row) and on the checkpointed generators alone:
-    a run that was killed and resumed from its last complete checkpoint reaches the weights of an undisturbed one.
+    The order of rows, augmentation and dropout depend on (seed, epoch, row) and checkpointed generators alone: a run
+    that was killed and resumed from its last complete checkpoint reaches the weights of an undisturbed one.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The compiled half (csrc/, built by setup.py): loading it, saying why it cannot run, and the backends it serves.
 
-Backends of ``group_advantage`` and ``batch_advantage``: "cuda" for CUDA tensors, "host" (the same C++ core on one thread)
-for CPU tensors; that twin is for tests and runs only when asked for by name. "host" of ``log_normaliser`` is what ``auto`` takes.
+Backends of ``group_advantage`` and ``batch_advantage``: "cuda" for CUDA tensors, "host" (the same C++ core on one
+thread) for CPU tensors; that twin is for tests and runs when asked for by name. "host" of ``log_normaliser`` serves
+``auto``.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def _device_problem(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if not runs_on(module.architectures, capability):
         name = ".".join(map(str, capability))
-        return f"the extension was built for {module.architectures}, device {index} is {name}; FLR_CUDA_ARCH_LIST={name}, {BUILD}"
+        built = f"the extension was built for {module.architectures}, device {index} is {name}"
+        return f"{built}; FLR_CUDA_ARCH_LIST={name}, {BUILD}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The fingerprint that ties a compiled extension to the sources it came from. setup.py runs this file: no imports of ours."""
+"""The fingerprint that ties a compiled extension to its sources. setup.py runs this file: no imports of ours."""
 
 from __future__ import annotations
 

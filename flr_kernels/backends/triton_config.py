@@ -21,8 +21,8 @@ from ..dispatch import BackendUnavailable
 FACTOR_BLOCK = 16
 MAX_FACTORS = 16
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 32, 8192, 8
-#: Programs of one multiprocessor at a time, roughly: the depth of the 16-bit configurations' pipelines (``num_stages``) is
-#: chosen so that shared memory has room for 2 or 3. More would hide more latency and overflow the caches with tiles.
+#: Programs of one multiprocessor at a time, roughly: the depth of the 16-bit configurations' pipelines (``num_stages``)
+#: is chosen so that shared memory has room for 2 or 3. More would hide more latency and overflow the caches with tiles.
 PROGRAMS_PER_SM = 2
 #: Rows of partial results that a combine program sums at a time.
 COMBINE_ROWS = 16
@@ -45,8 +45,8 @@ ARCHES = {80: Arch(108, 40 << 20, 163 << 10), 90: Arch(132, 50 << 20, 227 << 10)
 class Tile:
     """A named configuration of the attention kernels.
 
-    ``cache`` ".ca" lets the tile pass through the L1 on its way to shared memory, so that the second walk finds the end of
-    it there; ".cg" goes past the L1.
+    ``cache`` ".ca" lets the tile pass through the L1 on its way to shared memory, so that the second walk finds the end
+    of it there; ".cg" goes past the L1.
     """
 
     name: str
@@ -149,7 +149,8 @@ def check_shape(name: str, tensor: torch.Tensor, factors: int) -> None:
     size = tensor.shape[-1]
     if size % SIZE_STEP or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(
-            f"{name}: the triton backend expects D a multiple of {SIZE_STEP} from {MIN_SIZE} to {MAX_SIZE}, got D = {size}"
+            f"{name}: the triton backend expects D a multiple of {SIZE_STEP} from {MIN_SIZE} to {MAX_SIZE}, "
+            f"got D = {size}"
         )
     if not 1 <= factors <= MAX_FACTORS:
         raise ValueError(f"{name}: the triton backend expects K from 1 to {MAX_FACTORS}, got K = {factors}")

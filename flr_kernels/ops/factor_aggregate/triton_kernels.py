@@ -31,7 +31,7 @@ from ...backends.triton_launch import dot_wide, launch, precision
 
 @triton.jit
 def _gram(f_rows, row_stride, K, D, k, KP: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """G_jk = f_j · f_k, a column at a time from the caches: a tensor-core product over D would be repeated in each warp."""
+    """G_jk = f_j · f_k, a column at a time from the caches: a product over D would be repeated in each warp."""
     columns = tl.arange(0, BLOCK_D)
     gram = tl.zeros([KP, KP], ACC)
     for j in range(K):

@@ -1,8 +1,8 @@
 """Host side of the Triton kernels of :func:`flr_kernels.factor_attention`: checks, workspace, launches.
 
 A forward is one launch when a user's tokens fit one tile, else two (partial results, combination); a backward adds one
-for Δ. No launch waits for the device and all sizes follow from shapes, so both can be captured in a CUDA graph. Importing
-this module needs triton.
+for Δ. No launch waits for the device and all sizes follow from shapes, so both can be captured in a CUDA graph.
+Importing this module needs triton.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def forward(
 
     ``last_first`` walks over the users from the last to the first; results are the same to the bit.
 
-    ``tile`` overrides the choice of :func:`flr_kernels.backends.triton_config.attention_tile`, for tuning and inspection.
+    ``tile`` overrides the choice of ``triton_config.attention_tile``, for tuning and inspection.
 
     Raises:
         ValueError: D, K or dtype outside of the kernels' range, or a last dimension of ``h`` or ``u`` that is not

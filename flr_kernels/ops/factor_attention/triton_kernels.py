@@ -20,11 +20,11 @@ Backward, with S = dO + dOᵀ; Δ by a small kernel, du summed over the splits i
     dh_l  = Σ_k α_kl dc_k + ds_kl u_k,     du_k = Σ_l ds_kl h_l                             second walk over D
 
 Shapes: ``KP`` = K padded to 16 rows for the tensor cores, ``BLOCK_L`` tokens and ``BLOCK_D`` columns a step; per-factor
-values are [KP, BLOCK_L] with tokens along the columns. A tile without a valid token reads nothing and costs nothing; its
-partial results are never written, and the combination leaves them out. All reductions have a fixed order.
+values are [KP, BLOCK_L] with tokens along the columns. A tile without a valid token reads nothing and costs nothing;
+its partial results are never written, and the combination leaves them out. All reductions have a fixed order.
 
-Forward program p takes tile |last - p|: with last = 0 from the first user on, with last = programs - 1 from the last one, so
-that a refinement starts with the users whose history the one before has left in the L2.
+Forward program p takes tile |last - p|: with last = 0 from the first user on, with last = programs - 1 from the last
+one, so that a refinement starts with the users whose history the one before has left in the L2.
 """
 
 from __future__ import annotations

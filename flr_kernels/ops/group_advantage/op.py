@@ -134,7 +134,7 @@ def group_advantage(
         reward: "neg_perplexity", "log_likelihood" or "given".
         eps: added to the divisor of "grpo" and "latentr3".
         process_group: a ``torch.distributed`` group whose processes hold the batch between them, in any split (some may
-            hold nothing, but all must call); None for this process alone. Only "latentr3" needs it; the others ignore it.
+            hold nothing, but all must call); None for this process alone. Only "latentr3" needs it.
 
     Returns:
         :class:`GroupAdvantage`. Rewards pass gradients to ``token_logprobs``; the rest are constants. Finite for

@@ -1,4 +1,4 @@
-"""log Σ_v exp x_rv of every row of logits, read once: what turns logits into log-probabilities of the few that are wanted.
+"""log Σ_v exp x_rv of every row of logits, read once: what makes log-probabilities of the logits that are wanted.
 
     m_r = max_v x_rv,    n_r = m_r + log Σ_v exp(x_rv - m_r)
 
@@ -56,11 +56,11 @@ def log_normaliser(logits: Tensor) -> Tensor:
     """Log of the sum of exponentials over the vocabulary.
 
     Args:
-        logits: [R, V]; float32, float64, bfloat16 or float16, V >= 1. The triton backend expects a contiguous last dimension.
+        logits: [R, V]; float32, float64, bfloat16 or float16, V >= 1. Triton: last dimension contiguous.
 
     Returns:
-        [R] in the accumulation dtype (float32, or float64 for float64 input). Not finite where a row holds NaN or +inf, or is
-        -inf throughout.
+        [R] in the accumulation dtype (float32, or float64 for float64 input). Not finite where a row holds NaN or +inf,
+        or is -inf throughout.
 
     Raises:
         ValueError: a shape or dtype does not fit.

@@ -1,8 +1,8 @@
 """Triton kernel of :func:`flr_kernels.log_normaliser`: an online log-sum-exp, every logit read once.
 
 A program reads one of S parts of a row and keeps, for each of its ``BLOCK`` lanes, the largest logit m and the sum s of
-exponentials relative to it; a new block with largest m' rescales s by exp(m - max(m, m')). The lanes are combined at the end,
-in a fixed order. S > 1, so that few rows fill the device: the parts' results are combined by the reference.
+exponentials relative to it; a new block with largest m' rescales s by exp(m - max(m, m')). The lanes are combined at
+the end, in a fixed order. S > 1, so that few rows fill the device: the parts' results are combined by the reference.
 """
 
 from __future__ import annotations

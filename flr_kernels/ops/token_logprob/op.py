@@ -4,8 +4,8 @@
     dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
 
 The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time, and recomputes them
-in the backward. Backend "cce" hands a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which keeps
-logits on chip; it runs only when asked for (``FLR_BACKEND=token_logprob=cce``). docs/log.md says why none is the default.
+in the backward. Backend "cce" hands a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which
+keeps logits on chip; it runs only when asked for (``FLR_BACKEND=token_logprob=cce``). Why: docs/log.md.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Continuations(NamedTuple):
 
 
 class TrieStep(NamedTuple):
-    """The best unfinished continuations, the best of all, and whether a user has a hypothesis without finite normaliser."""
+    """The best unfinished continuations, the best of all, and users with a hypothesis without finite normaliser."""
 
     unfinished: Continuations
     all: Continuations
@@ -58,7 +58,7 @@ def _triton_takes(logits: Tensor, width: int) -> None:
 
 
 def runs_as_kernel(logits: Tensor, width: int) -> bool:
-    """Whether :func:`trie_step` of these logits and at most ``width`` continuations runs as a kernel, not as its definition."""
+    """Whether :func:`trie_step` of these logits and at most ``width`` continuations runs as a kernel."""
 
     def accepts(backend: str) -> None:
         if backend == "triton":
@@ -74,13 +74,13 @@ _OP.register("triton", _triton_forward, check=_triton_check)
 
 @torch.library.custom_op("flr::trie_step", mutates_args=())
 def _forward(
-    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
-    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
-    unique: bool, filter: str,
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor,
+    leaf_begin: Tensor, leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int,
+    num_unfinished: int, num_all: int, widest: int, unique: bool, filter: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return dispatch.forward(
-        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries, num_unfinished,
-        num_all, widest, unique, filter,
+        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries,
+        num_unfinished, num_all, widest, unique, filter,
     )  # fmt: skip
 
 
@@ -126,9 +126,11 @@ def trie_step(
         widest: at least the number of children of any of the nodes; work and memory grow with it.
         norm: float32 [B, w], or None for the softmax over allowed children.
         unique: an item is complete where one allowed leaf is below a node; False: at a leaf.
-        filter: what ``listed`` and ``offset`` hold: "none" nothing, all items are allowed; "prefix" ascending counts of allowed
-            items, C + 1 a row; "only" and "exclude" ascending leaf positions, C past the end, that alone are allowed, or are not.
-        listed: int32 or int64, flat, rows one after another; offset: int64 [B], where a user's row begins; entries: length of a row.
+        filter: what ``listed`` and ``offset`` hold: "none" nothing, all items are allowed; "prefix" ascending counts of
+            allowed items, C + 1 a row; "only" and "exclude" ascending leaf positions, C past the end, that alone are
+            allowed, or are not.
+        listed: int32 or int64, flat, rows one after another; offset: int64 [B], where a user's row begins; entries:
+            length of a row.
 
     Returns:
         :class:`TrieStep` of ``unfinished`` [B, num_unfinished], ``all`` [B, num_all] and ``invalid`` [B].
@@ -159,11 +161,10 @@ def trie_step(
         checks.same("norm", tuple(norm.shape), tuple(node.shape), "[B, w] of node")
         norm = norm.contiguous()
     nodes = tokens.shape[0] if tokens.dim() == 1 else -1
-    for name, x, length in (
-        ("children", children, nodes + 1), ("tokens", tokens, nodes), ("leaf_begin", leaf_begin, nodes), ("leaf_end", leaf_end, nodes)
-    ):  # fmt: skip
+    arrays = {"children": children, "tokens": tokens, "leaf_begin": leaf_begin, "leaf_end": leaf_end}
+    for name, x in arrays.items():
         checks.tensor(name, x, "M", dtypes=(torch.int32,))
-        checks.same(name, len(x), length, "length by M of tokens")
+        checks.same(name, len(x), nodes + (name == "children"), "length by M of tokens")
     checks.choice("filter", filter, FILTERS)
     if (filter == "none") != (listed is None) or (listed is None) != (offset is None):
         raise ValueError(f"listed, offset: expected both with filter {filter!r} and none with 'none'")
@@ -175,7 +176,7 @@ def trie_step(
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     out = _forward(
-        logits, score.contiguous(), node.contiguous(), norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries,
-        num_unfinished, num_all, widest, unique, filter,
+        logits, score.contiguous(), node.contiguous(), norm, children, tokens, leaf_begin, leaf_end, listed, offset,
+        entries, num_unfinished, num_all, widest, unique, filter,
     )  # fmt: skip
     return TrieStep(Continuations(*out[:4]), Continuations(*out[4:8]), out[8])

@@ -9,9 +9,9 @@ from ...order import order_key
 
 
 def trie_step(
-    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
-    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
-    unique: bool, filter: str,
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor,
+    leaf_begin: Tensor, leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int,
+    num_unfinished: int, num_all: int, widest: int, unique: bool, filter: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Best continuations of hypotheses in a trie; shapes as in :func:`flr_kernels.trie_step`."""
     users, hypotheses = node.shape

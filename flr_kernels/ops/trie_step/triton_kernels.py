@@ -1,8 +1,9 @@
 """Triton kernels of :func:`flr_kernels.trie_step`: from logits to the best continuations in three or four launches.
 
-A continuation is one int64 that sorts by (score, -leaf position): the score's bits made monotonic above, the complement of
-the child's first leaf position below. Hypotheses of a user have disjoint ranges of leaves, so the key is all that is kept: it
-says the score exactly, and from the leaf position follow the parent (whose range holds it) and the child (binary search).
+A continuation is one int64 that sorts by (score, -leaf position): the score's bits made monotonic above, the complement
+of the child's first leaf position below. Hypotheses of a user have disjoint ranges of leaves, so the key is all that is
+kept: it says the score exactly, and from the leaf position follow the parent (whose range holds it) and the child
+(binary search).
 
     normaliser   a program a hypothesis: log-sum-exp over its allowed children (only where none was given)
     candidates   a program a hypothesis and block of children: keys, sorted, the best P kept
@@ -22,7 +23,7 @@ from torch import Tensor
 from ...backends import triton_config
 from ...backends.triton_launch import launch
 
-#: Keys that a program sorts at a time, and that it keeps: few sizes, so that few variants are compiled; 1,024 keys spill.
+#: Keys that a program sorts at a time, and that it keeps: few sizes, so few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)
 _INTERPRETED = (4, 16), (2, 4, 8, 16, 64)
 
@@ -88,8 +89,8 @@ def normaliser_kernel(
     s = tl.zeros([BLOCK], tl.float32)
     for start in range(first, last, BLOCK):
         child = start + lanes
-        x, _, _ = _children(child, child < last, row, user, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr, filter_ptr,
-                            offset_ptr, E, STEPS, FILTER)  # fmt: skip
+        x, _, _ = _children(child, child < last, row, user, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr,
+                            filter_ptr, offset_ptr, E, STEPS, FILTER)  # fmt: skip
         larger = tl.where(x > m, x, m)
         base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
         s = s * tl.exp(m - base) + tl.exp(x - base)
@@ -114,8 +115,8 @@ def candidates_kernel(
     last = tl.where(score == -float("inf"), first, last)
     child = first + block.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     valid = child < last
-    logit, low, count = _children(child, valid, row, row // hypotheses, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr,
-                                  filter_ptr, offset_ptr, E, STEPS, FILTER)  # fmt: skip
+    logit, low, count = _children(child, valid, row, row // hypotheses, logits_ptr, row_stride, tokens_ptr, begin_ptr,
+                                  end_ptr, filter_ptr, offset_ptr, E, STEPS, FILTER)  # fmt: skip
     total = logit - tl.load(norm_ptr + row) + score
     bits = (total + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 becomes 0.0
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
@@ -209,17 +210,17 @@ def _shrunk(keys: Tensor, keep: int, block: int) -> Tensor:
 
 
 def forward(
-    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
-    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
-    unique: bool, filter: str,
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor,
+    leaf_begin: Tensor, leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int,
+    num_unfinished: int, num_all: int, widest: int, unique: bool, filter: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The reference's arguments and result."""
     users, hypotheses = node.shape
     rows = logits.reshape(users * hypotheses, logits.shape[-1])
     step: dict[str, Any] = {
-        "logits_ptr": rows, "row_stride": rows.stride(0), "score_ptr": score, "node_ptr": node, "children_ptr": children,
-        "tokens_ptr": tokens, "begin_ptr": leaf_begin, "end_ptr": leaf_end, "filter_ptr": tokens if listed is None else listed,
-        "offset_ptr": node if offset is None else offset, "hypotheses": hypotheses, "E": entries,
+        "logits_ptr": rows, "row_stride": rows.stride(0), "score_ptr": score, "node_ptr": node, "tokens_ptr": tokens,
+        "children_ptr": children, "begin_ptr": leaf_begin, "end_ptr": leaf_end, "hypotheses": hypotheses, "E": entries,
+        "filter_ptr": tokens if listed is None else listed, "offset_ptr": node if offset is None else offset,
         "STEPS": max(entries, 1).bit_length(),
     }  # fmt: skip
     keep, block = _sizes(max(num_unfinished, num_all), widest)
@@ -229,17 +230,17 @@ def forward(
         arguments = {**step, "norm_ptr": norm}
         launch(normaliser_kernel, users * hypotheses, arguments, {"FILTER": filter, "BLOCK": block}, num_warps=4)
     blocks = -(-widest // block)
-    found = [node.new_empty(users, hypotheses * blocks * keep) for keep in (keep_all, keep_open)]
+    of_all, of_open = (node.new_empty(users, hypotheses * blocks * keep) for keep in (keep_all, keep_open))
     launch(
         candidates_kernel,
         users * hypotheses * blocks,
-        {**step, "norm_ptr": norm, "all_ptr": found[0], "open_ptr": found[1], "blocks": blocks},
+        {**step, "norm_ptr": norm, "all_ptr": of_all, "open_ptr": of_open, "blocks": blocks},
         {"FILTER": filter, "UNIQUE": unique, "ALL": keep_all, "OPEN": keep_open, "BLOCK": block},
         num_warps=4,
     )
     invalid = torch.empty(users, dtype=torch.uint8, device=node.device)
     out: list[Tensor] = []
-    for keys, width in ((found[1], num_unfinished), (found[0], num_all)):
+    for keys, width in ((of_open, num_unfinished), (of_all, num_all)):
         best = (score.new_empty(users, width), *(node.new_empty(users, width) for _ in range(3)))
         out.extend(best)
         if not width:
