@@ -129,6 +129,7 @@ def ranking_reward(ranks: Tensor, name: str) -> Tensor:
     """hit@k, ndcg@k (one relevant item) or mrr of ranks (1 is best, 0 not found), float32.
 
     Example:
+        >>> import torch
         >>> ranking_reward(torch.tensor([1, 3, 11, 0]), "ndcg@10").tolist()
         [1.0, 0.5, 0.0, 0.0]
     """
