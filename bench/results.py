@@ -60,7 +60,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
-    """By device, the rows that a report shows; each also has its run's facts under ``run``. Quick runs are left out."""
+    """By device, the rows that a report shows; each also has its run's facts under ``run``. Quick runs are left out.
+
+    Suites stand in the order of their names, the kinds of work of a suite with the one measured last first, so that results which are
+    shown no more have no influence.
+    """
     devices: dict[str, dict[tuple[str, str], dict[tuple[str, str], Row]]] = {}
     runs = [run for path in sorted(folder.glob("*/*.json")) for run in load(path)["runs"] if run["tier"] != "quick"]
     for run in sorted(runs, key=lambda run: run["date"]):
@@ -68,11 +72,17 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
         for row in run["rows"]:
             word = row["case"].split()[0]
             kinds = devices.setdefault(run["device"], {})
-            kind = kinds.setdefault((row["suite"], word if word.isalpha() else ""), {})
-            if kind and next(iter(kind.values()))["run"]["commit"] != run["commit"]:
-                kind.clear()
-            kind[row["case"], row["variant"]] = {**row, "run": facts}
-    return {device: [row for kind in kinds.values() for row in kind.values()] for device, kinds in devices.items()}
+            key = (row["suite"], word if word.isalpha() else "")
+            if key in kinds and next(iter(kinds[key].values()))["run"]["commit"] != run["commit"]:
+                del kinds[key]
+            kinds.setdefault(key, {})[row["case"], row["variant"]] = {**row, "run": facts}
+    return {device: _ordered(kinds) for device, kinds in devices.items()}
+
+
+def _ordered(kinds: dict[tuple[str, str], dict[tuple[str, str], Row]]) -> list[Row]:
+    """The rows of all kinds of work; both sorts keep the order of what is equal."""
+    last_first = sorted(kinds.items(), key=lambda item: next(iter(item[1].values()))["run"]["date"], reverse=True)
+    return [row for _, kind in sorted(last_first, key=lambda item: item[0][0]) for row in kind.values()]
 
 
 def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
