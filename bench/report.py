@@ -224,7 +224,7 @@ def render(text: str, by_name: dict[str, str], where: str) -> str:
 
 
 def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = True) -> list[Path]:
-    """Render every document and figure; returns those that changed.
+    """Render every document and figure and remove the results that newer ones supersede; returns what changed.
 
     Raises:
         ValueError: no results, or a marker that names no table.
@@ -245,4 +245,7 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
         from .figures import draw
 
         changed += draw(devices, root / "docs/figures")
+    for path in results.superseded(folder):  # nothing above has read a row of them; git keeps them
+        path.unlink()
+        changed.append(path)
     return changed

@@ -1,4 +1,4 @@
-"""Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten.
+"""Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten, removed once superseded.
 
 A file holds the runs of one commit on one device; a run is the facts of its session and its rows. Reports take, for every device and
 kind of work (suite, first word of a case if it is one), the newest commit that measured it, and of a case measured twice the later run.
@@ -85,6 +85,30 @@ def _ordered(kinds: dict[tuple[str, str], dict[tuple[str, str], Row]]) -> list[R
     return [row for _, kind in sorted(last_first, key=lambda item: item[0][0]) for row in kind.values()]
 
 
+def superseded(folder: Path = RESULTS) -> list[Path]:
+    """The files of which every row was measured again by newer files of their device.
+
+    A file is newer where its first run came after the other's last one. Quick runs neither count nor need a successor, and a file of
+    quick runs alone stays.
+    """
+    runs = {path: load(path)["runs"] for path in sorted(folder.glob("*/*.json"))}
+    runs = {path: [run for run in given if run["tier"] != "quick"] for path, given in runs.items()}
+    rows = {path: {_key(row) for run in given for row in run["rows"]} for path, given in runs.items()}
+    dates = {path: [run["date"] for run in given] for path, given in runs.items()}
+    found = []
+    for path in runs:
+        newer = [
+            p for p in runs if p.parent == path.parent and dates[p] and dates[path] and min(dates[p]) > max(dates[path])
+        ]
+        if rows[path] and rows[path] <= set().union(*(rows[p] for p in newer)):
+            found.append(path)
+    return found
+
+
+def _key(row: Row) -> Key:
+    return row["suite"], row["case"], row["variant"]
+
+
 def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     """(suite, case, competitor) -> competitor / ours pooled over a file's runs.
 
@@ -92,13 +116,13 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     over the least, ``ours_ms`` the median of our medians.
     """
     if "baseline" in document:
-        return {(row["suite"], row["case"], row["variant"]): row["ratio"] for row in document["baseline"]}
+        return {_key(row): row["ratio"] for row in document["baseline"]}
     found: dict[Key, list[tuple[Row, float]]] = {}
     for run in document["runs"]:
         ours = {(r["suite"], r["case"]): r["p50_ms"] for r in run["rows"] if "p50_ms" in r and "ratio" not in r}
         for row in run["rows"]:
             if "ratio" in row:
-                key = (row["suite"], row["case"], row["variant"])
+                key = _key(row)
                 found.setdefault(key, []).append((row["ratio"], ours[key[:2]]))
     return {
         key: {
