@@ -155,7 +155,8 @@ class Code:
 
     def faults(self) -> list[str]:
         """Every breach of the rules, a line each."""
-        return [*self._homeless(), *self._against(), *self._forms(), *self._circles(), *self._needs()]
+        found = [*self._homeless(), *self._against(), *self._forms(), *self._circles(), *self._needs()]
+        return list(dict.fromkeys(found))
 
     def _homeless(self) -> Iterator[str]:
         for name, room in self.rooms.items():
