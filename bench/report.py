@@ -204,7 +204,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
         "scaling": per_device(growth),
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
     }
-    found["all"] = "\n\n".join(f"### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
+    found["all"] = "\n\n".join(f"#### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
     return found
 
 
