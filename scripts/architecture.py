@@ -54,7 +54,7 @@ ROOMS = (
         "recommend",
         "flr/recommend/",
         "histories by name, items with reasons",
-        ("kernels", "data", "report", "model", "decode", "explain"),
+        ("data", "report", "model", "decode", "explain"),
     ),
     Room("flr", "flr/__init__.py", "the public names", ("config", "model", "recommend")),
     Room(
