@@ -101,7 +101,7 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        fingerprint = runpy.run_path(str(ROOT / "flr_kernels/source_hash.py"))["source_hash"](SOURCES)
+        fingerprint = runpy.run_path(str(ROOT / "flr_kernels/backends/source_hash.py"))["source_hash"](SOURCES)
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         defines = [f'-DFLR_SOURCE_HASH="{fingerprint}"', f'-DFLR_ARCHITECTURES="{names}"', *["-DFLR_CUDA"] * bool(nvcc)]
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]

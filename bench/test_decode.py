@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flr.decode import beam_search
-from flr.decode.beam import Search
 from flr.decode.filters import item_filter
-from flr.decode.scoring import HeadRows
+from flr.decode.search import Search
+from flr.model.head import HeadRows
 from flr_kernels import Continuations
 
 from .baselines import generate_eval

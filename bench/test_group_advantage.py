@@ -11,7 +11,8 @@ import os
 import pytest
 import torch
 
-from flr_kernels import extension, group_advantage
+from flr_kernels import group_advantage
+from flr_kernels.backends import extension
 
 from .baselines import logprob
 from .harness import DEVICE, ON_GPU, label

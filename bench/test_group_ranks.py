@@ -13,7 +13,7 @@ import torch
 
 from flr.decode import CatalogueTrie, beam_search
 from flr.decode.group import group_ranks
-from flr.group_forward import GroupInputs
+from flr.model.outputs import GroupInputs
 
 from .harness import DEVICE, label
 from .test_train_step import MODEL, SMALL, build, prompts_of

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flr.config import FLRConfig
-from flr.reasoner import FactorizedReasoner, LatentR3Reasoner
+from flr.model.reasoner import FactorizedReasoner, LatentR3Reasoner
 
 from .harness import DEVICE, ON_GPU, label, rotating, rotation
 

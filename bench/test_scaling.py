@@ -16,9 +16,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import flr
 from flr.config import FLRConfig
 from flr.decode import CatalogueTrie, beam_search
-from flr.group_forward import GroupInputs
-from flr.reasoner import FactorizedReasoner
-from flr.train.surrogate import clipped_surrogate
+from flr.model.outputs import GroupInputs
+from flr.model.reasoner import FactorizedReasoner
+from flr.train.policy_loss import clipped_surrogate
 from flr_kernels import factor_attention, group_advantage
 
 from .harness import DEVICE

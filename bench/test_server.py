@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import flr
 from flr.data import RecProcessor, build_tokenizer, planted_dataset
-from flr.recommender import Recommender
+from flr.recommend import Recommender
 
 from .harness import DEVICE, ON_GPU, label
 from .load import Client, Reply, closed_loop, open_loop

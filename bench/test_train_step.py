@@ -16,8 +16,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import flr
-from flr.group_forward import GroupInputs
-from flr.train.surrogate import clipped_surrogate
+from flr.model.outputs import GroupInputs
+from flr.train.policy_loss import clipped_surrogate
 from flr_kernels import group_advantage
 
 from .baselines import two_pass

@@ -182,7 +182,7 @@ void log_normaliser(const View& logits, const View& out, int device, uintptr_t) 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled half of flr_kernels; see csrc/ and flr_kernels/extension.py.";
+  module.doc() = "Compiled half of flr_kernels; see csrc/ and flr_kernels/backends/extension.py.";
   module.attr("source_hash") = FLR_SOURCE_HASH;
   module.attr("architectures") = FLR_ARCHITECTURES;  // "8.0 9.0 12.0+PTX"; empty without the CUDA half
   module.def("group_advantage", &group_advantage);

@@ -3,11 +3,12 @@
 model = flr.patch_model(model, tokenizer, flr.FLRConfig(num_factors=4))
 """
 
-from .checkpoint import from_pretrained, load_latentr3
 from .config import FLRConfig
-from .patch import is_patched, patch_model, reasoner_parameters, unpatch_model
-from .reasoner import FactorizedReasoner, ReasonerOutput
-from .recommender import Recommendation, Recommender
+from .model.checkpoint import from_pretrained, load_latentr3
+from .model.patch import is_patched, patch_model, reasoner_parameters, unpatch_model
+from .model.reasoner import FactorizedReasoner, ReasonerOutput
+from .recommend.recommender import Recommender
+from .recommend.results import Recommendation
 
 __version__ = "0.1.0"
 

@@ -10,6 +10,9 @@ VARIANTS = ("flr", "latentr3", "anchor", "none")
 ANCHORS = ("token", "last", "none")
 SPARSITY_TARGETS = ("gate", "attention", "both")
 
+#: The label of a position that carries no loss, as everywhere in transformers.
+IGNORE = -100
+
 
 @dataclass
 class FLRConfig:

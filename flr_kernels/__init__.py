@@ -5,13 +5,14 @@ implementation and autograd, so ``torch.compile(fullgraph=True)`` works) and is 
 environment variable ``FLR_BACKEND`` (see :mod:`flr_kernels.dispatch`).
 """
 
+from . import reference  # noqa: F401 - so that flr_kernels.reference is there
 from .dispatch import BackendUnavailable
-from .factor_aggregate import FactorAggregate, factor_aggregate
-from .factor_attention import FactorAttention, factor_attention
-from .group_advantage import GroupAdvantage, group_advantage
-from .log_normaliser import log_normaliser
-from .token_logprob import token_logprob
-from .trie_step import Continuations, TrieStep, trie_step
+from .ops.factor_aggregate.op import FactorAggregate, factor_aggregate
+from .ops.factor_attention.op import FactorAttention, factor_attention
+from .ops.group_advantage.op import GroupAdvantage, group_advantage
+from .ops.log_normaliser.op import log_normaliser
+from .ops.token_logprob.op import token_logprob
+from .ops.trie_step.op import Continuations, TrieStep, trie_step
 
 __version__ = "0.1.0"
 

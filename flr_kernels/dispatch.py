@@ -93,14 +93,10 @@ def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def _accepts(backend: str, name: str, args: tuple) -> None:
-    check = OPS[name].check.get(backend)
-    if check is not None:
-        check(*args)
-
-
-def select(name: str, tensor: torch.Tensor, *args) -> str:
+def select(name: str, tensor: torch.Tensor, *args, accepts: Callable[[str], None] | None = None) -> str:
     """The backend that runs op ``name`` on ``tensor``'s device; ``tensor`` and ``args`` are the op's arguments.
+
+    ``accepts`` takes the place of the backends' own checks where there are no arguments yet: it raises as they do.
 
     Raises:
         BackendUnavailable: the backend named in ``FLR_BACKEND`` has no implementation of this op, or cannot run here.
@@ -114,13 +110,20 @@ def select(name: str, tensor: torch.Tensor, *args) -> str:
     chosen = _parse(os.environ.get("FLR_BACKEND", "auto"))
     backend = chosen.get(name, chosen["*"])
     implementations = OPS[name].forward
+
+    def check(candidate: str) -> None:
+        if accepts is not None:
+            accepts(candidate)
+        elif candidate in OPS[name].check:
+            OPS[name].check[candidate](tensor, *args)
+
     if backend != "auto":
         if backend not in implementations:
             raise BackendUnavailable(
                 f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(implementations)}; "
                 f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
             )
-        _accepts(backend, name, (tensor, *args))
+        check(backend)
         return backend
     order = _AUTO_ORDER if tensor.is_cuda else OPS[name].on_cpu
     if len(order) == 1:
@@ -128,7 +131,7 @@ def select(name: str, tensor: torch.Tensor, *args) -> str:
     reasons = []
     for candidate in filter(implementations.__contains__, order):
         try:
-            _accepts(candidate, name, (tensor, *args))
+            check(candidate)
         except (BackendUnavailable, ValueError) as reason:
             reasons.append(str(reason))
             continue

@@ -1,7 +1,7 @@
 """``python -m flr_kernels.inspect``: what every kernel variant costs, compiled ahead of time, without a GPU.
 
 The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to a
-device, so the variants listed are the ones that dispatch launches: every tile of :mod:`flr_kernels.triton_config`, one
+device, so the variants listed are the ones that dispatch launches: every tile of :mod:`flr_kernels.backends.triton_config`, one
 split and several, with and without the history's gradient, and each input dtype. Registers and stack come from the
 ``cuobjdump`` that Triton ships, shared memory from the compiler. The CUDA kernels of the extension (csrc/), where it is
 built, are read from its file. The exit status is 1 if a kernel uses stack (a spill:
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from . import triton_config
+from .backends import triton_config
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -103,7 +103,7 @@ def _describe(kernel: Any, arguments: dict, constants: dict, options: dict) -> _
 @contextmanager
 def _recorded() -> Iterator[list[_Launch]]:
     """Launches of the block, described instead of run."""
-    from . import triton_launch
+    from .backends import triton_launch
 
     launches: list[_Launch] = []
 
@@ -123,9 +123,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls of the ops' host code that between them launch every kernel variant for ``dtype``."""
-    from . import triton_factor_aggregate as aggregate
-    from . import triton_factor_attention as attention
-    from . import triton_log_normaliser as normaliser
+    from .ops.factor_aggregate import triton_kernels as aggregate
+    from .ops.factor_attention import triton_host as attention
+    from .ops.log_normaliser import triton_kernels as normaliser
 
     batch, factors = 2, 4
     vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
@@ -147,7 +147,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Both selections at once; one alone is a part of the same program. Filters and widths do not depend on the logits' dtype."""
-    from . import triton_trie_step as trie_step
+    from .ops.trie_step import triton_kernels as trie_step
 
     users, hypotheses, nodes = 2, 10, _SIZE
     score, node = _meta(users, hypotheses), _meta(users, hypotheses, dtype=torch.int64)
@@ -183,7 +183,7 @@ def compile_variant(launch: _Launch, label: str, arch: int) -> Variant:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import triton_launch
+    from .backends import triton_launch
 
     source = ASTSource(
         launch.kernel,
@@ -223,7 +223,7 @@ def _variant(kernel: str, label: str, arch: int, registers: int, stack: int, sha
 
 def extension_variants(arch: int) -> list[Variant]:
     """The CUDA kernels of the extension; none where it, its CUDA half or this architecture is not built."""
-    from . import extension
+    from .backends import extension
 
     try:
         module = extension.load()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from flr.group_forward import _Suffix
+from flr.model.packed_members import member_mask
 
 PROMPT, MEMBERS, STEPS = 9, 4, 4  # L, G, S of the picture
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
@@ -18,14 +17,9 @@ BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#bbbbbb"
 
 def mask() -> torch.Tensor:
     """bool [G S, L + G S] of a row with two columns of padding."""
-    config = SimpleNamespace(_attn_implementation="sdpa", sliding_window=None, layer_types=None)
     seen = torch.tensor([[0, 0] + [1] * (PROMPT - 2)])
-    suffix = _Suffix.__new__(_Suffix)
-    suffix.config, suffix.prompt_mask = config, seen
-    suffix.member = torch.arange(MEMBERS).repeat_interleave(STEPS)
-    suffix.offset = torch.arange(STEPS).repeat(MEMBERS)
-    own = (suffix.member[:, None] == suffix.member) & (suffix.offset[:, None] >= suffix.offset)
-    return suffix._masks(own, suffix.offset, torch.float32)[0, 0]
+    member, offset = torch.arange(MEMBERS).repeat_interleave(STEPS), torch.arange(STEPS).repeat(MEMBERS)
+    return member_mask(seen, member, offset, MEMBERS * STEPS)[0]
 
 
 def boxes(ax, x: float, y: float, count: int, colours: list[str], size: float = 0.36) -> None:

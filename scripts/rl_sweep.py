@@ -27,14 +27,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for bench
 
 from bench.harness import facts  # noqa: E402
-from flr.checkpoint import from_pretrained  # noqa: E402
 from flr.cli import rl, sft  # noqa: E402
-from flr.cli.options import AugmentOptions, DataOptions, ModelOptions, parse  # noqa: E402
+from flr.cli.options import AugmentOptions, DataOptions, ModelOptions  # noqa: E402
+from flr.cli.parsing import parse  # noqa: E402
 from flr.config import FLRConfig  # noqa: E402
 from flr.data import HistoryViews, RecDataset, RecProcessor  # noqa: E402
-from flr.data._io import write_json  # noqa: E402
 from flr.evaluate import evaluate  # noqa: E402
-from flr.metrics import paired_difference, row_metrics  # noqa: E402
+from flr.evaluate.metrics import paired_difference, row_metrics  # noqa: E402
+from flr.files import write_json  # noqa: E402
+from flr.model.checkpoint import from_pretrained  # noqa: E402
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, SFTConfig  # noqa: E402
 
 METRICS = ("target_logprob", "hr@10", "ndcg@10")

@@ -18,9 +18,9 @@ import numpy as np
 
 import flr
 from flr.data import HistoryViews, RecProcessor, load_dataset
-from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
-from flr.metrics import bootstrap_intervals, paired_difference, row_metrics
+from flr.evaluate.metrics import bootstrap_intervals, paired_difference, row_metrics
+from flr.files import write_json
 
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
 SCORINGS = ("full", "catalogue")

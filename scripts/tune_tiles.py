@@ -2,7 +2,7 @@
 
     python scripts/tune_tiles.py [--json FILE] [--backward] [--wide]
 
-Besides the tiles of ``flr_kernels.triton_config``, ``--wide`` tries neighbours (columns, stages, warps). Each is checked
+Besides the tiles of ``flr_kernels.backends.triton_config``, ``--wide`` tries neighbours (columns, stages, warps). Each is checked
 against the chosen tile's result before it is timed. A change of ``triton_config`` should quote the output of this script.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flr_kernels import triton_config
+from flr_kernels.backends import triton_config
 
 CASES = [(64, 512, 1536, 4), (64, 512, 4096, 4), (512, 64, 1536, 4), (1, 4096, 4096, 4), (16, 2048, 2048, 8)]
 
@@ -47,8 +47,8 @@ def main() -> int:
         return 0
     import triton
 
-    from flr_kernels import triton_factor_attention as op
-    from flr_kernels.triton_launch import arch
+    from flr_kernels.backends.triton_launch import arch
+    from flr_kernels.ops.factor_attention import triton_host as op
 
     results = []
     for batch, length, size, factors in CASES:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_recommender import build
 
-from flr.recommender import Recommender
+from flr.recommend import Recommender
 
 for _needed in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(_needed, reason="needs the extra serve")

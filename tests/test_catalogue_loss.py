@@ -12,12 +12,12 @@ import torch.multiprocessing as mp
 from test_train import DATA, tiny, trainer
 
 import flr
-from flr import catalogue_loss
-from flr.catalogue_loss import CatalogueLoss
+from flr.config import IGNORE
 from flr.data import Augment, HistoryViews, InteractionDataset, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
-from flr.forward import IGNORE
+from flr.model import catalogue_loss
+from flr.model.catalogue_loss import CatalogueLoss
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, item_neighbours
 
 PLAIN = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
@@ -74,8 +74,8 @@ def test_loss_and_gradients_equal_a_naive_sum(family, smoothing, cost, monkeypat
     if family == "gemma2":  # its attention gives NaN in float64 where a padding row sees nothing
         inputs["attention_mask"][:] = 1
     loss_of = CatalogueLoss(catalogue())
-    edges = loss_of.edges(inputs["labels"])
-    out = model(**{**inputs, "labels": edges}, catalogue=loss_of, label_smoothing=smoothing)
+    edges = loss_of.target_nodes(inputs["labels"])
+    out = model(**{**inputs, "labels": edges}, catalogue_loss=loss_of, label_smoothing=smoothing)
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     sums = [naive(logits[r, 5:], ITEMS[i], smoothing=smoothing) for r, i in enumerate(CHOSEN)]
     expected = torch.stack(sums).sum() / (edges != IGNORE).sum()
@@ -88,11 +88,11 @@ def test_loss_and_gradients_equal_a_naive_sum(family, smoothing, cost, monkeypat
 def test_recomputed_in_blocks_it_is_the_same(cost, monkeypatch):
     monkeypatch.setattr(catalogue_loss, "_GATHER_COST", cost)
     model, inputs, loss_of = patched(), batch(CHOSEN), CatalogueLoss(catalogue())
-    inputs["labels"] = loss_of.edges(inputs["labels"])
-    whole = model(**inputs, catalogue=loss_of).loss
+    inputs["labels"] = loss_of.target_nodes(inputs["labels"])
+    whole = model(**inputs, catalogue_loss=loss_of).loss
     expected = families.gradients(model, whole)
     monkeypatch.setattr(catalogue_loss, "MAX_LOSS_LOGITS", 130)
-    loss = model(**inputs, catalogue=loss_of).loss
+    loss = model(**inputs, catalogue_loss=loss_of).loss
     torch.testing.assert_close(loss, whole, rtol=1e-13, atol=0)
     families.assert_same_gradients(families.gradients(model, loss), expected, 1e-12)
 
@@ -148,12 +148,12 @@ def test_soft_targets_are_an_expectation_over_the_catalogue(tmp_path):
 def test_edges_are_whole_items():
     loss_of = CatalogueLoss(catalogue())
     labels = batch(CHOSEN)["labels"]
-    edges = loss_of.edges(labels)
+    edges = loss_of.target_nodes(labels)
     chosen = labels != IGNORE
     assert torch.equal(loss_of.trie.tokens[edges[chosen]].long(), labels[chosen])
     for wrong in ([5, 9, 5], [5, 9, 4, 8], [7, 7], [99], [4, 10 + loss_of._span]):
         with pytest.raises(ValueError, match="labels: expected"):
-            loss_of.edges(torch.tensor([[IGNORE, *wrong]]))
+            loss_of.target_nodes(torch.tensor([[IGNORE, *wrong]]))
     with pytest.raises(ValueError, match="two items"):
         CatalogueLoss(catalogue([[3, 4]]))
     with pytest.raises(ValueError, match="output_dropout"):
@@ -167,7 +167,7 @@ def test_dropout_acts_in_training_only_and_hooks_are_obeyed(tmp_path, monkeypatc
     inputs = train._batch([DATA.train[0], DATA.train[1]])
 
     def loss():
-        return model(**inputs, catalogue=train.catalogue).loss
+        return model(**inputs, catalogue_loss=train.catalogue_loss).loss
 
     model.train()
     assert loss() != loss()
@@ -263,8 +263,8 @@ def _ddp_worker(rank: int, path: str) -> None:
     wrapped = torch.nn.parallel.DistributedDataParallel(patched())
     items = (inputs["labels"] != IGNORE).sum()
     mine = {k: v[[0, 1] if rank == 0 else [2, 3]] for k, v in inputs.items()}
-    mine["labels"] = loss_of.edges(mine["labels"])
-    (wrapped(**mine, num_items_in_batch=items, catalogue=loss_of).loss * 2).backward()
+    mine["labels"] = loss_of.target_nodes(mine["labels"])
+    (wrapped(**mine, num_items_in_batch=items, catalogue_loss=loss_of).loss * 2).backward()
     torch.save({n: p.grad for n, p in wrapped.module.named_parameters()}, f"{path}/{rank}.pt")
     dist.barrier()
     os._exit(0)
@@ -275,8 +275,8 @@ def test_two_processes_equal_one(tmp_path):
     mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
     torch.manual_seed(0)
     inputs, loss_of, model = batch(CHOSEN[:4]), CatalogueLoss(catalogue()), patched()
-    inputs["labels"] = loss_of.edges(inputs["labels"])
-    expected = families.gradients(model, model(**inputs, catalogue=loss_of).loss)
+    inputs["labels"] = loss_of.target_nodes(inputs["labels"])
+    expected = families.gradients(model, model(**inputs, catalogue_loss=loss_of).loss)
     for rank in (0, 1):
         actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         families.assert_same_gradients(actual, expected, 1e-9)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flr_kernels
-from flr_kernels import dispatch, extension, reference
-from flr_kernels.group_advantage import KINDS, REWARDS
+from flr_kernels import dispatch, reference
+from flr_kernels.backends import extension
+from flr_kernels.ops.group_advantage.op import KINDS, REWARDS
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++") or shutil.which("c++")

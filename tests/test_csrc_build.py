@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import flr_kernels
-from flr_kernels import dispatch, extension
+from flr_kernels import dispatch
+from flr_kernels.backends import extension
 
 ROOT = Path(__file__).parents[1]
 GXX = shutil.which("g++")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flr.data import CSR, BadRow, Catalogue, Interaction, Interactions, ReadReport, RecDataset, load_dataset
-from flr.data._io import atomic_file, atomic_folder
+from flr.files import atomic_file, atomic_folder
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 

@@ -189,7 +189,7 @@ def plain_catalogue_beams(model, prompt, items, num_beams, k):
 def test_few_beams_of_catalogue_scoring_equal_plain_python(model, monkeypatch, num_beams, session, kernel):
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kernel)
     if session == "expanded":
-        monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
+        monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
     inputs = toy_inputs((9, 4, 6))
     longer = [(*range(30, 36), *s) for s in random_catalogue(4, 12, 4, 2)]
     for sequences in (
@@ -249,7 +249,7 @@ def test_catalogue_scoring_runs_the_lm_head_once_and_reads_chains_with_the_next_
 @pytest.mark.parametrize("session", ["packed", "expanded"])
 def test_finished_users_leave_the_batch(model, monkeypatch, scoring, session):
     if session == "expanded":
-        monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
+        monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
     sequences = random_catalogue(8, 60, 5, 4)
     trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs((5, 9, 4, 7, 3))
     shallow = [i for i, s in enumerate(sequences) if len(s) <= 3]
@@ -259,7 +259,7 @@ def test_finished_users_leave_the_batch(model, monkeypatch, scoring, session):
         allowed[row, shallow] = True
     found, widths = {}, {}
     for threshold in (0.0, 0.75, 1.0):
-        monkeypatch.setattr(flr.decode.beam, "_LEAVE_BELOW", threshold)
+        monkeypatch.setattr(flr.decode.search, "_LEAVE_BELOW", threshold)
         call = functools.partial(beam_search, model, inputs, trie, 6, 6, scoring, allowed)
         forwards, _ = count_work(model, lambda call=call, at=threshold: found.update({at: call()}))
         widths[threshold] = [users for users, _ in forwards[1:]]
@@ -309,7 +309,7 @@ def test_few_beams_do_not_depend_on_batch_blocks_or_k(model, monkeypatch, scorin
     changes = [("_MAX_CANDIDATES", 20), ("_sync_is_free", lambda _: False), ("runs_as_kernel", lambda *_: True)]
     for name, value in changes:
         with monkeypatch.context() as patch:
-            patch.setattr(flr.decode.beam, name, value)
+            patch.setattr(flr.decode.beam if name == "runs_as_kernel" else flr.decode.search, name, value)
             other = beam_search(model, toy_inputs(), trie, 6, 6, scoring)
         assert other.items.tolist() == expected.items.tolist()
         torch.testing.assert_close(other.scores, expected.scores, atol=1e-5, rtol=1e-5)
@@ -396,17 +396,17 @@ def test_empty_batch(model):
 def test_fails_closed(model):
     inputs = toy_inputs()
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(1)))
-    with pytest.raises(ValueError, match="token 99, the model's vocabulary has 61"):
+    with pytest.raises(ValueError, match="vocabulary of 61, got 99"):
         beam_search(model, inputs, CatalogueTrie.from_sequences([99], [0, 1]))
     with pytest.raises(ValueError, match="padded on the left"):
         beam_search(model, {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, trie)
-    with pytest.raises(ValueError, match="scoring must be one of"):
+    with pytest.raises(ValueError, match="scoring: expected one of"):
         beam_search(model, inputs, trie, scoring="fast")
-    with pytest.raises(ValueError, match="num_beams and k"):
+    with pytest.raises(ValueError, match="num_beams, k: expected"):
         beam_search(model, inputs, trie, num_beams=0)
-    with pytest.raises(ValueError, match="allowed must be bool"):
+    with pytest.raises(ValueError, match="allowed: expected bool"):
         beam_search(model, inputs, trie, allowed=torch.ones(3, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="exclude must hold item indices"):
+    with pytest.raises(ValueError, match="exclude: expected item indices"):
         beam_search(model, inputs, trie, exclude=torch.full((3, 1), 14))
     with pytest.raises(ValueError, match="labels"):
         beam_search(model, {**inputs, "labels": inputs["input_ids"]}, trie)
@@ -429,7 +429,7 @@ def test_broken_logits_are_an_error(value):
 @pytest.mark.parametrize("cost", [0, 1e9])  # a dot product for each, one matrix product
 @pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
 def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
-    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", {"cpu": cost})
+    monkeypatch.setattr(flr.model.head, "_GATHER_COST", {"cpu": cost})
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     extra = {
         "Cohere": {"logit_scale": 0.3},
@@ -444,8 +444,8 @@ def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_()  # the bias too
-        states, _, rows, _ = flr.decode.session.start(model, toy_inputs(), 1, want_hidden=True)
-        expected = flr.decode.session.start(model, toy_inputs(), 1).states
+        states, _, rows, _ = flr.decode.prompts.prefill(model, toy_inputs(), 1, want_hidden=True)
+        expected = flr.decode.prompts.prefill(model, toy_inputs(), 1).states
     assert states.shape == (3, 32)
     row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCABULARY)).T
     with torch.no_grad():
@@ -453,7 +453,7 @@ def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
 
 
 def test_an_lm_head_that_is_no_plain_matrix_gives_all_logits(caplog):
-    flr.decode.session._log_once.cache_clear()
+    flr.model.backbone.warn_once.cache_clear()
     model, plain = toy_model("llama"), toy_model("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     trie, inputs = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 40))), toy_inputs()

@@ -83,7 +83,7 @@ def test_fixed_shapes_equal_growing_ones(family, scoring, kind, replayed):
 def test_longer_ways_than_the_trie_has_are_noticed(replayed):
     sequences = [(a, b, c) for a in (1, 2) for b in (3, 4) for c in (5, 6)]
     trie = CatalogueTrie.from_codec(codec_of(sequences))
-    assert trie.ways() == [0, 1, 1]
+    assert trie.longest_forced_runs() == [0, 1, 1]
     allowed = torch.zeros(8, dtype=torch.bool)
     allowed[[0, 1, 4, 5]] = True  # after the first token the second has no alternative, the third has
     found = beam_search(toy_model("llama"), toy_inputs((4,)), trie, 2, 2, "catalogue", allowed)

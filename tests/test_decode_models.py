@@ -149,7 +149,7 @@ def test_all_families_equal_naive(family, attention, scoring):
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 @pytest.mark.parametrize("window", [4, 8])
 def test_short_sliding_window_falls_back_and_is_exact(family, window, caplog):
-    flr.decode.session._log_once.cache_clear()
+    flr.model.backbone.warn_once.cache_clear()
     model, inputs = toy_model(family, sliding_window=window), toy_inputs((7, 7, 7))
     sequences = random_catalogue(seed=4)
     trie = CatalogueTrie.from_codec(codec_of(sequences))
@@ -163,7 +163,7 @@ def test_short_sliding_window_falls_back_and_is_exact(family, window, caplog):
 
 
 def test_models_without_position_ids_fall_back_and_are_exact(caplog):
-    flr.decode.session._log_once.cache_clear()
+    flr.model.backbone.warn_once.cache_clear()
     torch.manual_seed(0)
     config = transformers.BloomConfig(
         vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.25
@@ -183,9 +183,9 @@ def test_models_without_position_ids_fall_back_and_are_exact(caplog):
 def test_attention_without_a_4d_mask_falls_back():
     model, inputs = toy_model("llama"), toy_inputs()
     past = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
-    assert flr.decode.session._packing_obstacle(model, past, 7, 5) is None
+    assert flr.decode.packed.obstacle(model, past, 12) is None
     model.config._attn_implementation = "flash_attention_2"
-    obstacle = flr.decode.session._packing_obstacle(model, past, 7, 5)
+    obstacle = flr.decode.packed.obstacle(model, past, 12)
     assert obstacle == "flash_attention_2 attention takes no 4-D mask"
 
 
@@ -194,7 +194,7 @@ def test_expanded_session_equals_packed(monkeypatch, scoring):
     model, inputs = toy_model("llama"), toy_inputs()
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=40)))
     packed = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
-    monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
+    monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
     expanded = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
     assert packed[0].items.tolist() == expanded[0].items.tolist()
     torch.testing.assert_close(packed[0].scores, expanded[0].scores, atol=1e-5, rtol=1e-5)

@@ -151,7 +151,7 @@ def test_ancestors_and_joins(seed, data):
         next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
         for a, b in ((by_leaf[i], by_leaf[j]) for i, j in zip(first.tolist(), last.tolist(), strict=True))
     ]
-    assert trie.join(first, last, torch.zeros_like(first)).tolist() == shared
+    assert trie.common_depth(first, last, torch.zeros_like(first)).tolist() == shared
 
 
 def test_refuses():
@@ -173,6 +173,22 @@ def test_refuses():
     for impossible in ([2], [1, 4], [1, 2, 9], [0], [-1]):
         with pytest.raises(ValueError, match="no item of the catalogue starts with"):
             trie.walk(impossible)
+
+
+def test_a_moved_trie_keeps_no_tensor_of_the_old_device():
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(0, 30)))
+    trie.columns()  # these three make what is made at first use
+    trie.ancestor(torch.tensor([0]), trie.leaf_of_item[:1].clamp_max(1))
+    before = {id(x) for x in _tensors(trie)}
+    moved = trie.to("meta")
+    assert {x.device.type for x in _tensors(moved)} == {"meta"}
+    assert moved.leaf_of_item.device.type == "meta"
+    assert {id(x) for x in _tensors(trie)} == before
+
+
+def _tensors(trie: CatalogueTrie) -> list[torch.Tensor]:
+    values = [v if isinstance(v, tuple) else (v,) for v in vars(trie).values()]
+    return [x for value in values for x in value if isinstance(x, torch.Tensor)]
 
 
 def test_saved_and_loaded_are_equal(tmp_path):

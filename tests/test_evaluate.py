@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flr
 import flr.evaluate
-from flr.baselines import ItemKNN, Popularity
 from flr.data import CSR, Catalogue, Interactions, RecProcessor, build_tokenizer
 from flr.evaluate import EvalResult, evaluate, evaluate_scorer
+from flr.evaluate.baselines import ItemKNN, Popularity
 
 NUM_ITEMS = 15
 
@@ -142,8 +142,8 @@ def test_seen_items_are_never_given(codec):
 def test_more_rows_than_a_part_and_few_logits(monkeypatch):
     model, processor = make_model("sid")
     expected = evaluate(model, processor, make_rows(), progress=False)
-    monkeypatch.setattr(flr.evaluate, "_PART_ROWS", 7)
-    monkeypatch.setattr(flr.evaluate, "_MAX_LOGITS", 1)
+    monkeypatch.setattr(flr.evaluate.parts, "_PART_ROWS", 7)
+    monkeypatch.setattr(flr.evaluate.rank, "_MAX_LOGITS", 1)
     sizes = []
     handle = model.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
     result = evaluate(model, processor, make_rows(), progress=False)
@@ -154,10 +154,10 @@ def test_more_rows_than_a_part_and_few_logits(monkeypatch):
 
 def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
     model, processor = make_model("sid")
-    monkeypatch.setattr(flr.evaluate, "_PART_ROWS", 6)
+    monkeypatch.setattr(flr.evaluate.parts, "_PART_ROWS", 6)
     expected = evaluate(model, processor, make_rows(), progress=False)
     calls = {"n": 0, "stop": 3}
-    real = flr.evaluate.beam_search
+    real = flr.evaluate.rank.beam_search
 
     def counted(*args, **kwargs):
         if calls["n"] == calls["stop"]:
@@ -171,7 +171,7 @@ def test_a_killed_evaluation_goes_on(tmp_path, monkeypatch):
             model, processor, make_rows(), output_dir=tmp_path / "run", batch_size=6, progress=False, **kwargs
         )
 
-    monkeypatch.setattr(flr.evaluate, "beam_search", counted)
+    monkeypatch.setattr(flr.evaluate.rank, "beam_search", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not (tmp_path / "run" / "metrics.json").exists()

@@ -15,19 +15,13 @@ from sklearn.metrics import normalized_mutual_info_score
 from test_recommender import build, same
 
 import flr
-from flr.attribution import think
 from flr.data import Catalogue, Interactions, RecProcessor, build_tokenizer, planted_dataset
-from flr.decode.session import evaluating
-from flr.explain import (
-    agreement,
-    assign_factors,
-    explain,
-    factor_interest,
-    factor_interest_nmi,
-    item_attention,
-)
-from flr.recommender import Recommender
-from flr.report import plot_compare, quickstart_report, summarise
+from flr.explain import agreement, assign_factors, factor_interest, item_attention
+from flr.explain.attribution import think
+from flr.model.backbone import evaluating
+from flr.recommend import Recommender
+from flr.report.plots import plot_compare, summarise
+from flr.report.quickstart import quickstart_report
 
 NASTY = "<script>alert(1)</script> & \"A $5 <b>Wonder</b>\" 'x' $y$"
 
@@ -104,7 +98,7 @@ def test_a_batch_equals_its_users_alone():
 
 def test_entries_too_far_back_are_marked():
     recommender = build()
-    explanation = explain(recommender.model, recommender.processor, np.arange(12), k=1)
+    explanation = recommender.explain(np.arange(12), k=1)
     assert [item.used for item in explanation.history] == [False] * 2 + [True] * 10
     assert not explanation.attention[..., :2].any()
     skipped = recommender.explain(["item_1", "nonsense"], k=1, on_unknown="skip")
@@ -235,7 +229,7 @@ def test_planted_interests_are_found():
     assert (result.confusion.argmax(1) == np.arange(4)).all()
     seen = np.minimum(dataset.test.histories.lengths, processor.max_history)
     assert result.num_items == seen[seen > 1].sum()
-    assert factor_interest_nmi(model, processor, dataset.test, interests, batch_size=3) == result.nmi
+    assert factor_interest(model, processor, dataset.test, interests, batch_size=3, permutations=0).nmi == result.nmi
     json.dumps(result.to_dict())
 
 
@@ -245,7 +239,8 @@ def test_unrelated_factors_stay_at_chance():
     assert result.nmi < 0.25
     rng = np.random.default_rng(0)
     nulls = [
-        factor_interest_nmi(model, processor, dataset.test, rng.permutation(interests), batch_size=64) for _ in range(3)
+        factor_interest(model, processor, dataset.test, rng.permutation(interests), permutations=0).nmi
+        for _ in range(3)
     ]
     assert max(nulls) < 2 * result.chance_high
 

@@ -15,10 +15,11 @@ from bench.baselines import two_pass
 from flr.data import EpochSampler, InteractionDataset
 from flr.decode import CatalogueTrie, beam_search, score_all_items
 from flr.decode.group import group_ranks
-from flr.group_forward import GroupInputs
+from flr.model.outputs import GroupInputs
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, RewardInputs, Rewards
-from flr.train.grpo import GroupCollator, RepeatedBlocks
-from flr.train.surrogate import clipped_surrogate, ranking_reward
+from flr.train.group_batches import GroupCollator, RepeatedBlocks
+from flr.train.policy_loss import clipped_surrogate
+from flr.train.rewards import ranking_reward
 
 
 def config(tmp_path, **options):

@@ -9,8 +9,8 @@ import torch
 
 import flr
 from bench.baselines import two_pass
-from flr import group_forward
-from flr.group_forward import GroupInputs, packing_obstacle
+from flr.model.backbone import packing_obstacle
+from flr.model.outputs import GroupInputs
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is in float32 alone.
@@ -136,8 +136,8 @@ def test_attention_implementations(family, attention):
 def test_expanded_cache_where_rows_cannot_be_packed(family, backbone, monkeypatch, caplog):
     model, prompts, group = case(family, thoughts=2, backbone=backbone)
     packed = model(**prompts, group=group)
-    monkeypatch.setattr(group_forward, "packing_obstacle", lambda model: "because")
-    group_forward._say_once.cache_clear()
+    monkeypatch.setattr(flr.model.packed_members, "obstacle", lambda model: "because")
+    flr.model.backbone.warn_once.cache_clear()
     with caplog.at_level("WARNING", logger="flr"):
         expanded = assert_equal(model, prompts, group, FLOAT64[family])
     assert "expanded to every group member instead of shared: because" in caplog.text

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import flr.forward
+import flr.model.forward
 import flr_kernels
-from flr.head import _is_plain, head_logprob
+from flr.model.head import head_logprob, is_plain
 
 ROWS = 9
 
@@ -28,15 +28,15 @@ def rows(seed=0, dtype=torch.float64):
 @pytest.mark.parametrize("family", [*families.FAMILIES, "scaled"])
 def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr(flr.forward, "MAX_LOSS_LOGITS", 4 * families.VOCAB)
-        monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", 2 * families.VOCAB)
+        monkeypatch.setattr(flr.model.head, "MAX_LOSS_LOGITS", 4 * families.VOCAB)
+        monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.reference"], "CHUNK", 2 * families.VOCAB)
     model = families.tiny_model("llama" if family == "scaled" else family).double()
     if family == "scaled":
         model.config.logits_scaling = 3.0  # as Granite's
     head = model.get_output_embeddings()
-    assert _is_plain(model, head) == (family not in ("gemma2", "phi", "scaled"))  # softcap, bias, scale
+    assert is_plain(model, head) == (family not in ("gemma2", "phi", "scaled"))  # softcap, bias, scale
     hidden, target = rows()
-    expected = flr.forward.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    expected = flr.model.head.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
     weights = [p for p in head.parameters() if p.requires_grad]
     actual = head_logprob(model, hidden, target)
     torch.testing.assert_close(actual, expected)
@@ -69,7 +69,7 @@ def test_under_autocast_products_run_in_its_dtype():
     hidden, target = rows(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = head_logprob(model, hidden, target)
-        logits = flr.forward.head(model, hidden)
+        logits = flr.model.head.head(model, hidden)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, logits.float().log_softmax(-1).gather(1, target[:, None])[:, 0])
     gradient = torch.autograd.grad(actual.sum(), model.get_output_embeddings().weight)[0]
@@ -130,7 +130,7 @@ def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
         gradient = torch.zeros_like(weight)
         for seed, (logp, _, d_hidden) in enumerate(rank[name] for rank in ranks):
             hidden, target = rows(seed)
-            expected = flr.forward.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+            expected = flr.model.head.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
             torch.testing.assert_close(logp, expected)
             dh, dw = torch.autograd.grad(expected.sum(), (hidden, weight))
             torch.testing.assert_close(d_hidden, dh)
@@ -143,7 +143,7 @@ def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
 
 def test_the_optional_backend(monkeypatch):
     """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
-    module = sys.modules["flr_kernels.token_logprob"]
+    module = sys.modules["flr_kernels.ops.token_logprob.op"]
     hidden, target = rows(dtype=torch.bfloat16)
     weight = torch.randn(families.VOCAB, families.HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setenv("FLR_BACKEND", "token_logprob=cce")

@@ -147,7 +147,7 @@ def test_degenerate_groups_are_finite(kind):
 
 @pytest.mark.parametrize("chunk", [1, 25, 1 << 24])
 def test_token_logprob_in_chunks_equals_its_definition(chunk, monkeypatch):
-    monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", chunk)
+    monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.reference"], "CHUNK", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flr.baselines import ItemKNN, Popularity
 from flr.data import CSR, Interactions
-from flr.metrics import (
+from flr.evaluate.baselines import ItemKNN, Popularity
+from flr.evaluate.metrics import (
     bootstrap_intervals,
     coverage,
     group_ids,
@@ -189,7 +189,7 @@ def test_item_knn_is_its_formula(decay, backward):
     assert (model.ranks(test, groups) <= model.ranks(test)).all()
 
 
-@pytest.mark.parametrize("name", ["metrics", "baselines", "decode.trie", "decode.beam"])
+@pytest.mark.parametrize("name", ["evaluate.metrics", "evaluate.baselines", "data.trie", "decode.beam"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"flr.{name}"))
     assert result.attempted > 0

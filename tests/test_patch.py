@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import flr
-from flr.patch import reasoner_parameters
+from flr.model.patch import reasoner_parameters
 
 THOUGHT = families.THOUGHT
 

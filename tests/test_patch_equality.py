@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import flr
-from flr import forward as forward_module
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is not here.
@@ -122,7 +121,7 @@ def test_position_ids_travel_with_shifted_rows():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("layout", ["left", "columns"])
 def test_gradient_checkpointing_falls_back_once_and_is_equal(family, layout, caplog):
-    forward_module._say_once.cache_clear()
+    flr.model.backbone.warn_once.cache_clear()
     model = patched(family, num_thoughts=2)
     inputs = families.batch(layout, 2)
     expected = model(**inputs).loss
@@ -167,7 +166,7 @@ def test_loss_in_blocks_of_rows_is_the_same(monkeypatch):
     inputs = families.batch("right")
     expected = model(**inputs).loss
     gradients = families.gradients(model, expected)
-    monkeypatch.setattr(forward_module, "MAX_LOSS_LOGITS", 4 * families.VOCAB * 2)
+    monkeypatch.setattr(flr.model.head, "MAX_LOSS_LOGITS", 4 * families.VOCAB * 2)
     loss = model(**inputs).loss
     torch.testing.assert_close(loss, expected)
     families.assert_same_gradients(families.gradients(model, loss), gradients, 1e-6)
@@ -181,7 +180,7 @@ def test_hidden_states_logits_to_keep_and_label_smoothing():
         last = model(**inputs, logits_to_keep=1)
         torch.testing.assert_close(full.logits[:, -1:], last.logits)
         seen = inputs["attention_mask"].bool()
-        torch.testing.assert_close(forward_module.head(model, full.hidden_states[-1])[seen], full.logits[seen])
+        torch.testing.assert_close(flr.model.head.head(model, full.hidden_states[-1])[seen], full.logits[seen])
         assert len(full.hidden_states) == model.config.num_hidden_layers + 1
         smooth = model(**inputs, label_smoothing=0.1).loss - model(**inputs).flr.loss
         expected = torch.nn.functional.cross_entropy(

@@ -11,11 +11,11 @@ import torch
 from families import tiny_model, wake
 
 import flr
-from flr.attribution import coalitions, influence_shares
 from flr.data import CSR, Catalogue, HistoryViews, PromptTemplate, RecProcessor, build_tokenizer, planted_dataset
 from flr.decode import CatalogueTrie, score_all_items
-from flr.recommender import Recommender
-from flr.views import ViewMixture
+from flr.decode.mixture import ViewMixture
+from flr.explain.attribution import coalitions, influence_shares
+from flr.recommend import Recommender
 
 HISTORIES = [["item_3", "brave jazz 1", "item_7"], ["item_1"] * 12, [], ["item_9", "item_2"]]
 
@@ -198,8 +198,8 @@ def test_a_batch_equals_its_users_alone():
 def test_many_users_are_worked_off_in_parts(monkeypatch):
     recommender = build()
     whole = recommender.recommend(HISTORIES * 2, k=3)
-    monkeypatch.setattr("flr.recommender._MAX_USERS", 3)
-    monkeypatch.setattr("flr.attribution._MAX_ROWS", 10)
+    monkeypatch.setattr("flr.recommend.recommender._MAX_USERS", 3)
+    monkeypatch.setattr("flr.explain.attribution._MAX_ROWS", 10)
     for a, b in zip(recommender.recommend(HISTORIES * 2, k=3), whole, strict=True):
         same(a, b)
 

@@ -16,7 +16,7 @@ from serving import Process, assert_same_items, mixed_requests, offline, save, s
 
 from flr.cli import main
 from flr.data import planted_dataset
-from flr.recommender import Recommender
+from flr.recommend import Recommender
 
 from bench.load import Client, closed_loop, open_loop  # isort: skip  (put on the path by serving)
 

@@ -19,10 +19,10 @@ from flr.data import (
     planted_dataset,
 )
 from flr.decode import score_all_items
+from flr.decode.mixture import ViewMixture
 from flr.evaluate import evaluate
 from flr.train import SFTConfig, SFTTrainer, init_item_embeddings, item_features, item_neighbours, with_catalogue_rows
 from flr.train.neighbours import cooccurrence
-from flr.views import ViewMixture
 
 DATA = planted_dataset(num_items=40, num_users=60, seed=3)
 

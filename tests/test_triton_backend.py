@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import flr_kernels
-from flr_kernels import dispatch, triton_config
+from flr_kernels import dispatch
+from flr_kernels.backends import triton_config
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(

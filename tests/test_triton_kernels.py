@@ -12,7 +12,8 @@ import torch
 from torch.autograd import gradcheck
 
 import flr_kernels
-from flr_kernels import checks, reference, triton_config
+from flr_kernels import checks, reference
+from flr_kernels.backends import triton_config
 
 INTERPRETED = triton_config.interpreted()
 if INTERPRETED:
@@ -218,17 +219,17 @@ def test_runs_are_bitwise_equal_and_dh_changes_nothing(mask):
 
 @pytest.mark.parametrize("block_l", [16, 64])
 def test_any_tile_gives_the_same_result(block_l):
-    from flr_kernels import triton_factor_attention
+    from flr_kernels.ops.factor_attention import triton_host
 
     h, u, valid = attention_inputs(2, 60, 72, 4, torch.float32, "mixed")
     h, u = h.detach(), u.detach()
     tile = triton_config.Tile("test", block_l, 32, 4, 1)
     exact = reference.factor_attention(h.double(), u.double(), valid)
-    out = triton_factor_attention.forward(h, u, valid, tile=tile)
+    out = triton_host.forward(h, u, valid, tile=tile)
     for name, a, e in zip(ATTENTION, out, exact, strict=True):
         assert_close(name, a, e, e, 4e-6)
     grads = gradients_for(exact)
-    gradients = triton_factor_attention.backward(h, u, valid, *out, *(g.float() for g in grads), True, tile=tile)
+    gradients = triton_host.backward(h, u, valid, *out, *(g.float() for g in grads), True, tile=tile)
     expected = reference.factor_attention_backward(h.double(), u.double(), valid, *exact, *grads, True)
     for name, a, e in zip(("dh", "du"), gradients, expected, strict=True):
         assert_close(name, a, e, e, 8e-6)
@@ -383,7 +384,7 @@ def test_opcheck_and_fullgraph_compile():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_reasoner_thinks_the_same_on_the_kernels(autocast, monkeypatch):
     from flr.config import FLRConfig
-    from flr.reasoner import FactorizedReasoner
+    from flr.model.reasoner import FactorizedReasoner
 
     torch.manual_seed(0)
     reasoner = FactorizedReasoner(64, FLRConfig(num_factors=4, num_refinements=2)).to(DEVICE)

@@ -102,5 +102,5 @@ def test_beam_search(scoring, monkeypatch):
 
 
 def test_too_wide_a_selection_is_refused():
-    with pytest.raises(ValueError, match="at most 256, got 0, 300"):
+    with pytest.raises(ValueError, match="at most 256, got 300"):
         flr_kernels.trie_step(**call(case(7, 1, 9, 1, 0, 12), DEVICE), num_unfinished=0, num_all=300)

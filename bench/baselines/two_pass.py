@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flr.forward import head
+from flr.model.head import head
 
 
 def _join(prompt: Tensor, target: Tensor, members: int) -> Tensor:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import flr
 
-from .options import console, emit
+from .parsing import console, emit
 
 ABOUT = "Run the benchmarks, render tables and figures from committed results, or compare two results files."
 

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from flr.config import FLRConfig
 from flr.data import RecDataset
-from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
-from flr.metrics import paired_difference, row_metrics
+from flr.evaluate.metrics import paired_difference, row_metrics
+from flr.files import write_json
 from flr.train import SFTConfig
 
-from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
+from .options import AugmentOptions, DataOptions, ModelOptions
+from .parsing import console, emit, parse
 from .sft import train
 
 ABOUT = (
@@ -187,7 +188,7 @@ def main(argv: list[str]) -> int:
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    from flr.report import plot_compare
+    from flr.report.plots import plot_compare
 
     plot_compare(outcome["rows"], root / "compare.png")
     console.print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")

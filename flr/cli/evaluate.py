@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flr.baselines import ItemKNN, Popularity
 from flr.data import RecProcessor
 from flr.evaluate import evaluate, evaluate_scorer
+from flr.evaluate.baselines import ItemKNN, Popularity
 
-from .options import DataOptions, console, emit, parse
+from .options import DataOptions
+from .parsing import console, emit, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
@@ -32,7 +33,7 @@ class EvaluateOptions:
 
 def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
-    from flr.checkpoint import from_pretrained
+    from flr.model.checkpoint import from_pretrained
 
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")

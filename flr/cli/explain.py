@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .options import console, emit, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("history: expected item ids or titles, got none")
     if not (options.png or options.html or rest.json):
         options.png, options.html = "explanation.png", "explanation.html"
-    from flr.recommender import Recommender
+    from flr.recommend import Recommender
 
     explanation = Recommender.from_pretrained(options.model).explain(options.history, k=options.k)
     if options.png:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from flr.data import RecDataset, load_dataset, prepare_amazon
 
-from .options import console, emit, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Turn raw logs into a prepared folder: flr prepare amazon | recbole | parquet | csv --source … --output …"
 KINDS = ("amazon", "recbole", "parquet", "csv")

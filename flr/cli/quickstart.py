@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from flr.checkpoint import from_pretrained
 from flr.config import FLRConfig
 from flr.data import RecDataset, RecProcessor
-from flr.data._io import write_json
 from flr.evaluate import EvalResult, evaluate
-from flr.explain import explain, factor_interest
-from flr.report import plot_compare, quickstart_report
+from flr.explain import factor_interest
+from flr.files import write_json
+from flr.model.backbone import causal_lm
+from flr.model.checkpoint import from_pretrained
+from flr.recommend import Recommender
+from flr.report.plots import plot_compare
+from flr.report.quickstart import quickstart_report
 from flr.train import LatentGRPOConfig, SFTConfig
 
 from . import rl
 from .compare import METRICS, MODES, CompareOptions, compare, print_table, seed_difference
-from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
+from .options import AugmentOptions, DataOptions, ModelOptions
+from .parsing import console, emit, parse
 
 ABOUT = (
     "Train five small models on generated data, reinforce one of them, compare, explain and report: about three minutes "
@@ -138,10 +142,10 @@ def main(argv: list[str]) -> int:
         table.add_row(MODES[mode], f"{found['nmi']:.3f}", f"{found['chance']:.3f}")
     console.print(table)
 
-    model, processor = from_pretrained(runs / "flr-0"), RecProcessor.from_pretrained(runs / "flr-0")
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]
-    explanation = explain(model, processor, history, k=5)
+    recommender = Recommender.from_pretrained(runs / "flr-0")
+    explanation = recommender.explain(history, k=5)
     explanation.heatmap(out / "attention.png")
     plot_compare(outcome["rows"], out / "compare.png")
     seconds = time.perf_counter() - started
@@ -156,7 +160,7 @@ def main(argv: list[str]) -> int:
     ]
     report = {
         "title": "Factorized latent reasoning: quickstart",
-        "text": f"Five models of {model.num_parameters():,} parameters on generated data ({dataset!r}), the same budget for "
+        "text": f"Five models of {causal_lm(recommender.model).num_parameters():,} parameters on generated data ({dataset!r}), the same budget for "
         f"each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the interest of every item is known.",
         "rows": outcome["rows"],
         "differences": outcome["differences"],

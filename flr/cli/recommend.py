@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from .options import console, emit, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
@@ -28,7 +28,7 @@ class RecommendOptions:
 
 def main(argv: list[str]) -> int:
     options, rest = parse("recommend", ABOUT, (RecommendOptions,), argv)
-    from flr.recommender import Recommender
+    from flr.recommend import Recommender
 
     recommender = Recommender.from_pretrained(options.model)
     histories = [options.history]

@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import set_seed
 
-from flr.checkpoint import from_pretrained
 from flr.data import RecDataset, RecProcessor
+from flr.model.checkpoint import from_pretrained
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, last_complete_checkpoint
 
-from .options import DataOptions, console, emit, parse
+from .options import DataOptions
+from .parsing import console, emit, parse
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import parse
+from .parsing import parse
 
 ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page that shows what the factors do."
 

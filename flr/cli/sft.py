@@ -13,7 +13,8 @@ from flr.config import FLRConfig
 from flr.data import RecDataset
 from flr.train import SFTConfig, SFTTrainer, last_complete_checkpoint
 
-from .options import AugmentOptions, DataOptions, ModelOptions, console, emit, parse
+from .options import AugmentOptions, DataOptions, ModelOptions
+from .parsing import console, emit, parse
 
 ABOUT = "Train a recommender on an interaction log; ends with the best model by NDCG@10 on the valid split."
 

@@ -9,17 +9,17 @@ An item is an index 0..C-1 into the :class:`Catalogue`; ids are strings. Errors 
 was expected and what was given.
 """
 
-from flr.data.amazon import prepare_amazon
-from flr.data.augment import CATALOGUE_USER, Augment, Neighbours
-from flr.data.catalogue import Catalogue
-from flr.data.codecs import ItemCodec, build_codec
-from flr.data.collator import EpochSampler, InteractionDataset, SFTCollator, expand_prefixes
-from flr.data.interactions import CSR, Interaction, Interactions, RecDataset
-from flr.data.planted import planted_dataset
-from flr.data.processor import HistoryViews, PromptTemplate, RecProcessor
-from flr.data.readers import load_dataset
-from flr.data.report import BadRow, ReadReport
-from flr.data.tokenizers import build_tokenizer
+from .amazon import prepare_amazon
+from .augment import CATALOGUE_USER, Augment, Neighbours
+from .catalogue import Catalogue
+from .codecs import ItemCodec, build_codec
+from .collator import EpochSampler, InteractionDataset, SFTCollator, expand_prefixes
+from .interactions import CSR, Interaction, Interactions, RecDataset
+from .planted import planted_dataset
+from .processor import HistoryViews, PromptTemplate, RecProcessor
+from .readers import load_dataset
+from .report import BadRow, ReadReport
+from .tokenizers import build_tokenizer
 
 __all__ = [
     "CATALOGUE_USER",

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from flr.data._io import PathLike
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import RecDataset
-from flr.data.report import ReadReport
-from flr.data.splits import LogBuilder, split_log, titled_catalogue
+from flr.files import PathLike
+
+from .catalogue import Catalogue
+from .interactions import RecDataset
+from .report import ReadReport
+from .splits import LogBuilder, split_log, titled_catalogue
 
 _MAX_LINE = 1 << 24  # bytes; the longest metadata lines of the releases take about 1 MB
 _LATEST = 4102444800  # 2100-01-01, in seconds

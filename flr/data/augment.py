@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flr.data.interactions import CSR, Interaction
+from .interactions import CSR, Interaction
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR = 1, 2, 3, 4, 6, 7  # streams of random numbers of one row

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flr.data._io import PathLike, read_parquet, write_parquet
+from flr.files import PathLike, read_parquet, write_parquet
 
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")

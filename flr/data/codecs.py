@@ -22,8 +22,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from tokenizers import AddedToken
 
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import CSR
+from .catalogue import Catalogue
+from .interactions import CSR
 
 CodecName = Literal["title", "sid", "id"]
 CODEC_NAMES: tuple[CodecName, ...] = ("title", "sid", "id")

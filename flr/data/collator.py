@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from flr.data.augment import Augment, uniforms
-from flr.data.interactions import CSR, Interaction, Interactions
-from flr.data.processor import RecProcessor, finish_batch, left_pad
+from flr.config import IGNORE
+
+from .augment import Augment, uniforms
+from .interactions import CSR, Interaction, Interactions
+from .processor import RecProcessor, finish_batch, left_pad
 
 _ORDER = 5  # stream of random numbers of the sampler
-IGNORE = -100
 
 
 class SFTCollator:

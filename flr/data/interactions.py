@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from flr.data._io import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
-from flr.data.catalogue import Catalogue
-from flr.data.report import ReadReport
+from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+
+from .catalogue import Catalogue
+from .report import ReadReport
 
 _FORMAT = "flr-dataset"
 _VERSION = 1

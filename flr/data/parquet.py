@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from flr.data._io import PathLike, read_parquet
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import RecDataset
-from flr.data.report import ReadReport
-from flr.data.splits import InteractionLog, split_log, titled_catalogue
+from flr.files import PathLike, read_parquet
+
+from .catalogue import Catalogue
+from .interactions import RecDataset
+from .report import ReadReport
+from .splits import InteractionLog, split_log, titled_catalogue
 
 LOG_NAME, ITEMS_NAME = "interactions.parquet", "items.parquet"
 _ALIASES = {"user": ("user", "user_id"), "item": ("item", "item_id"), "timestamp": ("timestamp", "time")}

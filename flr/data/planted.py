@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flr.data.augment import uniforms
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import CSR, Interactions, RecDataset
-from flr.data.report import ReadReport
-from flr.data.splits import time_cuts, user_bounds
+from .augment import uniforms
+from .catalogue import Catalogue
+from .interactions import CSR, Interactions, RecDataset
+from .report import ReadReport
+from .splits import time_cuts, user_bounds
 
 _NOUN_TEXT = (
     "Jazz Chess Garden Ocean Robot Kitchen Mystery Mountain Theatre Camera Horse Dragon Bicycle Planet Poetry "

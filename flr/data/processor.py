@@ -14,10 +14,11 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from flr.data._io import PathLike, read_json, write_json
-from flr.data.catalogue import Catalogue
-from flr.data.codecs import CodecName, ItemCodec, build_codec, token_ids
-from flr.data.interactions import CSR, Interactions
+from flr.files import PathLike, read_json, write_json
+
+from .catalogue import Catalogue
+from .codecs import CodecName, ItemCodec, build_codec, token_ids
+from .interactions import CSR, Interactions
 
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flr.data._io import PathLike, read_json
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import Interactions, RecDataset
-from flr.data.report import ReadReport
+from flr.files import PathLike, read_json
+
+from .catalogue import Catalogue
+from .interactions import Interactions, RecDataset
+from .report import ReadReport
 
 PARTS = ("train", "valid", "test")
 _NEEDED = ("user_id", "history_item_id", "item_id")

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flr.data._io import PathLike
-from flr.data.interactions import RecDataset
-from flr.data.parquet import LOG_NAME, read_parquet_log
-from flr.data.published import is_published, read_published
-from flr.data.recbole import inter_files, read_recbole
+from flr.files import PathLike
+
+from .interactions import RecDataset
+from .parquet import LOG_NAME, read_parquet_log
+from .published import is_published, read_published
+from .recbole import inter_files, read_recbole
 
 _READERS: dict[str, Callable[..., RecDataset]] = {
     "prepared": RecDataset.load,

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from flr.data._io import PathLike
-from flr.data.interactions import RecDataset
-from flr.data.report import ReadReport
-from flr.data.splits import LogBuilder, split_log, titled_catalogue
+from flr.files import PathLike
+
+from .interactions import RecDataset
+from .report import ReadReport
+from .splits import LogBuilder, split_log, titled_catalogue
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 _MAX_LINE = 1 << 20  # characters

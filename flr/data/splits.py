@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from flr.data.catalogue import Catalogue
-from flr.data.interactions import CSR, Interactions, RecDataset
-from flr.data.report import ReadReport
+from .catalogue import Catalogue
+from .interactions import CSR, Interactions, RecDataset
+from .report import ReadReport
 
 Split = Literal["time", "leave_one_out"]
 SPLITS = ("time", "leave_one_out")

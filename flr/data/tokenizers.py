@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flr.data.catalogue import Catalogue
-from flr.data.codecs import CODEC_NAMES, item_tokens, sid_tokens
-from flr.data.processor import PromptTemplate
+from .catalogue import Catalogue
+from .codecs import CODEC_NAMES, item_tokens, sid_tokens
+from .processor import PromptTemplate
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 _BYTES = 256

@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from flr.data.trie import CatalogueTrie, Codec
+from flr.model.backbone import evaluating
+from flr.model.head import HeadRows
+
 from .filters import ItemFilter, item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary, log_normaliser
-from .session import evaluating, num_prompts, start
-from .trie import CatalogueTrie, Codec
+from .prompts import num_prompts, prefill
+from .scoring import Scoring, check_scoring, check_vocabulary, log_normaliser
 
 
 class _Block(NamedTuple):
@@ -38,7 +41,7 @@ class _Block(NamedTuple):
 def score_all_items(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    catalogue: CatalogueTrie | Codec,
+    trie: CatalogueTrie | Codec,
     scoring: Scoring = "full",
     chunk: int | None = None,
     allowed: torch.Tensor | None = None,
@@ -47,43 +50,43 @@ def score_all_items(
     """Log-probability of every item after each user's prompt.
 
     Args:
-        model, inputs: as for `beam_search`.
-        catalogue: a trie, or a codec to build one of (build it once when calling often).
+        model, inputs: as for ``beam_search``.
+        trie: the catalogue's, or a codec to build one of (build it once when calling often).
         scoring: "full" or "catalogue".
         chunk: inner nodes in one forward, at least; memory is B·chunk·V logits. None: as many as 2^26 logits allow.
-        allowed, exclude: as for `beam_search`; other items get -inf, and `catalogue` normalises over what is allowed.
+        allowed, exclude: as for ``beam_search``; other items get -inf, and ``catalogue`` normalises over what is allowed.
 
     Returns:
         float32 [B, C] by item index.
 
     Raises:
-        ValueError: as `beam_search`.
+        ValueError: as ``beam_search``.
         FloatingPointError: a score came out NaN.
     """
     check_scoring(scoring)
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    trie = catalogue if isinstance(catalogue, CatalogueTrie) else CatalogueTrie.from_codec(catalogue)
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
+    trie = trie if isinstance(trie, CatalogueTrie) else CatalogueTrie.from_codec(trie)
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        root, session, head_rows, vocabulary = start(
+        root, session, head_rows, vocabulary = prefill(
             model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue"
         )
         check_vocabulary(trie, vocabulary)
-        device, rows = root.device, len(root)
+        device, users = root.device, len(root)
         if chunk is None:
-            chunk = int(np.clip((1 << 26) // max(1, rows * vocabulary), 16, 512))
+            chunk = int(np.clip((1 << 26) // max(1, users * vocabulary), 16, 512))
         trie = trie.to(device)
-        allows = item_filter(trie, rows, allowed, exclude)
-        by_leaf = torch.empty(rows, trie.num_items, dtype=torch.float32, device=device)
+        allows = item_filter(trie, users, allowed, exclude)
+        by_leaf = torch.empty(users, trie.num_items, dtype=torch.float32, device=device)
         for block in _blocks(trie, chunk):
             states = root[:, None]
             if len(block.tokens):
                 below = session.tree(block.tokens, block.parents, block.depths)
                 states = torch.cat([states, below], dim=1)
             edges = _edge_scores(states, head_rows, block, trie, allows, scoring)
-            padded = torch.cat([edges, edges.new_zeros(rows, 1)], dim=1)
+            padded = torch.cat([edges, edges.new_zeros(users, 1)], dim=1)
             by_leaf[:, block.begin : block.end] = padded[:, torch.as_tensor(block.paths, device=device)].sum(-1)
         return _by_item(by_leaf, trie, allows)
 
@@ -97,19 +100,19 @@ def rank_one_token(
     allowed: torch.Tensor | None = None,
     exclude: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`score_all_items` for catalogues of one token an item: the prefill alone answers. Returns float32 [B, C].
+    """``score_all_items`` for catalogues of one token an item: the prefill alone answers. Returns float32 [B, C].
 
     Raises:
-        ValueError: an item has several tokens, and as `beam_search`.
+        ValueError: an item has several tokens, and as ``beam_search``.
         FloatingPointError: a score came out NaN.
     """
     check_scoring(scoring)
     if trie.depth != 1:
-        raise ValueError(f"rank_one_token needs items of one token, the longest has {trie.depth}")
+        raise ValueError(f"trie: expected items of one token, got one of {trie.depth}")
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        logits = start(model, inputs, reserve=1).states
+        logits = prefill(model, inputs, reserve=1).states
     check_vocabulary(trie, logits.shape[-1])
     trie = trie.to(logits.device)
     allows = item_filter(trie, len(logits), allowed, exclude)
@@ -193,7 +196,7 @@ class _HostTrie:
 
 
 def _blocks(trie: CatalogueTrie, chunk: int) -> Iterator[_Block]:
-    """Cut the leaves into runs whose inner nodes number at most `chunk` (one item's, if that is more)."""
+    """Cut the leaves into runs whose inner nodes number at most ``chunk`` (one item's, if that is more)."""
     host = _HostTrie(trie)
     # an inner node is fresh at the first leaf below it; a block that starts later needs it as an older ancestor
     fresh = np.bincount(host.begin[host.inner], minlength=trie.num_items)

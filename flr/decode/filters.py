@@ -2,7 +2,7 @@
 
 A filter answers, for ranges of leaf positions, how many items in the range are allowed. A node whose count is 0 is never
 entered, so a forbidden item is never emitted and no beam is spent on a subtree of forbidden items. All methods take
-`begin` and `end`, int64 [B, ...] with 0 <= begin <= end <= C, and know row b as user b; nothing synchronises.
+``begin`` and ``end``, int64 [B, ...] with 0 <= begin <= end <= C, and know row b as user b; nothing synchronises.
 
 Two forms: a mask over the catalogue (prefix sums, 4·C bytes for every different row), and short lists of items that may or
 may not be given (sorted, answered by binary search, 8·B·E bytes whatever the size of the catalogue).
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .trie import CatalogueTrie
+from flr.data.trie import CatalogueTrie
 
 
 class FlatFilter(NamedTuple):
-    """`filter`, `listed`, `offset` and `entries` of `flr_kernels.trie_step`."""
+    """``filter``, ``listed``, ``offset`` and ``entries`` of ``flr_kernels.trie_step``."""
 
     filter: str
     listed: torch.Tensor | None = None
@@ -45,10 +45,10 @@ class ItemFilter(Protocol):
         """The filter of these rows, int64."""
 
     def flat(self, users: int) -> FlatFilter:
-        """The arrays behind it, as `flr_kernels.trie_step` reads them, for B = `users`."""
+        """The arrays behind it, as ``flr_kernels.trie_step`` reads them, for B = ``users``."""
 
     def padded(self, users: int) -> ItemFilter:
-        """For B = `users`, more than now, and lists of a length that is a power of two."""
+        """For B = ``users``, more than now, and lists of a length that is a power of two."""
 
     def tensors(self) -> list[torch.Tensor]:
         """What it consists of."""
@@ -103,7 +103,7 @@ class _Everything(_Tensors):
 
 
 class _Mask(_Tensors):
-    """Masks over the catalogue, U different ones, a user's being number `row` [B, 1].
+    """Masks over the catalogue, U different ones, a user's being number ``row`` [B, 1].
 
     before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u, so that it rises throughout.
     """
@@ -130,7 +130,7 @@ class _Mask(_Tensors):
         return (self.before[end + offset] - self.before[begin + offset]).long()
 
     def first(self, begin: torch.Tensor) -> torch.Tensor:
-        # the prefix sums first exceed what lies before `begin` just behind the position looked for
+        # the prefix sums first exceed what lies before ``begin`` just behind the position looked for
         offset = self._offset(begin)
         return torch.searchsorted(self.before, self.before[begin + offset] + 1) - offset - 1
 
@@ -177,7 +177,7 @@ class _Listed(_Tensors):
         return type(self)(torch.nn.functional.pad(self.listed, extra, value=self.num_items), self.num_items)
 
     def _rank(self, position: torch.Tensor) -> torch.Tensor:
-        """Listed positions before `position`."""
+        """Listed positions before ``position``."""
         return torch.searchsorted(self.listed, position.flatten(1).contiguous()).view(position.shape)
 
 
@@ -246,7 +246,7 @@ def item_filter(
         allowed: bool [C] or [B, C]; None allows all.
         exclude: deny-list, int64 [B, E] items that must not be given, padded with -1, repeats welcome; None excludes none.
         only: allow-list, int64 [B, E] of the same form: no other item is given; None allows all. A row of -1 allows nothing.
-        categories: int64 [C], 64 bits an item (a numpy uint64 array is viewed as int64); needs `wanted`.
+        categories: int64 [C], 64 bits an item (a numpy uint64 array is viewed as int64); needs ``wanted``.
         wanted: int64 [B], or one number for all: items with one of these bits are given.
 
     Raises:
@@ -263,14 +263,14 @@ def item_filter(
     if allowed is not None:
         if allowed.dtype != torch.bool or allowed.shape not in ((num_items,), (batch_size, num_items)):
             raise ValueError(
-                f"allowed must be bool [{num_items}] or [{batch_size}, {num_items}], got {allowed.dtype} {list(allowed.shape)}"
+                f"allowed: expected bool [{num_items}] or [{batch_size}, {num_items}], got {allowed.dtype} {list(allowed.shape)}"
             )
         allowed = allowed.to(trie.device).view(-1, num_items)  # one row serves everybody
         if len(allowed) > 1:
             row = torch.arange(batch_size, device=trie.device)[:, None]
     exclude, only = _item_lists(trie, batch_size, "exclude", exclude), _item_lists(trie, batch_size, "only", only)
     if (categories is None) != (wanted is None):
-        raise ValueError("categories and wanted must be given together")
+        raise ValueError("categories, wanted: expected both or neither, got one")
     if categories is not None:
         mask, which = _category_mask(trie, batch_size, categories, wanted)
         if allowed is None:
@@ -301,20 +301,20 @@ def item_filter(
 
 
 def _item_lists(trie: CatalogueTrie, batch_size: int, name: str, items: torch.Tensor | None) -> torch.Tensor | None:
-    """`items` on the trie's device, checked; an empty deny-list is none."""
+    """``items`` on the trie's device, checked; an empty deny-list is none."""
     if items is None:
         return None
     if items.is_floating_point() or items.dtype == torch.bool or items.ndim != 2 or len(items) != batch_size:
-        raise ValueError(f"{name} must be int64 [{batch_size}, E], got {items.dtype} {list(items.shape)}")
+        raise ValueError(f"{name}: expected int64 [{batch_size}, E], got {items.dtype} {list(items.shape)}")
     if items.numel() and not (int(items.min()) >= -1 and int(items.max()) < trie.num_items):
-        raise ValueError(f"{name} must hold item indices 0..{trie.num_items - 1} or -1")
+        raise ValueError(f"{name}: expected item indices 0..{trie.num_items - 1} or -1, got others")
     if name == "exclude" and items.numel() == 0:
         return None
     return items.to(trie.device, torch.int64)
 
 
 def _leaves(trie: CatalogueTrie, items: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Leaf positions of the items [B, E] that are `inside`, ascending, each once, C past the end."""
+    """Leaf positions of the items [B, E] that are ``inside``, ascending, each once, C past the end."""
     leaf = torch.where(inside, trie.leaf_of_item[items], trie.num_items).sort(dim=1).values
     repeated = torch.zeros_like(leaf, dtype=torch.bool)
     repeated[:, 1:] = leaf[:, 1:] == leaf[:, :-1]
@@ -327,13 +327,13 @@ def _category_mask(
     """Mask bool [U, C] for the U different requests, and which row serves a user, [B, 1] or None for the only one."""
     if categories.dtype != torch.int64 or categories.shape != (trie.num_items,):
         raise ValueError(
-            f"categories must be int64 [{trie.num_items}], got {categories.dtype} {list(categories.shape)}"
+            f"categories: expected int64 [{trie.num_items}], got {categories.dtype} {list(categories.shape)}"
         )
     if not isinstance(wanted, torch.Tensor):
         number = int(wanted or 0)
         wanted = torch.full((batch_size,), number - (number >> 63 << 64), dtype=torch.int64)  # as int64 reads the bits
     if wanted.dtype != torch.int64 or wanted.shape != (batch_size,):
-        raise ValueError(f"wanted must be int64 [{batch_size}] or a number, got {wanted.dtype} {list(wanted.shape)}")
+        raise ValueError(f"wanted: expected int64 [{batch_size}] or a number, got {wanted.dtype} {list(wanted.shape)}")
     different, which = wanted.to(trie.device).unique(return_inverse=True)
     mask = (categories.to(trie.device) & different[:, None]) != 0
     return mask, which[:, None] if len(different) > 1 else None

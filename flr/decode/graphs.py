@@ -1,7 +1,7 @@
 """Beam search as CUDA graphs: a level of the trie is one graph, so that a step costs the host one launch.
 
 A search of fixed shapes: users are padded to a power of two, prompts on the left to a multiple of 64, every level keeps all W
-hypotheses, and under `catalogue` every level reads as many tokens as the longest way between two branchings of the trie (longer ways, which
+hypotheses, and under ``catalogue`` every level reads as many tokens as the longest way between two branchings of the trie (longer ways, which
 filters can make, are noticed by the device, and the search is done again without graphs). The inputs of a call (prompt cache, states, filter) are copied
 into tensors that the graphs know. Levels are replayed in order until a level that is known to be done, without
 waiting for it, left nothing alive.
@@ -18,18 +18,17 @@ import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from .session import PackedSession, Prompts
-
-if TYPE_CHECKING:
-    from .beam import BeamResult, Search, State
+from .packed import PackedSession
+from .prompts import Prompts
+from .search import BeamResult, Search, State, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,32 +38,12 @@ _OVERFLOWS = 3  # calls done twice because a filter made longer ways than the tr
 _LIMIT = 0.25  # of the device's free memory that the copy of a prompt cache may take
 
 
-#: A level's graph, `Search.numbers`, and the fields of `State` of the same names.
+#: A level's graph, ``Search.numbers``, and the fields of ``State`` of the same names.
 _Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]"
 
 
 def _padded_users(count: int) -> int:
     return 1 << (count - 1).bit_length()
-
-
-class Watch:
-    """Numbers that the device computes, as of the last step that is known to be done; the host does not wait for them."""
-
-    def __init__(self) -> None:
-        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-
-    def ask(self, numbers: torch.Tensor) -> list[int] | None:
-        """int64 [n] or those of an earlier call; None where nothing is known yet."""
-        if numbers.device.type == "cpu":
-            return numbers.tolist()
-        host, event = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(numbers, non_blocking=True)
-        event.record(torch.cuda.current_stream(numbers.device))
-        self.asked.append((host, event))
-        known: list[int] | None = None
-        while self.asked and self.asked[0][1].query():
-            known = self.asked.popleft()[0].tolist()
-        return known
 
 
 class Replayed:
@@ -80,7 +59,7 @@ class Replayed:
         self.search.allows = search.allows.padded(users).copied()
         self.tokens = self._tokens()
         room = length + sum(w * n for w, n in zip(self._widths(), self.tokens, strict=True))
-        self.session = session.of_size(users, length, room)
+        self.session = session.empty_like(users, length, room)
         self.states = prompts.states.new_zeros(users, prompts.states.shape[1])
         self.live = torch.zeros(users, 1, dtype=torch.bool, device=device)
         self.levels: list[_Level] = []
@@ -89,7 +68,7 @@ class Replayed:
     def _tokens(self) -> list[int]:
         """How many tokens a hypothesis may read before each level."""
         trie, depth = self.search.trie, self.search.trie.depth
-        return trie.ways() if self.search.skips else [int(step > 0) for step in range(depth)]
+        return trie.longest_forced_runs() if self.search.skips_forced else [int(step > 0) for step in range(depth)]
 
     def _widths(self) -> list[int]:
         return [1, *(self.search.widths(step)[0] for step in range(self.search.trie.depth - 1))]
@@ -100,31 +79,31 @@ class Replayed:
         self.states[:count].copy_(prompts.states)
         self.live.zero_()[:count] = True
         assert isinstance(prompts.session, PackedSession)
-        self.session.model, self.search.rows = prompts.session.model, search.rows
-        self.session.load(prompts.session)
+        self.session.model, self.search.head_rows = prompts.session.model, search.head_rows
+        self.session.copy_from(prompts.session)
         self.search.allows.load(search.allows.padded(len(self.live)))
         if self.search.logits is not None and search.logits is not None:
             self.search.logits.weight.copy_(search.logits.weight)  # which may have been trained meanwhile
-            self.search.logits.rows = search.logits.rows
+            self.search.logits.head_rows = search.logits.head_rows
 
     def forget_model(self) -> None:
-        """Until the next `load`, so that what is kept for a model does not keep the model."""
-        self.search.rows = None
+        """Until the next ``load``, so that what is kept for a model does not keep the model."""
+        self.search.head_rows = None
         vars(self.session).pop("model", None)
         if self.search.logits is not None:
-            vars(self.search.logits).pop("rows", None)
+            vars(self.search.logits).pop("head_rows", None)
 
     def steps(self) -> Iterator[tuple[State, bool]]:
         """The search, level by level, and whether there is another; nothing waits for the device."""
         search, session = self.search, self.session
-        session.rewind()
-        at = search.begin(self.states)
-        at.running = at.running._replace(score=at.running.score.masked_fill(~self.live, -torch.inf))
+        session.reset()
+        state = search.begin(self.states)
+        state.running = state.running._replace(score=state.running.score.masked_fill(~self.live, -torch.inf))
         for step, tokens in enumerate(self.tokens):
-            plan = search.plan(at) if search.skips else None
-            search.forward(at, session, step, plan, tokens * at.running.node.shape[1])
-            more = search.level(at, step) and step + 1 < len(self.tokens)
-            yield at, more
+            plan = search.plan(state) if search.skips_forced else None
+            search.forward(state, session, step, plan, tokens * state.running.node.shape[1])
+            more = search.level(state, step) and step + 1 < len(self.tokens)
+            yield state, more
             if not more:
                 return
 
@@ -135,23 +114,23 @@ class Replayed:
         while more:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                at, more = next(steps)
-                outcome = self._outcome(at)
+                state, more = next(steps)
+                outcome = self._outcome(state)
             levels.append((graph, *outcome))
             outcome[1].items.fill_(-7)  # so that a replay that does nothing is noticed
         self.levels = levels
 
     def _one_by_one(self) -> Iterator[_Level]:
-        return ((None, *self._outcome(at)) for at, _ in self.steps())
+        return ((None, *self._outcome(state)) for state, _ in self.steps())
 
-    def _outcome(self, at: State) -> tuple[torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]:
-        return self.search.numbers(at, None), at.best, at.broken, at.overflow
+    def _outcome(self, state: State) -> tuple[torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]:
+        return self.search.numbers(state, None), state.best, state.broken, state.overflow
 
     def run(self, count: int) -> BeamResult | None:
-        """Items of the first `count` users; None where a level had more to read than it has room for.
+        """Items of the first ``count`` users; None where a level had more to read than it has room for.
 
         Raises:
-            FloatingPointError: as `beam_search`.
+            FloatingPointError: as ``beam_search``.
         """
         watch = Watch()
         outcome: list[Any] = []
@@ -230,21 +209,21 @@ def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None
         count = len(prompts.states)
         if entry.replayed is not None:
             entry.replayed.load(search, prompts)
-            found = entry.replayed.run(count)
-            entry.overflows += found is None
+            result = entry.replayed.run(count)
+            entry.overflows += result is None
             entry.refused = entry.overflows > _OVERFLOWS
-            return found
+            return result
         if entry.calls < 2 or not _fits(prompts):
             return None
         replayed = Replayed(search, prompts)
         plain = replayed.run(count)
         with torch.cuda.device(prompts.states.device) if prompts.states.is_cuda else contextlib.nullcontext():
             replayed.capture()
-        found = replayed.run(count)
-        if not _equal(found, plain):
+        result = replayed.run(count)
+        if not _equal(result, plain):
             raise RuntimeError("their result differs from that of the same operations one by one")
         entry.replayed = replayed
-        return found
+        return result
     except FloatingPointError:
         raise
     except Exception as error:

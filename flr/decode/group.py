@@ -1,52 +1,36 @@
 """Decoding for every member of a group behind the one prompt that a group forward has encoded.
 
-The members' thoughts are hypotheses of one `PackedSession`, and their beams continue them: B rows of prompt, B·G·W hypotheses.
+The members' thoughts are hypotheses of one ``PackedSession``, and their beams continue them: B rows of prompt, B·G·W hypotheses.
 To the search every member is a user of its own. Nothing is encoded again: not the prompt, not the thoughts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
-from flr.forward import head
-from flr_kernels.trie_step import runs_as_kernel
+from flr.data.trie import CatalogueTrie
+from flr.model.backbone import evaluating
+from flr.model.head import HeadRows, head
+from flr.model.outputs import GroupPrompts
+from flr_kernels.ops.trie_step.op import runs_as_kernel
 
-from .beam import Search
 from .filters import item_filter
-from .scoring import HeadRows, Scoring, check_scoring, check_vocabulary
-from .session import PackedSession, Prompts, _packing_obstacle, evaluating, slots
-from .trie import CatalogueTrie
-
-
-@dataclass(eq=False)
-class GroupPrompts:
-    """Prompts of B users and the N thoughts of each one's G members, as a group forward leaves them; no gradients.
-
-    Attributes:
-        cache: keys and values of L prompt columns and, behind them, G·N thoughts.
-        member: int64 [G·N], whose thought a column is.
-        hidden: [B, G, D], the state after a member's last thought.
-        attention_mask, position_ids: int64 [B, L] of the prompts.
-    """
-
-    cache: Cache
-    member: torch.Tensor
-    hidden: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+from .packed import PackedSession, obstacle
+from .prompts import Prompts
+from .scoring import Scoring, check_scoring, check_vocabulary, rank_by_scores, rank_in_list
+from .search import Search
+from .session import slots
 
 
 class _Members:
-    """A session of B·G users over one whose rows are B prompts; see `Session`."""
+    """A session of B·G users over one whose rows are B prompts; see ``Session``."""
 
-    def __init__(self, rows: PackedSession, batch: int, members: int) -> None:
-        self.rows, self.shape, self.width = rows, (batch, members), 1
-        self.left = torch.arange(batch * members, device=rows.depth.device)  # members that still search
+    def __init__(self, packed: PackedSession, batch: int, members: int) -> None:
+        self.packed, self.shape, self.width = packed, (batch, members), 1
+        self.left = torch.arange(batch * members, device=packed.depth.device)  # members that still search
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         members, width = self.shape[1], parents.shape[1]
@@ -64,7 +48,7 @@ class _Members:
             begin = (each.cumsum(1) - each).view_as(taken).gather(1, owner)
             place = owner // width * everyone.shape[1] + begin + offset.clamp_min(0)
             tokens = everyone.view(self.shape[0], -1).gather(1, place)
-        states = self.rows.step(tokens, side_by_side, taken)
+        states = self.packed.step(tokens, side_by_side, taken)
         self.width = width
         return states.view(-1, width, states.shape[-1])[self.left]
 
@@ -92,7 +76,7 @@ def group_ranks(
 ) -> torch.Tensor | None:
     """Place of each user's target in the list that constrained decoding gives each of its members.
 
-    Exact for one-token catalogues (ties count against the target); otherwise in the `num_beams` best of a beam search.
+    Exact for one-token catalogues (ties count against the target); otherwise in the ``num_beams`` best of a beam search.
 
     Args:
         model: the causal LM, unwrapped. prompts: of a group forward. trie: the catalogue. targets: int64 [B] item indices.
@@ -101,7 +85,7 @@ def group_ranks(
         int64 [B, G], 1 is best, 0 not in the list. None where the model's beams cannot be packed into rows.
 
     Raises:
-        ValueError: as `beam_search`. FloatingPointError: logits are NaN or infinite.
+        ValueError: as ``beam_search``. FloatingPointError: logits are NaN or infinite.
     """
     check_scoring(scoring)
     if num_beams < 1:
@@ -109,7 +93,7 @@ def group_ranks(
     batch, members, size = prompts.hidden.shape
     thoughts = len(prompts.member) // members
     hidden = prompts.hidden.reshape(-1, size)
-    target = targets.repeat_interleave(members)[:, None]
+    target = targets.repeat_interleave(members)
     with evaluating(model):
         if trie.depth == 1:
             logits = head(model, hidden)
@@ -118,25 +102,24 @@ def group_ranks(
             scores = logits[:, trie.tokens[1:].long()].float()[:, trie.leaf_of_item]
             if not bool(scores.isfinite().all()):
                 raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-            return (scores >= scores.gather(1, target)).sum(1).view(batch, members)
-        if _packing_obstacle(model, prompts.cache, prompts.attention_mask.shape[1], thoughts + trie.depth) is not None:
+            return rank_by_scores(scores, target).view(batch, members)
+        if obstacle(model, prompts.cache, prompts.attention_mask.shape[1] + thoughts + trie.depth) is not None:
             return None
-        trie, rows, states = trie.to(hidden.device), None, hidden
+        trie, head_rows, states = trie.to(hidden.device), None, hidden
         first = head(model, hidden[:1])
         check_vocabulary(trie, first.shape[-1])
         if scoring == "catalogue":
-            rows = HeadRows.of(model, hidden[:1], first)
-        if rows is None:
+            head_rows = HeadRows.of(model, hidden[:1], first)
+        if head_rows is None:
             states = head(model, hidden)
         prompt = {"attention_mask": prompts.attention_mask, "position_ids": prompts.position_ids}
-        packed = PackedSession(model, prompts.cache, prompt, rows is not None)
+        packed = PackedSession(model, prompts.cache, prompt, head_rows is not None)
         own = torch.arange(members, device=hidden.device)[:, None] == prompts.member
         for layer in packed.layers:
             layer.truncate(packed.length + len(prompts.member))
         packed.sees = own.expand(batch, -1, -1)
         packed.depth = packed.depth.new_full((batch, members), thoughts)
-        begun = Prompts(states, _Members(packed, batch, members), rows, first.shape[-1])
+        begun = Prompts(states, _Members(packed, batch, members), head_rows, first.shape[-1])
         kernel = runs_as_kernel(states, num_beams)
-        search = Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, rows, kernel)
-        found = search.run(begun).items == target
-    return (found * torch.arange(1, num_beams + 1, device=found.device)).amax(1).view(batch, members)
+        search = Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, head_rows, kernel)
+        return rank_in_list(search.run(begun).items, target).view(batch, members)

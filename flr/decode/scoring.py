@@ -3,27 +3,21 @@ logits of a few tokens without those of the whole vocabulary."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
 import flr_kernels
-from flr.forward import scale_logits
-from flr_kernels import dispatch
-
-from .trie import CatalogueTrie
+from flr.data.trie import CatalogueTrie
+from flr.model.head import HeadRows
+from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 
 Scoring = Literal["full", "catalogue"]
-
-_CACHED_CELLS = 1 << 18  # numbers worked on at a time on a CPU: 1 MiB, so that they stay in its cache
-#: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU measured; on
-#: a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
-_GATHER_COST = {"cpu": 40, "cuda": 300}
 
 
 def check_scoring(scoring: str, name: str = "scoring") -> None:
     if scoring not in get_args(Scoring):
-        raise ValueError(f"{name} must be one of {list(get_args(Scoring))}, got {scoring!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(get_args(Scoring))}, got {scoring!r}")
 
 
 def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
@@ -31,107 +25,30 @@ def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
     if scoring == "auto":
         return trained
     if scoring not in get_args(Scoring):
-        raise ValueError(f"scoring must be one of {['auto', *get_args(Scoring)]}, got {scoring!r}")
+        raise ValueError(f"scoring: expected one of auto, {', '.join(get_args(Scoring))}, got {scoring!r}")
     return cast(Scoring, scoring)
 
 
 def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:
     if trie.max_token >= vocabulary:
-        raise ValueError(f"the catalogue uses token {trie.max_token}, the model's vocabulary has {vocabulary}")
+        raise ValueError(f"trie: expected tokens below the model's vocabulary of {vocabulary}, got {trie.max_token}")
 
 
 def log_normaliser(logits: torch.Tensor) -> torch.Tensor:
-    """log sum exp over the vocabulary in float32, [..., V] -> [...].
-
-    By the kernels of flr_kernels, on a CPU as float32, a block of rows at a time. Without the extension, on a CPU, log_softmax of what
-    fits the cache, of which one value a row is kept: half the time of torch.logsumexp (320 rows of 32,000: 2.0, 6.1 and 10.2 ms).
-    """
+    """log sum exp over the vocabulary in float32, [..., V] -> [...]; on a CPU always from float32, a block of rows at a time."""
     rows = logits.reshape(-1, logits.shape[-1])
-    if logits.device.type != "cpu" or logits.numel() == 0:
-        return flr_kernels.log_normaliser(rows).float().view(logits.shape[:-1])
-    compiled = dispatch.select("log_normaliser", rows[:1].float()) != "reference"
-    blocks = [rows] if compiled and rows.dtype == torch.float32 else rows.split(max(1, _CACHED_CELLS // rows.shape[1]))
-    norms = [(flr_kernels.log_normaliser if compiled else _by_softmax)(block.float()) for block in blocks]
-    return torch.cat(norms).view(logits.shape[:-1])
-
-
-def _by_softmax(rows: torch.Tensor) -> torch.Tensor:
-    log_probability = torch.log_softmax(rows, dim=-1)
-    # difference at the largest of a few logits; of all where those are so small that it would lose digits
-    few = slice(None, 64)
-    best = log_probability[:, few].amax(-1)
-    if not bool((best > -32).all()):
-        few, best = slice(None), log_probability.amax(-1)
-    return rows[:, few].amax(-1) - best
-
-
-class HeadRows:
-    """Logits of chosen tokens from hidden states, in float32, reading the chosen rows of lm_head alone.
-
-    Made by `of`, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
-    """
-
-    def __init__(self, lm: Any) -> None:
-        module = lm.get_output_embeddings()
-        self.lm, self.weight, self.bias = lm, module.weight, module.bias
-
-    @classmethod
-    def of(cls, lm: Any, hidden: torch.Tensor, logits: torch.Tensor) -> HeadRows | None:
-        """Rows of `lm`, if they give the `logits` [B, V] that it computed itself from `hidden` [B, D]."""
-        module = lm.get_output_embeddings()
-        plain = type(module) is torch.nn.Linear and type(module.weight) in (torch.nn.Parameter, torch.Tensor)
-        if not plain or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
-            return None
-        rows = cls(lm)
-        count, vocabulary = logits.shape
-        token = torch.arange(0, vocabulary, max(1, vocabulary // 16), device=logits.device).repeat(count)
-        row = torch.arange(count, device=logits.device).repeat_interleave(len(token) // max(count, 1))
-        theirs = logits[row, token].float()
-        error = (rows(hidden, row, token) - theirs).abs().amax()
-        return rows if bool(error <= 1e-2 * theirs.abs().amax().clamp_min(1e-6)) else None
-
-    def __call__(self, hidden: torch.Tensor, row: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """Logit of `token` int64 [n] after the state `row` int64 [n] of hidden [R, D], float32 [n].
-
-        As a product with all different tokens where that is cheaper than a dot product for each.
-        """
-        hidden = hidden.float()
-        if len(token):
-            different, column = token.unique(return_inverse=True)
-            if len(hidden) * len(different) < _GATHER_COST.get(hidden.device.type, 40) * len(token):
-                logits = hidden @ self.weight[different].float().T
-                return self.finish(logits[row, column], token)
-        cells = _CACHED_CELLS if hidden.device.type == "cpu" else 1 << 26
-        blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
-        parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
-        return self.finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
-
-    def over(self, token: torch.Tensor) -> TokenRows:
-        """The rows of the tokens int64 [U], copied once."""
-        return TokenRows(self, self.weight[token], token)
-
-    def finish(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        if self.bias is not None:
-            logits = logits + self.bias[token].float()
-        return scale_logits(self.lm, logits)
-
-
-class TokenRows:
-    """From hidden [..., D] to the logits of some tokens, float32 [..., U], by one product in the model's dtype."""
-
-    def __init__(self, rows: HeadRows, weight: torch.Tensor, token: torch.Tensor) -> None:
-        self.rows, self.weight, self.token = rows, weight, token
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)
+    if logits.device.type == "cpu" and rows.dtype != torch.float32:
+        blocks = rows.split(max(1, CACHED_CELLS // rows.shape[1]))
+        return torch.cat([flr_kernels.log_normaliser(block.float()) for block in blocks]).view(logits.shape[:-1])
+    return flr_kernels.log_normaliser(rows).float().view(logits.shape[:-1])
 
 
 def token_logits(
     states: torch.Tensor, rows: HeadRows | None, token: torch.Tensor, wanted: torch.Tensor
 ) -> torch.Tensor:
-    """Logits float32 [B, w, c] of `token` int64 [B, w, c] or [1, 1, c] where `wanted` bool [B, w, c], else -inf; new memory.
+    """Logits float32 [B, w, c] of ``token`` int64 [B, w, c] or [1, 1, c] where ``wanted`` bool [B, w, c], else -inf; new memory.
 
-    `states` are logits [B, w, V], or the hidden states [B, w, D] that `rows` makes logits of.
+    ``states`` are logits [B, w, V], or the hidden states [B, w, D] that ``rows`` makes logits of.
     """
     same = token.shape[:2] == (1, 1)
     token = token.clamp_min(0)
@@ -143,3 +60,13 @@ def token_logits(
     out = torch.full(wanted.shape, -torch.inf, dtype=torch.float32, device=states.device).flatten(0, 1)
     out[row, column] = rows(flat, row, token[row, column])
     return out.view(wanted.shape)
+
+
+def rank_by_scores(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Place int64 [R] of the item ``target`` [R] among scores [R, C], 1 is best; ties count against it."""
+    return (scores >= scores.gather(1, target[:, None])).sum(1)
+
+
+def rank_in_list(items: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Place int64 [R] of the item ``target`` [R] in lists of items [R, k], 1 is best, 0 where it is not in it."""
+    return ((items == target[:, None]) * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(1)

@@ -22,11 +22,11 @@ from starlette.exceptions import HTTPException
 
 import flr
 from flr.decode.scoring import resolve_scoring
-from flr.recommender import Recommender
+from flr.recommend import Recommender
 
 from .engine import Busy, Engine, Job, Late, Loaded
-from .gate import Gate, Trace, problem
 from .metrics import Metrics
+from .middleware import Gate, Trace, problem
 from .schemas import (
     ExplainResponse,
     InfoResponse,

@@ -26,8 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flr.explain import Explanation, explained
-from flr.recommender import Query, Recommendation, Recommender
+from flr.recommend import Recommender
+from flr.recommend.query import Query
+from flr.recommend.results import Explanation, Recommendation
 
 from .metrics import Metrics
 from .search import ItemSearch
@@ -288,7 +289,7 @@ def _compute(jobs: list[Job]) -> list[list[Recommendation] | Explanation | Excep
     recommender, queries = first.model.recommender, [job.query for job in jobs]
     try:
         if first.kind == "explain":
-            return [*explained(recommender, queries, [job.unknown for job in jobs], first.num_beams, first.scoring)]
+            return [*recommender.explained(queries, [job.unknown for job in jobs], first.num_beams, first.scoring)]
         return [*recommender.ranked(queries, first.num_beams, first.scoring, first.kind == "shares")[0]]
     except Exception as error:
         if len(jobs) == 1:

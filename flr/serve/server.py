@@ -15,10 +15,10 @@ import torch
 import transformers
 import uvicorn
 
-from flr.recommender import Recommender
+from flr.recommend import Recommender
 
 from .app import create_app
-from .gate import MAX_HEAD, Gate
+from .middleware import MAX_HEAD, Gate
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")

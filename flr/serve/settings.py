@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flr.decode.scoring import resolve_scoring
-from flr.recommender import MAX_BEAMS, MAX_ENTRIES, MAX_K
+from flr.recommend.query import MAX_BEAMS, MAX_ENTRIES, MAX_K
 
 TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE = "FLR_SERVE_TOKEN", "FLR_SERVE_ADMIN_TOKEN"
 _SHORTEST_TOKEN = 16

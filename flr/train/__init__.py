@@ -1,10 +1,12 @@
 """Training of a patched model on interactions: supervised, then latent GRPO."""
 
+from .arguments import LatentGRPOConfig, SFTConfig
+from .base import last_complete_checkpoint
 from .features import init_item_embeddings, item_features
-from .grpo import LatentGRPOConfig, LatentGRPOTrainer
+from .grpo import LatentGRPOTrainer
 from .neighbours import item_neighbours, with_catalogue_rows
-from .sft import SFTConfig, SFTTrainer, last_complete_checkpoint
-from .surrogate import RewardInputs, Rewards
+from .rewards import RewardInputs, Rewards
+from .sft import SFTTrainer
 
 __all__ = [
     "LatentGRPOConfig",

@@ -11,173 +11,25 @@ these Gaussians. The step goes through the wrapped module's forward, so DDP and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
 
-from flr.data import CSR, EpochSampler, Interactions, RecProcessor
+from flr.config import IGNORE
+from flr.data import Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.group import group_ranks
-from flr.decode.session import causal_lm
-from flr.forward import IGNORE
-from flr.group_forward import GroupInputs, GroupOutput
-from flr_kernels.group_advantage import KINDS
+from flr.decode.scoring import rank_by_scores, rank_in_list
+from flr.model.backbone import causal_lm
+from flr.model.outputs import GroupInputs, GroupOutput
 
-from .sft import SFTTrainer
-from .surrogate import RewardInputs, Rewards, clipped_surrogate
-
-POLICIES = ("thoughts", "tokens")
-_NOISE = 0x5EED  # stream of random numbers of the noise
-
-
-@dataclass
-class LatentGRPOConfig(TrainingArguments):
-    """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
-
-    output_dir: str | None = field(default="runs/rl", metadata={"help": "Checkpoints, and at the end the best model."})
-    group_size: int = field(default=16, metadata={"help": "G, thoughts a user: one as it is, the others with noise."})
-    noise_scale: float = field(default=0.3, metadata={"help": "Deviation of the noise on a thought."})
-    noise_relative: bool = field(default=True, metadata={"help": "noise_scale is in units of the thought's RMS."})
-    policy: str = field(default="thoughts", metadata={"help": f"What the ratio is of: {' or '.join(POLICIES)}."})
-    advantage: str = field(default="grpo", metadata={"help": f"One of {', '.join(KINDS)}."})
-    advantage_epsilon: float = field(
-        default=1.0,
-        metadata={"help": "Added to the spread that grpo divides by (and to latentr3's norm), in units of the reward."},
-    )
-    advantage_from_clean: bool = field(
-        default=True,
-        metadata={
-            "help": "latentr3: compare with the group's own unperturbed member, not with the batch's mean of them."
-        },
-    )
-    reward: str = field(
-        default="log_likelihood",
-        metadata={"help": "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."},
-    )
-    reward_beams: int = field(default=20, metadata={"help": "Beams of the rewards that decode (hit@k, ndcg@k, mrr)."})
-    epsilon_low: float = field(default=0.2, metadata={"help": "The ratio is clipped below 1 minus this."})
-    epsilon_high: float = field(default=0.2, metadata={"help": "The ratio is clipped above 1 plus this."})
-    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on a batch, with its noise and rewards."})
-    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL from the thoughts of the model given."})
-    regularise: bool = field(default=False, metadata={"help": "Add the reasoner's regularisers, as in SFT."})
-    train_backbone: bool = field(default=False, metadata={"help": "Train the backbone too (policy tokens)."})
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbone. Default: a tenth of --learning_rate."}
-    )
-    eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
-    eval_max_users: int | None = field(
-        default=None, metadata={"help": "Evaluate on that many users only, evenly spread. Default: all."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reasoner."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last incomplete batch of an epoch; the next one has another."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are interactions."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the valid split: no, steps, epoch."})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one included."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model on the valid split."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What best means."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 — HfArgumentParser expects None first
-        default="tensorboard", metadata={"help": "Where to log."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    embedding_dropout: ClassVar[float] = 0.0  # what the supervised trainer reads
-    output_dropout: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("advantage", KINDS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("group_size", "num_iterations", "reward_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        if self.noise_scale <= 0:
-            raise ValueError(f"noise_scale: expected a positive number, got {self.noise_scale}")
-        for name in ("epsilon_low", "epsilon_high", "kl_weight", "advantage_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if self.train_backbone and (self.policy == "thoughts" or self.kl_weight):
-            raise ValueError(
-                "train_backbone: expected policy tokens and kl_weight 0, since thoughts reach the reasoner alone, got "
-                f"policy {self.policy} and kl_weight {self.kl_weight}"
-            )
-        if self.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing: expected False, got True; it excludes the cache that groups share"
-            )
-        if self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps: expected a multiple of num_iterations = {self.num_iterations}, got {self.save_steps}"
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
-        Rewards.parse(self.reward)
-        super().__post_init__()
-
-
-class GroupCollator:
-    """Prompts, targets and noise of a batch of interactions.
-
-    Returns what the processor makes of the histories (less item_positions), targets int64 [B, S], target_mask bool
-    [B, S], items int64 [B] and noise float32 [B, G, N, D]. A row's noise depends on (seed, epoch, row) alone: neither on the batch nor on
-    the process, nor on how often the batch is used.
-    """
-
-    def __init__(self, processor: RecProcessor, group_size: int, hidden_size: int, seed: int) -> None:
-        self.processor, self.group_size, self.hidden_size, self.seed = processor, group_size, hidden_size, seed
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        batch = self.processor(CSR.from_rows([row.history for row in rows]))
-        del batch["item_positions"]
-        codec = self.processor.item_codec
-        sequences = CSR(codec.tokens, codec.offsets).take(np.array([row.target for row in rows]))
-        lengths = sequences.lengths
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        targets = np.zeros(mask.shape, np.int64)
-        targets[mask] = sequences.values
-        batch["items"] = torch.tensor([row.target for row in rows])
-        batch["targets"], batch["target_mask"] = torch.from_numpy(targets), torch.from_numpy(mask)
-        batch["noise"] = torch.from_numpy(np.stack([self.noise(row.epoch, row.row) for row in rows]))
-        return batch
-
-    def noise(self, epoch: int, row: int) -> np.ndarray:
-        """float32 [G, N, D], unit normal; zeros for member 0."""
-        key = (self.seed % 2**32) << 32 | _NOISE
-        counter = [0, 0, row % 2**64, epoch]
-        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        noise = generator.standard_normal(
-            (self.group_size, self.processor.num_thoughts, self.hidden_size), dtype=np.float32
-        )
-        noise[0] = 0
-        return noise
-
-
-class RepeatedBlocks(Sampler[tuple[int, int]]):
-    """The rows of a sampler in blocks of ``block`` rows, every block ``times`` times; an incomplete last block is left out."""
-
-    def __init__(self, rows: EpochSampler, block: int, times: int) -> None:
-        self.rows, self.block, self.times = rows, block, times
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.block * self.block * self.times
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        rows = list(self.rows)
-        for start in range(0, len(rows) - self.block + 1, self.block):
-            for _ in range(self.times):
-                yield from rows[start : start + self.block]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
+from .arguments import LatentGRPOConfig
+from .base import RecTrainer
+from .group_batches import GroupCollator, RepeatedBlocks
+from .policy_loss import clipped_surrogate
+from .rewards import RewardInputs, Rewards
 
 
 @dataclass
@@ -189,7 +41,7 @@ class _Rollout:
     actions: tuple[torch.Tensor, torch.Tensor]
 
 
-class LatentGRPOTrainer(SFTTrainer):
+class LatentGRPOTrainer(RecTrainer):
     """Trains the reasoner of a patched model so that thoughts around its own give better rewards.
 
     Args:
@@ -228,8 +80,7 @@ class LatentGRPOTrainer(SFTTrainer):
         self._micro_batch = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._extremes = torch.tensor([torch.inf, -torch.inf])
-        options: Any = args
-        super().__init__(model, options, processor, train, valid, **kwargs)
+        super().__init__(model, args, processor, train, valid, **kwargs)
         hidden = lm.get_input_embeddings().weight.shape[-1]
         self._groups = GroupCollator(processor, args.group_size, hidden, args.seed)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
@@ -239,11 +90,13 @@ class LatentGRPOTrainer(SFTTrainer):
             raise ValueError(f"train: expected at least one batch of {self._block} users, got {len(train)} rows")
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
-        return self._with_edges(self._groups(rows))
+        return self._with_target_nodes(self._groups(rows))
 
-    def _with_edges(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self.catalogue is not None:
-            batch["edges"] = self.catalogue.edges(batch["targets"].masked_fill(~batch["target_mask"], IGNORE))
+    def _with_target_nodes(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.catalogue_loss is not None:
+            batch["target_nodes"] = self.catalogue_loss.target_nodes(
+                batch["targets"].masked_fill(~batch["target_mask"], IGNORE)
+            )
         return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -289,8 +142,8 @@ class LatentGRPOTrainer(SFTTrainer):
             noise_scale=args.noise_scale,
             relative=args.noise_relative,
             policy=args.policy,
-            catalogue=self.catalogue,
-            edges=inputs.pop("edges", None),
+            catalogue_loss=self.catalogue_loss,
+            target_nodes=inputs.pop("target_nodes", None),
             reference=self.reference.to(inputs["input_ids"].device),
             decodable=self.rewards.may_decode,
         )
@@ -381,13 +234,11 @@ class LatentGRPOTrainer(SFTTrainer):
         batch, members = out.thoughts.shape[:2]
         rows = {name: x.repeat_interleave(members, 0) for name, x in prompts.items()}
         rows["thoughts"] = out.thoughts.flatten(0, 1)
-        target = items.repeat_interleave(members)[:, None]
+        target = items.repeat_interleave(members)
         if self.trie.depth == 1:
-            scores = rank_one_token(lm, rows, self.trie, scoring)  # [B·G, C]
-            ranks = (scores >= scores.gather(1, target)).sum(1)  # ties against the target
+            ranks = rank_by_scores(rank_one_token(lm, rows, self.trie, scoring), target)
         else:
-            hits = beam_search(lm, rows, self.trie, width, width, scoring).items == target
-            ranks = (hits * torch.arange(1, width + 1, device=hits.device)).amax(1)
+            ranks = rank_in_list(beam_search(lm, rows, self.trie, width, width, scoring).items, target)
         return ranks.view(batch, members)
 
     def _note(self, **values: torch.Tensor | None) -> None:
@@ -410,7 +261,7 @@ class LatentGRPOTrainer(SFTTrainer):
                 logs |= {"advantage_min": -float(ends[0]), "advantage_max": float(ends[1])}
             self._sums = {}
             self._extremes = torch.tensor([torch.inf, -torch.inf])
-        Trainer.log(self, logs, start_time)
+        super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As in SFT, and the mean log-likelihood of the targets, ``eval_target_logprob``."""
@@ -428,14 +279,14 @@ class LatentGRPOTrainer(SFTTrainer):
         model.eval()
         for start in range(0, len(rows), size):
             batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            batch = self._prepare_inputs(self._with_edges(batch))
+            batch = self._prepare_inputs(self._with_target_nodes(batch))
             del batch["items"]
             group = GroupInputs(
                 batch.pop("targets"),
                 batch.pop("target_mask"),
                 batch.pop("noise"),
-                catalogue=self.catalogue,
-                edges=batch.pop("edges", None),
+                catalogue_loss=self.catalogue_loss,
+                target_nodes=batch.pop("target_nodes", None),
             )
             logprobs = model(**batch, group=group).logprobs[:, 0]
             parts.append((logprobs.sum(-1) / group.target_mask.sum(-1)).double().cpu().numpy())

@@ -1,0 +1,118 @@
+"""The prompt: encoded once, and the session that continues it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from flr.model.backbone import causal_lm, forward_parameters, takes_positions, warn_once
+from flr.model.head import HeadRows
+from flr.model.patch import is_patched
+
+from .expanded import ExpandedSession
+from .packed import PackedSession, obstacle
+from .session import Session, lm_head_inputs
+
+_NOT_MODEL_INPUTS = ("item_positions",)
+
+
+def num_prompts(inputs: Mapping[str, Any]) -> int:
+    """B, from input_ids [B, L]."""
+    if "input_ids" not in inputs:
+        raise ValueError(f"inputs: expected input_ids among them, got {sorted(inputs)}")
+    return len(inputs["input_ids"])
+
+
+def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Inputs of the prefill on the model's device, with attention_mask and position_ids present.
+
+    ``item_positions`` is dropped, ``reasoner_mask`` too where the model is not patched; every other key is passed on.
+
+    Raises:
+        ValueError: no input_ids, a shape that does not fit them, right padding, labels.
+    """
+    if "labels" in inputs:
+        raise ValueError("inputs: expected the prompt alone, got labels")
+    num_prompts(inputs)
+    lm = causal_lm(model)
+    device = next(lm.parameters()).device
+    dropped = set(_NOT_MODEL_INPUTS)
+    if not is_patched(lm):
+        dropped.add("reasoner_mask")
+    prepared = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+        if key not in dropped
+    }
+    ids = prepared["input_ids"]
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected [B, L] with L >= 1, got {list(ids.shape)}")
+    mask = prepared.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: expected {list(ids.shape)} like input_ids, got {list(mask.shape)}")
+    if not bool((mask[:, -1] != 0).all()):
+        raise ValueError("attention_mask: expected prompts padded on the left, got 0 in the last column")
+    prepared["attention_mask"] = mask
+    if prepared.get("position_ids") is None:
+        prepared["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    elif prepared["position_ids"].shape != ids.shape:
+        raise ValueError(
+            f"position_ids: expected {list(ids.shape)} like input_ids, got {list(prepared['position_ids'].shape)}"
+        )
+    return prepared
+
+
+class Prompts(NamedTuple):
+    """Prompts of B users after the prefill: states [B, …], the session that continues them, and how to make logits of
+    hidden states (None where the states are logits)."""
+
+    states: torch.Tensor
+    session: Session
+    head_rows: HeadRows | None
+    vocabulary: int
+
+
+def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidden: bool = False) -> Prompts:
+    """Prefill.
+
+    Args:
+        model: any causal LM of transformers, patched or not, in eval mode.
+        inputs: see ``prepare_inputs``; input_ids [B, L], left-padded.
+        reserve: how many tokens an item has at most.
+        want_hidden: states shall be hidden states; where the lm_head does not allow it they are logits all the same.
+    """
+    prepared = prepare_inputs(model, inputs)
+    if not takes_positions(model):
+        del prepared["position_ids"]
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(causal_lm(model)) else {}
+    with lm_head_inputs(model, skip=False) as hidden:
+        out = model(**prepared, use_cache=True, **extra)
+    past, states, head_rows = out.past_key_values, out.logits[:, -1], None
+    vocabulary = states.shape[-1]
+    length = prepared["input_ids"].shape[1]
+    if not isinstance(past, Cache):
+        raise ValueError(f"model: expected a transformers Cache from its prefill, got {type(past).__name__}")
+    if past.get_seq_length() != length:
+        raise ValueError(
+            f"model: expected a cache of all {length} prompt tokens from its prefill, got {past.get_seq_length()}"
+        )
+    if want_hidden:
+        head_rows = HeadRows.of(causal_lm(model), hidden[-1][:, -1], states)
+        if head_rows is None:
+            warn_once("logits of the whole vocabulary are computed: the lm_head's rows cannot be used one by one")
+        else:
+            states = hidden[-1][:, -1]
+    reason = obstacle(model, past, length + reserve)
+    session: Session
+    if reason is None:
+        session = PackedSession(model, past, prepared, head_rows is not None)
+    else:
+        warn_once(f"decoding expands the prompt's cache to every beam instead of sharing it: {reason}")
+        session = ExpandedSession(model, past, prepared, head_rows is not None)
+    return Prompts(states, session, head_rows, vocabulary)

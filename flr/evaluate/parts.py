@@ -1,0 +1,100 @@
+"""Parts of an evaluation that are kept as they finish, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from flr.data import CSR, Catalogue, Interactions
+from flr.files import atomic_file
+
+from .metrics import group_ids
+
+_PART_ROWS = 1024
+
+
+class _Ranked(NamedTuple):
+    """What is kept of a row; [n] and [n, k]."""
+
+    by_item: np.ndarray
+    by_title: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+
+
+def _in_parts(
+    rank: Callable[[np.ndarray], _Ranked],
+    order: np.ndarray,
+    batch_size: int,
+    folder: Path | None,
+    advance: Callable[[int], None],
+) -> _Ranked:
+    """`rank` of all rows, taken in `order`, with finished parts of _PART_ROWS kept in `folder`; in the rows' own order."""
+    parts = []
+    for start in range(0, len(order), _PART_ROWS):
+        rows = order[start : start + _PART_ROWS]
+        file = None if folder is None else folder / f"{start:09d}.npz"
+        part = None if file is None else _read_part(file, len(rows))
+        if part is None:
+            batches = []
+            for first in range(0, len(rows), batch_size):
+                batch = rows[first : first + batch_size]
+                batches.append(rank(batch))
+                advance(len(batch))
+            part = _Ranked(*(np.concatenate(x) for x in zip(*batches, strict=True)))
+            if file is not None:
+                with atomic_file(file) as temporary, temporary.open("wb") as stream:
+                    np.savez(stream, **part._asdict())
+        else:
+            advance(len(rows))
+        parts.append(part)
+    back = np.argsort(order)
+    return _Ranked(*(np.concatenate(x)[back] for x in zip(*parts, strict=True)))
+
+
+def _read_part(file: Path, rows: int) -> _Ranked | None:
+    """A finished part; None where it is absent or was cut short."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            part = _Ranked(*(arrays[name] for name in _Ranked._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return part if all(len(x) == rows for x in part) else None
+
+
+def _state_checksums(model: nn.Module) -> Iterator[bytes]:
+    """Name, shape, dtype and integer sums of every weight's bits, and the configuration: what the outputs depend on."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):
+        yield config.to_json_string(use_diff=False).encode()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            bits = tensor.detach().contiguous().flatten().view(integers)
+            sums = [int(bits[i::7].sum(dtype=torch.int64)) for i in (0, 3)] + [int(bits.sum(dtype=torch.int64))]
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode()
+
+
+def _fingerprint(
+    settings: Mapping[str, Any],
+    weights: Iterable[bytes],
+    prompts: CSR,
+    codec: Any,
+    interactions: Interactions,
+    catalogue: Catalogue,
+) -> str:
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
+    for chunk in weights:
+        digest.update(chunk)
+    rows = (interactions.histories.values, interactions.histories.offsets, interactions.targets)
+    for array in (prompts.values, prompts.offsets, codec.tokens, codec.offsets, *rows, group_ids(catalogue.titles)):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

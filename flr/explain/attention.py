@@ -1,0 +1,24 @@
+"""How much attention each history item got."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .attribution import ThinkingPrompts
+
+
+@torch.no_grad()
+def item_attention(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_items: int) -> np.ndarray:
+    """Attention summed over each history entry's tokens: float64 [B, N, T, K, M] for item_positions [B, L + N] and M = num_items.
+
+    Tokens that belong to no item (template, earlier thoughts) count for none.
+    """
+    thoughts = []
+    for step in prompts.output.steps:
+        attention = step.attention.double()  # [B, T, K, columns before the thought]
+        entry = item_positions[:, : attention.shape[-1]].to(attention.device)
+        place = torch.where(entry >= 0, entry, num_items)[:, None, None].expand_as(attention)
+        summed = attention.new_zeros(*attention.shape[:3], num_items + 1).scatter_add_(-1, place, attention)
+        thoughts.append(summed[..., :num_items])
+    return torch.stack(thoughts, 1).cpu().numpy()

@@ -1,0 +1,344 @@
+"""What each factor contributes to the log-probability of an item: Shapley values of the thought's K parts.
+
+The embedding at a thought position is anchor + Σ_k c_k with c_k = g_k f_k, an exact sum. For a set S of factors let
+
+    v(S) = log p(item | prompt, anchor + Σ_{k in S} c_k)
+
+the item's log-probability when the other factors' parts are left out of the thought (all parts as the complete model made them; of
+every thought where there are several). Contribution of factor k is its Shapley value
+
+    φ_k = mean over all orders of the factors of v(those before k, and k) - v(those before k)
+
+so that Σ_k φ_k = v(all) - v(none): the contributions add up exactly to what the factors together did to the item's score, none is
+counted twice where factors overlap, and a factor that changes nothing gets 0. (The gradient times c_k is exact only for a thought
+that is short; leaving out one factor at a time gives each of two redundant factors nothing.) What a factor did to *later* refinements'
+queries and gates is theirs, not its own.
+
+For K <= 6 all 2^K sets are computed. For more factors the orders are the K rotations of 1..K and their reverses, K (K - 1) + 2
+sets: the sum stays exact, and so does every φ_k whose factors interact at most in pairs (each pair stands in either order
+equally often).
+
+Source: L. S. Shapley, "A value for n-person games", 1953.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
+from flr.decode.prompts import prepare_inputs
+from flr.model.backbone import causal_lm
+from flr.model.head import head
+from flr.model.outputs import FLROutput
+from flr.model.patch import is_patched
+
+#: Up to this K every set of factors is computed.
+EXACT_FACTORS = 6
+#: Summed magnitude of log-probabilities below which contributions are rounding errors.
+NOISE = 1e-6
+_MAX_LOGITS = 1 << 25  # of one forward over suffixes, 128 MiB in float32
+_MAX_ROWS = 512
+
+
+@functools.cache
+def coalitions(num_factors: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sets of factors to score, bool [A, K] (the first is empty, the last complete), and weights float64 [K, A]: φ = weights @ v.
+
+    >>> sets, weights = coalitions(2)
+    >>> sets.astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1], [1, 1]]
+    >>> weights.tolist()
+    [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5]]
+    >>> len(coalitions(16)[0])
+    242
+    """
+    if num_factors < 1:
+        raise ValueError(f"num_factors: expected at least 1, got {num_factors}")
+    factors = range(num_factors)
+    if num_factors <= EXACT_FACTORS:
+        sets = (np.arange(2**num_factors)[:, None] >> np.arange(num_factors)) & 1 == 1
+        share = [1 / (num_factors * math.comb(num_factors - 1, size)) for size in factors]
+        size = sets.sum(1)
+        joins = np.array([0.0, *share])[size]  # of a set that the factor is in: it joined the size - 1 others
+        leaves = np.array([*share, 0.0])[size]
+        return sets, np.where(sets, joins[:, None], -leaves[:, None]).T
+    place: dict[frozenset[int], int] = {frozenset(): 0}
+    steps = []
+    for first in factors:
+        turned = [(first + step) % num_factors for step in factors]
+        for order in (turned, turned[::-1]):
+            before = frozenset[int]()
+            for factor in order:
+                after = before | {factor}
+                place.setdefault(after, len(place))
+                steps.append((factor, place[before], place[after]))
+                before = after
+    ranked = sorted(place, key=lambda group: (len(group), sorted(group)))
+    rank = {place[group]: position for position, group in enumerate(ranked)}
+    sets = np.array([[factor in group for factor in factors] for group in ranked])
+    weights = np.zeros((num_factors, len(ranked)))
+    for factor, without, with_it in steps:
+        weights[factor, rank[with_it]] += 1
+        weights[factor, rank[without]] -= 1
+    return sets, weights / (2 * num_factors)
+
+
+def influence_shares(contributions: np.ndarray) -> np.ndarray:
+    """|φ_k| / Σ_j |φ_j| of contributions [..., K]: shares >= 0 that sum to 1; 1 / K each where no factor moves the score.
+
+    >>> influence_shares(np.array([0.6, -0.2, 0.0])).round(2).tolist()
+    [0.75, 0.25, 0.0]
+    """
+    size = np.abs(contributions)
+    total = size.sum(-1, keepdims=True)
+    alike = np.full_like(size, 1 / size.shape[-1])
+    return np.where(total > NOISE, size / np.where(total > NOISE, total, 1), alike)
+
+
+@dataclass
+class ThinkingPrompts:
+    """Prompts of B users, encoded once, and the parts of their thoughts. L is the prompt without its N thought columns."""
+
+    lm: Any
+    embeds: Tensor  # [B, L, D]
+    mask: Tensor  # int64 [B, L]
+    positions: Tensor | None  # int64 [B, L + N]
+    anchors: Tensor  # [B, N, D], the thought's embedding without factors
+    contributions: Tensor  # [B, N, K, D]
+    output: FLROutput
+    layers: list[Any] | None  # cache layers cut to L columns; None where this cache cannot be cut
+
+
+@torch.no_grad()
+def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> ThinkingPrompts | None:
+    """Encode prompts with a patched model; None where its variant has no factors.
+
+    Args:
+        model: in eval mode. inputs: a processor's output for B prompts.
+        reserve: how many tokens will follow the thoughts at most.
+    """
+    lm = causal_lm(model)
+    if not is_patched(lm) or lm._flr_patch.config.variant not in ("flr", "latentr3"):
+        return None
+    config = lm._flr_patch.config
+    prepared = prepare_inputs(model, inputs)
+    if "position_ids" not in inspect.signature(type(lm).forward).parameters:
+        del prepared["position_ids"]
+    out = lm(**prepared, use_cache=True, logits_to_keep=1)
+    ids, count = prepared["input_ids"], config.num_thoughts
+    if not bool((ids[:, -count:] == config.thought_token_id).all()):
+        raise ValueError(f"inputs: expected prompts that end with {count} thought tokens")
+    length = ids.shape[1] - count
+    embeds = lm.get_input_embeddings()(ids)
+    anchors = embeds[:, length:]
+    if config.anchor == "none":
+        anchors = torch.zeros_like(anchors)
+    elif config.anchor == "last":
+        anchors = embeds[:, length - 1 : length].expand_as(anchors)
+    return ThinkingPrompts(
+        lm=lm,
+        embeds=embeds[:, :length],
+        mask=prepared["attention_mask"][:, :length],
+        positions=prepared.get("position_ids"),
+        anchors=anchors,
+        contributions=torch.stack([step.contributions for step in out.flr.steps], 1),
+        output=out.flr,
+        layers=_cut(out.past_key_values, length, length + count + reserve),
+    )
+
+
+def _cut(cache: Any, length: int, longest: int) -> list[Any] | None:
+    """The cache's layers with their first ``length`` columns; None unless they hold every column and keep doing so."""
+    layers = []
+    for layer in getattr(cache, "layers", [None]):
+        window = getattr(layer, "sliding_window", None)
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or (window is not None and longest >= window):
+            return None
+        if not layer.is_initialized:
+            return None
+        cut = copy.copy(layer)
+        cut.keys, cut.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        if hasattr(cut, "cumulative_length"):
+            cut.cumulative_length = length
+        layers.append(cut)
+    return layers
+
+
+def _suffix_logits(prompts: ThinkingPrompts, user: Tensor, thoughts: Tensor, tokens: Tensor) -> Tensor:
+    """Logits [R, S, V] after thoughts [R, N, D] and after each of tokens [R, S - 1] behind the prompts of users [R]."""
+    lm, length = prompts.lm, prompts.embeds.shape[1]
+    suffix = torch.cat([thoughts, lm.get_input_embeddings()(tokens)], 1)
+    before, after = thoughts.shape[1], tokens.shape[1]
+    mask = torch.cat([prompts.mask[user], prompts.mask.new_ones(suffix.shape[:2])], 1)
+    positions = None
+    if prompts.positions is not None:
+        known = prompts.positions[user]
+        positions = torch.cat([known, known[:, -1:] + 1 + torch.arange(after, device=user.device)], 1)
+    if prompts.layers is None:
+        inputs = torch.cat([prompts.embeds[user], suffix], 1)
+        out = lm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
+    else:
+        rows = [copy.copy(layer) for layer in prompts.layers]
+        for layer in rows:
+            layer.keys, layer.values = layer.keys[user], layer.values[user]
+        out = lm.base_model(
+            inputs_embeds=suffix,
+            attention_mask=mask,
+            position_ids=None if positions is None else positions[:, length:],
+            past_key_values=Cache(layers=rows),
+            use_cache=True,
+        )
+    hidden = out.last_hidden_state[:, -(before + after) :]
+    return head(lm, hidden[:, before - 1 :])
+
+
+@dataclass
+class _Siblings:
+    """Items of one user's list whose tokens differ in the last one only: the model runs once for all of them."""
+
+    user: int
+    prefix: tuple[int, ...]
+    columns: list[int]  # places in the user's list
+    last: list[int]  # last tokens
+
+
+@torch.no_grad()
+def attribute(
+    prompts: ThinkingPrompts,
+    codec: Any,
+    items: np.ndarray,
+    trie: CatalogueTrie,
+    scoring: Scoring = "full",
+    exclude: Tensor | None = None,
+    allowed: Tensor | None = None,
+    mixed_with: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contributions of the factors to the log-probabilities of items.
+
+    Args:
+        prompts: from :func:`think`.
+        codec: the item codec (``encode(i)``).
+        items: int64 [B, k] item indices, -1 for none.
+        trie: of the codec, on the model's device.
+        scoring, exclude, allowed: as the items were ranked with (see flr.decode): the values are those scores.
+        mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v is the
+            logarithm of that, the rest is taken as it is.
+
+    Returns:
+        base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K]; base +
+        contributions.sum(-1) is the item's score. 0 where the item is -1.
+    """
+    num_factors = prompts.contributions.shape[2]
+    sets, weights = coalitions(num_factors)
+    base = np.zeros(items.shape)
+    contributions = np.zeros((*items.shape, num_factors))
+    vocabulary = prompts.lm.config.get_text_config().vocab_size
+    for group in _batches(_siblings(codec, items), len(sets), vocabulary):
+        found = _values(prompts, group, sets, trie, scoring, exclude, allowed)
+        for siblings, values in zip(group, found, strict=True):
+            if mixed_with is not None:
+                log_weight, log_rest = (x[siblings.user, siblings.columns] for x in mixed_with)
+                values = np.logaddexp(values + log_weight, log_rest)
+            base[siblings.user, siblings.columns] = values[0]
+            contributions[siblings.user, siblings.columns] = (weights @ values).T
+    return base, contributions
+
+
+def _siblings(codec: Any, items: np.ndarray) -> list[_Siblings]:
+    found: dict[tuple[int, tuple[int, ...]], _Siblings] = {}
+    for user, row in enumerate(items.tolist()):
+        for column, item in enumerate(row):
+            if item < 0:
+                continue
+            *prefix, last = (int(token) for token in codec.encode(item))
+            entry = found.setdefault((user, tuple(prefix)), _Siblings(user, tuple(prefix), [], []))
+            entry.columns.append(column)
+            entry.last.append(last)
+    return sorted(found.values(), key=lambda entry: len(entry.prefix))
+
+
+def _batches(entries: list[_Siblings], num_sets: int, vocabulary: int) -> Iterator[list[_Siblings]]:
+    """Runs of entries (by ascending length) whose forward stays within bounds; at least one entry each."""
+    batch: list[_Siblings] = []
+    for entry in entries:
+        rows = (len(batch) + 1) * num_sets
+        if batch and (rows > _MAX_ROWS or rows * (len(entry.prefix) + 1) * vocabulary > _MAX_LOGITS):
+            yield batch
+            batch = []
+        batch.append(entry)
+    if batch:
+        yield batch
+
+
+def _values(
+    prompts: ThinkingPrompts,
+    group: list[_Siblings],
+    sets: np.ndarray,
+    trie: CatalogueTrie,
+    scoring: Scoring,
+    exclude: Tensor | None,
+    allowed: Tensor | None,
+) -> list[np.ndarray]:
+    """v of every set of factors, float64 [A, items of the entry], for every entry."""
+    device = prompts.embeds.device
+    width = max(len(entry.prefix) for entry in group) + 1
+    tokens = torch.zeros(len(group), width - 1, dtype=torch.int64)
+    for row, entry in enumerate(group):
+        tokens[row, : len(entry.prefix)] = torch.tensor(entry.prefix, dtype=torch.int64)
+    users = torch.tensor([entry.user for entry in group], device=device)
+    parts = prompts.contributions[users]  # [E, N, K, D]
+    chosen = torch.from_numpy(sets).to(device, parts.dtype)
+    anchors = prompts.anchors[users]
+    thoughts = torch.einsum("ak,enkd->eand", chosen, parts).to(anchors.dtype) + anchors[:, None]
+    number = len(sets)
+    logits = _suffix_logits(
+        prompts,
+        users.repeat_interleave(number),
+        thoughts.flatten(0, 1),
+        tokens.to(device).repeat_interleave(number, 0),
+    ).float()
+    logits = logits.view(len(group), number, width, -1)  # [E, A, S, V]
+    if scoring == "full":
+        norm = logits.logsumexp(-1)
+    else:
+        if exclude is not None:
+            exclude = exclude.to(device)[users]
+        if allowed is not None and allowed.ndim == 2:
+            allowed = allowed.to(device)[users]
+        norm = _catalogue_norm(logits, group, item_filter(trie, len(group), allowed, exclude), trie)
+    scores = logits - norm[..., None]
+    values = []
+    for row, entry in enumerate(group):
+        size, own = len(entry.prefix), scores[row].double()  # [A, S, V]
+        path = own[:, range(size), entry.prefix].sum(-1, keepdim=True) if size else 0.0  # [A, 1]
+        values.append((path + own[:, size, entry.last]).cpu().numpy())
+    return values
+
+
+def _catalogue_norm(logits: Tensor, group: list[_Siblings], allows: ItemFilter, trie: CatalogueTrie) -> Tensor:
+    """logsumexp [E, A, S] over the tokens that lead from an entry's prefix to allowed items."""
+    nodes = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.int64)  # [E, S]; the root past an entry's end
+    for row, entry in enumerate(group):
+        for step in range(len(entry.prefix)):
+            nodes[row, step + 1] = trie.walk(entry.prefix[: step + 1])
+    nodes = nodes.to(logits.device)
+    begin = trie.children[nodes].long()
+    fanout = trie.children[nodes + 1].long() - begin
+    column = torch.arange(int(fanout.max()), device=logits.device)
+    inside = column < fanout[..., None]
+    child = torch.where(inside, begin[..., None] + column, 0)  # [E, S, F]
+    allowed = inside & (allows.count(trie.leaf_begin[child].long(), trie.leaf_end[child].long()) > 0)
+    token = trie.tokens[child].long().clamp_min(0)
+    raw = logits.gather(-1, token[:, None].expand(-1, logits.shape[1], -1, -1))
+    return raw.masked_fill(~allowed[:, None], -torch.inf).logsumexp(-1)

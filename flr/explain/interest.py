@@ -1,0 +1,202 @@
+"""Whether factors correspond to known interests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import normalized_mutual_info_score
+from torch import nn
+
+from flr.data import CSR, Interactions, RecProcessor
+from flr.model.backbone import evaluating
+
+from .attention import item_attention
+from .attribution import think
+
+
+@dataclass(frozen=True)
+class FactorInterest:
+    """How well factors agree with the items' true interests.
+
+    Attributes:
+        nmi: normalised mutual information (arithmetic mean of the entropies, as scikit-learn's) between an item's factor and its
+            interest, over all history items of all rows; 0 to 1.
+        chance, chance_high: mean and 97.5 % quantile of the same after permuting the interests among the items; None
+            without permutations.
+        within_user: mean of a row's own NMI, over rows whose items have two interests or more; None if there is no such
+            row. High where every user's factors separate that user's interests, although factor 1 may stand for one interest
+            here and for another there.
+        within_user_chance: the same after permuting the interests among a row's items (it is far above 0: rows are short).
+        confusion: int64 [K, I], items of interest i that were given to factor k.
+        num_items: how many history items were counted.
+    """
+
+    nmi: float
+    chance: float | None
+    chance_high: float | None
+    within_user: float | None
+    within_user_chance: float | None
+    confusion: np.ndarray
+    num_items: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and for reports."""
+        return {**asdict(self), "confusion": self.confusion.tolist()}
+
+
+def assign_factors(attention: np.ndarray) -> np.ndarray:
+    """The factor to which an item belongs: argmax_k of attention_k(item) relative to factor k's mean over the row's items.
+
+    A factor's attention is first divided by its mean over the row's items, so that every factor has the same amount to spend on
+    a row: a factor that leaves attention on other tokens is not at a disadvantage, one that is peaked wins its
+    peak only and the others go to who looks at them more than at its average item. Gates play no part. Equal values go to the
+    first factor; a factor with no attention in the row gets nothing unless all have none.
+
+    >>> assign_factors(np.array([[0.5, 0.4, 0.1], [0.02, 0.02, 0.06]])).tolist()
+    [0, 0, 1]
+
+    Args:
+        attention: float [..., K, M], >= 0.
+
+    Returns:
+        int64 [..., M], 0..K-1.
+    """
+    mean = attention.mean(-1, keepdims=True)
+    return np.where(mean > 0, attention / np.where(mean > 0, mean, 1), 0).argmax(-2)
+
+
+def agreement(
+    factors: np.ndarray,
+    items: np.ndarray,
+    rows: np.ndarray,
+    interests: np.ndarray,
+    num_factors: int,
+    permutations: int = 50,
+    seed: int = 0,
+) -> FactorInterest:
+    """Agreement of factors with interests, with its level by chance.
+
+    Args:
+        factors, items, rows: int [n], of every history item: its factor 0..K-1, which item of the catalogue, and of which row.
+        interests: int [C], of every item, 0..I-1 or any labels.
+        permutations, seed: of the chance level. For ``chance`` the interests are permuted among the items that
+            occur, so that an item keeps one interest wherever it stands.
+
+    Raises:
+        ValueError: no items.
+    """
+    if len(factors) == 0:
+        raise ValueError("factors: expected at least one history item, got none")
+    _, labels = np.unique(np.asarray(interests), return_inverse=True)
+    number = int(labels.max()) + 1
+    own = labels[items]
+    confusion = np.zeros((num_factors, number), np.int64)
+    np.add.at(confusion, (factors, own), 1)
+    generator = np.random.default_rng(seed)
+    occurring = np.unique(items)
+    permuted, shuffled = labels.copy(), []
+    for _ in range(permutations):
+        permuted[occurring] = labels[generator.permutation(occurring)]
+        shuffled.append(normalized_mutual_info_score(permuted[items], factors))
+    within = _within_rows(factors, own, rows, num_factors, number)
+    within_chance = None
+    if within is not None:
+        order = np.argsort(rows, kind="stable")
+        draws: list[float] = []
+        for _ in range(min(permutations, 10)):
+            again = np.empty_like(own)  # items of a row in any order
+            again[order] = own[np.lexsort((generator.random(len(rows)), rows))]
+            draws.append(_within_rows(factors, again, rows, num_factors, number) or 0.0)
+        within_chance = float(np.mean(draws)) if draws else None
+    return FactorInterest(
+        nmi=float(normalized_mutual_info_score(own, factors)),
+        chance=float(np.mean(shuffled)) if shuffled else None,
+        chance_high=float(np.quantile(shuffled, 0.975)) if shuffled else None,
+        within_user=within,
+        within_user_chance=within_chance,
+        confusion=confusion,
+        num_items=len(factors),
+    )
+
+
+def _within_rows(factors: np.ndarray, own: np.ndarray, rows: np.ndarray, num_factors: int, number: int) -> float | None:
+    """Mean NMI of a row over the rows with two interests or more; None without such rows."""
+    _, row = np.unique(rows, return_inverse=True)
+    table = np.zeros((int(row.max()) + 1, num_factors, number))
+    np.add.at(table, (row, factors, own), 1)
+    table = table[(table.sum(1) > 0).sum(1) >= 2]
+    if len(table) == 0:
+        return None
+    joint = table / table.sum((1, 2), keepdims=True)
+
+    def entropy(p: np.ndarray) -> np.ndarray:
+        return -(p * np.log(np.where(p > 0, p, 1))).reshape(len(p), -1).sum(1)
+
+    of_factors, of_interests = entropy(joint.sum(2)), entropy(joint.sum(1))
+    information = of_factors + of_interests - entropy(joint)
+    return float(np.mean(np.maximum(information, 0) / ((of_factors + of_interests) / 2)))
+
+
+def factor_interest(
+    model: nn.Module,
+    processor: RecProcessor,
+    interactions: Interactions | CSR,
+    interests: np.ndarray,
+    batch_size: int = 64,
+    *,
+    refinement: int = -1,
+    thought: int = -1,
+    permutations: int = 50,
+    seed: int = 0,
+) -> FactorInterest:
+    """Whether the factors recover known interests.
+
+    Every history item that the model sees is given to one factor by :func:`assign_factors` (the factor for which this
+    item stands out most against its average attention in that history); the factors are then compared with the items'
+    interests. Histories of which the model sees one item are left out: attention over one item says nothing. The targets
+    play no part. Deterministic, and independent of batch_size up to ties by rounding.
+
+    Args:
+        model: patched, with factors. processor: its RecProcessor.
+        interactions: rows, whose histories are used (e.g. ``dataset.test``).
+        interests: int [C], the true interest of every item (``catalogue.attributes["interest"]``).
+        refinement, thought: whose attention, from the end where negative.
+        permutations, seed: of the chance level.
+
+    Raises:
+        ValueError: a model without factors, interests of the wrong shape, no history of two items.
+    """
+    interests = np.asarray(interests)
+    if interests.shape != (len(processor.catalogue),):
+        raise ValueError(f"interests: expected shape ({len(processor.catalogue)},), got {interests.shape}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    histories = interactions.histories if isinstance(interactions, Interactions) else interactions
+    filled = np.flatnonzero(histories.lengths > 1)
+    filled = filled[np.argsort(histories.lengths[filled], kind="stable")]  # equal lengths together: little padding
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    num_factors = 0
+    with torch.inference_mode(), evaluating(model):
+        for first in range(0, len(filled), batch_size):
+            chosen = filled[first : first + batch_size]
+            part = histories.take(chosen)
+            inputs = processor(part)
+            prompts = think(model, inputs, reserve=0)
+            if prompts is None:
+                raise ValueError("model: expected one with factors (variant 'flr' or 'latentr3'), got one without")
+            num_factors = prompts.contributions.shape[2]
+            positions = inputs["item_positions"]
+            attention = item_attention(prompts, positions, int(part.lengths.max()))[:, thought, refinement]
+            for row, index in enumerate(chosen.tolist()):
+                seen = np.unique(positions[row][positions[row] >= 0].numpy())
+                if len(seen) < 2:
+                    continue
+                factors = assign_factors(attention[row][:, seen])
+                found.append((factors, part.row(row)[seen].astype(np.int64), np.full(len(seen), index)))
+    if not found:
+        raise ValueError("interactions: expected at least one row with a history of two items, got none")
+    factors, items, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+    return agreement(factors, items, rows, interests, num_factors, permutations, seed)

@@ -1,0 +1,1 @@
+"""The latent thought in a causal LM, in reading order: reasoner, pieces, encoder, group_forward, forward, patch, checkpoint."""

@@ -1,0 +1,111 @@
+"""The base model over the pieces of a batch, and the thoughts between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flr.config import FLRConfig
+
+from .outputs import FLROutput
+from .pieces import Pieces, take_columns
+from .reasoner import LOSSES, ReasonerOutput
+
+
+class Encoder:
+    """Runs the base model over the pieces of one batch and makes the thoughts between them."""
+
+    def __init__(self, model: Any, config: FLRConfig, inputs: Pieces, cache, use_cache: bool, kwargs):
+        self.model, self.config, self.inputs = model, config, inputs
+        self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
+        self.hidden: list[Tensor] = []  # last layer, piece by piece
+        self.layers: list[tuple[Tensor, ...]] = []  # all layers, when asked for
+        self.done = 0  # columns encoded
+        self.steps: list[ReasonerOutput] = []
+        self.step_rows: list[Tensor] = []
+        self.anchor: Tensor | None = None
+
+    def run(self, columns: list[int], stop: int, given: Tensor | None = None) -> None:
+        """Encode columns up to ``stop``, with a thought in each of ``columns``: the embeddings ``given`` [B, N, D], or our own."""
+        if given is not None and given.shape[:2] != (len(self.inputs.embeds), len(columns)):
+            expected = f"[{len(self.inputs.embeds)}, {len(columns)}, D] for these columns"
+            raise ValueError(f"thoughts: expected {expected}, got {tuple(given.shape)}")
+        for n, column in enumerate(columns):
+            self.encode(column)
+            self.think(column, None if given is None else given[:, n])
+        self.encode(stop)
+
+    def encode(self, stop: int) -> None:
+        """Encode columns up to ``stop``."""
+        start = self.done if self.use_cache else 0
+        if stop <= start:
+            return
+        out = self.model.base_model(
+            **self.inputs.cut(start, stop),
+            past_key_values=self.cache if self.use_cache else None,
+            use_cache=self.use_cache,
+            return_dict=True,
+            **self.kwargs,
+        )
+        if not self.use_cache:
+            self.hidden, self.layers = [], []
+        self.cache = out.past_key_values
+        self.hidden.append(out.last_hidden_state)
+        if out.hidden_states is not None:
+            self.layers.append(out.hidden_states)
+        self.done = stop
+
+    def last_hidden(self) -> Tensor:
+        return self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, 1)
+
+    def all_layers(self, inverse: Tensor | None) -> tuple[Tensor, ...] | None:
+        """Hidden states of every layer where they were asked for, columns by ``inverse`` (None: as they are)."""
+        if not self.layers:
+            return None
+        layers = tuple(torch.cat(parts, 1) for parts in zip(*self.layers, strict=True))
+        return layers if inverse is None else tuple(take_columns(x, inverse, 0) for x in layers)
+
+    def think(self, column: int, given: Tensor | None = None) -> None:
+        """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""
+        x, config = self.inputs, self.config
+        rows = x.is_thought[:, column]
+        before = max(column - 1, 0)
+        if config.anchor == "none":
+            anchor = torch.zeros_like(x.embeds[:, column])
+        elif config.anchor == "token":
+            anchor = x.embeds[:, column]
+        elif self.anchor is None:
+            anchor = x.embeds[:, before] if column else torch.zeros_like(x.embeds[:, column])
+        else:  # a later thought keeps the anchor of the one before it
+            anchor = torch.where(x.is_thought[:, before, None], self.anchor, x.embeds[:, before])
+        self.anchor = anchor
+        embedding = anchor
+        if given is not None:
+            embedding = given
+        elif config.variant in ("flr", "latentr3"):
+            history = self.last_hidden() if self.hidden else x.embeds[:, :0]
+            out = self.model.flr(history, x.valid(column) if column else None, column - 1)
+            r = torch.nn.functional.dropout(out.thought, config.dropout, self.model.training)
+            embedding = anchor + r.to(anchor.dtype)
+            self.steps.append(out)
+            self.step_rows.append(rows)
+        is_here = torch.arange(x.embeds.shape[1], device=rows.device) == column
+        here = (rows[:, None] & is_here)[..., None]
+        x.embeds = torch.where(here, embedding[:, None].to(x.embeds.dtype), x.embeds)
+
+    def output(self, weights: Tensor | None) -> FLROutput | None:
+        """The thoughts; ``weights`` [B] are the users' shares in the loss, None for equal ones."""
+        if not self.steps:
+            return None
+        seen = torch.stack(self.step_rows).to(torch.int64)  # [steps, B]
+        count = seen.sum(0).clamp_min(1)
+        losses = {
+            name: sum(s.user_losses[name] * n for s, n in zip(self.steps, seen, strict=True)) / count for name in LOSSES
+        }
+        has = seen.any(0)
+        dtype = self.steps[0].thought.dtype
+        share = has.to(dtype) / has.sum().clamp_min(1) if weights is None else weights.to(dtype) * has
+        total = sum(getattr(self.config, f"{name}_weight") * (losses[name] * share).sum() for name in LOSSES)
+        return FLROutput(self.steps, losses, has, total)

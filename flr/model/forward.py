@@ -1,0 +1,169 @@
+"""The forward of a patched causal LM: the prompt is encoded once, the thought is made, only the rest follows.
+
+Attention is causal, so neither the prompt's hidden states nor its keys and values depend on the thought. The input is
+cut at the thought columns c_1 < c_2 < … and the base model runs over each piece once, on one KV cache:
+
+    [0, c_1) ──> H ──> reasoner ──> embedding at c_1;   [c_1, c_2) ──> more of H ──> …;   [c_n, L)
+
+Rows whose thoughts stand in different columns are shifted (whole rows, so that distances between tokens stay) until
+the first thoughts share a column. The lm_head runs only on rows that have a label, or that the caller asked for.
+Where no KV cache can be used (gradient checkpointing) every piece starts from column 0 again: the two-pass way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flr.config import IGNORE, FLRConfig
+
+from .backbone import is_checkpointing, warn_once
+from .encoder import Encoder
+from .group_forward import group_forward
+from .head import head, row_losses
+from .outputs import FLRCausalLMOutput, GroupInputs, ThoughtInputs
+from .pieces import Pieces, inverse_columns, take_columns, thought_columns
+
+
+def flr_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values=None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    group: GroupInputs | None = None,
+    **kwargs,
+) -> Any:
+    """Forward of a patched model: that of the model it was, plus
+
+    Args:
+        group: the result is then the :class:`flr.model.outputs.GroupOutput` of a latent GRPO step.
+        kwargs: those of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes.
+
+    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
+    not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU, where a look is free).
+    """
+    own = ThoughtInputs.taken_from(kwargs)
+    if group is not None:
+        return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
+    is_thought = _thoughts_among(self._flr_patch.config, input_ids, past_key_values, own.thought_start)
+    if is_thought is None and labels is None:  # nothing of ours: the model as it was
+        return self._flr_patch.original(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+    return_dict = kwargs.pop("return_dict", None)
+    kwargs.pop("cache_position", None)  # of the whole input; a piece's follows from the cache
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
+    if inputs_embeds is None:
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+    pieces = _pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
+    checkpointing = self.training and is_checkpointing(self)
+    if checkpointing and is_thought is not None:
+        warn_once("gradient checkpointing excludes the KV cache: the prompt is encoded once more for every thought")
+    keep_cache = (use_cache if use_cache is not None else past_key_values is not None) and not checkpointing
+    targets, source, columns = labels, None, []
+    if is_thought is not None and own.thought_start is not None:
+        columns = list(range(own.thought_start, own.thought_start + self._flr_patch.config.num_thoughts))
+    elif is_thought is not None:
+        if not keep_cache:
+            pieces, source = pieces.shifted()
+        if source is not None and labels is not None:
+            targets = take_columns(labels, source, IGNORE)
+        columns = thought_columns(pieces.is_thought)
+    skip_logits = self.training and labels is not None if own.skip_logits is None else own.skip_logits
+    stop = pieces.embeds.shape[1]
+    if skip_logits and not keep_cache and stop > 1 and (not columns or columns[-1] < stop - 1):
+        stop -= 1  # the last token predicts nothing: it needs no forward when only the loss is wanted
+
+    encoder = Encoder(self, self._flr_patch.config, pieces, past_key_values, not checkpointing, kwargs)
+    encoder.run(columns, stop, own.thoughts)
+    loss = weights = None
+    if targets is not None:
+        loss, weights = _loss(self, encoder, targets, own)
+    made = encoder.output(weights)
+    if loss is not None and made is not None:
+        loss = loss + made.loss
+    inverse = None if source is None else inverse_columns(source, inputs_embeds.shape[1])
+    out = FLRCausalLMOutput(
+        loss=loss,
+        logits=None if skip_logits else _logits(self, encoder, inverse, logits_to_keep),
+        past_key_values=encoder.cache if keep_cache else None,
+        hidden_states=encoder.all_layers(inverse),
+        flr=made,
+    )
+    return out.to_tuple() if return_dict is False else out
+
+
+def _thoughts_among(
+    config: FLRConfig, input_ids: Tensor | None, past_key_values: Any, thought_start: int | None
+) -> Tensor | None:
+    """bool [B, L], where thought tokens stand; None for a batch without any."""
+    if input_ids is None or config.thought_count == 0:
+        return None
+    past = past_key_values is not None and past_key_values.get_seq_length() > 0
+    if past and (input_ids.device.type != "cpu" or input_ids.shape[1] == 1):
+        return None  # a look would wait for the device, and a decoding step has nothing to look at
+    is_thought: Any = input_ids == config.thought_token_id
+    found = (thought_start is not None and not past) or bool(is_thought.any())
+    if past and found:
+        raise ValueError("input_ids: expected no thought token after the prefill, got one; pass it with the prompt")
+    return is_thought if found else None
+
+
+def _pieces(
+    embeds: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    is_thought: Tensor | None,
+    reasoner_mask: Tensor | None,
+) -> Pieces:
+    if is_thought is None:
+        is_thought = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    if reasoner_mask is not None and reasoner_mask.shape != is_thought.shape:
+        raise ValueError(f"reasoner_mask: expected shape {tuple(is_thought.shape)}, got {tuple(reasoner_mask.shape)}")
+    return Pieces(embeds, attention_mask, position_ids, is_thought, reasoner_mask)
+
+
+def _logits(model: Any, encoder: Encoder, inverse: Tensor | None, keep: int | Tensor) -> Tensor:
+    """Logits of the columns asked for, in the caller's order of columns."""
+    hidden = encoder.last_hidden()
+    if inverse is not None:
+        hidden = take_columns(hidden, inverse, 0)
+    if isinstance(keep, Tensor):
+        hidden = hidden[:, keep]
+    elif keep:
+        hidden = hidden[:, -keep:]
+    return head(model, hidden)
+
+
+def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
+    fixed_shapes = own.thought_start is not None and encoder.use_cache  # labels stand in the last piece only
+    hidden = encoder.hidden[-1] if fixed_shapes else encoder.last_hidden()
+    offset = encoder.done - hidden.shape[1]
+    next_label = labels[:, offset + 1 : offset + 1 + hidden.shape[1]]
+    hidden = hidden[:, : next_label.shape[1]]
+    counts = (next_label != IGNORE).sum(1)  # [B]
+    if fixed_shapes:
+        hidden, target = hidden.flatten(0, 1), next_label.flatten()
+    else:
+        chosen = next_label != IGNORE
+        hidden, target = hidden[chosen], next_label[chosen]
+    total = (own.catalogue_loss or row_losses)(model, hidden, target, own.label_smoothing).sum()
+    if own.num_items_in_batch is None:
+        return total / counts.sum().clamp_min(1), None
+    return total / own.num_items_in_batch, counts / own.num_items_in_batch

@@ -1,0 +1,197 @@
+"""A model's own lm_head: logits, losses and log-probabilities of target tokens, wherever its weight lives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from flr.config import IGNORE
+from flr_kernels import token_logprob
+from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
+
+#: Logits kept for the backward of the loss; above it, they are recomputed a block of rows at a time.
+MAX_LOSS_LOGITS = 1 << 26
+#: What makes logits more than hidden · weightᵀ (see :func:`head`).
+_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+#: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU measured; on
+#: a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
+_GATHER_COST = {"cpu": 40, "cuda": 300}
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of hidden states [..., D], as the model's own forward computes them."""
+    return scale_logits(model, model.get_output_embeddings()(hidden))
+
+
+def scale_logits(model: Any, logits: Tensor) -> Tensor:
+    """What follows the lm_head in ``model``, element by element."""
+    config = model.config.get_text_config()
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy [M] of hidden [M, D] against target [M]; 0 where the target is -100."""
+
+    def block(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(model, h).float() if h.dtype != torch.float64 else head(model, h)
+        return cross_entropy(logits, t, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+
+    vocab = model.config.get_text_config().vocab_size
+    if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS:
+        return block(hidden, target)
+    step = max(1, MAX_LOSS_LOGITS // (4 * vocab))
+    parts = [
+        checkpoint(block, hidden[i : i + step], target[i : i + step], use_reentrant=False)
+        for i in range(0, hidden.shape[0], step)
+    ]
+    return torch.cat(parts)
+
+
+def has_rows(module: Any) -> bool:
+    """Whether rows of the lm_head may be read from its weight: an ordinary matrix, whole in this process.
+
+    What more is asked differs on purpose. :class:`HeadRows` also compares with logits that the model itself computed, so
+    hooks do not matter. The catalogue's loss has nothing to compare with in a training step and wants no hooks either.
+    :func:`head_logprob` calls the module, hooks and all, with another ``forward``: it may be sharded, but must
+    be a matrix and nothing more, without bias, scale or softcap.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)  # not sharded
+        and module.weight.numel() > 0  # not partitioned away
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is its forward and nothing more."""
+    return not (module._forward_pre_hooks or module._forward_hooks)
+
+
+def is_plain(model: Any, head: nn.Module) -> bool:
+    """Whether the model's logits are exactly hidden · weightᵀ, computed by ``nn.Linear`` itself."""
+    config = model.config.get_text_config()
+    return (
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
+        and "forward" not in vars(head)  # accelerate's hooks
+        and head.bias is None
+        and head.weight.is_floating_point()  # not a quantised store
+        and all(getattr(config, name, None) is None for name in _SCALES)
+    )
+
+
+def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of ``target`` under the model's own head, without [M, V] logits in memory.
+
+    A plain linear head goes to :func:`flr_kernels.token_logprob`; a bias, a scale, a softcap, an adapter or a quantised
+    weight to the head itself, in blocks of rows that are recomputed in the backward.
+
+    The computation takes the place of the head's ``forward``, so whatever hooks surround that run: FSDP2 gathers the
+    weight before and reduce-scatters its gradient after, as for any layer (likewise DeepSpeed ZeRO-3, whose hooks are
+    on the same call; not tested here). Call it in the forward of the wrapped module. Outside, an FSDP2 weight is gathered for
+    the call and its gradient is the sum over processes, not FSDP's mean.
+
+    Args:
+        model: a causal LM; its config says how logits are made of the head's output.
+        hidden: [M, D], last layer, after the final norm. Under autocast, matrix products run in its dtype.
+        target: int64 [M], in [0, V).
+
+    Returns:
+        [M], float32 (float64 for float64 input). Differentiable once in ``hidden`` and the head's parameters.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> head_logprob(model, torch.zeros(2, 4), torch.tensor([3, 7])).exp()
+        tensor([0.0909, 0.0909], grad_fn=<ExpBackward0>)
+    """
+    head = model.get_output_embeddings()
+    if not is_plain(model, head):
+        return -row_losses(model, hidden, target, 0.0)
+
+    def forward(x: Tensor) -> Tensor:
+        weight = head.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return token_logprob(x, weight, target)
+
+    head.forward = forward
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+
+
+class HeadRows:
+    """Logits of chosen tokens from hidden states, in float32, reading the chosen rows of lm_head alone.
+
+    Made by ``of``, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
+    """
+
+    def __init__(self, lm: Any) -> None:
+        module = lm.get_output_embeddings()
+        self.lm, self.weight, self.bias = lm, module.weight, module.bias
+
+    @classmethod
+    def of(cls, lm: Any, hidden: Tensor, logits: Tensor) -> HeadRows | None:
+        """Rows of ``lm``, if they give the ``logits`` [B, V] that it computed itself from ``hidden`` [B, D]."""
+        module = lm.get_output_embeddings()
+        if not has_rows(module) or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
+            return None
+        rows = cls(lm)
+        count, vocabulary = logits.shape
+        token = torch.arange(0, vocabulary, max(1, vocabulary // 16), device=logits.device).repeat(count)
+        row = torch.arange(count, device=logits.device).repeat_interleave(len(token) // max(count, 1))
+        theirs = logits[row, token].float()
+        error = (rows(hidden, row, token) - theirs).abs().amax()
+        return rows if bool(error <= 1e-2 * theirs.abs().amax().clamp_min(1e-6)) else None
+
+    def __call__(self, hidden: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        """Logit of ``token`` int64 [n] after the state ``row`` int64 [n] of hidden [R, D], float32 [n].
+
+        As a product with all different tokens where that is cheaper than a dot product for each.
+        """
+        hidden = hidden.float()
+        if len(token):
+            different, column = token.unique(return_inverse=True)
+            if len(hidden) * len(different) < _GATHER_COST.get(hidden.device.type, 40) * len(token):
+                logits = hidden @ self.weight[different].float().T
+                return self.finish(logits[row, column], token)
+        cells = CACHED_CELLS if hidden.device.type == "cpu" else 1 << 26
+        blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
+        parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
+        return self.finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
+
+    def over(self, token: Tensor) -> TokenRows:
+        """The rows of the tokens int64 [U], copied once."""
+        return TokenRows(self, self.weight[token], token)
+
+    def finish(self, logits: Tensor, token: Tensor) -> Tensor:
+        if self.bias is not None:
+            logits = logits + self.bias[token].float()
+        return scale_logits(self.lm, logits)
+
+
+class TokenRows:
+    """From hidden [..., D] to the logits of some tokens, float32 [..., U], by one product in the model's dtype."""
+
+    def __init__(self, head_rows: HeadRows, weight: Tensor, token: Tensor) -> None:
+        self.head_rows, self.weight, self.token = head_rows, weight, token
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.head_rows.finish(torch.nn.functional.linear(hidden, self.weight).float(), self.token)

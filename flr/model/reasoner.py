@@ -1,0 +1,318 @@
+"""The factorized reasoner: from the prompt's hidden states to the latent thought.
+
+State z⁰ = H[last prompt token]. For refinement t = 1..T and factor k = 1..K:
+
+    q_k = W_q^k z^{t-1} + e_k
+    u_k = (W_k^k)ᵀ q_k / √F                        key projection absorbed into the query
+    α_k = softmax over valid l of u_k · h_l,       c_k = Σ_l α_kl h_l        (flr_kernels.factor_attention)
+    f_k = W_o^k W_v^k c_k
+    g   = softmax((W_g z^{t-1} + w_f · rms(f_k)) / τ),   r^t = Σ_k g_k f_k   (flr_kernels.factor_aggregate)
+    z^t = rms(z^{t-1} + r^t)
+
+Regularisers, each in [0, 1], averaged over users and refinements:
+
+    orthogonality  mean_{j≠k} (f̂_j · f̂_k)²
+    diversity      mean_{j≠k} O_jk / √(O_jj O_kk),   O_jk = Σ_l α_jl α_kl
+    sparsity       entropy(g) / log K, or mean_k entropy(α_k) / log L_valid, or the mean of both
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from flr.config import FLRConfig
+from flr_kernels import factor_aggregate, factor_attention
+from flr_kernels.checks import accumulation_dtype
+
+LOSSES = ("orthogonality", "diversity", "sparsity")
+
+
+@dataclass
+class ReasonerOutput:
+    """What the reasoner made of B users.
+
+    Attributes:
+        thought: r^T [B, D], in the reasoner's dtype, before dropout and without the anchor.
+        gates: [B, T, K].
+        contributions: g_k f_k of the last refinement [B, K, D]; they sum to ``thought``.
+        user_losses: regulariser by name, averaged over refinements, [B].
+        attention: [B, T, K, L], made on access from the saved queries (nothing of that size is kept), no gradient.
+    """
+
+    thought: Tensor
+    gates: Tensor
+    contributions: Tensor
+    user_losses: dict[str, Tensor]
+    _attention: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def attention(self) -> Tensor:
+        with torch.no_grad():
+            return self._attention()
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Regulariser by name, averaged over the batch: scalars."""
+        return {name: value.mean() for name, value in self.user_losses.items()}
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + ε²) over the last dimension."""
+    return x * (x.square().mean(-1, keepdim=True) + eps * eps).rsqrt()
+
+
+class Reasoner(nn.Module):
+    """What both variants share: the interface, checks, and weights that never fall below float32.
+
+    bfloat16 weights do not move at small learning rates, so ``.to(torch.bfloat16)`` and ``.half()`` leave these in
+    float32; ``.double()`` works.
+    """
+
+    def __init__(self, hidden_size: int, config: FLRConfig):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.config = config
+
+    def _apply(self, fn, recurse=True):
+        def keep_precision(t: Tensor) -> Tensor:
+            new = fn(t)
+            low = new.is_floating_point() and new.dtype.itemsize < 4
+            return new.to(torch.float32) if low else new
+
+        return super()._apply(keep_precision, recurse)
+
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, query_index: Tensor | int | None = None
+    ) -> ReasonerOutput:
+        """Make the thought.
+
+        Args:
+            hidden_states: [B, L, D], last layer, after the final norm.
+            mask: bool [B, L], the tokens that factors may attend to (the history); None for all.
+            query_index: column of the last prompt token, one or int64 [B]; by default the last true column of
+                ``mask``. It need not be true in the mask: the mask may be narrowed to item tokens.
+
+        Raises:
+            ValueError: a shape or dtype does not fit.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: expected [B, L, {self.hidden_size}], got shape {tuple(hidden_states.shape)}"
+            )
+        batch, length = hidden_states.shape[:2]
+        if mask is not None:
+            if mask.shape != (batch, length):
+                raise ValueError(f"mask: expected shape {(batch, length)}, got {tuple(mask.shape)}")
+            mask = mask.bool()
+        if length == 0:  # an empty prompt: nothing to attend to
+            hidden_states = hidden_states.new_zeros(batch, 1, self.hidden_size)
+            mask = torch.zeros(batch, 1, dtype=torch.bool, device=hidden_states.device)
+        if query_index is None:
+            query_index = length - 1
+            if mask is not None:
+                query_index = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+        return self._think(hidden_states, mask, query_index)
+
+    def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
+        raise NotImplementedError
+
+    @staticmethod
+    def _state(h: Tensor, query_index: Tensor | int) -> Tensor:
+        """Hidden states [B, D] at the query columns."""
+        if isinstance(query_index, int):
+            return h[:, max(query_index, 0)]
+        return h[torch.arange(len(h), device=h.device), query_index.clamp_min(0)]
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the thought by ``factor``, in place."""
+        raise NotImplementedError
+
+
+class FactorizedReasoner(Reasoner):
+    """K factors, T refinements. Parameters, with K factors of head size F on hidden size D:
+
+    ``query`` [K, F, D], ``factor_query`` [K, F], ``key`` [K, F, D], ``value`` [K, F, D], ``output`` [K, D, F],
+    ``gate`` [K, D], ``gate_factor`` [D].
+
+    Example:
+        >>> import torch
+        >>> reasoner = FactorizedReasoner(32, FLRConfig(num_factors=4, num_refinements=2))
+        >>> out = reasoner(torch.randn(3, 7, 32), mask=torch.ones(3, 7, dtype=torch.bool))
+        >>> out.thought.shape, out.attention.shape, out.gates.shape, sorted(out.losses)
+        (torch.Size([3, 32]), torch.Size([3, 2, 4, 7]), torch.Size([3, 2, 4]), ['diversity', 'orthogonality', 'sparsity'])
+    """
+
+    #: ε of the norms, relative to values of order 1 (states) and to the input embeddings' RMS (contributions).
+    EPS = 1e-4
+
+    def __init__(self, hidden_size: int, config: FLRConfig):
+        super().__init__(hidden_size, config)
+        factors, head = config.num_factors, config.head_size(hidden_size)
+        self.query = nn.Parameter(torch.empty(factors, head, hidden_size))
+        self.factor_query = nn.Parameter(torch.empty(factors, head))
+        self.key = nn.Parameter(torch.empty(factors, head, hidden_size))
+        self.value = nn.Parameter(torch.empty(factors, head, hidden_size))
+        self.output = nn.Parameter(torch.empty(factors, hidden_size, head))
+        self.gate = nn.Parameter(torch.empty(factors, hidden_size))
+        self.gate_factor = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Projections of unit gain, orthogonal factor queries, uniform gates, small contributions.
+
+        ``query`` starts at 0: what a factor attends to depends on the factor alone, so that factors part by content
+        (and not by position, which the state knows best); what the state adds is learned.
+        """
+        head, size = self.query.shape[1:]
+        nn.init.zeros_(self.query)
+        for weight in (self.key, self.value):
+            nn.init.normal_(weight, std=size**-0.5)
+        nn.init.orthogonal_(
+            self.factor_query, gain=2 * head**0.5
+        )  # scores of deviation 2: factors differ from the start
+        nn.init.normal_(self.output, std=head**-0.5)
+        nn.init.zeros_(self.gate)
+        nn.init.zeros_(self.gate_factor)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        self.output.mul_(factor)
+
+    def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
+        config = self.config
+        z = self._state(h, query_index).to(self.query.dtype)
+        eps = self.EPS * (config.input_scale or 1.0)
+        valid_tokens = mask.sum(-1) if mask is not None else torch.full((len(h),), h.shape[1], device=h.device)
+        gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))
+        aggregated = f = None
+        for refinement in range(config.num_refinements):
+            q = torch.einsum("kfd,bd->bkf", self.query, z) + self.factor_query
+            u = torch.einsum("kfd,bkf->bkd", self.key, q) / q.shape[-1] ** 0.5
+            u = u.to(h.dtype)
+            # back and forth over the users: what one refinement read last is in the L2 for the next
+            attended = factor_attention(h, u, mask, last_first=refinement % 2 == 1)
+            v = torch.einsum("kfd,bkd->bkf", self.value, attended.context.to(self.value.dtype))
+            f = torch.einsum("kdf,bkf->bkd", self.output, v)
+            logits = z @ self.gate.T + rms_norm(f, eps) @ self.gate_factor
+            aggregated = factor_aggregate(f, logits / config.gate_temperature, eps * self.hidden_size**0.5)
+            z = rms_norm(z + aggregated.thought, self.EPS)
+            terms = (
+                aggregated.orthogonality,
+                pairwise_overlap(attended.overlap),
+                self._sparsity(aggregated.gate_entropy, attended.entropy, valid_tokens),
+            )
+            totals = {name: totals[name] + x for name, x in zip(LOSSES, terms, strict=True)}
+            gates.append(aggregated.gates)
+            queries.append((u.detach(), attended.lse.detach()))
+        assert aggregated is not None
+        assert f is not None
+        history = h.detach()
+
+        def attention() -> Tensor:
+            steps = []
+            for u, lse in queries:
+                scores = (u @ history.transpose(1, 2)).to(lse.dtype)
+                alpha = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
+                steps.append(alpha if mask is None else alpha * mask[:, None])
+            return torch.stack(steps, 1)
+
+        return ReasonerOutput(
+            thought=aggregated.thought,
+            gates=torch.stack(gates, 1),
+            contributions=aggregated.gates[..., None].to(f.dtype) * f,
+            user_losses={name: x / config.num_refinements for name, x in totals.items()},
+            _attention=attention,
+        )
+
+    def _sparsity(self, gate_entropy: Tensor, entropy: Tensor, valid_tokens: Tensor) -> Tensor:
+        target, factors = self.config.sparsity_target, self.config.num_factors
+        of_gates = gate_entropy / math.log(factors) if factors > 1 else torch.zeros_like(gate_entropy)
+        if target == "gate":
+            return of_gates
+        # log 1 = 0: a user with one valid token has entropy 0 whatever it is divided by
+        of_attention = entropy.mean(-1) / valid_tokens.clamp_min(2).to(entropy.dtype).log()
+        return of_attention if target == "attention" else (of_gates + of_attention) / 2
+
+
+def pairwise_overlap(overlap: Tensor) -> Tensor:
+    """mean_{j≠k} O_jk / √(O_jj O_kk) of [B, K, K]: [B], 0 for K = 1 and for users without a valid token."""
+    factors = overlap.shape[1]
+    if factors == 1:
+        return overlap.new_zeros(len(overlap))
+    norm = overlap.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(overlap.dtype).tiny).rsqrt()  # [B, K]
+    cosines = overlap * norm[:, :, None] * norm[:, None, :]
+    total = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(-1)
+    return total / (factors * (factors - 1))
+
+
+class LatentR3Reasoner(Reasoner):
+    """The single-factor predecessor: one attention with biases and rotary positions (base 1000, over the full D).
+
+    Query from the token before the thought, values straight to the thought, no gate, no residual. Parameters are
+    named as in LatentR3's checkpoints. Rotary keys cannot be absorbed, so this projects all L tokens in PyTorch.
+
+    Source: LatentR3, arXiv 2505.19092.
+    """
+
+    ROTARY_BASE = 1000.0
+
+    def __init__(self, hidden_size: int, config: FLRConfig):
+        if hidden_size % 2:
+            raise ValueError(f"hidden_size: expected an even size for rotary positions, got {hidden_size}")
+        super().__init__(hidden_size, config)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        self.value.weight.mul_(factor)
+        self.value.bias.mul_(factor)
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of x [..., D] at positions [...]; halves paired as (i, i + D/2)."""
+        half = x.shape[-1] // 2
+        exponent = torch.arange(half, device=x.device, dtype=torch.float32) / half
+        angle = positions[..., None].float() * self.ROTARY_BASE**-exponent
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+    def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
+        state, columns = self._state(h, query_index), torch.arange(h.shape[1], device=h.device)
+        # positions relative to the query's: rotary scores depend on differences alone
+        position = columns[None] - (query_index if isinstance(query_index, int) else query_index[:, None])
+        weights = self.query.weight.dtype
+        key = self._rotate(self.key(h.to(weights)), position)  # [B, L, D]
+        scores = (key @ self.query(state.to(weights))[..., None])[..., 0] / self.hidden_size**0.5
+        scores = scores.to(accumulation_dtype(h.dtype))
+        valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+        alpha = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1) * valid  # [B, L]
+        value = self.value((alpha[:, None].to(weights) @ h.to(weights))[:, 0])  # Σ α = 1: the bias is added once
+        thought = value * valid.any(-1, keepdim=True)
+        entropy = -torch.special.xlogy(alpha, alpha.clamp_min(torch.finfo(alpha.dtype).tiny)).sum(-1)
+        zero = torch.zeros(len(h), device=h.device, dtype=scores.dtype)
+        attends = self.config.sparsity_target != "gate"
+        normalised = entropy / valid.sum(-1).clamp_min(2).to(entropy.dtype).log() if attends else zero
+        if self.config.sparsity_target == "both":
+            normalised = normalised / 2
+        kept = alpha.detach()
+        return ReasonerOutput(
+            thought=thought,
+            gates=torch.ones(len(h), 1, 1, device=h.device, dtype=thought.dtype),
+            contributions=thought[:, None],
+            user_losses={"orthogonality": zero, "diversity": zero, "sparsity": normalised},
+            _attention=lambda: kept[:, None, None],
+        )
+
+
+def build_reasoner(hidden_size: int, config: FLRConfig) -> Reasoner | None:
+    """The reasoner of a variant; None for those without factors."""
+    if config.variant == "flr":
+        return FactorizedReasoner(hidden_size, config)
+    return LatentR3Reasoner(hidden_size, config) if config.variant == "latentr3" else None

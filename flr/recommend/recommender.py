@@ -1,0 +1,311 @@
+"""Recommendations for histories of item ids or titles, and what each factor had to do with them.
+
+recommender = flr.Recommender.from_pretrained("runs/cds")
+for r in recommender.recommend([["B00005YW4H", "Kind of Blue"]], k=5)[0]:
+    print(r.title, r.score, r.factor_shares)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from flr.data import CSR, RecProcessor
+from flr.decode import CatalogueTrie, Scoring, beam_search
+from flr.decode.mixture import ViewMixture
+from flr.decode.scoring import resolve_scoring
+from flr.explain.attention import item_attention
+from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
+from flr.model.backbone import causal_lm, evaluating
+from flr.model.checkpoint import from_pretrained
+from flr.model.patch import is_patched
+
+from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
+from .results import Explanation, HistoryItem, Recommendation
+
+logger = logging.getLogger("flr")
+
+
+_MAX_LOGITS = 1 << 26  # of a beam step: users a part are cut so that B·W·V stays below (256 MiB in float32)
+_MAX_USERS = 64  # a part
+
+
+class Recommender(QueryBuilder):
+    """Recommends from a catalogue with a model.
+
+    Ranks as ``flr.evaluate.evaluate`` does, by the processor's ``views`` where it has any (the probabilities given single items are
+    then kept, so the weights must not change while this lives).
+
+    Calls from several threads are safe: they take turns. The model is run in eval mode and its modes are restored; while
+    several Recommenders share a model, keep it in eval mode.
+
+    Args:
+        model: causal LM, patched or not, PEFT or DDP wrapped or not.
+        processor: its RecProcessor.
+        trie: of the processor's codec; built when None.
+
+    Raises:
+        ValueError: processor or trie do not belong to the model.
+
+    Example:
+        >>> import flr
+        >>> from flr.data import RecProcessor, build_tokenizer, planted_dataset
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> catalogue = planted_dataset(num_items=40, num_users=20).catalogue
+        >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+        >>> tiny = LlamaConfig(vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=32,
+        ...                    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+        >>> model = flr.patch_model(LlamaForCausalLM(tiny), processor.tokenizer, flr.FLRConfig(num_factors=3))
+        >>> [best, *rest] = Recommender(model, processor).recommend([["item_3", "brave jazz 1"]], k=5)[0]
+        >>> len(rest), len(best.factor_shares), round(sum(best.factor_shares), 6)
+        (4, 3, 1.0)
+    """
+
+    def __init__(self, model: nn.Module, processor: RecProcessor, trie: CatalogueTrie | None = None) -> None:
+        super().__init__(processor)
+        self.model = model
+        lm = causal_lm(model)
+        config = lm._flr_patch.config if is_patched(lm) else None
+        count = config.thought_count if config is not None else 0
+        if processor.num_thoughts != count:
+            raise ValueError(f"processor: expected num_thoughts = {count} as the model's, got {processor.num_thoughts}")
+        if config is not None and count and processor.thought_token_id != config.thought_token_id:
+            raise ValueError(
+                f"processor: expected the thought token {config.thought_token_id}, got {processor.thought_token_id}"
+            )
+        self.device = next(lm.parameters()).device
+        self._vocabulary = int(lm.config.get_text_config().vocab_size)
+        if trie is None:
+            trie = CatalogueTrie.from_codec(processor.item_codec)
+        self.trie = trie.to(self.device)
+        if self.trie.num_items != len(processor.catalogue):
+            raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")
+        if self.trie.max_token >= self._vocabulary:
+            raise ValueError(
+                f"processor: expected tokens below the model's vocabulary of {self._vocabulary}, got {self.trie.max_token}"
+            )
+        self._lock = threading.RLock()
+        self._mixture: ViewMixture | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | os.PathLike[str], device: torch.device | str | None = None, **kwargs: Any
+    ) -> Recommender:
+        """Load a patched model and its processor from one folder (safetensors, JSON and Parquet only, no pickle).
+
+        Args:
+            directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote.
+            device: where to put the model; None leaves it where it was loaded.
+            kwargs: for flr.from_pretrained (dtype, attn_implementation, …).
+
+        Raises:
+            OSError, ValueError: no such folder, or files that do not belong together.
+        """
+        model: Any = from_pretrained(Path(directory), **kwargs)
+        if device is not None:
+            model.to(device)
+        return cls(model, RecProcessor.from_pretrained(directory))
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int = 10,
+        num_beams: int = 20,
+        exclude_seen: bool = False,
+        scoring: Scoring | Literal["auto"] = "auto",
+        on_unknown: OnUnknown = "raise",
+        *,
+        allow: History | None = None,
+        deny: History = (),
+        where: Where | None = None,
+        shares: bool = True,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history.
+
+        Args:
+            histories: up to 10,000, each a sequence of up to 10,000 item ids or titles (str), oldest first, or an integer array of
+                catalogue indices. A title that several items share means the first of them. The model looks at the
+                last ``processor.max_history`` entries; an empty history gets what suits anybody.
+            k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
+            num_beams: 1 to 1000; at least k beams are used.
+            exclude_seen: leave out every item of the whole given history.
+            scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
+            on_unknown: what to do with an entry that is no id and no title: "raise", or "skip" it with a warning in the
+                log (:meth:`resolve` tells which).
+            allow: ids, titles or indices of the items that may be recommended, up to 10,000; None for all. A title stands for every
+                item that bears it.
+            deny: those that may not, in the same forms.
+            where: {attribute of the catalogue: values}: only items whose attribute has one of the values.
+            shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few tokens
+                behind it for each of 2^K sets of factors (K <= 6, else K (K - 1) + 2).
+
+        Returns:
+            A list for each history, best first. Deterministic, and independent of the other histories up to rounding.
+
+        Raises:
+            ValueError: an argument out of range, an unknown entry (named, with near matches).
+            FloatingPointError: the model gave NaN.
+        """
+        self.check(k, num_beams, scoring)
+        resolved, unknown = self.resolve(histories, on_unknown)
+        allowed, denied, strangers = self.selection(allow, deny, where, on_unknown)
+        skipped = sum(map(len, unknown)) + len(strangers)
+        if skipped:
+            logger.warning("recommend: skipped %d entries that are not in the catalogue", skipped)
+        queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
+        num_beams = max(num_beams, k)
+        part = self.rows_at_once(num_beams)
+        found: list[list[Recommendation]] = []
+        with self._lock:
+            for first in range(0, len(queries), part):
+                found += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
+        return found
+
+    def rows_at_once(self, num_beams: int) -> int:
+        """How many queries :meth:`ranked` may be given, so that its logits stay within bounds; at least 1."""
+        part = min(_MAX_USERS, _MAX_LOGITS // (num_beams * self._vocabulary))
+        if self.processor.views is not None:
+            part = min(part, _MAX_LOGITS // self.trie.num_items)
+        return max(1, part)
+
+    def explain(
+        self,
+        history: History,
+        k: int = 5,
+        *,
+        num_beams: int = 20,
+        exclude_seen: bool = False,
+        scoring: Scoring | Literal["auto"] = "auto",
+        on_unknown: OnUnknown = "raise",
+    ) -> Explanation:
+        """Recommendations for one history, and what each factor attended to and contributed.
+
+        Arguments and errors are those of :meth:`recommend`.
+        """
+        self.check(k, num_beams, scoring)
+        resolved = self.resolve([history], on_unknown)
+        query = self.query(resolved.histories[0], k, exclude_seen)
+        return self.explained([query], resolved.unknown, max(num_beams, k), scoring)[0]
+
+    @property
+    def variant(self) -> str:
+        """Of the model's thought: "flr", "latentr3", "anchor" or "none" (an unpatched model too)."""
+        lm = causal_lm(self.model)
+        return lm._flr_patch.config.variant if is_patched(lm) else "none"
+
+    @property
+    def num_factors(self) -> int:
+        """K; 0 for variants without factors."""
+        lm = causal_lm(self.model)
+        return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
+
+    def ranked(
+        self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
+    ) -> tuple[list[list[Recommendation]], ThinkingPrompts | None]:
+        """Answers to a few queries, computed together, and their thoughts where shares were asked for and there are any.
+
+        The answer to a query does not depend on the others beyond rounding: beams are ``num_beams`` (>= each k) for all, and the
+        best k of a search for more are those of a search for k.
+
+        Args:
+            queries: at most ``rows_at_once(num_beams)`` to stay within memory.
+            num_beams, scoring, shares: as for :meth:`recommend`.
+        """
+        if not queries:
+            return [], None
+        histories = [query.history for query in queries]
+        k = max(query.k for query in queries)
+        if num_beams < k:
+            raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
+        exclude, allowed = exclusions(queries), allowances(queries)
+        scoring = resolve_scoring(scoring, self.processor.scoring)
+        with self._lock, torch.inference_mode(), evaluating(self.model):
+            inputs = self.processor(histories)
+            mixed_with = None
+            if self.processor.views is None:
+                found = beam_search(
+                    self.model, inputs, self.trie, num_beams, k, scoring=scoring, allowed=allowed, exclude=exclude
+                )
+                items, scores = found.items.cpu().numpy(), found.scores.cpu().numpy()
+            else:
+                mixture = self._mixture_of(num_beams, scoring)
+                items, scores, mixed_with = mixture.best(CSR.from_rows(histories), k, exclude, allowed)
+                exclude = allowed = None  # struck out of the mixture, which is not normalised again
+            wanted = np.array([[query.k] for query in queries])
+            items = np.where(np.arange(items.shape[1]) < wanted, items, -1)
+            prompts = think(self.model, inputs, reserve=self.trie.depth) if shares else None
+            base = contributions = influence = None
+            if prompts is not None:
+                codec = self.processor.item_codec
+                base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
+                influence = influence_shares(contributions)
+        catalogue = self.processor.catalogue
+        lists = []
+        for row, column_items in enumerate(items.tolist()):
+            lists.append(
+                [
+                    Recommendation(
+                        item_id=catalogue.item_ids[item],
+                        title=catalogue.titles[item],
+                        score=float(scores[row, column]),
+                        index=item,
+                        factor_shares=[] if influence is None else influence[row, column].tolist(),
+                        contributions=[] if contributions is None else contributions[row, column].tolist(),
+                        base_score=None if base is None else float(base[row, column]),
+                    )
+                    for column, item in enumerate(column_items)
+                    if item >= 0
+                ]
+            )
+        return lists, prompts
+
+    def explained(
+        self,
+        queries: Sequence[Query],
+        unknown: Sequence[list[str]],
+        num_beams: int,
+        scoring: Scoring | Literal["auto"],
+    ) -> list[Explanation]:
+        """Explanations of a few queries, computed together: as :meth:`ranked`, ``unknown`` being what each one's names lacked."""
+        lists, prompts = self.ranked(queries, num_beams, scoring, shares=True)
+        processor, variant = self.processor, self.variant
+        positions = processor([query.history for query in queries])["item_positions"]
+        attention, gates, norms = np.zeros((len(queries), 0, 0, 0, 0)), np.zeros((len(queries), 0, 0, 0)), None
+        if prompts is not None:
+            with torch.inference_mode():
+                attention = item_attention(prompts, positions, max(len(query.history) for query in queries))
+                gates = torch.stack([step.gates for step in prompts.output.steps], 1).double().cpu().numpy()
+                scale = prompts.lm._flr_patch.config.input_scale or 1.0
+                norms = prompts.contributions.norm(dim=-1).double().cpu().numpy()
+                norms /= scale * prompts.contributions.shape[-1] ** 0.5
+        catalogue = processor.catalogue
+        found = []
+        for row, query in enumerate(queries):
+            used = set(positions[row][positions[row] >= 0].tolist())
+            items = [
+                HistoryItem(catalogue.item_ids[item], catalogue.titles[item], item, place in used)
+                for place, item in enumerate(query.history.tolist())
+            ]
+            own = attention[row, ..., : len(items)] if prompts is not None else np.zeros((0, 0, 0, len(items)))
+            parts = norms[row] if norms is not None else np.zeros((0, 0))
+            found.append(Explanation(variant, items, list(unknown[row]), own, gates[row], parts, lists[row]))
+        return found
+
+    def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:
+        """The mixture over the processor's views; the last one is kept, since its table may be large."""
+        views, old = self.processor.views, self._mixture
+        if old is None or (old.views, old.num_beams, old.scoring) != (views, num_beams, scoring):
+            self._mixture = None
+            self._mixture = ViewMixture(
+                self.model, self.processor, views, num_beams=num_beams, scoring=scoring, trie=self.trie
+            )
+        assert self._mixture is not None
+        return self._mixture

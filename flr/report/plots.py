@@ -1,0 +1,154 @@
+"""Plots of compared runs, and how a picture is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+from flr.files import atomic_file
+
+from .html import PathLike, _short, escape
+
+
+def save_png(figure: Figure, path: PathLike, dpi: int = 160) -> None:
+    """Draw a figure into a PNG file, whole or not at all; no global state of matplotlib is touched."""
+    FigureCanvasAgg(figure)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+
+
+@dataclass(frozen=True)
+class ModeSummary:
+    """A mode's metric over its seeds. low and high are absent (None) where there is nothing to make an interval of."""
+
+    mode: str
+    mean: float
+    low: float | None
+    high: float | None
+    values: list[float]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> list[ModeSummary]:
+    """Mean and 95 % interval of a metric for every mode, in order of appearance; modes without the metric are left out.
+
+    Two seeds or more: Student's t interval of the mean over seeds, which covers training noise, not the choice of test users.
+    One seed: the row's own ``row["intervals"][metric] = (low, high)`` where it has one.
+
+    >>> rows = [{"mode": "flr", "seed": s, "metrics": {"hr@10": v}} for s, v in enumerate((0.1, 0.2))]
+    >>> s = summarise(rows, "hr@10")[0]
+    >>> round(s.mean, 3), round(s.low, 3), round(s.high, 3)
+    (0.15, -0.485, 0.785)
+    """
+    found = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        own = [row for row in rows if row["mode"] == mode and row["metrics"].get(metric) is not None]
+        if not own:
+            continue
+        values = [float(row["metrics"][metric]) for row in own]
+        mean = float(np.mean(values))
+        low = high = None
+        if len(values) > 1:
+            half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+            low, high = mean - half, mean + half
+        elif metric in own[0].get("intervals", {}):
+            low, high = (float(x) for x in own[0]["intervals"][metric])
+        found.append(ModeSummary(mode, mean, low, high, values))
+    return found
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+
+
+def _interval_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    seeds = max((sum(other["mode"] == row["mode"] for other in rows) for row in rows), default=0)
+    if seeds > 1:
+        return f"Mean and 95 % t interval over {seeds} seeds (training noise only, the test users are the same)."
+    return "One seed; 95 % bootstrap interval over test users where one was made."
+
+
+def plot_compare(
+    rows: Sequence[Mapping[str, Any]], path: PathLike, metrics: Sequence[str] = ("hr@10", "ndcg@10")
+) -> None:
+    """Dot plot of every mode: a point a seed, the mean, and its 95 % interval (see :func:`summarise`). Writes a PNG.
+
+    Args:
+        rows: ``{"mode": str, "seed": int, "metrics": {"hr@10": float, …}, "intervals": {…} or absent}``, one a run.
+        path: of the PNG.
+        metrics: a panel each; those that no row has are left out.
+
+    Raises:
+        ValueError: no row has any of the metrics.
+    """
+    panels = {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
+    if not panels:
+        raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(_metrics(rows)) or 'none'}")
+    modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
+    figure = Figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (metric, summary) in zip(axes, panels.items(), strict=True):
+        for s in summary:
+            y = modes.index(s.mode)
+            if s.low is not None and s.high is not None:
+                ax.plot([s.low, s.high], [y, y], color="#0072b2", linewidth=2.2, solid_capstyle="round", zorder=2)
+            if len(s.values) > 1:
+                ax.scatter(
+                    s.values,
+                    [y + 0.2] * len(s.values),
+                    s=16,
+                    color="#e69f00",
+                    edgecolor="white",
+                    linewidth=0.5,
+                    zorder=3,
+                )
+            ax.scatter([s.mean], [y], s=52, color="#0072b2", edgecolor="white", linewidth=1, zorder=4)
+            ax.annotate(
+                f"{s.mean:.4f}", (s.mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8.5
+            )
+        ax.set_title(metric.upper(), fontsize=11, loc="left", color="#222222", parse_math=False)
+        ax.set_yticks(range(len(modes)), modes, fontsize=10, parse_math=False)
+        ax.set_ylim(len(modes) - 0.45, -0.7)
+        ax.grid(axis="x", color="#e3e6e9", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.tick_params(length=0, labelsize=9, colors="#444444", axis="x")
+        ax.tick_params(length=0, colors="#222222", axis="y")
+        ax.locator_params(axis="x", nbins=5)
+        for side in ax.spines.values():
+            side.set_visible(False)
+    seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
+    note = _interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
+    figure.supxlabel(note, fontsize=8.5, color="#59626c")
+    save_png(figure, path)
+
+
+def bar_svg(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Inline SVG: a bar a mode with its interval; text in the page's colour."""
+    summary = summarise(rows, metric)
+    top = max((s.high if s.high is not None else s.mean) for s in summary)
+    top = max(top, *(s.mean for s in summary), 1e-12)
+    left, width, step = 190, 430, 30
+    height = step * len(summary) + 4
+    parts = [f'<svg viewBox="0 0 {left + width + 80} {height}" width="{left + width + 80}" role="img">']
+    parts.append(f"<title>{escape(metric)} by mode</title>")
+
+    def x(value: float) -> float:
+        return left + width * min(max(value / top, 0.0), 1.0)
+
+    for place, s in enumerate(summary):
+        y = place * step + 4
+        parts.append(f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(_short(s.mode, 26))}</text>')
+        parts.append(f'<rect class="bar" x="{left}" y="{y + 3}" width="{x(s.mean) - left:.1f}" height="20" rx="2"/>')
+        end = s.mean
+        if s.low is not None and s.high is not None:
+            end = s.high
+            line = f'y1="{y + 13}" y2="{y + 13}"'
+            parts.append(f'<line class="whisker" x1="{x(s.low):.1f}" x2="{x(s.high):.1f}" {line}/>')
+        parts.append(f'<text x="{x(end) + 8:.1f}" y="{y + 17}">{s.mean:.4f}</text>')
+    return "".join([*parts, "</svg>"])

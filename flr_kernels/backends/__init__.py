@@ -1,0 +1,1 @@
+"""What ops share: Triton's configuration and launch, and the compiled extension."""

@@ -1,0 +1,159 @@
+"""K-factor attention over a history, with what its regularisers need, in one op.
+
+    s_kl = u_k · h_l                                    absorbed query: no key projection of the L tokens
+    α_kl = softmax over valid l of s_kl
+    c_k  = Σ_l α_kl h_l            context  [B, K, D]   pooled on raw H: no value projection
+    lse_k = log Σ_l exp s_kl       lse      [B, K]
+    O_jk = Σ_l α_jl α_kl           overlap  [B, K, K]   diversity is a function of it
+    E_k  = -Σ_l α_kl log α_kl      entropy  [B, K]      nats
+
+Backward, with S = dO + dOᵀ, from saved [B, K, ·] tensors and one more read of H:
+
+    dp_kl = dc_k · h_l + Σ_j S_kj α_jl - dE_k log α_kl
+    Δ_k   = dc_k · c_k + Σ_j S_kj O_kj + dE_k E_k - dlse_k
+    ds_kl = α_kl (dp_kl - Δ_k)
+    dh_l  = Σ_k α_kl dc_k + ds_kl u_k,   du_k = Σ_l ds_kl h_l
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks, dispatch
+from ...backends import triton_config
+from . import reference
+
+
+class FactorAttention(NamedTuple):
+    """Result of :func:`factor_attention`; all in the accumulation dtype (float32, or float64 for float64 input)."""
+
+    context: Tensor  # [B, K, D]
+    lse: Tensor  # [B, K]
+    overlap: Tensor  # [B, K, K]
+    entropy: Tensor  # [B, K]
+
+
+def _triton_forward(*args):
+    from . import triton_host  # imported on use: flr_kernels itself needs only torch
+
+    return triton_host.forward(*args)
+
+
+def _triton_backward(*args):
+    from . import triton_host
+
+    return triton_host.backward(*args)
+
+
+def _triton_check(h: Tensor, u: Tensor, *_) -> None:
+    triton_config.check_device(h)
+    triton_config.check_shape("h", h, u.shape[1])
+
+
+def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool):
+    return reference.factor_attention(h, u, mask)
+
+
+_OP = dispatch.op("factor_attention")
+_OP.register("reference", _reference_forward, reference.factor_attention_backward)
+_OP.register("triton", _triton_forward, _triton_backward, _triton_check)
+
+
+@torch.library.custom_op("flr::factor_attention", mutates_args=())
+def _forward(
+    h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dispatch.forward("factor_attention", h, u, mask, last_first)
+
+
+@_forward.register_fake
+def _(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, factors, size = u.shape
+    acc = checks.accumulation_dtype(h.dtype)
+    return (
+        h.new_empty((batch, factors, size), dtype=acc),
+        h.new_empty((batch, factors), dtype=acc),
+        h.new_empty((batch, factors, factors), dtype=acc),
+        h.new_empty((batch, factors), dtype=acc),
+    )
+
+
+@torch.library.custom_op("flr::factor_attention_backward", mutates_args=())
+def _backward(
+    h: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    context: Tensor,
+    lse: Tensor,
+    overlap: Tensor,
+    entropy: Tensor,
+    d_context: Tensor,
+    d_lse: Tensor,
+    d_overlap: Tensor,
+    d_entropy: Tensor,
+    needs_dh: bool,
+) -> tuple[Tensor, Tensor]:
+    saved = (context, lse, overlap, entropy)
+    grads = (d_context, d_lse, d_overlap, d_entropy)
+    return dispatch.backward("factor_attention", h, u, mask, *saved, *grads, needs_dh)
+
+
+@_backward.register_fake
+def _(h, u, mask, context, lse, overlap, entropy, d_context, d_lse, d_overlap, d_entropy, needs_dh):
+    return h.new_empty(h.shape if needs_dh else (0,)), u.new_empty(u.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+
+
+def _autograd(ctx, *grads):
+    h, u, mask, *outputs = ctx.saved_tensors
+    filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
+    dh, du = _backward(h, u, mask, *outputs, *filled, ctx.needs_input_grad[0])
+    return (dh if ctx.needs_input_grad[0] else None), du, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None, *, last_first: bool = False) -> FactorAttention:
+    """Attend from K factor queries to the tokens of every user, in one pass over ``h``.
+
+    Args:
+        h: hidden states [B, L, D]; float32, float64, bfloat16 or float16; last dimension contiguous; L >= 1.
+        u: absorbed factor queries [B, K, D], the scale 1/√F included; dtype and device of ``h``.
+        mask: bool [B, L], true where a token may be attended to; None for all. A user whose mask is all false gets
+            context, overlap and entropy 0, lse -inf and zero gradients.
+        last_first: walk over the users from the last to the first. The results do not change;
+            a second call on a history larger than the GPU's L2 then starts with the part that is still in it.
+
+    Returns:
+        :class:`FactorAttention`. Nothing of size B·K·L is kept for the backward. Differentiable once in ``h``, ``u``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names argument, expected and actual. The triton
+            backend also expects contiguous last dimensions of ``h`` and ``u``.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> h, u = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+        >>> out = factor_attention(h, u, mask=torch.tensor([[True] * 5, [False] * 4 + [True]]))
+        >>> out.context.shape, torch.allclose(out.context[1, 0], h[1, 4]), out.entropy[1, 0].item() == 0
+        (torch.Size([2, 3, 8]), True, True)
+    """
+    checks.tensor("h", h, "B L D")
+    checks.tensor("u", u, "B K D", dtypes=(h.dtype,))
+    checks.same("u", (u.shape[0], u.shape[2]), (h.shape[0], h.shape[2]), "(B, D) of h")
+    checks.same("u", u.device, h.device, "device of h")
+    if h.shape[1] == 0:
+        raise ValueError(f"h: expected at least one token (L >= 1), got shape {tuple(h.shape)}")
+    if mask is not None:
+        checks.tensor("mask", mask, "B L", dtypes=(torch.bool,))
+        checks.same("mask", tuple(mask.shape), tuple(h.shape[:2]), "(B, L) of h")
+        checks.same("mask", mask.device, h.device, "device of h")
+    return FactorAttention(*_forward(h, u, mask, last_first))

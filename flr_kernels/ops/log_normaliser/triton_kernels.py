@@ -1,0 +1,84 @@
+"""Triton kernel of :func:`flr_kernels.log_normaliser`: an online log-sum-exp, every logit read once.
+
+A program reads one of S parts of a row and keeps, for each of its ``BLOCK`` lanes, the largest logit m and the sum s of
+exponentials relative to it; a new block with largest m' rescales s by exp(m - max(m, m')). The lanes are combined at the end,
+in a fixed order. S > 1, so that few rows fill the device: the parts' results are combined by the reference.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import checks, reference
+from ...backends import triton_config
+from ...backends.triton_launch import arch, launch, precision
+
+#: Programs of a multiprocessor that are worth starting; 4 warps with 16 loads a thread in flight each.
+PROGRAMS = 4
+
+
+@triton.jit(do_not_specialize=["V", "SPLITS"])
+def forward_kernel(
+    logits_ptr,  # [R, V]
+    out_ptr,  # [R, S]
+    row_stride,
+    V,
+    SPLITS,
+    part,  # logits of a part, a multiple of BLOCK
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row, split = program // SPLITS, program % SPLITS
+    first = split * part
+    last = tl.minimum(first + part, V)
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], -float("inf"), ACC)
+    s = tl.zeros([BLOCK], ACC)
+    for start in range(first, last, BLOCK):
+        at = start + lanes
+        x = tl.load(logits_ptr + row * row_stride + at, mask=at < last, other=-float("inf")).to(ACC)
+        larger = tl.where(x > m, x, m)
+        base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
+        s = s * tl.exp(m - base) + tl.exp(x - base)  # NaN and inf - inf stay NaN
+        m = larger
+    top = tl.max(m, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(s * tl.exp(m - base), 0)
+    tl.store(out_ptr + program, base + tl.log(total))
+
+
+def _block() -> int:
+    return 64 if triton_config.interpreted() else 2048
+
+
+def forward(logits: Tensor) -> Tensor:
+    """The reference's argument and result.
+
+    Raises:
+        ValueError: a last dimension that is not contiguous.
+    """
+    triton_config.check_rows("logits", logits)
+    rows, vocabulary = logits.shape
+    block = _block()
+    splits = max(1, min(-(-vocabulary // (4 * block)), arch(logits).sms * PROGRAMS // max(rows, 1)))
+    part = -(-vocabulary // (splits * block)) * block
+    splits = -(-vocabulary // part)  # none is empty
+    out = logits.new_empty((rows, splits), dtype=checks.accumulation_dtype(logits.dtype))
+    launch(
+        forward_kernel,
+        rows * splits,
+        {
+            "logits_ptr": logits,
+            "out_ptr": out,
+            "row_stride": logits.stride(0),
+            "V": vocabulary,
+            "SPLITS": splits,
+            "part": part,
+        },
+        {"BLOCK": block, "ACC": precision(logits.dtype)["ACC"]},
+        num_warps=4,
+    )
+    return out[:, 0] if splits == 1 else reference.log_normaliser(out)

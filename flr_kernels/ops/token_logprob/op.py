@@ -1,0 +1,123 @@
+"""Log-probability of one target token a row, without a [M, V] tensor in memory.
+
+    logp_m = w[target_m] · h_m - log Σ_v exp(w_v · h_m)
+    dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
+
+The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time, and recomputes them
+in the backward. Backend "cce" hands a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which keeps
+logits on chip; it runs only when asked for (``FLR_BACKEND=token_logprob=cce``). docs/log.md says why none is the default.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks, dispatch
+from . import reference
+
+
+def _cce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    # exact: no gradient left out for being small, sums compensated
+    return -linear_cross_entropy(hidden, weight, target, reduction="none", impl="cce_exact").float()
+
+
+def _cce_check(hidden: Tensor, *_: Any) -> None:
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        raise dispatch.BackendUnavailable("backend 'cce' needs the package cut-cross-entropy: pip install 'flr[cce]'")
+    if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        raise dispatch.BackendUnavailable("backend 'cce' needs a CUDA device of compute capability 8.0 or newer")
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
+
+
+dispatch.op("token_logprob").register("reference", reference.chunked, reference.chunked_backward)
+dispatch.op("token_logprob").register(
+    "cce", _cce, reference.chunked_backward, _cce_check
+)  # backward: in compiled graphs
+
+
+@torch.library.custom_op("flr::token_logprob", mutates_args=())
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return dispatch.forward("token_logprob", hidden, weight, target)
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=checks.accumulation_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("flr::token_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    return dispatch.backward("token_logprob", hidden, weight, target, grad, needs_dh, needs_dw)
+
+
+@_backward.register_fake
+def _(hidden, weight, target, grad, needs_dh, needs_dw):
+    return (
+        hidden.new_empty(hidden.shape if needs_dh else (0,)),
+        weight.new_empty(weight.shape if needs_dw else (0,)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    needs_dh, needs_dw, _ = ctx.needs_input_grad
+    d_hidden, d_weight = _backward(*ctx.saved_tensors, grad, needs_dh, needs_dw)
+    return d_hidden if needs_dh else None, d_weight if needs_dw else None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A DTensor as the whole tensor it stands for; its gradient is summed over the mesh and scattered back."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor exists
+    if tensor is None or not isinstance(weight, tensor.DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[tensor.Partial()] * weight.device_mesh.ndim)
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Log-probability of ``target`` under softmax(hidden · weightᵀ), one a row.
+
+    Args:
+        hidden: [M, D]; float32, float64, bfloat16 or float16. M = 0 is allowed.
+        weight: lm_head weight [V, D], dtype and device of ``hidden``. A DTensor (FSDP2) is gathered for the call; every
+            process of its mesh must make it, with rows of its own, and the gradient is the sum over processes. Inside a
+            sharded module's forward the weight is whole already; :func:`flr.model.head.head_logprob` goes that way.
+        target: int64 [M], in [0, V).
+
+    Returns:
+        [M] in the accumulation dtype, in (-inf, 0]. Differentiable once in ``hidden`` and ``weight``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit. Targets out of range raise IndexError on the CPU.
+
+    Example:
+        >>> import torch
+        >>> token_logprob(torch.zeros(2, 4), torch.randn(10, 4), torch.tensor([3, 7])).exp()
+        tensor([0.1000, 0.1000])
+    """
+    checks.tensor("hidden", hidden, "M D")
+    checks.tensor("weight", weight, "V D", dtypes=(hidden.dtype,))
+    checks.tensor("target", target, "M", dtypes=(torch.int64,))
+    checks.same("weight", weight.shape[1], hidden.shape[1], "D of hidden")
+    checks.same("target", target.shape[0], hidden.shape[0], "M of hidden")
+    for name, x in (("weight", weight), ("target", target)):
+        checks.same(name, x.device, hidden.device, "device of hidden")
+    weight = _gathered(weight)
+    if not torch.compiler.is_compiling() and dispatch.select("token_logprob", hidden, weight, target) == "cce":
+        return _cce(hidden, weight, target)  # with the library's own backward
+    return _forward(hidden, weight, target)

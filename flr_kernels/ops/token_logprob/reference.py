@@ -1,0 +1,47 @@
+"""Definition of token log-probabilities in plain PyTorch, and the same in blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import accumulation_dtype
+
+#: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
+CHUNK = 1 << 24
+
+
+def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """log softmax(hidden · weightᵀ)[target], [M]."""
+    acc = accumulation_dtype(hidden.dtype)
+    logits = (hidden @ weight.T).to(acc)
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+
+def _rows(hidden: Tensor, weight: Tensor) -> list[slice]:
+    step = max(1, CHUNK // max(weight.shape[0], 1))
+    return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
+
+
+def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    out = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    for rows in _rows(hidden, weight):
+        out[rows] = token_logprob(hidden[rows], weight, target[rows])
+    return out
+
+
+def chunked_backward(
+    hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
+    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
+    for rows in _rows(hidden, weight):
+        p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
+        d_logits = p.mul_(-grad[rows, None])
+        d_logits.scatter_add_(1, target[rows, None], grad[rows, None])
+        d_logits = d_logits.to(hidden.dtype)
+        if needs_dh:
+            d_hidden[rows] = d_logits @ weight
+        if needs_dw:
+            d_weight += d_logits.T @ hidden[rows]
+    return d_hidden, d_weight.to(weight.dtype)

@@ -1,0 +1,181 @@
+"""One step of beam search in a catalogue trie: children of all hypotheses, their scores, the best of them.
+
+A hypothesis is a trie node n with a log-probability s. With n's children c, tokens t_c and the logits x after n,
+
+    s_c = s + x[t_c] - norm,    norm given, or log Σ_c exp x[t_c] over the children that lead to allowed items
+
+and the best of all hypotheses' children go on. Equal scores: the smaller first leaf position wins, so order is total.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import checks, dispatch
+from ...backends import triton_config
+from . import reference
+
+FILTERS = ("none", "prefix", "only", "exclude")
+#: The widest selection that the Triton kernel makes.
+MAX_WIDTH = 256
+
+
+class Continuations(NamedTuple):
+    """Continuations of a user that made it into a selection, best first; [B, n] each."""
+
+    score: Tensor  # float32, -inf for none
+    node: Tensor  # int64
+    parent: Tensor  # int64 column of the hypothesis it continues
+    key: Tensor  # int64 that sorts by (score, -leaf position), the smallest number for none
+
+
+class TrieStep(NamedTuple):
+    """The best unfinished continuations, the best of all, and whether a user has a hypothesis without finite normaliser."""
+
+    unfinished: Continuations
+    all: Continuations
+    invalid: Tensor  # bool [B]
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
+    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
+
+    return triton_kernels.forward(*args)
+
+
+def _triton_check(logits: Tensor, *args: Any) -> None:
+    _triton_takes(logits, max(args[10:12]))
+
+
+def _triton_takes(logits: Tensor, width: int) -> None:
+    triton_config.check_device(logits)
+    triton_config.check_rows("logits", logits)
+    if width > MAX_WIDTH:
+        raise ValueError(f"num_unfinished, num_all: the triton backend selects at most {MAX_WIDTH}, got {width}")
+
+
+def runs_as_kernel(logits: Tensor, width: int) -> bool:
+    """Whether :func:`trie_step` of these logits and at most ``width`` continuations runs as a kernel, not as its definition."""
+
+    def accepts(backend: str) -> None:
+        if backend == "triton":
+            _triton_takes(logits, width)
+
+    return dispatch.select("trie_step", logits, accepts=accepts) != "reference"
+
+
+_OP = dispatch.op("trie_step")
+_OP.register("reference", reference.trie_step)
+_OP.register("triton", _triton_forward, check=_triton_check)
+
+
+@torch.library.custom_op("flr::trie_step", mutates_args=())
+def _forward(
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
+    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
+    unique: bool, filter: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return dispatch.forward(
+        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries, num_unfinished,
+        num_all, widest, unique, filter,
+    )  # fmt: skip
+
+
+@_forward.register_fake
+def _(logits, score, node, norm, children, tokens, begin, end, listed, offset, entries, num_unfinished, num_all, *rest):
+    def some(width: int) -> tuple[Tensor, ...]:
+        shape = (len(node), width)
+        return score.new_empty(shape), *(node.new_empty(shape) for _ in range(3))
+
+    return *some(num_unfinished), *some(num_all), node.new_empty((len(node),), dtype=torch.bool)
+
+
+def trie_step(
+    logits: Tensor,
+    score: Tensor,
+    node: Tensor,
+    children: Tensor,
+    tokens: Tensor,
+    leaf_begin: Tensor,
+    leaf_end: Tensor,
+    *,
+    num_unfinished: int,
+    num_all: int,
+    widest: int,
+    norm: Tensor | None = None,
+    unique: bool = False,
+    filter: str = "none",
+    listed: Tensor | None = None,
+    offset: Tensor | None = None,
+    entries: int = 0,
+) -> TrieStep:
+    """The best continuations of w hypotheses a user in a catalogue trie of M nodes over C items.
+
+    Args:
+        logits: [B, w, V], float32, float64, bfloat16 or float16; the column of a child is ``tokens[child]``.
+        score: float32 [B, w], log-probability of each hypothesis; -inf for none.
+        node: int64 [B, w]; ranges of leaves of a user's hypotheses are disjoint.
+        children: int32 [M + 1], the first child of every node; children of a node are neighbours.
+        tokens: int32 [M].
+        leaf_begin, leaf_end: int32 [M], leaf positions below a node; siblings' rise.
+        num_unfinished: how many continuations that do not end an item are returned.
+        num_all: the same of all continuations, those that end an item included.
+        widest: at least the number of children of any of the nodes; work and memory grow with it.
+        norm: float32 [B, w], or None for the softmax over allowed children.
+        unique: an item is complete where one allowed leaf is below a node; False: at a leaf.
+        filter: what ``listed`` and ``offset`` hold: "none" nothing, all items are allowed; "prefix" ascending counts of allowed
+            items, C + 1 a row; "only" and "exclude" ascending leaf positions, C past the end, that alone are allowed, or are not.
+        listed: int32 or int64, flat, rows one after another; offset: int64 [B], where a user's row begins; entries: length of a row.
+
+    Returns:
+        :class:`TrieStep` of ``unfinished`` [B, num_unfinished], ``all`` [B, num_all] and ``invalid`` [B].
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> def ints(*x):
+        ...     return torch.tensor(x, dtype=torch.int32)
+        >>> children, tokens = ints(1, 3, 5, 5, 5, 5), ints(-1, 0, 1, 2, 3)      # items (0, 2), (0, 3), (1,)
+        >>> begin, end = ints(0, 0, 2, 0, 1), ints(3, 2, 3, 1, 2)
+        >>> root, start = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1)
+        >>> found = trie_step(torch.tensor([[[1.0, 2, 0, 0]]]), start, root, children, tokens, begin, end,
+        ...                   num_unfinished=1, num_all=2, widest=2)
+        >>> found.all.node.tolist(), found.unfinished.node.tolist()
+        ([[2, 1]], [[1]])
+    """
+    checks.tensor("logits", logits, "B w V")
+    checks.tensor("score", score, "B w", dtypes=(torch.float32,))
+    checks.tensor("node", node, "B w", dtypes=(torch.int64,))
+    checks.same("score", tuple(score.shape), tuple(logits.shape[:2]), "[B, w] of logits")
+    checks.same("node", tuple(node.shape), tuple(logits.shape[:2]), "[B, w] of logits")
+    if norm is not None:
+        checks.tensor("norm", norm, "B w", dtypes=(torch.float32,))
+        checks.same("norm", tuple(norm.shape), tuple(node.shape), "[B, w] of node")
+        norm = norm.contiguous()
+    nodes = tokens.shape[0] if tokens.dim() == 1 else -1
+    for name, x, length in (
+        ("children", children, nodes + 1), ("tokens", tokens, nodes), ("leaf_begin", leaf_begin, nodes), ("leaf_end", leaf_end, nodes)
+    ):  # fmt: skip
+        checks.tensor(name, x, "M", dtypes=(torch.int32,))
+        checks.same(name, len(x), length, "length by M of tokens")
+    checks.choice("filter", filter, FILTERS)
+    if (filter == "none") != (listed is None) or (listed is None) != (offset is None):
+        raise ValueError(f"listed, offset: expected both with filter {filter!r} and none with 'none'")
+    if listed is not None and offset is not None:
+        checks.tensor("listed", listed, "n", dtypes=(torch.int32, torch.int64))
+        checks.tensor("offset", offset, "B", dtypes=(torch.int64,))
+        checks.same("offset", len(offset), len(node), "B of node")
+    for name, value, least in (("num_unfinished", num_unfinished, 0), ("num_all", num_all, 0), ("widest", widest, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    out = _forward(
+        logits, score.contiguous(), node.contiguous(), norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries,
+        num_unfinished, num_all, widest, unique, filter,
+    )  # fmt: skip
+    return TrieStep(Continuations(*out[:4]), Continuations(*out[4:8]), out[8])

@@ -1,0 +1,54 @@
+"""Definition of a beam-search step in a trie in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...order import order_key
+
+
+def trie_step(
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
+    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
+    unique: bool, filter: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Best continuations of hypotheses in a trie; shapes as in :func:`flr_kernels.trie_step`."""
+    users, hypotheses = node.shape
+    dead = torch.iinfo(torch.int64).min
+    live = (score != -torch.inf)[..., None]
+    first = children[node].long()[..., None]
+    child = first + torch.arange(widest, device=node.device)
+    inside = live & (child < children[node + 1].long()[..., None])
+    child = torch.where(inside, child, 0)
+    low, high = leaf_begin[child].long(), leaf_end[child].long()
+    count = high - low
+    if listed is not None and offset is not None:
+        row = listed[offset[:, None] + torch.arange(entries, device=node.device)].long()
+
+        def before(position: Tensor) -> Tensor:
+            flat = position.view(users, -1)
+            ranks = row.gather(1, flat) if filter == "prefix" else torch.searchsorted(row, flat)
+            return ranks.view(position.shape)
+
+        within = before(high) - before(low)
+        count = count - within if filter == "exclude" else within
+    inside = inside & (count > 0)
+    token = torch.where(inside, tokens[child].long(), 0)
+    logit = logits.gather(-1, token.flatten(1).view(users, hypotheses, -1)).float().masked_fill(~inside, -torch.inf)
+    if norm is None:
+        norm = logit.logsumexp(-1)
+    total = logit - norm[..., None] + score[..., None].masked_fill(~live, 0.0)
+    key = torch.where(inside & (total > -torch.inf), order_key(total, low), dead)
+    ends = count == 1 if unique else children[child] == children[child + 1]
+
+    def best(keys: Tensor, width: int) -> tuple[Tensor, ...]:
+        padded = torch.nn.functional.pad(keys.flatten(1), (0, width), value=dead)  # fewer children than ``width``
+        top, index = padded.topk(width, dim=1)
+        alive, index = top != dead, index.clamp_max(max(keys[0].numel() - 1, 0))
+        values = (total.flatten(1).gather(1, index), child.flatten(1).gather(1, index), index // widest)
+        fill = (-torch.inf, 0, 0)
+        return *(torch.where(alive, v, f) for v, f in zip(values, fill, strict=True)), top
+
+    invalid = (live[..., 0] & ~norm.isfinite()).any(1)
+    return *best(key.masked_fill(ends, dead), num_unfinished), *best(key, num_all), invalid

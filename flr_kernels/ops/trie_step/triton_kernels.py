@@ -1,0 +1,256 @@
+"""Triton kernels of :func:`flr_kernels.trie_step`: from logits to the best continuations in three or four launches.
+
+A continuation is one int64 that sorts by (score, -leaf position): the score's bits made monotonic above, the complement of
+the child's first leaf position below. Hypotheses of a user have disjoint ranges of leaves, so the key is all that is kept: it
+says the score exactly, and from the leaf position follow the parent (whose range holds it) and the child (binary search).
+
+    normaliser   a program a hypothesis: log-sum-exp over its allowed children (only where none was given)
+    candidates   a program a hypothesis and block of children: keys, sorted, the best P kept
+    reduce       a program a user and block of keys: the best P of them; again until a user's fit one block
+    finish       a program a user: the best, with score, node and parent
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...backends import triton_config
+from ...backends.triton_launch import launch
+
+#: Keys that a program sorts at a time, and that it keeps: few sizes, so that few variants are compiled; 1,024 keys spill.
+_BLOCKS, _KEPT = (128, 512), (16, 64, 256)
+_INTERPRETED = (4, 16), (2, 4, 8, 16, 64)
+
+
+@triton.jit
+def _rank(listed_ptr, position, E, STEPS):
+    """How many of the E ascending positions listed are smaller."""
+    low = position * 0
+    high = low + E
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        open_ = low < high
+        below = tl.load(listed_ptr + middle, mask=open_, other=0) < position
+        low = tl.where(open_ & below, middle + 1, low)
+        high = tl.where(open_ & ~below, middle, high)
+    return low
+
+
+@triton.jit
+def _allowed(low, high, valid, filter_ptr, E, STEPS, FILTER: tl.constexpr):
+    """Allowed items among leaf positions low..high-1; filter_ptr points at the user's row."""
+    if FILTER == "prefix":
+        count = tl.load(filter_ptr + high, mask=valid, other=0) - tl.load(filter_ptr + low, mask=valid, other=0)
+    elif FILTER == "only":
+        count = _rank(filter_ptr, high, E, STEPS) - _rank(filter_ptr, low, E, STEPS)
+    elif FILTER == "exclude":
+        count = high - low - (_rank(filter_ptr, high, E, STEPS) - _rank(filter_ptr, low, E, STEPS))
+    else:
+        count = high - low
+    return count
+
+
+@triton.jit
+def _children(
+    child, valid, row, user, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr, filter_ptr, offset_ptr, E, STEPS,
+    FILTER: tl.constexpr,
+):  # fmt: skip
+    """Logit (-inf where nothing below is allowed), first leaf position and allowed items of some children."""
+    low = tl.load(begin_ptr + child, mask=valid, other=0).to(tl.int64)
+    high = tl.load(end_ptr + child, mask=valid, other=0).to(tl.int64)
+    if FILTER != "none":
+        filter_ptr += tl.load(offset_ptr + user)
+    count = _allowed(low, high, valid, filter_ptr, E, STEPS, FILTER)
+    valid = valid & (count > 0)
+    token = tl.load(tokens_ptr + child, mask=valid, other=0).to(tl.int64)
+    logit = tl.load(logits_ptr + row * row_stride + token, mask=valid, other=-float("inf")).to(tl.float32)
+    return logit, low, count
+
+
+@triton.jit(do_not_specialize=["E", "STEPS", "hypotheses"])
+def normaliser_kernel(
+    logits_ptr, row_stride, score_ptr, node_ptr, children_ptr, tokens_ptr, begin_ptr, end_ptr, filter_ptr, offset_ptr,
+    norm_ptr, hypotheses, E, STEPS, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    user = row // hypotheses
+    node = tl.load(node_ptr + row)
+    first = tl.load(children_ptr + node)
+    last = tl.load(children_ptr + node + 1)
+    last = tl.where(tl.load(score_ptr + row) == -float("inf"), first, last)
+    lanes = tl.arange(0, BLOCK)
+    m = tl.full([BLOCK], -float("inf"), tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, BLOCK):
+        child = start + lanes
+        x, _, _ = _children(child, child < last, row, user, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr, filter_ptr,
+                            offset_ptr, E, STEPS, FILTER)  # fmt: skip
+        larger = tl.where(x > m, x, m)
+        base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
+        s = s * tl.exp(m - base) + tl.exp(x - base)
+        m = larger
+    top = tl.max(m, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    tl.store(norm_ptr + row, base + tl.log(tl.sum(s * tl.exp(m - base), 0)))
+
+
+@triton.jit(do_not_specialize=["E", "STEPS", "hypotheses", "blocks"])
+def candidates_kernel(
+    logits_ptr, row_stride, score_ptr, node_ptr, norm_ptr, children_ptr, tokens_ptr, begin_ptr, end_ptr, filter_ptr,
+    offset_ptr, all_ptr, open_ptr, hypotheses, blocks, E, STEPS,
+    FILTER: tl.constexpr, UNIQUE: tl.constexpr, ALL: tl.constexpr, OPEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // blocks, program % blocks
+    node = tl.load(node_ptr + row)
+    score = tl.load(score_ptr + row)
+    first = tl.load(children_ptr + node)
+    last = tl.load(children_ptr + node + 1)
+    last = tl.where(score == -float("inf"), first, last)
+    child = first + block.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    valid = child < last
+    logit, low, count = _children(child, valid, row, row // hypotheses, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr,
+                                  filter_ptr, offset_ptr, E, STEPS, FILTER)  # fmt: skip
+    total = logit - tl.load(norm_ptr + row) + score
+    bits = (total + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 becomes 0.0
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    dead = tl.full([BLOCK], -9223372036854775808, tl.int64)
+    key = tl.where(valid & (total > -float("inf")), (ordered << 32) | (4294967295 - low), dead)
+    if ALL > 0:
+        tl.store(all_ptr + program * ALL + tl.arange(0, ALL), tl.topk(key, ALL))
+    if OPEN > 0:
+        if UNIQUE:
+            ends = count == 1
+        else:
+            ends = tl.load(children_ptr + child, mask=valid, other=0) == tl.load(
+                children_ptr + child + 1, mask=valid, other=0
+            )
+        tl.store(open_ptr + program * OPEN + tl.arange(0, OPEN), tl.topk(tl.where(ends, dead, key), OPEN))
+
+
+@triton.jit(do_not_specialize=["count", "blocks"])
+def reduce_kernel(keys_ptr, out_ptr, count, blocks, KEEP: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    user, block = program // blocks, program % blocks
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + user * count + at, mask=at < count, other=-9223372036854775808)
+    tl.store(out_ptr + program * KEEP + tl.arange(0, KEEP), tl.topk(key, KEEP))
+
+
+@triton.jit(do_not_specialize=["count", "hypotheses", "width", "SEARCH"])
+def finish_kernel(
+    keys_ptr, score_ptr, node_ptr, norm_ptr, children_ptr, begin_ptr, end_ptr,
+    out_score_ptr, out_node_ptr, out_parent_ptr, out_key_ptr, invalid_ptr,
+    count, hypotheses, width, SEARCH, KEEP: tl.constexpr, HYPOTHESES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    user = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + user * count + lanes, mask=lanes < count, other=-9223372036854775808)
+    key, best = tl.topk(key, KEEP), tl.arange(0, KEEP)
+    live = key != -9223372036854775808
+    ordered = (key >> 32).to(tl.int32)
+    score = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    leaf = tl.where(live, 4294967295 - (key & 4294967295), 0)
+
+    parent = tl.zeros([KEEP], tl.int32)
+    broken = tl.zeros([HYPOTHESES], tl.int32)
+    for start in range(0, hypotheses, HYPOTHESES):
+        column = start + tl.arange(0, HYPOTHESES)
+        at = user * hypotheses + column
+        there = column < hypotheses
+        there = there & (tl.load(score_ptr + at, mask=there, other=-float("inf")) != -float("inf"))
+        node = tl.load(node_ptr + at, mask=there, other=0)
+        norm = tl.load(norm_ptr + at, mask=there, other=0.0)
+        low = tl.load(begin_ptr + node, mask=there, other=0).to(tl.int64)
+        high = tl.load(end_ptr + node, mask=there, other=0).to(tl.int64)
+        holds = there[None, :] & (low[None, :] <= leaf[:, None]) & (leaf[:, None] < high[None, :])
+        parent = tl.maximum(parent, tl.max(tl.where(holds, column[None, :], 0), 1))
+        broken = broken | (there & ~(tl.abs(norm) < float("inf"))).to(tl.int32)
+    tl.store(invalid_ptr + user, tl.max(broken, 0).to(tl.uint8))
+
+    above = tl.load(node_ptr + user * hypotheses + parent)
+    child = tl.load(children_ptr + above)  # the last child that begins at the leaf or before
+    end = tl.load(children_ptr + above + 1)
+    for _ in range(SEARCH):
+        middle = (child + end) // 2
+        further = (middle > child) & (tl.load(begin_ptr + middle, mask=middle < end, other=0) <= leaf)
+        end = tl.where(further | (middle == child), end, middle)
+        child = tl.where(further, middle, child)
+    at = user * width + best
+    tl.store(out_score_ptr + at, tl.where(live, score, -float("inf")), mask=best < width)
+    tl.store(out_node_ptr + at, tl.where(live, child.to(tl.int64), 0), mask=best < width)
+    tl.store(out_parent_ptr + at, tl.where(live, parent.to(tl.int64), 0), mask=best < width)
+    tl.store(out_key_ptr + at, key, mask=best < width)
+
+
+def _sizes(wanted: int, children: int) -> tuple[int, int]:
+    """Keys kept, at least ``wanted``, and keys sorted for it, as many as there are children where that is possible."""
+    blocks, kept = _INTERPRETED if triton_config.interpreted() else (_BLOCKS, _KEPT)
+    keep = next(size for size in kept if size >= wanted)
+    largest = max(blocks[-1], 2 * keep)
+    return keep, next((size for size in blocks if size >= max(children, 2 * keep)), largest)
+
+
+def _shrunk(keys: Tensor, keep: int, block: int) -> Tensor:
+    """The best of keys [B, n] among at most ``block`` keys a user; every block's best ``keep`` stay."""
+    while keys.shape[1] > block:
+        users, count = keys.shape
+        blocks = -(-count // block)
+        out = keys.new_empty(users, blocks * keep)
+        arguments = {"keys_ptr": keys, "out_ptr": out, "count": count, "blocks": blocks}
+        launch(reduce_kernel, users * blocks, arguments, {"KEEP": keep, "BLOCK": block}, num_warps=4)
+        keys = out
+    return keys
+
+
+def forward(
+    logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor, leaf_begin: Tensor,
+    leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, num_unfinished: int, num_all: int, widest: int,
+    unique: bool, filter: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The reference's arguments and result."""
+    users, hypotheses = node.shape
+    rows = logits.reshape(users * hypotheses, logits.shape[-1])
+    step: dict[str, Any] = {
+        "logits_ptr": rows, "row_stride": rows.stride(0), "score_ptr": score, "node_ptr": node, "children_ptr": children,
+        "tokens_ptr": tokens, "begin_ptr": leaf_begin, "end_ptr": leaf_end, "filter_ptr": tokens if listed is None else listed,
+        "offset_ptr": node if offset is None else offset, "hypotheses": hypotheses, "E": entries,
+        "STEPS": max(entries, 1).bit_length(),
+    }  # fmt: skip
+    keep, block = _sizes(max(num_unfinished, num_all), widest)
+    keep_open, keep_all = keep * (num_unfinished > 0), keep * (num_all > 0)
+    if norm is None:
+        norm = score.new_empty(users, hypotheses)
+        arguments = {**step, "norm_ptr": norm}
+        launch(normaliser_kernel, users * hypotheses, arguments, {"FILTER": filter, "BLOCK": block}, num_warps=4)
+    blocks = -(-widest // block)
+    found = [node.new_empty(users, hypotheses * blocks * keep) for keep in (keep_all, keep_open)]
+    launch(
+        candidates_kernel,
+        users * hypotheses * blocks,
+        {**step, "norm_ptr": norm, "all_ptr": found[0], "open_ptr": found[1], "blocks": blocks},
+        {"FILTER": filter, "UNIQUE": unique, "ALL": keep_all, "OPEN": keep_open, "BLOCK": block},
+        num_warps=4,
+    )
+    invalid = torch.empty(users, dtype=torch.uint8, device=node.device)
+    out: list[Tensor] = []
+    for keys, width in ((found[1], num_unfinished), (found[0], num_all)):
+        best = (score.new_empty(users, width), *(node.new_empty(users, width) for _ in range(3)))
+        out.extend(best)
+        if not width:
+            continue
+        keys = _shrunk(keys, keep, _sizes(width, 1 << 62)[1])
+        arguments = {
+            "keys_ptr": keys, "score_ptr": score, "node_ptr": node, "norm_ptr": norm, "children_ptr": children,
+            "begin_ptr": leaf_begin, "end_ptr": leaf_end, "out_score_ptr": best[0], "out_node_ptr": best[1],
+            "out_parent_ptr": best[2], "out_key_ptr": best[3], "invalid_ptr": invalid, "count": keys.shape[1],
+            "hypotheses": hypotheses, "width": width, "SEARCH": widest.bit_length(),
+        }  # fmt: skip
+        constants = {"KEEP": keep, "HYPOTHESES": 16, "BLOCK": _sizes(width, keys.shape[1])[1]}
+        launch(finish_kernel, users, arguments, constants, num_warps=4)
+    return (*out, invalid.view(torch.bool))
