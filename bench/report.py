@@ -58,7 +58,10 @@ def span(values: list[float], form: Any) -> str:
 
 
 def speed(rows: list[Row]) -> str:
-    """A line for each kind of work (suite, first word of the case), competitor and target: its one case, or the span over its cases."""
+    """A line for each kind of work (suite, first word of the case), competitor and target.
+
+    It shows the one case, or the span over its cases.
+    """
     ours, groups = _ours(rows), {}
     for row in rows:
         if "target" in row:

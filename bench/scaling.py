@@ -1,8 +1,8 @@
 """Growth laws from the rows of suite ``scaling``: exponents by least squares on logarithms, and what fits a memory.
 
-Memory is a sum of buffers, so for extrapolation it is fitted as a + b·x + c·x², all ≥ 0, by non-negative least squares on relative
-errors; a power law would carry the constant part along. The fit without the largest size, asked for that size, shows how far
-it can be trusted.
+Memory is a sum of buffers, so for extrapolation it is fitted as a + b·x + c·x², all ≥ 0, by non-negative least squares
+on relative errors; a power law would carry the constant part along. The fit without the largest size, asked for that
+size, shows how far it can be trusted.
 
 A row of that suite carries in its shape ``operation``, ``varied`` (the symbol) and its value under that symbol.
 """
@@ -20,7 +20,10 @@ MEMORIES = (24, 80)
 
 
 class Law(NamedTuple):
-    """y ≈ scale · x^exponent over the larger half of the sizes, at least three; ``residual`` is the RMS factor of misfit."""
+    """y ≈ scale · x^exponent over the larger half of the sizes, at least three.
+
+    ``residual`` is the RMS factor of misfit.
+    """
 
     exponent: float
     scale: float
@@ -56,7 +59,7 @@ class Buffers(NamedTuple):
         return 2 * (y - self.a) / slope if slope > 0 else math.inf
 
     def largest(self, y: float, measured: float) -> float | None:
-        """:meth:`reaches`, unless the law failed at the largest measured size or that size is under a thousandth of it."""
+        """:meth:`reaches`, unless the law failed at the largest measured size or that is under a thousandth of it."""
         x = self.reaches(y)
         credible = self.trusted is not None and 0.8 <= self.trusted <= 1.25
         return x if credible and 0 < x <= 1000 * measured else None
