@@ -4,8 +4,8 @@
         --data $FLR_DATA/amazon-office --split test --output docs/results/scoring_office_test.json
 
 Folders are those of ``flr sft --normalisation full|catalogue --seed N``. Metrics are means over seeds with 95 %
-bootstrap intervals over users (a user's values averaged over seeds first); differences are paired, user by user, against
-trained and scored ``full``. Time is a ratio within this process: both scorings rank the same users, alternating.
+bootstrap intervals over users (a user's values averaged over seeds first); differences are paired, user by user,
+against trained and scored ``full``. Time is a ratio within this process: both scorings rank the same users, alternating.
 """
 
 import argparse
