@@ -6,8 +6,8 @@
 
 Every run is ``flr rl`` on a model that ``flr sft`` made with the same seed; what is in --work already is not repeated.
 Models are chosen as the commands do, by valid NDCG@10: SFT's is its best epoch, and RL's the best of its own, so
-"after" on valid is a maximum over epochs. Valid figures of the last epoch and test figures of the chosen model, which no
-choice saw, stand beside it. Differences are after minus before, paired by user, a user's values averaged over seeds
+"after" on valid is a maximum over epochs. Valid figures of the last epoch and test figures of the chosen model, which
+no choice saw, stand beside it. Differences are after minus before, paired by user, a user's values averaged over seeds
 first, with 95 % bootstrap intervals over users.
 """
 

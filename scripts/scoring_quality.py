@@ -5,7 +5,7 @@
 
 Folders are those of ``flr sft --normalisation full|catalogue --seed N``. Metrics are means over seeds with 95 %
 bootstrap intervals over users (a user's values averaged over seeds first); differences are paired, user by user,
-against trained and scored ``full``. Time is a ratio within this process: both scorings rank the same users, alternating.
+against trained and scored ``full``. Time is a ratio within this process: both scorings rank the same users, in turn.
 """
 
 import argparse
