@@ -58,7 +58,10 @@ def span(values: list[float], form: Any) -> str:
 
 
 def speed(rows: list[Row]) -> str:
-    """A line for each kind of work (suite, first word of the case), competitor and target: its one case, or the span over its cases."""
+    """A line for each kind of work (suite, first word of the case), competitor and target.
+
+    It shows the one case, or the span over its cases.
+    """
     ours, groups = _ours(rows), {}
     for row in rows:
         if "target" in row:
@@ -204,7 +207,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
         "scaling": per_device(growth),
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
     }
-    found["all"] = "\n\n".join(f"### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
+    found["all"] = "\n\n".join(f"#### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
     return found
 
 
@@ -224,7 +227,7 @@ def render(text: str, by_name: dict[str, str], where: str) -> str:
 
 
 def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = True) -> list[Path]:
-    """Render every document and figure; returns those that changed.
+    """Render every document and figure and remove the results that newer ones supersede; returns what changed.
 
     Raises:
         ValueError: no results, or a marker that names no table.
@@ -245,4 +248,7 @@ def report(folder: Path = results.RESULTS, root: Path = ROOT, figures: bool = Tr
         from .figures import draw
 
         changed += draw(devices, root / "docs/figures")
+    for path in results.superseded(folder):  # nothing above has read a row of them; git keeps them
+        path.unlink()
+        changed.append(path)
     return changed

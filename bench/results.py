@@ -1,7 +1,8 @@
-"""Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten.
+"""Where rows are kept: ``bench/results/<device>/<commit>.json``, appended to, never rewritten, removed once superseded.
 
-A file holds the runs of one commit on one device; a run is the facts of its session and its rows. Reports take, for every device and
-kind of work (suite, first word of a case if it is one), the newest commit that measured it, and of a case measured twice the later run.
+A file holds the runs of one commit on one device; a run is the facts of its session and its rows. Reports take, for
+every device and kind of work (suite, first word of a case if it is one), the newest commit that measured it, and of a
+case measured twice the later run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from .harness import ROOT, slug
 RESULTS = ROOT / "bench/results"
 Row = dict[str, Any]
 Key = tuple[str, str, str]
-#: What a ratio must show over runs under differing load to be part of a baseline: that many runs, the median at least, the greatest median
-#: over the least, the greatest p80 over the least p20. Wall time depends on the machine's cores and is left out. Study: docs/log.md.
+#: What a ratio must show over runs under differing load to be part of a baseline: that many runs, the median at least,
+#: the greatest median over the least, the greatest p80 over the least p20. Wall time depends on the machine's cores and
+#: is left out. Study: docs/log.md.
 STEADY = {"runs": 3, "p50": 1.5, "spread": 1.4, "width": 2.0}
 
 
@@ -60,7 +62,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
-    """By device, the rows that a report shows; each also has its run's facts under ``run``. Quick runs are left out."""
+    """By device, the rows that a report shows; each also has its run's facts under ``run``. Quick runs are left out.
+
+    Suites stand in the order of their names, the kinds of work of a suite with the one measured last first, so that
+    results which are shown no more have no influence.
+    """
     devices: dict[str, dict[tuple[str, str], dict[tuple[str, str], Row]]] = {}
     runs = [run for path in sorted(folder.glob("*/*.json")) for run in load(path)["runs"] if run["tier"] != "quick"]
     for run in sorted(runs, key=lambda run: run["date"]):
@@ -68,27 +74,57 @@ def newest(folder: Path = RESULTS) -> dict[str, list[Row]]:
         for row in run["rows"]:
             word = row["case"].split()[0]
             kinds = devices.setdefault(run["device"], {})
-            kind = kinds.setdefault((row["suite"], word if word.isalpha() else ""), {})
-            if kind and next(iter(kind.values()))["run"]["commit"] != run["commit"]:
-                kind.clear()
-            kind[row["case"], row["variant"]] = {**row, "run": facts}
-    return {device: [row for kind in kinds.values() for row in kind.values()] for device, kinds in devices.items()}
+            key = (row["suite"], word if word.isalpha() else "")
+            if key in kinds and next(iter(kinds[key].values()))["run"]["commit"] != run["commit"]:
+                del kinds[key]
+            kinds.setdefault(key, {})[row["case"], row["variant"]] = {**row, "run": facts}
+    return {device: _ordered(kinds) for device, kinds in devices.items()}
+
+
+def _ordered(kinds: dict[tuple[str, str], dict[tuple[str, str], Row]]) -> list[Row]:
+    """The rows of all kinds of work; both sorts keep the order of what is equal."""
+    last_first = sorted(kinds.items(), key=lambda item: next(iter(item[1].values()))["run"]["date"], reverse=True)
+    return [row for _, kind in sorted(last_first, key=lambda item: item[0][0]) for row in kind.values()]
+
+
+def superseded(folder: Path = RESULTS) -> list[Path]:
+    """The files of which every row was measured again by newer files of their device.
+
+    A file is newer where its first run came after the other's last one. Quick runs neither count nor need a successor,
+    and a file of quick runs alone stays.
+    """
+    runs = {path: load(path)["runs"] for path in sorted(folder.glob("*/*.json"))}
+    runs = {path: [run for run in given if run["tier"] != "quick"] for path, given in runs.items()}
+    rows = {path: {_key(row) for run in given for row in run["rows"]} for path, given in runs.items()}
+    dates = {path: [run["date"] for run in given] for path, given in runs.items()}
+    found = []
+    for path in runs:
+        newer = [
+            p for p in runs if p.parent == path.parent and dates[p] and dates[path] and min(dates[p]) > max(dates[path])
+        ]
+        if rows[path] and rows[path] <= set().union(*(rows[p] for p in newer)):
+            found.append(path)
+    return found
+
+
+def _key(row: Row) -> Key:
+    return row["suite"], row["case"], row["variant"]
 
 
 def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     """(suite, case, competitor) -> competitor / ours pooled over a file's runs.
 
-    p50 is the median of the runs' medians, p20 the least p20, p80 the greatest p80; ``spread`` is the greatest of the runs' medians
-    over the least, ``ours_ms`` the median of our medians.
+    p50 is the median of the runs' medians, p20 the least p20, p80 the greatest p80; ``spread`` is the greatest of the
+    runs' medians over the least, ``ours_ms`` the median of our medians.
     """
     if "baseline" in document:
-        return {(row["suite"], row["case"], row["variant"]): row["ratio"] for row in document["baseline"]}
+        return {_key(row): row["ratio"] for row in document["baseline"]}
     found: dict[Key, list[tuple[Row, float]]] = {}
     for run in document["runs"]:
         ours = {(r["suite"], r["case"]): r["p50_ms"] for r in run["rows"] if "p50_ms" in r and "ratio" not in r}
         for row in run["rows"]:
             if "ratio" in row:
-                key = (row["suite"], row["case"], row["variant"])
+                key = _key(row)
                 found.setdefault(key, []).append((row["ratio"], ours[key[:2]]))
     return {
         key: {
@@ -104,7 +140,9 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
 
 
 def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The ratios of several runs that are steady enough to fail a build by, see STEADY; not those to the variants ``without``.
+    """The ratios of several runs that are steady enough to fail a build by, see STEADY.
+
+    Those to the variants ``without`` are left out.
 
     Raises:
         ValueError: several devices, too few runs, or no steady ratio in them.
@@ -141,7 +179,8 @@ def compare(
 ) -> tuple[list[dict[str, Any]], list[Key], list[Key]]:
     """What became of each ratio from ``a`` to ``b``, worst first; what only ``a`` has, and what only ``b``.
 
-    A regression is a ratio that fell by more than the factor ``threshold`` and whose p80 in ``b`` is below its p20 in ``a``.
+    A regression is a ratio that fell by more than the factor ``threshold`` and whose p80 in ``b`` is below its p20 in
+    ``a``.
 
     Raises:
         ValueError: a threshold of 1 or less, or no ratio in common.

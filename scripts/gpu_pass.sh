@@ -89,7 +89,7 @@ if wanted decode; then # 60: Python dictionaries of up to 10⁶ items are built 
 fi
 for tool in memcheck racecheck; do # 25 each: the kernels of csrc/ alone; a racecheck of everything takes longer than all of this
   wanted "$tool" || continue
-  extension_tests=(tests/test_csrc*.py)
+  extension_tests=(tests/kernels/test_csrc.py)
   if [ "$device" = none ]; then
     skip "$tool" "no GPU"
   elif ! command -v compute-sanitizer >/dev/null; then
@@ -119,7 +119,7 @@ fi
 if wanted inspect; then
   arch=()
   [ "$device" = none ] || arch=(--arch "$("$python" -c 'import torch
-from flr_kernels.triton_config import arch_of
+from flr_kernels.backends.triton_config import arch_of
 print(arch_of(torch.cuda.get_device_capability())[0])')")
   TAIL=3 part inspect 400 "$python" -m flr_kernels.inspect "${arch[@]}"
 fi

@@ -1,13 +1,14 @@
 """Does reinforcement after SFT learn? Seeds, rewards, advantages, policies and learning rates.
 
-    python scripts/rl_sweep.py --work out/rl-sweep --results bench/results/rl_planted.json       # generated data
+    python scripts/rl_sweep.py --work out/rl-sweep --results docs/results/rl_planted.json       # generated data
     python scripts/rl_sweep.py --work out/rl-cds --sft examples/amazon-cds.yaml --rl examples/amazon-cds-rl.yaml \
-        --data <folder> --views 0 1 --results bench/results/rl_cds.json
+        --data $FLR_DATA/amazon-cds --views 0 1 --results docs/results/rl_cds.json
 
-Every run is `flr rl` on a model that `flr sft` made with the same seed; what is in --work already is not repeated. Models are
-chosen as the commands do, by valid NDCG@10: SFT's is its best epoch, and RL's the best of its own, so "after" on valid is a maximum over
-epochs. Valid figures of the last epoch and test figures of the chosen model, which no choice saw, stand beside it. Differences are after
-minus before, paired by user, a user's values averaged over seeds first, with 95 % bootstrap intervals over users.
+Every run is ``flr rl`` on a model that ``flr sft`` made with the same seed; what is in --work already is not repeated.
+Models are chosen as the commands do, by valid NDCG@10: SFT's is its best epoch, and RL's the best of its own, so
+"after" on valid is a maximum over epochs. Valid figures of the last epoch and test figures of the chosen model, which
+no choice saw, stand beside it. Differences are after minus before, paired by user, a user's values averaged over seeds
+first, with 95 % bootstrap intervals over users.
 """
 
 from __future__ import annotations

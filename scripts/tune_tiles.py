@@ -2,8 +2,9 @@
 
     python scripts/tune_tiles.py [--json FILE] [--backward] [--wide]
 
-Besides the tiles of ``flr_kernels.backends.triton_config``, ``--wide`` tries neighbours (columns, stages, warps). Each is checked
-against the chosen tile's result before it is timed. A change of ``triton_config`` should quote the output of this script.
+Besides the tiles of ``flr_kernels.backends.triton_config``, ``--wide`` tries neighbours (columns, stages, warps). Each
+is checked against the chosen tile's result before it is timed. A change of ``triton_config`` should quote the output of
+this script.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def main() -> int:
         for row in timed[:4] + [r for r in timed[4:] if r["chosen"]]:
             mark = "  <- chosen" if row["chosen"] else ""
             print(
-                f"B{batch} L{length} D{size} K{factors}: {row['tile']['name']:18} {row['ms']:.3f} ms {row['gb_per_s']:7.0f} GB/s{mark}"
+                f"B{batch} L{length} D{size} K{factors}: {row['tile']['name']:18} {row['ms']:.3f} ms "
+                f"{row['gb_per_s']:7.0f} GB/s{mark}"
             )
         for row in rows:
             if "error" in row:

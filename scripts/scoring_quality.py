@@ -1,11 +1,11 @@
 """Quality and time of the two scorings on trained models: {trained full, catalogue} × {scored full, catalogue}.
 
-    python bench/scoring_quality.py --full runs/full-0 runs/full-1 --catalogue runs/catalogue-0 runs/catalogue-1 \
-        --data <folder> --split test --output bench/results/scoring_<data>.json
+    python scripts/scoring_quality.py --full runs/full-0 runs/full-1 --catalogue runs/catalogue-0 runs/catalogue-1 \
+        --data $FLR_DATA/amazon-office --split test --output docs/results/scoring_office_test.json
 
-Folders are those of `flr sft --normalisation full|catalogue --seed N`. Metrics are means over seeds with 95 % bootstrap
-intervals over users (a user's values averaged over seeds first); differences are paired, user by user, against trained and
-scored `full`. Time is a ratio within this process: both scorings rank the same users, alternating.
+Folders are those of ``flr sft --normalisation full|catalogue --seed N``. Metrics are means over seeds with 95 %
+bootstrap intervals over users (a user's values averaged over seeds first); differences are paired, user by user,
+against trained and scored ``full``. Time is a ratio within this process: both scorings rank the same users, in turn.
 """
 
 import argparse
