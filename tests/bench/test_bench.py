@@ -13,7 +13,7 @@ import torch
 from bench import figures, harness, report, results, scaling
 from flr.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def planted(ratio=10.0, width=1.1, *, commit="a", date="2026-01-01T00:00:00Z", tier="default", case="x", ms=2.0):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode_models import codec_of, random_catalogue
 
 from flr.decode import CatalogueTrie, item_filter
+from tests.helpers.catalogues import codec_of, random_catalogue
 
 
 def leaves_below(trie: CatalogueTrie, node: int) -> list[int]:

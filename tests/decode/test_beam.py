@@ -10,16 +10,6 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_decode_models import (
-    VOCABULARY,
-    assert_ranked,
-    codec_of,
-    naive_scores,
-    random_catalogue,
-    row_of,
-    toy_inputs,
-    toy_model,
-)
 
 import flr.decode.beam
 import flr.decode.scoring
@@ -27,6 +17,11 @@ import flr.decode.session
 from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
 from flr.decode.scoring import log_normaliser
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.comparisons import assert_ranked
+from tests.helpers.inputs import row_of, toy_inputs
+from tests.helpers.models import VOCAB, tiny_llama, toy_model
+from tests.helpers.naive import naive_scores
 
 RELAXED = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -220,7 +215,7 @@ def count_work(model, call):
         model.register_forward_pre_hook(
             lambda m, a, kw: forwards.append(tuple(kw["input_ids"].shape)), with_kwargs=True
         ),
-        model.lm_head.register_forward_hook(lambda m, a, out: heads.append(out.numel() // VOCABULARY)),
+        model.lm_head.register_forward_hook(lambda m, a, out: heads.append(out.numel() // VOCAB)),
     ]
     call()
     for hook in hooks:
@@ -430,7 +425,7 @@ def test_broken_logits_are_an_error(value):
 @pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
 def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
     monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", {"cpu": cost})
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     extra = {
         "Cohere": {"logit_scale": 0.3},
         "Granite": {"logits_scaling": 3.0},
@@ -447,7 +442,7 @@ def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
         states, _, rows, _ = flr.decode.session.start(model, toy_inputs(), 1, want_hidden=True)
         expected = flr.decode.session.start(model, toy_inputs(), 1).states
     assert states.shape == (3, 32)
-    row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCABULARY)).T
+    row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCAB)).T
     with torch.no_grad():
         torch.testing.assert_close(rows(states, row, token).view(3, -1), expected, atol=1e-5, rtol=1e-5)
 
@@ -473,9 +468,7 @@ def test_titles_that_repeat_and_begin_each_other_end_to_end():
     codec = build_codec("title", catalogue, tokenizer)
     sequences = [tuple(codec.encode(i)) for i in range(len(titles))]
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.25, **sizes)
-    model, inputs = transformers.LlamaForCausalLM(config).eval(), toy_inputs()
+    model, inputs = tiny_llama(len(tokenizer), initializer_range=0.25).eval(), toy_inputs()
     trie = CatalogueTrie.from_codec(codec)
     for scoring in ("full", "catalogue"):
         expected = naive_scores(model, inputs, sequences, scoring)
@@ -525,4 +518,4 @@ def test_low_precision_models(model):
         expected = score_all_items(low, toy_inputs(), trie)
         assert found.scores.dtype == expected.dtype == torch.float32
         torch.testing.assert_close(expected.gather(1, found.items), found.scores, atol=0.3, rtol=0.05)
-    assert trie.max_token < VOCABULARY
+    assert trie.max_token < VOCAB

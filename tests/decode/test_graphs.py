@@ -8,10 +8,12 @@ import weakref
 
 import pytest
 import torch
-from test_decode_models import codec_of, random_catalogue, toy_inputs, toy_model
 
 import flr.decode.beam
 from flr.decode import CatalogueTrie, beam_search, graphs
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.inputs import toy_inputs
+from tests.helpers.models import toy_model
 
 LENGTHS = ((9, 4, 6), (5, 30), (3,), (2, 8, 5, 7, 26))  # users and prompts of several padded sizes
 

@@ -4,12 +4,12 @@ import doctest
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    code = re.search(r"executed by tests/test_readme.py -->\n```python\n(.*?)```", README, re.S)[1]
+    code = re.search(r"executed by tests/(?:docs/)?test_readme.py -->\n```python\n(.*?)```", README, re.S)[1]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 4

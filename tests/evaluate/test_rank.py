@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from test_decode_models import naive_scores, row_of
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import flr
 import flr.evaluate
 from flr.baselines import ItemKNN, Popularity
 from flr.data import CSR, Catalogue, Interactions, RecProcessor, build_tokenizer
 from flr.evaluate import EvalResult, evaluate, evaluate_scorer
+from tests.helpers.inputs import row_of
+from tests.helpers.models import tiny_llama
+from tests.helpers.naive import naive_scores
 
 NUM_ITEMS = 15
 
@@ -40,17 +41,7 @@ def make_model(codec: str, variant: str = "flr"):
     catalogue = make_catalogue()
     processor = RecProcessor(build_tokenizer(catalogue, codec), catalogue, codec)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(processor.tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-        )
-    )
+    model = tiny_llama(len(processor.tokenizer), num_key_value_heads=2, initializer_range=0.3)
     flr.patch_model(model, processor.tokenizer, flr.FLRConfig(variant=variant, num_factors=4))
     return model, processor
 

@@ -9,14 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
-from test_recommender import build, same
 
 import flr
 from flr.attribution import think
-from flr.data import Catalogue, Interactions, RecProcessor, build_tokenizer, planted_dataset
+from flr.data import Interactions, RecProcessor, build_tokenizer, planted_dataset
 from flr.decode.session import evaluating
 from flr.explain import (
     agreement,
@@ -28,15 +26,9 @@ from flr.explain import (
 )
 from flr.recommender import Recommender
 from flr.report import plot_compare, quickstart_report, summarise
-
-NASTY = "<script>alert(1)</script> & \"A $5 <b>Wonder</b>\" 'x' $y$"
-
-
-def nasty_catalogue():
-    catalogue = planted_dataset(num_items=30, num_users=10, seed=1).catalogue
-    titles = list(catalogue.titles)
-    titles[0], titles[1], titles[2] = NASTY, "", "日本の歌 " * 20
-    return Catalogue(catalogue.item_ids, titles, catalogue.sids, catalogue.attributes)
+from tests.helpers.catalogues import NASTY, nasty_catalogue
+from tests.helpers.comparisons import assert_same_recommendations
+from tests.helpers.models import build_recommender, tiny_model
 
 
 class Checker(HTMLParser):
@@ -69,7 +61,7 @@ class Checker(HTMLParser):
 
 @pytest.mark.parametrize(("codec", "thoughts"), [("id", 1), ("sid", 2)])
 def test_attention_is_summed_over_the_tokens_of_an_item(codec, thoughts):
-    recommender = build(codec, num_thoughts=thoughts)
+    recommender = build_recommender(codec, num_thoughts=thoughts)
     explanation = recommender.explain(["item_3", "item_4", "item_3"], k=2)
     assert explanation.attention.shape == (thoughts, 2, 3, 3)
     inputs = recommender.processor([[3, 4, 3]])
@@ -89,7 +81,7 @@ def test_attention_is_summed_over_the_tokens_of_an_item(codec, thoughts):
 
 
 def test_a_batch_equals_its_users_alone():
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     histories = [np.array([3, 4, 5]), np.array([7]), np.arange(12)]
     inputs = recommender.processor(histories)
     with evaluating(recommender.model):
@@ -99,11 +91,11 @@ def test_a_batch_equals_its_users_alone():
         alone = recommender.explain(history, k=3)
         np.testing.assert_allclose(alone.attention, attention[..., : len(history)], atol=1e-5)
         assert not attention[..., len(history) :].any()
-        same(alone.recommendations, recommendations)
+        assert_same_recommendations(alone.recommendations, recommendations)
 
 
 def test_entries_too_far_back_are_marked():
-    recommender = build()
+    recommender = build_recommender()
     explanation = explain(recommender.model, recommender.processor, np.arange(12), k=1)
     assert [item.used for item in explanation.history] == [False] * 2 + [True] * 10
     assert not explanation.attention[..., :2].any()
@@ -113,7 +105,7 @@ def test_entries_too_far_back_are_marked():
 
 
 def test_files(tmp_path):
-    recommender = build(catalogue=nasty_catalogue())
+    recommender = build_recommender(catalogue=nasty_catalogue())
     explanation = recommender.explain(["item_0", "item_1", "item_2", "item_9"], k=30)
     path, out = tmp_path / "why.html", tmp_path / "deep" / "heat.png"
     explanation.html(path)
@@ -135,7 +127,7 @@ def test_files(tmp_path):
 
 
 def test_heat_maps_of_any_size(tmp_path):
-    recommender = build(num_factors=2)
+    recommender = build_recommender(num_factors=2)
     recommender.processor.max_history = 40
     for size in (1, 20, 40):
         explanation = recommender.explain(np.arange(size) % 40, k=1)
@@ -153,7 +145,7 @@ def test_heat_maps_of_any_size(tmp_path):
 
 @pytest.mark.parametrize("variant", ["anchor", "none", "latentr3"])
 def test_other_variants(tmp_path, variant):
-    explanation = build(variant=variant).explain(["item_1", "item_2"], k=2)
+    explanation = build_recommender(variant=variant).explain(["item_1", "item_2"], k=2)
     explanation.html(tmp_path / "why.html")
     Checker((tmp_path / "why.html").read_text())
     assert explanation.variant == variant
@@ -251,11 +243,11 @@ def test_unrelated_factors_stay_at_chance():
 
 
 def test_recovery_needs_factors_and_rows():
-    recommender = build(variant="anchor")
+    recommender = build_recommender(variant="anchor")
     rows = Interactions(["ann"], [[1, 2]], [3])
     with pytest.raises(ValueError, match="expected one with factors"):
         factor_interest(recommender.model, recommender.processor, rows, np.zeros(40, int))
-    recommender = build()
+    recommender = build_recommender()
     with pytest.raises(ValueError, match=r"expected shape \(40,\)"):
         factor_interest(recommender.model, recommender.processor, rows, np.zeros(3, int))
     with pytest.raises(ValueError, match="history of two items"):
@@ -283,7 +275,7 @@ def rows_of(seeds):
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_report(tmp_path, seeds):
-    recommender: Recommender = build(catalogue=nasty_catalogue())
+    recommender: Recommender = build_recommender(catalogue=nasty_catalogue())
     rows = rows_of(seeds)
     plot_compare(rows, tmp_path / "compare.png")
     confusion = {"nmi": 0.5, "chance": 0.1, "chance_high": None, "confusion": [[5, 1], [0, 0]]}

@@ -1,18 +1,22 @@
-"""Tiny random models of the families that are tested, and the naive two-pass computation that ours must equal."""
+"""Tiny random models, plain and patched, and what is built around them: trainers' models, recommenders.
+
+One table of shapes, ``CONFIGS``. ``tiny_model`` makes every term of a forward or a gradient matter; ``toy_model`` makes
+rankings spread; ``tiny_llama`` has the vocabulary of a tokenizer. The others patch one of these.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import (
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+import transformers
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import flr
+from flr.data import Catalogue, HistoryViews, PromptTemplate, RecProcessor, build_tokenizer
+from flr.recommender import Recommender
+from tests.helpers.catalogues import DATA, named_catalogue
 
 VOCAB, HIDDEN = 61, 32
 THOUGHT = 60
@@ -28,27 +32,40 @@ _SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SHAPE),
-    "qwen2": lambda: Qwen2Config(**_SHAPE, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=8),
-    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=6),
-    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
-    "phi": lambda: PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    ),
-}  # fmt: skip
-FAMILIES = list(CONFIGS)
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+#: What a family has beside the common shape: its class, its options.
+CONFIGS: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 6}),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "phi": (transformers.PhiConfig, {"partial_rotary_factor": 0.5}),
+    "gpt2": (transformers.GPT2Config, {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0}),
+}
+FAMILIES = tuple(CONFIGS)
 
 
-def tiny_model(family: str = "llama", seed: int = 0, **overrides) -> torch.nn.Module:
+def tiny_config(family: str = "llama", **options: Any) -> transformers.PretrainedConfig:
+    """The configuration of a family; ``options`` go before those of the table."""
+    config_type, own = CONFIGS[family]
+    merged = {**_SHAPE, **own, **options}
+    if family == "gpt2":
+        merged = {_GPT2_NAMES.get(name, name): value for name, value in merged.items()}
+        for name in ("intermediate_size", "num_key_value_heads"):
+            merged.pop(name)
+    return config_type(**merged)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model of two layers with large weights; ``options`` are those of its configuration."""
     torch.manual_seed(seed)
-    config = CONFIGS[family]()
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **options))
     with torch.no_grad():  # random biases and norm weights too, so that no term is trivially 0 or 1
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -58,7 +75,36 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides) -> torch.nn.Mo
     return model
 
 
-def wake(model) -> None:
+def toy_model(
+    family: str, attention: str | None = None, sliding_window: int | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """A random model of two layers whose logits spread enough for rankings to be stable; token 9 ends a sequence."""
+    options: dict[str, Any] = {"max_position_embeddings": 256, "initializer_range": 0.25, "eos_token_id": 9}
+    if family == "gemma2":
+        options |= {"sliding_window": sliding_window or 128}
+        options |= {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 15.0}
+    elif family == "mistral":
+        options["sliding_window"] = sliding_window
+    elif family == "qwen2":
+        options["tie_word_embeddings"] = False
+    elif family == "gpt2":
+        options |= {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+    attention = attention or ("eager" if family == "gemma2" else "sdpa")
+    config = tiny_config(family, **options)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config.do_sample = True  # must not matter
+    model.generation_config.top_k = 1
+    return model.eval()
+
+
+def tiny_llama(vocab_size: int, **shape: Any) -> PreTrainedModel:
+    """A Llama with as many tokens as a tokenizer has."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{"vocab_size": vocab_size, **sizes, **shape}))
+
+
+def wake(model: PreTrainedModel) -> None:
     """Make the reasoner's effect large and its gates uneven, so that a test that ignores them fails."""
     with torch.no_grad():
         model.flr.rescale(50)
@@ -67,74 +113,53 @@ def wake(model) -> None:
         model.flr.query.normal_(std=HIDDEN**-0.5)
 
 
-def batch(layout: str, num_thoughts: int = 1, seed: int = 0, rows_without: int = 1):
-    """input_ids, attention_mask, labels of four users. layout: "left", "right" or "columns" (thoughts off line)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(n):
-        return torch.randint(3, THOUGHT, (n,), generator=generator)
-
-    users = []
-    for i, (prompt, target) in enumerate([(9, 3), (5, 4), (12, 2), (7, 3)]):
-        if layout == "left":
-            target = 3  # left padding and common thought columns: targets of one length
-        thought = torch.full((0 if i < rows_without else num_thoughts,), THOUGHT)
-        p, t = tokens(prompt), tokens(target)
-        users.append((torch.cat([p, thought, t]), torch.cat([torch.full((len(p) + len(thought),), -100), t])))
-    length = max(len(x) for x, _ in users) + 1
-    ids, mask, labels = [], [], []
-    for i, (x, y) in enumerate(users):
-        pad = length - len(x)
-        left = {"left": pad, "right": 0, "columns": i % 2 * pad}[layout]
-        ids.append(torch.nn.functional.pad(x, (left, pad - left), value=0))
-        labels.append(torch.nn.functional.pad(y, (left, pad - left), value=-100))
-        mask.append(torch.nn.functional.pad(torch.ones_like(x), (left, pad - left), value=0))
-    return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask), "labels": torch.stack(labels)}
+def patched_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """``tiny_model`` with a reasoner that is awake; ``config`` is that of the reasoner."""
+    model = tiny_model(family, seed).to(dtype)
+    flr.patch_model(model, config=flr.FLRConfig(**{"thought_token_id": THOUGHT, **config}))
+    if model.flr.config.variant == "flr":
+        wake(model)
+    return model
 
 
-def naive(model, input_ids, attention_mask, labels, position_ids=None, reasoner_mask=None):
-    """Loss and logits with the whole sequence encoded once more for every thought: N + 1 passes, user by user."""
-    config, original = model._flr_patch.config, model._flr_patch.original
-    embeds = model.get_input_embeddings()(input_ids)
-    kwargs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
-    regularisers = []
-    for n in range(config.num_thoughts):
-        hidden = model.base_model(inputs_embeds=embeds, **kwargs).last_hidden_state
-        embeds = embeds.clone()
-        for b, row in enumerate(input_ids):
-            where = (row == THOUGHT).nonzero()[:, 0]
-            if len(where) == 0:
-                continue
-            first, column = int(where[0]), int(where[n])
-            valid = attention_mask[b, :column].bool()
-            if reasoner_mask is not None:
-                valid = valid & (reasoner_mask[b, :column] | (row[:column] == THOUGHT))
-            out = model.flr(hidden[b : b + 1, :column], valid[None], column - 1)
-            anchors = model.get_input_embeddings()(row)
-            anchor = {"token": anchors[column], "last": anchors[first - 1], "none": torch.zeros_like(anchors[0])}
-            embeds[b, column] = anchor[config.anchor] + out.thought[0].to(embeds.dtype)
-            regularisers.append(out.losses)
-    logits = original(inputs_embeds=embeds, **kwargs).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:].flatten()
+def trainable(codec: str = "id", views: HistoryViews | None = None, **config: Any):
+    """A patched one-layer Llama and its processor over the items of ``DATA``."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(DATA.catalogue, codec, vocab_size=400)
+    options = flr.FLRConfig(**{"anchor": "last", **config})
+    processor = RecProcessor(
+        tokenizer,
+        DATA.catalogue,
+        codec,
+        num_thoughts=options.thought_count,
+        views=views,
+        max_title_tokens=4 if codec == "title" else None,
     )
-    for name in ("orthogonality", "diversity", "sparsity"):
-        weight = getattr(config, f"{name}_weight")
-        loss = loss + weight * torch.stack([r[name] for r in regularisers]).mean() if regularisers else loss
-    return loss, logits
+    model = tiny_llama(len(tokenizer), num_hidden_layers=1, tie_word_embeddings=True, initializer_range=0.2)
+    return flr.patch_model(model, tokenizer, options), processor
 
 
-def gradients(model, loss):
-    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
-    values = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, values, strict=True)}
-
-
-def assert_same_gradients(actual, expected, relative):
-    """Every parameter's gradient within ``relative`` of the expected one, by norm; none trivially zero."""
-    assert actual.keys() == expected.keys()
-    largest = max(g.norm() for g in expected.values())
-    for name, value in expected.items():
-        assert torch.isfinite(actual[name]).all(), name
-        error = (actual[name] - value).norm()
-        assert error <= relative * max(value.norm(), 1e-2 * largest), (name, float(error), float(value.norm()))
+def build_recommender(
+    codec: str = "id", family: str = "llama", catalogue: Catalogue | None = None, **options: Any
+) -> Recommender:
+    """A recommender with factors that matter, over forty items unless a catalogue is given."""
+    catalogue = catalogue or named_catalogue()
+    config = flr.FLRConfig(**{"num_factors": 3, **options})
+    processor = RecProcessor(
+        build_tokenizer(catalogue, codec, vocab_size=300),
+        catalogue,
+        codec,
+        PromptTemplate(),
+        num_thoughts=config.thought_count,
+    )
+    model = tiny_model(family)
+    if len(processor.tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    with torch.no_grad():  # resized rows are alike otherwise
+        model.get_input_embeddings().weight.add_(0.3 * torch.randn_like(model.get_input_embeddings().weight))
+    flr.patch_model(model, processor.tokenizer, config)
+    if config.variant == "flr":
+        wake(model)
+    return Recommender(model.eval(), processor)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_recommender import build
 
 from flr.recommender import Recommender
+from tests.helpers.models import build_recommender
 
 for _needed in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(_needed, reason="needs the extra serve")
@@ -25,12 +25,10 @@ import httpx  # noqa: E402
 
 from flr.serve import Settings, create_app  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for bench.load
-
 
 def save(folder: Path, **options: Any) -> Path:
     """A small model with factors that matter, in ``folder``."""
-    recommender = build(**{"codec": "sid", **options})
+    recommender = build_recommender(**{"codec": "sid", **options})
     recommender.model.save_pretrained(folder)
     recommender.processor.save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ import flr_kernels
 from flr_kernels import dispatch, extension, reference
 from flr_kernels.group_advantage import KINDS, REWARDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("g++") or shutil.which("c++")
 BUILT = not isinstance(extension._load(), str)
 needs_extension = pytest.mark.skipif(not BUILT, reason=f"no extension: {extension._load()}")
@@ -411,7 +411,7 @@ def test_log_normaliser_takes_what_the_kernel_does_not(monkeypatch):
 def test_the_host_twin_under_the_sanitizers(tmp_path):
     flags = ["-std=c++17", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all", "-pthread"]
     sources = [ROOT / "csrc/group_advantage.cpp", ROOT / "csrc/log_normaliser.cpp"]
-    files = [*sources, ROOT / "tests/csrc_driver.cpp", "-o", tmp_path / "driver"]
+    files = [*sources, ROOT / "tests/kernels/csrc_driver.cpp", "-o", tmp_path / "driver"]
     build = [COMPILER, *flags, "-fsanitize=address,undefined", *map(str, files)]
     compiled = subprocess.run(build, capture_output=True, text=True)
     if "cannot find" in compiled.stderr and "san" in compiled.stderr:

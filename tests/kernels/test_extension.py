@@ -13,7 +13,7 @@ import torch
 import flr_kernels
 from flr_kernels import dispatch, extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GXX = shutil.which("g++")
 pytest.importorskip("pybind11")
 #: nvcc as far as setup.py asks: it lists three architectures, notes how it is called and fails to compile.

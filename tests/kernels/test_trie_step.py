@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from trie_step_cases import call, case, naive
 
 import flr_kernels
 from flr.decode import CatalogueTrie
+from tests.helpers.trie_steps import call, case, naive
 
 
 def assert_equals_naive(found, arguments, unique, normalise):

@@ -12,7 +12,7 @@ import torch
 import flr_kernels
 from flr_kernels import dispatch, triton_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode != 0,
     reason="triton is not installed",

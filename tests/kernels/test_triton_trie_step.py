@@ -5,14 +5,16 @@ Collected as test_triton_kernels.py is; `test_triton_backend.py` runs both under
 
 import pytest
 import torch
-from test_decode_models import codec_of, random_catalogue, toy_inputs, toy_model
 from test_triton_kernels import DEVICE, triton_backend  # noqa: F401  (skips where neither is there)
-from trie_step_cases import call, case
 
 import flr.decode.beam
 import flr_kernels
 from flr.decode import CatalogueTrie, beam_search
 from flr_kernels import reference
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.inputs import toy_inputs
+from tests.helpers.models import toy_model
+from tests.helpers.trie_steps import call, case
 
 if DEVICE == "cuda":
     pytestmark = pytest.mark.gpu

@@ -1,15 +1,10 @@
 """Training under the catalogue's normalisation: equal to naive sums in float64, and to what decoding ranks by."""
 
 import json
-import os
 
-import families
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_train import DATA, tiny, trainer
 
 import flr
 from flr import catalogue_loss
@@ -19,6 +14,11 @@ from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
 from flr.forward import IGNORE
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, item_neighbours
+from tests.helpers.catalogues import DATA
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.models import THOUGHT, patched_model, trainable
+from tests.helpers.processes import in_processes
+from tests.helpers.training import sft_trainer
 
 PLAIN = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
 #: a forced chain, a wide node, siblings at several depths, one- to five-token items
@@ -43,8 +43,8 @@ def naive(logits, tokens, items=ITEMS, smoothing=0.0):
 def batch(chosen, items=ITEMS):
     """Left-padded prompts, a thought, and the items behind it."""
     longest = max(len(items[i]) for i in chosen)
-    ids = torch.randint(3, families.THOUGHT, (len(chosen), 6 + longest))
-    ids[:, 5] = families.THOUGHT
+    ids = torch.randint(3, THOUGHT, (len(chosen), 6 + longest))
+    ids[:, 5] = THOUGHT
     labels = torch.full_like(ids, IGNORE)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -55,11 +55,8 @@ def batch(chosen, items=ITEMS):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def patched(family="llama", dtype=torch.float64, **overrides):
-    model = families.tiny_model(family, **overrides).to(dtype)
-    flr.patch_model(model, config=flr.FLRConfig(thought_token_id=families.THOUGHT, **PLAIN))
-    families.wake(model)
-    return model.train()
+def patched(family="llama"):
+    return patched_model(family, torch.float64, **PLAIN).train()
 
 
 CHOSEN = [0, 2, 3, 1, 6, 24, 12]
@@ -80,8 +77,8 @@ def test_loss_and_gradients_equal_a_naive_sum(family, smoothing, cost, monkeypat
     sums = [naive(logits[r, 5:], ITEMS[i], smoothing=smoothing) for r, i in enumerate(CHOSEN)]
     expected = torch.stack(sums).sum() / (edges != IGNORE).sum()
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
-    actual = families.gradients(model, out.loss)
-    families.assert_same_gradients(actual, families.gradients(model, expected), 1e-6 if family == "gemma2" else 1e-11)
+    actual = gradients_of(model, out.loss)
+    assert_same_gradients(actual, gradients_of(model, expected), 1e-6 if family == "gemma2" else 1e-11)
 
 
 @pytest.mark.parametrize("cost", [0, 1 << 40], ids=["gathered", "full-logits"])
@@ -90,17 +87,17 @@ def test_recomputed_in_blocks_it_is_the_same(cost, monkeypatch):
     model, inputs, loss_of = patched(), batch(CHOSEN), CatalogueLoss(catalogue())
     inputs["labels"] = loss_of.edges(inputs["labels"])
     whole = model(**inputs, catalogue=loss_of).loss
-    expected = families.gradients(model, whole)
+    expected = gradients_of(model, whole)
     monkeypatch.setattr(catalogue_loss, "MAX_LOSS_LOGITS", 130)
     loss = model(**inputs, catalogue=loss_of).loss
     torch.testing.assert_close(loss, whole, rtol=1e-13, atol=0)
-    families.assert_same_gradients(families.gradients(model, loss), expected, 1e-12)
+    assert_same_gradients(gradients_of(model, loss), expected, 1e-12)
 
 
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
 def test_loss_is_minus_the_log_probability_that_decoding_ranks_by(tmp_path, codec):
-    model, processor = tiny(codec, **PLAIN)
-    train = trainer(tmp_path, model, processor, normalisation="catalogue")
+    model, processor = trainable(codec, **PLAIN)
+    train = sft_trainer(tmp_path, model, processor, normalisation="catalogue")
     rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(12)]
     inputs = train._batch(rows)
     assert "thought_start" not in inputs
@@ -124,9 +121,9 @@ def test_loss_is_minus_the_log_probability_that_decoding_ranks_by(tmp_path, code
 
 
 def test_soft_targets_are_an_expectation_over_the_catalogue(tmp_path):
-    model, processor = tiny(**PLAIN)
+    model, processor = trainable(**PLAIN)
     table = item_neighbours(DATA.train, DATA.catalogue, top=4)
-    train = trainer(tmp_path, model, processor, Augment(neighbour=1.0, neighbours=table), normalisation="catalogue")
+    train = sft_trainer(tmp_path, model, processor, Augment(neighbour=1.0, neighbours=table), normalisation="catalogue")
     rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(16)]
     batch = train._batch(rows)
     loss = train.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(16))
@@ -161,8 +158,8 @@ def test_edges_are_whole_items():
 
 
 def test_dropout_acts_in_training_only_and_hooks_are_obeyed(tmp_path, monkeypatch):
-    model, processor = tiny("sid", **PLAIN)
-    train = trainer(tmp_path, model, processor, normalisation="catalogue", output_dropout=0.5)
+    model, processor = trainable("sid", **PLAIN)
+    train = sft_trainer(tmp_path, model, processor, normalisation="catalogue", output_dropout=0.5)
     assert not model.get_output_embeddings()._forward_pre_hooks
     inputs = train._batch([DATA.train[0], DATA.train[1]])
 
@@ -184,8 +181,8 @@ def test_dropout_acts_in_training_only_and_hooks_are_obeyed(tmp_path, monkeypatc
 
 
 def test_training_raises_the_targets_likelihood(tmp_path):
-    model, processor = tiny("sid")
-    train = trainer(tmp_path, model, processor, learning_rate=1e-2, epochs=3, normalisation="catalogue")
+    model, processor = trainable("sid")
+    train = sft_trainer(tmp_path, model, processor, learning_rate=1e-2, num_train_epochs=3, normalisation="catalogue")
     prompts = processor(DATA.train.histories)
     targets = torch.from_numpy(DATA.train.targets.astype(np.int64))[:, None]
 
@@ -196,15 +193,15 @@ def test_training_raises_the_targets_likelihood(tmp_path):
     train.train()
     assert likelihood() > before + 0.3
     with pytest.raises(ValueError, match="normalisation must be one of"):
-        trainer(tmp_path, model, processor, normalisation="items")
+        sft_trainer(tmp_path, model, processor, normalisation="items")
 
 
 def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
     """Saved with the processor, and what evaluation, views and recommendation take unless told otherwise."""
-    model, processor = tiny("sid")
+    model, processor = trainable("sid")
     model.eval()
     assert processor.scoring == "full"
-    trainer(tmp_path, model, processor, normalisation="catalogue")
+    sft_trainer(tmp_path, model, processor, normalisation="catalogue")
     processor.save_pretrained(tmp_path)
     loaded = RecProcessor.from_pretrained(tmp_path)
     assert loaded.scoring == "catalogue"
@@ -236,7 +233,7 @@ def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
 @pytest.mark.parametrize("codec", ["sid", "title"])
 def test_reinforcement_goes_on_with_the_normalisation_of_training(tmp_path, codec):
     """Rewards and the target's likelihood are those of the catalogue, member by member; the processor is left as it is."""
-    model, processor = tiny(codec, **PLAIN)
+    model, processor = trainable(codec, **PLAIN)
     processor.scoring = "catalogue"
     args = LatentGRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", group_size=3, policy="tokens", save_strategy="no",
@@ -255,28 +252,24 @@ def test_reinforcement_goes_on_with_the_normalisation_of_training(tmp_path, code
     assert loss.requires_grad
 
 
-def _ddp_worker(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
+def _step(rank: int) -> dict[str, torch.Tensor]:
+    """Gradients of this process's half of a batch under DDP."""
     torch.manual_seed(0)
     inputs, loss_of = batch(CHOSEN[:4]), CatalogueLoss(catalogue())
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     wrapped = torch.nn.parallel.DistributedDataParallel(patched())
     items = (inputs["labels"] != IGNORE).sum()
     mine = {k: v[[0, 1] if rank == 0 else [2, 3]] for k, v in inputs.items()}
     mine["labels"] = loss_of.edges(mine["labels"])
     (wrapped(**mine, num_items_in_batch=items, catalogue=loss_of).loss * 2).backward()
-    torch.save({n: p.grad for n, p in wrapped.module.named_parameters()}, f"{path}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    return {n: p.grad for n, p in wrapped.module.named_parameters()}
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2)
+    ranks = in_processes(_step, 2, tmp_path)
     torch.manual_seed(0)
     inputs, loss_of, model = batch(CHOSEN[:4]), CatalogueLoss(catalogue()), patched()
     inputs["labels"] = loss_of.edges(inputs["labels"])
-    expected = families.gradients(model, model(**inputs, catalogue=loss_of).loss)
-    for rank in (0, 1):
-        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        families.assert_same_gradients(actual, expected, 1e-9)
+    expected = gradients_of(model, model(**inputs, catalogue=loss_of).loss)
+    for actual in ranks:
+        assert_same_gradients(actual, expected, 1e-9)

@@ -1,29 +1,23 @@
 """Two gloo processes under DDP give the loss and the gradients of one process on the joined batch."""
 
-import os
-
-import families
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-import flr
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.inputs import supervised_batch
+from tests.helpers.models import patched_model
+from tests.helpers.processes import in_processes
 
 
 def _model():
-    model = families.tiny_model("qwen2").train()
-    config = flr.FLRConfig(thought_token_id=families.THOUGHT, sparsity_weight=0.5, diversity_weight=0.5, num_thoughts=2)
-    flr.patch_model(model, config=config)
-    families.wake(model)
-    return model
+    return patched_model("qwen2", sparsity_weight=0.5, diversity_weight=0.5, num_thoughts=2).train()
 
 
-def _worker(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+def _step(rank: int) -> dict[str, torch.Tensor]:
+    """Loss and gradients of this process's half of a batch."""
     wrapped = torch.nn.parallel.DistributedDataParallel(_model())
-    inputs = families.batch("columns", 2)
+    inputs = supervised_batch("columns", 2)
     items = (inputs["labels"] != -100).sum()
     mine = {k: v[[0, 1] if rank == 0 else [2, 3]] for k, v in inputs.items()}
     # as Trainer does: the sum over all processes as divisor, times their number, because DDP averages
@@ -31,19 +25,16 @@ def _worker(rank: int, path: str) -> None:
     loss.backward()
     dist.all_reduce(loss.detach())
     gradients = {n: p.grad for n, p in wrapped.module.named_parameters()}
-    torch.save({"loss": loss.detach() / 2, **gradients}, f"{path}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # freeing DDP beside gloo's threads hangs now and then; nothing is left to do
+    return {"loss": loss.detach() / 2, **gradients}
 
 
 @pytest.mark.timeout(120)
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    ranks = in_processes(_step, 2, tmp_path)
     model = _model()
-    inputs = families.batch("columns", 2)
+    inputs = supervised_batch("columns", 2)
     loss = model(**inputs, num_items_in_batch=(inputs["labels"] != -100).sum()).loss
-    expected = families.gradients(model, loss)
+    expected = gradients_of(model, loss)
     for rank in ranks:
         torch.testing.assert_close(rank.pop("loss"), loss.detach(), rtol=1e-5, atol=0)
-        families.assert_same_gradients(rank, expected, 1e-5)
+        assert_same_gradients(rank, expected, 1e-5)

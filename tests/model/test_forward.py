@@ -2,12 +2,14 @@
 
 import logging
 
-import families
 import pytest
 import torch
 
-import flr
 from flr import forward as forward_module
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.inputs import supervised_batch
+from tests.helpers.models import FAMILIES, THOUGHT, VOCAB, patched_model, tiny_model
+from tests.helpers.naive import naive_forward
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is not here.
@@ -18,22 +20,18 @@ CONFIG = {
     "orthogonality_weight": 0.3,
     "diversity_weight": 0.2,
     "sparsity_weight": 0.1,
-    "thought_token_id": families.THOUGHT,
 }
 
 
 def patched(family="llama", dtype=torch.float32, seed=0, **config):
-    model = families.tiny_model(family, seed).to(dtype).train()
-    flr.patch_model(model, config=flr.FLRConfig(**{**CONFIG, **config}))
-    families.wake(model) if config.get("variant", "flr") == "flr" else None
-    return model
+    return patched_model(family, dtype, seed, **{**CONFIG, **config}).train()
 
 
 def assert_equal_to_naive(model, inputs, relative=1e-5, **extra):
     out = model(**inputs, **extra)
-    expected, logits = families.naive(model, **inputs, **{k: v for k, v in extra.items() if k != "thought_start"})
+    expected, logits = naive_forward(model, **inputs, **{k: v for k, v in extra.items() if k != "thought_start"})
     torch.testing.assert_close(out.loss, expected, rtol=relative, atol=0)
-    families.assert_same_gradients(families.gradients(model, out.loss), families.gradients(model, expected), relative)
+    assert_same_gradients(gradients_of(model, out.loss), gradients_of(model, expected), relative)
     model.eval()
     with torch.no_grad():
         seen = inputs["attention_mask"].bool()
@@ -45,10 +43,10 @@ def assert_equal_to_naive(model, inputs, relative=1e-5, **extra):
 
 @pytest.mark.parametrize(("num_thoughts", "num_refinements"), [(1, 1), (1, 3), (3, 1), (3, 3)])
 @pytest.mark.parametrize("layout", ["left", "right", "columns"])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_every_gradient(family, layout, num_thoughts, num_refinements):
     model = patched(family, num_thoughts=num_thoughts, num_refinements=num_refinements)
-    out = assert_equal_to_naive(model, families.batch(layout, num_thoughts))
+    out = assert_equal_to_naive(model, supervised_batch(layout, num_thoughts))
     assert out.logits is None  # training with labels: lm_head on label rows only
     assert out.flr.gates.shape[1] == num_refinements
     assert len(out.flr.steps) == (num_thoughts if layout != "columns" else len(out.flr.steps))
@@ -58,29 +56,27 @@ def test_loss_and_every_gradient(family, layout, num_thoughts, num_refinements):
 def test_float64_is_exact(family):
     model = patched(family, dtype=torch.float64, num_thoughts=2)
     assert next(model.flr.parameters()).dtype == torch.float64
-    inputs = families.batch("columns", 2)
-    loss, (expected, _) = model(**inputs).loss, families.naive(model, **inputs)
+    inputs = supervised_batch("columns", 2)
+    loss, (expected, _) = model(**inputs).loss, naive_forward(model, **inputs)
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    families.assert_same_gradients(
-        families.gradients(model, loss), families.gradients(model, expected), FLOAT64[family]
-    )
+    assert_same_gradients(gradients_of(model, loss), gradients_of(model, expected), FLOAT64[family])
 
 
 @pytest.mark.parametrize("anchor", ["token", "last", "none"])
 @pytest.mark.parametrize("sparsity_target", ["gate", "attention", "both"])
 def test_anchors_and_sparsity_targets(anchor, sparsity_target):
     model = patched(anchor=anchor, sparsity_target=sparsity_target, num_thoughts=2)
-    assert_equal_to_naive(model, families.batch("right", 2))
+    assert_equal_to_naive(model, supervised_batch("right", 2))
 
 
 @pytest.mark.parametrize("anchor", ["token", "last"])
 def test_the_control_without_factors(anchor):
     model = patched(variant="anchor", anchor=anchor)
-    inputs = families.batch("columns")
+    inputs = supervised_batch("columns")
     assert not hasattr(model, "flr")
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     if anchor == "last":
-        is_thought = inputs["input_ids"] == families.THOUGHT
+        is_thought = inputs["input_ids"] == THOUGHT
         embeds = torch.where(is_thought[..., None], embeds.roll(1, 1), embeds)
     expected = model._flr_patch.original(
         inputs_embeds=embeds, attention_mask=inputs["attention_mask"], labels=inputs["labels"]
@@ -90,13 +86,13 @@ def test_the_control_without_factors(anchor):
 
 def test_latentr3_variant():
     model = patched(variant="latentr3", sparsity_target="both")
-    assert_equal_to_naive(model, families.batch("columns"))
-    assert model(**families.batch("left")).flr.attention.shape[1:3] == (1, 1)
+    assert_equal_to_naive(model, supervised_batch("columns"))
+    assert model(**supervised_batch("left")).flr.attention.shape[1:3] == (1, 1)
 
 
 def test_mask_narrowed_to_item_tokens():
     model = patched(num_thoughts=2)
-    inputs = families.batch("columns", 2)
+    inputs = supervised_batch("columns", 2)
     reasoner_mask = inputs["input_ids"] % 2 == 0
     out = assert_equal_to_naive(model, inputs, reasoner_mask=reasoner_mask)
     assert not torch.allclose(out.loss, model.train()(**inputs).loss)
@@ -104,8 +100,8 @@ def test_mask_narrowed_to_item_tokens():
 
 def test_promised_thought_column_gives_the_same():
     model = patched()
-    inputs = families.batch("left", rows_without=0)
-    column = int((inputs["input_ids"] == families.THOUGHT).nonzero()[0, 1])
+    inputs = supervised_batch("left", rows_without=0)
+    column = int((inputs["input_ids"] == THOUGHT).nonzero()[0, 1])
     expected = model(**inputs)
     actual = model(**inputs, thought_start=column)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-6, atol=0)
@@ -114,7 +110,7 @@ def test_promised_thought_column_gives_the_same():
 
 def test_position_ids_travel_with_shifted_rows():
     model = patched("gpt2")
-    inputs = families.batch("columns")
+    inputs = supervised_batch("columns")
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     assert_equal_to_naive(model, inputs)
 
@@ -124,22 +120,22 @@ def test_position_ids_travel_with_shifted_rows():
 def test_gradient_checkpointing_falls_back_once_and_is_equal(family, layout, caplog):
     forward_module._say_once.cache_clear()
     model = patched(family, num_thoughts=2)
-    inputs = families.batch(layout, 2)
+    inputs = supervised_batch(layout, 2)
     expected = model(**inputs).loss
-    gradients = families.gradients(model, expected)
+    gradients = gradients_of(model, expected)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with caplog.at_level(logging.WARNING, logger="flr"):
         loss = model(**inputs).loss
         model(**inputs)
     assert sum("gradient checkpointing" in r.message for r in caplog.records) == 1
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    families.assert_same_gradients(families.gradients(model, loss), gradients, 1e-5)
+    assert_same_gradients(gradients_of(model, loss), gradients, 1e-5)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rows_without_a_thought_behave_as_the_unpatched_model(family):
-    plain, model = families.tiny_model(family).eval(), patched(family).eval()
-    inputs = families.batch("columns", rows_without=2)
+    plain, model = tiny_model(family).eval(), patched(family).eval()
+    inputs = supervised_batch("columns", rows_without=2)
     with torch.no_grad():
         ours, theirs = model(**inputs).logits, plain(**inputs).logits
         seen = inputs["attention_mask"].bool()
@@ -153,7 +149,7 @@ def test_rows_without_a_thought_behave_as_the_unpatched_model(family):
 
 def test_a_batch_split_anyhow_gives_the_same_sum():
     model = patched(num_thoughts=2)
-    inputs = families.batch("columns", 2)
+    inputs = supervised_batch("columns", 2)
     items = (inputs["labels"] != -100).sum()
     whole = model(**inputs, num_items_in_batch=items).loss
     for split in ([2, 2], [1, 3], [1, 1, 1, 1]):
@@ -164,18 +160,18 @@ def test_a_batch_split_anyhow_gives_the_same_sum():
 
 def test_loss_in_blocks_of_rows_is_the_same(monkeypatch):
     model = patched("phi")
-    inputs = families.batch("right")
+    inputs = supervised_batch("right")
     expected = model(**inputs).loss
-    gradients = families.gradients(model, expected)
-    monkeypatch.setattr(forward_module, "MAX_LOSS_LOGITS", 4 * families.VOCAB * 2)
+    gradients = gradients_of(model, expected)
+    monkeypatch.setattr(forward_module, "MAX_LOSS_LOGITS", 4 * VOCAB * 2)
     loss = model(**inputs).loss
     torch.testing.assert_close(loss, expected)
-    families.assert_same_gradients(families.gradients(model, loss), gradients, 1e-6)
+    assert_same_gradients(gradients_of(model, loss), gradients, 1e-6)
 
 
 def test_hidden_states_logits_to_keep_and_label_smoothing():
     model = patched().eval()
-    inputs = families.batch("columns")
+    inputs = supervised_batch("columns")
     with torch.no_grad():
         full = model(**inputs, output_hidden_states=True)
         last = model(**inputs, logits_to_keep=1)
@@ -194,10 +190,10 @@ def test_hidden_states_logits_to_keep_and_label_smoothing():
 def test_an_empty_prompt_and_a_single_token():
     model = patched()
     for prompt in ([], [5]):
-        ids = torch.tensor([[*prompt, families.THOUGHT, 7, 8]])
+        ids = torch.tensor([[*prompt, THOUGHT, 7, 8]])
         labels = torch.tensor([[-100] * (len(prompt) + 1) + [7, 8]])
         loss = model(input_ids=ids, labels=labels).loss
-        assert all(torch.isfinite(g).all() for g in families.gradients(model, loss).values())
+        assert all(torch.isfinite(g).all() for g in gradients_of(model, loss).values())
         if prompt:
             assert_equal_to_naive(
                 model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -209,7 +205,7 @@ def test_bfloat16_backbone_keeps_the_reasoner_in_float32():
     model.to(torch.bfloat16)
     assert {p.dtype for p in model.flr.parameters()} == {torch.float32}
     assert next(model.model.parameters()).dtype == torch.bfloat16
-    out = model(**families.batch("columns"))
-    assert all(torch.isfinite(g).all() for g in families.gradients(model, out.loss).values())
+    out = model(**supervised_batch("columns"))
+    assert all(torch.isfinite(g).all() for g in gradients_of(model, out.loss).values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.isfinite(model(**families.batch("left")).loss)
+        assert torch.isfinite(model(**supervised_batch("left")).loss)

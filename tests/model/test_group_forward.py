@@ -3,51 +3,19 @@
 import contextlib
 import copy
 
-import families
 import pytest
 import torch
 
-import flr
 from bench.baselines import two_pass
 from flr import group_forward
-from flr.group_forward import GroupInputs, packing_obstacle
+from flr.group_forward import packing_obstacle
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.inputs import group_case
+from tests.helpers.models import FAMILIES, THOUGHT
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is in float32 alone.
 FLOAT64 = {"llama": 1e-6, "qwen2": 1e-6, "mistral": 1e-6, "phi": 1e-12, "gpt2": 1e-12}
-LENGTHS = [(9, 3), (5, 4), (12, 1)]  # prompt and target of every user
-
-
-def case(
-    family,
-    dtype=torch.float64,
-    *,
-    members=4,
-    thoughts=1,
-    refinements=2,
-    backbone=False,
-    lengths=LENGTHS,
-    seed=0,
-    **config,
-):
-    """A patched model, prompts and group inputs."""
-    model = families.tiny_model(family, seed).to(dtype).eval()
-    options = {"num_factors": 4, "thought_token_id": families.THOUGHT, "num_thoughts": thoughts}
-    flr.patch_model(model, config=flr.FLRConfig(**{**options, "num_refinements": refinements, **config}))
-    families.wake(model) if config.get("variant", "flr") == "flr" else None
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(backbone or name.startswith("flr."))
-    generator = torch.Generator().manual_seed(seed)
-    width, steps = max(p for p, _ in lengths) + thoughts, max(s for _, s in lengths)
-    ids = torch.randint(3, families.THOUGHT, (len(lengths), width), generator=generator)
-    ids[:, width - thoughts :] = families.THOUGHT
-    mask = torch.stack([(torch.arange(width) >= width - thoughts - p).long() for p, _ in lengths])
-    prompts = {"input_ids": ids * mask, "attention_mask": mask}
-    noise = torch.randn(len(lengths), members, thoughts, families.HIDDEN, generator=generator, dtype=dtype)
-    noise[:, 0] = 0
-    targets = torch.randint(3, families.THOUGHT, (len(lengths), steps), generator=generator)
-    target_mask = torch.stack([torch.arange(steps) < s for _, s in lengths])
-    return model, prompts, GroupInputs(targets, target_mask, noise, noise_scale=3.0)
 
 
 def assert_equal(model, prompts, group, relative, kind="grpo", **extra):
@@ -70,9 +38,9 @@ def assert_equal(model, prompts, group, relative, kind="grpo", **extra):
         mine, naive = ours.logprobs.square().mean(), theirs.square().mean()
     # the loss is a sum of terms of both signs: relative to their size
     assert (mine - naive).abs() <= relative * (b[..., None] * theirs).abs().mean().clamp_min(naive.abs())
-    expected = families.gradients(model, naive)
+    expected = gradients_of(model, naive)
     assert any(g.norm() > 0 for g in expected.values())
-    families.assert_same_gradients(families.gradients(model, mine), expected, relative)
+    assert_same_gradients(gradients_of(model, mine), expected, relative)
     return ours
 
 
@@ -82,38 +50,40 @@ def assert_equal(model, prompts, group, relative, kind="grpo", **extra):
 )
 @pytest.mark.parametrize("family", FLOAT64)
 def test_float64(family, members, thoughts, refinements, backbone):
-    model, prompts, group = case(family, members=members, thoughts=thoughts, refinements=refinements, backbone=backbone)
+    model, prompts, group = group_case(
+        family, members=members, thoughts=thoughts, refinements=refinements, backbone=backbone
+    )
     assert packing_obstacle(model) is None
     assert_equal(model, prompts, group, FLOAT64[family])
 
 
 @pytest.mark.parametrize("backbone", [False, True])
 @pytest.mark.parametrize("thoughts", [1, 2])
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family, thoughts, backbone):
-    assert_equal(*case(family, torch.float32, thoughts=thoughts, backbone=backbone), 2e-5)
+    assert_equal(*group_case(family, torch.float32, thoughts=thoughts, backbone=backbone), 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["dr_grpo", "rloo", "latentr3"])
 def test_every_kind_of_advantage(kind):
-    assert_equal(*case("phi"), 1e-12, kind)
-    assert_equal(*case("phi", members=1), 1e-12, kind)
+    assert_equal(*group_case("phi"), 1e-12, kind)
+    assert_equal(*group_case("phi", members=1), 1e-12, kind)
 
 
 @pytest.mark.parametrize("anchor", ["token", "last", "none"])
 def test_anchors_and_narrowed_history(anchor):
-    model, prompts, group = case("gpt2", anchor=anchor, thoughts=2)
+    model, prompts, group = group_case("gpt2", anchor=anchor, thoughts=2)
     ours = assert_equal(model, prompts, group, 1e-12)
     narrowed = assert_equal(model, prompts, group, 1e-12, reasoner_mask=prompts["input_ids"] % 2 == 0)
     assert not torch.allclose(ours.logprobs, narrowed.logprobs)
 
 
 def test_latentr3_variant():
-    assert_equal(*case("phi", variant="latentr3"), 1e-12)
+    assert_equal(*group_case("phi", variant="latentr3"), 1e-12)
 
 
 def test_absolute_noise():
-    model, prompts, group = case("phi")
+    model, prompts, group = group_case("phi")
     relative = model(**prompts, group=group).logprobs
     group.relative = False
     absolute = assert_equal(model, prompts, group, 1e-12).logprobs
@@ -126,7 +96,7 @@ def test_absolute_noise():
 def test_attention_implementations(family, attention):
     if family == "gemma2" and attention == "sdpa":
         pytest.skip("Gemma 2 caps attention scores, which sdpa cannot")
-    model, prompts, group = case(family, torch.float32, thoughts=2, lengths=[(9, 9), (20, 5), (3, 1)])
+    model, prompts, group = group_case(family, torch.float32, thoughts=2, lengths=[(9, 9), (20, 5), (3, 1)])
     model.set_attn_implementation(attention)
     assert_equal(model, prompts, group, 2e-5)
 
@@ -134,7 +104,7 @@ def test_attention_implementations(family, attention):
 @pytest.mark.parametrize("family", ["mistral", "gpt2"])
 @pytest.mark.parametrize("backbone", [False, True])
 def test_expanded_cache_where_rows_cannot_be_packed(family, backbone, monkeypatch, caplog):
-    model, prompts, group = case(family, thoughts=2, backbone=backbone)
+    model, prompts, group = group_case(family, thoughts=2, backbone=backbone)
     packed = model(**prompts, group=group)
     monkeypatch.setattr(group_forward, "packing_obstacle", lambda model: "because")
     group_forward._say_once.cache_clear()
@@ -146,7 +116,7 @@ def test_expanded_cache_where_rows_cannot_be_packed(family, backbone, monkeypatc
 
 def test_no_member_has_a_prompt_of_its_own():
     """Every call of the backbone has B rows; the prompt is encoded once, the suffix is G (N + S - 1) tokens."""
-    model, prompts, group = case("qwen2", members=8)
+    model, prompts, group = group_case("qwen2", members=8)
     calls = []
     model.model.layers[0].register_forward_hook(lambda m, inputs, _: calls.append(tuple(inputs[0].shape[:2])))
     keys = []
@@ -159,7 +129,7 @@ def test_no_member_has_a_prompt_of_its_own():
 
 def test_equals_the_supervised_forward():
     """Member 0 is the model as it is: its mean target log-probability is the supervised loss."""
-    model, prompts, group = case("qwen2", orthogonality_weight=0.3, sparsity_weight=0.2, thoughts=2)
+    model, prompts, group = group_case("qwen2", orthogonality_weight=0.3, sparsity_weight=0.2, thoughts=2)
     out = model(**prompts, group=group)
     ids = torch.cat([prompts["input_ids"], group.targets], 1)
     mask = torch.cat([prompts["attention_mask"], group.target_mask.long()], 1)
@@ -169,15 +139,15 @@ def test_equals_the_supervised_forward():
     loss = -out.logprobs[:, 0].sum() / group.target_mask.sum()
     torch.testing.assert_close(loss, supervised.loss - supervised.flr.loss, rtol=1e-6, atol=0)
     assert out.regularisers.shape == (3,)
-    one = case("qwen2", orthogonality_weight=0.3, sparsity_weight=0.2)
+    one = group_case("qwen2", orthogonality_weight=0.3, sparsity_weight=0.2)
     regularisers = one[0](**one[1], group=one[2]).regularisers
-    ids[:, 12], labels[:, 12] = families.THOUGHT, -100
+    ids[:, 12], labels[:, 12] = THOUGHT, -100
     expected = one[0](input_ids=one[1]["input_ids"], attention_mask=one[1]["attention_mask"]).flr.loss
     torch.testing.assert_close(regularisers.mean(), expected, rtol=1e-6, atol=0)
 
 
 def test_divergence_from_a_reference():
-    model, prompts, group = case("phi", thoughts=2)
+    model, prompts, group = group_case("phi", thoughts=2)
     group.reference = copy.deepcopy(model.flr).requires_grad_(False)
     out = model(**prompts, group=group)
     assert out.kl.abs().max() < 1e-20
@@ -218,28 +188,28 @@ def test_divergence_from_a_reference():
     ],
 )
 def test_unusable_input_is_refused(change, message):
-    model, prompts, group = case("gpt2")
+    model, prompts, group = group_case("gpt2")
     change(prompts, group)
     with pytest.raises(ValueError, match=message):
         model(**prompts, group=group)
 
 
 def test_what_excludes_a_group_forward():
-    model, prompts, group = case("llama", variant="anchor")
+    model, prompts, group = group_case("llama", variant="anchor")
     with pytest.raises(ValueError, match="variant: expected flr or latentr3"):
         model(**prompts, group=group)
-    model, prompts, group = case("llama", backbone=True)
+    model, prompts, group = group_case("llama", backbone=True)
     model.train().gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing: expected off"):
         model(**prompts, group=group)
 
 
 def test_bfloat16_backbone():
-    model, prompts, group = case("qwen2", torch.float32, thoughts=2)
+    model, prompts, group = group_case("qwen2", torch.float32, thoughts=2)
     model.to(torch.bfloat16)
     for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
         with context:
             out = model(**prompts, group=group)
         assert out.logprobs.dtype == torch.float32
-        gradients = families.gradients(model, out.logprobs.mean())
+        gradients = gradients_of(model, out.logprobs.mean())
         assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients.values() if g is not None)

@@ -1,36 +1,35 @@
 """token_logprob through a model's own head: every kind of head, autocast, sharded weights; the optional backend."""
 
-import os
 import sys
 from types import SimpleNamespace
 
-import families
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import flr.forward
 import flr_kernels
 from flr.head import _is_plain, head_logprob
+from tests.helpers.models import FAMILIES, HIDDEN, VOCAB, tiny_model
+from tests.helpers.processes import in_processes
 
 ROWS = 9
 
 
 def rows(seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, families.HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
-    return hidden.requires_grad_(), torch.randint(0, families.VOCAB, (ROWS,), generator=generator)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(), torch.randint(0, VOCAB, (ROWS,), generator=generator)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("family", [*families.FAMILIES, "scaled"])
+@pytest.mark.parametrize("family", [*FAMILIES, "scaled"])
 def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
     if chunked:
-        monkeypatch.setattr(flr.forward, "MAX_LOSS_LOGITS", 4 * families.VOCAB)
-        monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", 2 * families.VOCAB)
-    model = families.tiny_model("llama" if family == "scaled" else family).double()
+        monkeypatch.setattr(flr.forward, "MAX_LOSS_LOGITS", 4 * VOCAB)
+        monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", 2 * VOCAB)
+    model = tiny_model("llama" if family == "scaled" else family).double()
     if family == "scaled":
         model.config.logits_scaling = 3.0  # as Granite's
     head = model.get_output_embeddings()
@@ -52,7 +51,7 @@ def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
 
 
 def test_hooks_of_the_head_run_and_an_error_restores_it():
-    model = families.tiny_model("llama")
+    model = tiny_model("llama")
     head = model.get_output_embeddings()
     seen = []
     head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
@@ -65,7 +64,7 @@ def test_hooks_of_the_head_run_and_an_error_restores_it():
 
 
 def test_under_autocast_products_run_in_its_dtype():
-    model = families.tiny_model("llama")
+    model = tiny_model("llama")
     hidden, target = rows(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = head_logprob(model, hidden, target)
@@ -87,15 +86,14 @@ class Step(nn.Module):
         return head_logprob(self.model, hidden, target)
 
 
-def _worker(rank, path):
+def _sharded(rank: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Log-probabilities and gradients of this process's rows through weights that are sharded in several ways."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     mesh = dist.init_device_mesh("cpu", (2,))
     hidden, target = rows(seed=rank)
-    weight = families.tiny_model("llama").double().get_output_embeddings().weight.detach()
+    weight = tiny_model("llama").double().get_output_embeddings().weight.detach()
     sharded = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))  # 61 rows: uneven
     logp = flr_kernels.token_logprob(hidden, sharded, target)
     logp.sum().backward()
@@ -103,7 +101,7 @@ def _worker(rank, path):
     out = {"tensor": (logp.detach(), sharded.grad.full_tensor(), hidden.grad)}
     # the lm_head a unit of its own; one unit with all the rest; a head that goes the other way
     for name, family in (("own", "llama"), ("root", "llama"), ("bias", "phi")):
-        step = Step(families.tiny_model(family).double())
+        step = Step(tiny_model(family).double())
         if name == "own":
             fully_shard(step.model.get_output_embeddings())
         fully_shard(step)
@@ -114,18 +112,15 @@ def _worker(rank, path):
         assert isinstance(weight, DTensor)
         assert isinstance(weight.grad, DTensor)
         out[name] = (logp.detach(), weight.grad.full_tensor(), hidden.grad)
-    torch.save(out, f"{path}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+    return out
 
 
 @pytest.mark.timeout(120)
 def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1)]
+    ranks = in_processes(_sharded, 2, tmp_path)
     assert set(ranks[0]) == {"tensor", "own", "root", "bias"}
     for name in ranks[0]:
-        model = families.tiny_model("phi" if name == "bias" else "llama").double()
+        model = tiny_model("phi" if name == "bias" else "llama").double()
         weight = model.get_output_embeddings().weight
         gradient = torch.zeros_like(weight)
         for seed, (logp, _, d_hidden) in enumerate(rank[name] for rank in ranks):
@@ -145,7 +140,7 @@ def test_the_optional_backend(monkeypatch):
     """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
     module = sys.modules["flr_kernels.token_logprob"]
     hidden, target = rows(dtype=torch.bfloat16)
-    weight = torch.randn(families.VOCAB, families.HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setenv("FLR_BACKEND", "token_logprob=cce")
     with pytest.raises(flr_kernels.BackendUnavailable, match=r"pip install 'flr\[cce\]'"):
         flr_kernels.token_logprob(hidden, weight, target)

@@ -4,7 +4,6 @@ import copy
 import logging
 import math
 
-import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,16 +11,8 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import flr
 from flr.patch import reasoner_parameters
-
-THOUGHT = families.THOUGHT
-
-
-def patched(family="llama", seed=0, **config):
-    model = families.tiny_model(family, seed)
-    flr.patch_model(model, config=flr.FLRConfig(**{"thought_token_id": THOUGHT, **config}))
-    if config.get("variant", "flr") == "flr":
-        families.wake(model)
-    return model.eval()
+from tests.helpers.inputs import supervised_batch
+from tests.helpers.models import FAMILIES, HIDDEN, THOUGHT, VOCAB, patched_model, tiny_model
 
 
 def padded_prompts():
@@ -32,7 +23,7 @@ def padded_prompts():
 
 
 def test_a_fresh_patch_starts_small_and_sums_exactly():
-    plain = families.tiny_model()
+    plain = tiny_model()
     model = flr.patch_model(copy.deepcopy(plain), config=flr.FLRConfig(thought_token_id=THOUGHT)).eval()
     ids = torch.randint(3, 60, (4, 20))
     embedding_rms = model.get_input_embeddings().weight.square().mean().sqrt()
@@ -52,17 +43,17 @@ def test_a_fresh_patch_starts_small_and_sums_exactly():
 
 def test_parameter_count_is_about_four_d_squared_whatever_k():
     for factors in (1, 2, 4, 8):
-        model = patched(num_factors=factors)
+        model = patched_model(num_factors=factors).eval()
         count = sum(p.numel() for p in reasoner_parameters(model))
-        assert 4 * families.HIDDEN**2 <= count <= 4 * families.HIDDEN**2 + (factors + 2) * families.HIDDEN
+        assert 4 * HIDDEN**2 <= count <= 4 * HIDDEN**2 + (factors + 2) * HIDDEN
 
 
 def test_regularisers_at_their_corners():
-    one = patched(num_factors=1, sparsity_target="gate")
-    hidden = torch.randn(3, 6, families.HIDDEN)
+    one = patched_model(num_factors=1, sparsity_target="gate").eval()
+    hidden = torch.randn(3, 6, HIDDEN)
     losses = {k: v.detach() for k, v in one.flr(hidden).losses.items()}
     assert [float(losses[k]) for k in ("orthogonality", "diversity", "sparsity")] == [0, 0, 0]
-    many = patched(sparsity_target="attention")
+    many = patched_model(sparsity_target="attention").eval()
     single = torch.zeros(3, 6, dtype=torch.bool)
     single[:, 2] = True
     out = many.flr(hidden, single)
@@ -71,7 +62,7 @@ def test_regularisers_at_their_corners():
     nothing = many.flr(hidden, torch.zeros(3, 6, dtype=torch.bool))
     assert float(nothing.thought.detach().abs().max()) == 0
     with torch.no_grad():
-        even = patched()
+        even = patched_model().eval()
         even.flr.gate.zero_()
         even.flr.gate_factor.zero_()
         torch.testing.assert_close(even.flr(hidden).losses["sparsity"], torch.ones(()))
@@ -82,26 +73,26 @@ def test_regularisers_at_their_corners():
 
 
 def test_dropout_acts_on_the_thought_in_training_only():
-    model = patched(dropout=0.5)
-    inputs = families.batch("left")
+    model = patched_model(dropout=0.5).eval()
+    inputs = supervised_batch("left")
     a, b = model(**inputs).loss, model(**inputs).loss
     assert torch.equal(a, b)
     model.train()
     assert not torch.equal(model(**inputs).loss, model(**inputs).loss)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unpatching_leaves_everything_as_it_was(family):
-    model = families.tiny_model(family).eval()
-    inputs = families.batch("right", rows_without=4)
+    model = tiny_model(family).eval()
+    inputs = supervised_batch("right", rows_without=4)
     before = model(**inputs)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     attributes, forward = set(model.__dict__), model.forward
     config, generation = copy.deepcopy(model.config.to_dict()), model.generation_config
     class_forward = type(model).forward
     # the thought token does not fit: the embedding grows, and shrinks again
-    flr.patch_model(model, config=flr.FLRConfig(thought_token_id=families.VOCAB + 3))
-    assert model.get_input_embeddings().weight.shape[0] == families.VOCAB + 4
+    flr.patch_model(model, config=flr.FLRConfig(thought_token_id=VOCAB + 3))
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB + 4
     assert flr.is_patched(model)
     assert type(model).forward is class_forward
     assert flr.unpatch_model(model) is model
@@ -119,7 +110,7 @@ def test_unpatching_leaves_everything_as_it_was(family):
 
 
 def test_two_models_are_patched_independently():
-    a, b = families.tiny_model(), families.tiny_model()
+    a, b = tiny_model(), tiny_model()
     flr.patch_model(a, config=flr.FLRConfig(thought_token_id=THOUGHT))
     assert not flr.is_patched(b)
     assert not hasattr(b, "flr")
@@ -132,8 +123,8 @@ def test_two_models_are_patched_independently():
 
 @pytest.mark.parametrize("variant", ["flr", "latentr3", "anchor", "none"])
 def test_save_and_load(tmp_path, variant):
-    model = patched("qwen2", variant=variant, num_thoughts=2)
-    inputs = families.batch("right", 0 if variant == "none" else 2)
+    model = patched_model("qwen2", variant=variant, num_thoughts=2).eval()
+    inputs = supervised_batch("right", 0 if variant == "none" else 2)
     model.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
     loaded = flr.from_pretrained(tmp_path)
@@ -148,12 +139,12 @@ def test_save_and_load(tmp_path, variant):
 def test_loading_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(OSError, match=r"directory: expected a folder with config\.json"):
         flr.from_pretrained(tmp_path / "nothing")
-    families.tiny_model().save_pretrained(tmp_path / "plain")
+    tiny_model().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="key 'flr'"):
         flr.from_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"attention\.query"):
         flr.load_latentr3(tmp_path / "plain")
-    patched().save_pretrained(tmp_path / "ours")
+    patched_model().eval().save_pretrained(tmp_path / "ours")
     weights = load_file(tmp_path / "ours" / "model.safetensors")
     del weights["flr.gate"]
     save_file(weights, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
@@ -161,10 +152,10 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
         flr.from_pretrained(tmp_path / "ours")
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_in_a_padded_batch(family):
     """Token by token with a cache = the whole sequence encoded anew for every token, one user at a time."""
-    model = patched(family, num_refinements=2)
+    model = patched_model(family, num_refinements=2).eval()
     prompts, inputs = padded_prompts()
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
     for row, prompt in zip(generated, prompts, strict=True):
@@ -177,7 +168,7 @@ def test_greedy_generation_in_a_padded_batch(family):
 
 
 def test_beam_search_and_sampling():
-    model = patched(num_thoughts=1)
+    model = patched_model(num_thoughts=1).eval()
     prompts, inputs = padded_prompts()
     options = {"max_new_tokens": 4, "eos_token_id": None, "output_scores": True, "return_dict_in_generate": True}
     together = model.generate(**inputs, num_beams=4, num_return_sequences=4, **options)
@@ -194,14 +185,14 @@ def test_beam_search_and_sampling():
 
 
 def test_shipped_sampling_options_never_change_a_ranking(caplog):
-    model = families.tiny_model()
+    model = tiny_model()
     shipped = GenerationConfig(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0, bos_token_id=1)
     model.generation_config = shipped
     with caplog.at_level(logging.WARNING, logger="flr"):
         flr.patch_model(model, config=flr.FLRConfig(thought_token_id=THOUGHT))
     assert "repetition_penalty" in caplog.text
     model.eval()
-    reference = patched()
+    reference = patched_model().eval()
     reference.load_state_dict(model.state_dict())
     _, inputs = padded_prompts()
     options = {"num_beams": 3, "max_new_tokens": 4}
@@ -211,7 +202,7 @@ def test_shipped_sampling_options_never_change_a_ranking(caplog):
 
 
 def test_a_thought_token_after_the_prefill_is_refused():
-    model = patched()
+    model = patched_model().eval()
     first = model(input_ids=torch.tensor([[5, 6, THOUGHT]]), use_cache=True)
     with pytest.raises(ValueError, match="no thought token after the prefill"):
         model(input_ids=torch.tensor([[7, THOUGHT]]), past_key_values=first.past_key_values)
@@ -219,8 +210,8 @@ def test_a_thought_token_after_the_prefill_is_refused():
 
 def test_latentr3_checkpoint(tmp_path):
     """A Qwen2 state dict plus attention.{query,key,value}; its formula written out for one user at a time."""
-    backbone = families.tiny_model("qwen2", tie_word_embeddings=False)
-    size, thought = families.HIDDEN, families.VOCAB - 1
+    backbone = tiny_model("qwen2", tie_word_embeddings=False)
+    size, thought = HIDDEN, VOCAB - 1
     layers = {name: torch.nn.Linear(size, size) for name in ("query", "key", "value")}
     extra = {f"attention.{n}.{p}": v for n, layer in layers.items() for p, v in layer.state_dict().items()}
     backbone.save_pretrained(tmp_path)
@@ -252,8 +243,8 @@ def test_latentr3_checkpoint(tmp_path):
 
 def test_lora_on_the_backbone_trains_the_reasoner_and_survives_saving(tmp_path):
     peft = pytest.importorskip("peft")
-    model = patched("qwen2")
-    inputs = families.batch("left")
+    model = patched_model("qwen2").eval()
+    inputs = supervised_batch("left")
     expected = model(**inputs).loss.detach()
     lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["flr"], r=4, task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, lora)
@@ -268,7 +259,7 @@ def test_lora_on_the_backbone_trains_the_reasoner_and_survives_saving(tmp_path):
             if parameter.grad is not None:
                 parameter.sub_(0.1 * parameter.grad)
     wrapped.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(patched("qwen2"), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(patched_model("qwen2").eval(), tmp_path)
     torch.testing.assert_close(loaded.eval()(**inputs).loss, wrapped.eval()(**inputs).loss)
     assert not torch.allclose(loaded(**inputs).loss, expected)
     with pytest.raises(ValueError, match="patch the base model first"):
@@ -277,7 +268,7 @@ def test_lora_on_the_backbone_trains_the_reasoner_and_survives_saving(tmp_path):
 
 class _Rows(torch.utils.data.Dataset):
     def __init__(self, count=8):
-        batches = [families.batch("left", seed=i, rows_without=0) for i in range(count // 4)]
+        batches = [supervised_batch("left", seed=i, rows_without=0) for i in range(count // 4)]
         width = max(b["input_ids"].shape[1] for b in batches)
         fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         self.rows = [
@@ -296,7 +287,7 @@ class _Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_as_it_is(tmp_path, accumulation):
     """One SGD step of transformers' Trainer = one step by hand on the whole batch, however it is accumulated."""
-    model, by_hand = patched().train(), patched().train()
+    model, by_hand = patched_model().eval().train(), patched_model().eval().train()
     rows = _Rows()
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=8 // accumulation, max_steps=1, learning_rate=0.1,
@@ -316,24 +307,29 @@ def test_trainer_as_it_is(tmp_path, accumulation):
     ("make", "message"),
     [
         (lambda: flr.patch_model(torch.nn.Linear(2, 2)), "model: expected a transformers PreTrainedModel"),
-        (lambda: flr.patch_model(families.tiny_model()), "tokenizer: expected a tokenizer or config.thought_token_id"),
+        (lambda: flr.patch_model(tiny_model()), "tokenizer: expected a tokenizer or config.thought_token_id"),
         (
-            lambda: flr.patch_model(families.tiny_model().model, config=flr.FLRConfig(thought_token_id=1)),
+            lambda: flr.patch_model(tiny_model().model, config=flr.FLRConfig(thought_token_id=1)),
             "decoder-only",
         ),
-        (lambda: flr.unpatch_model(families.tiny_model()), "expected a patched model"),
-        (lambda: flr.patch_model(patched()), "expected an unpatched model"),
+        (lambda: flr.unpatch_model(tiny_model()), "expected a patched model"),
+        (lambda: flr.patch_model(patched_model().eval()), "expected an unpatched model"),
         (lambda: flr.FLRConfig(variant="cot"), "variant: expected one of flr, latentr3, anchor, none"),
         (lambda: flr.FLRConfig(num_factors=17), "num_factors: expected 1 to 16, got 17"),
         (lambda: flr.FLRConfig(dropout=1.0), "dropout"),
         (lambda: flr.FLRConfig.from_dict({"k": 4}), "unknown option k"),
-        (lambda: patched().flr(torch.zeros(1, 2, 3)), "hidden_states: expected"),
-        (lambda: patched().flr(torch.zeros(1, 2, 32), torch.ones(1, 3)), "mask: expected shape"),
+        (lambda: patched_model().eval().flr(torch.zeros(1, 2, 3)), "hidden_states: expected"),
+        (lambda: patched_model().eval().flr(torch.zeros(1, 2, 32), torch.ones(1, 3)), "mask: expected shape"),
         (
-            lambda: patched()(input_ids=torch.tensor([[5, THOUGHT]]), reasoner_mask=torch.ones(1, 3).bool()),
+            lambda: patched_model().eval()(
+                input_ids=torch.tensor([[5, THOUGHT]]), reasoner_mask=torch.ones(1, 3).bool()
+            ),
             "reasoner_mask: expected shape",
         ),
-        (lambda: patched()(input_ids=torch.tensor([[5, THOUGHT]]), output_attentions=True), "output_attentions"),
+        (
+            lambda: patched_model().eval()(input_ids=torch.tensor([[5, THOUGHT]]), output_attentions=True),
+            "output_attentions",
+        ),
     ],
 )
 def test_errors_name_argument_expected_and_actual(make, message):
@@ -342,7 +338,7 @@ def test_errors_name_argument_expected_and_actual(make, message):
 
 
 def test_a_model_whose_logits_do_not_compose_is_refused_and_left_alone():
-    model = families.tiny_model()
+    model = tiny_model()
     original = type(model).forward
 
     class Odd(type(model)):

@@ -8,50 +8,22 @@ import threading
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, wake
 
-import flr
 from flr.attribution import coalitions, influence_shares
-from flr.data import CSR, Catalogue, HistoryViews, PromptTemplate, RecProcessor, build_tokenizer, planted_dataset
+from flr.data import CSR, Catalogue, HistoryViews, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.recommender import Recommender
 from flr.views import ViewMixture
+from tests.helpers.catalogues import named_catalogue
+from tests.helpers.comparisons import assert_same_recommendations
+from tests.helpers.models import build_recommender, tiny_model
 
 HISTORIES = [["item_3", "brave jazz 1", "item_7"], ["item_1"] * 12, [], ["item_9", "item_2"]]
 
 
-def build(codec="id", family="llama", catalogue=None, **options) -> Recommender:
-    catalogue = catalogue or planted_dataset(num_items=40, num_users=10, seed=1).catalogue
-    config = flr.FLRConfig(**{"num_factors": 3, **options})
-    processor = RecProcessor(
-        build_tokenizer(catalogue, codec, vocab_size=300),
-        catalogue,
-        codec,
-        PromptTemplate(),
-        num_thoughts=config.thought_count,
-    )
-    model = tiny_model(family)
-    if len(processor.tokenizer) > model.config.vocab_size:
-        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    with torch.no_grad():  # resized rows are alike otherwise
-        model.get_input_embeddings().weight.add_(0.3 * torch.randn_like(model.get_input_embeddings().weight))
-    flr.patch_model(model, processor.tokenizer, config)
-    if config.variant == "flr":
-        wake(model)
-    return Recommender(model.eval(), processor)
-
-
 @pytest.fixture(scope="module")
 def recommender():
-    return build()
-
-
-def same(a, b):
-    assert [r.index for r in a] == [r.index for r in b]
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_allclose(x.score, y.score, atol=2e-5)
-        np.testing.assert_allclose(x.contributions, y.contributions, atol=5e-5)
-        np.testing.assert_allclose(x.factor_shares, y.factor_shares, atol=5e-3)
+    return build_recommender()
 
 
 # ---------------------------------------------------------------- Shapley values
@@ -119,7 +91,7 @@ def test_shares():
     ],
 )
 def test_contributions_add_up_to_the_score(codec, family, options, scoring, exclude_seen):
-    recommender = build(codec, family, **options)
+    recommender = build_recommender(codec, family, **options)
     moved = 0.0
     for found in recommender.recommend(HISTORIES, k=4, scoring=scoring, exclude_seen=exclude_seen):
         assert len(found) == 4
@@ -135,7 +107,7 @@ def test_contributions_add_up_to_the_score(codec, family, options, scoring, excl
 @pytest.mark.parametrize("codec", ["id", "sid"])
 def test_contributions_equal_those_of_models_without_the_factor(codec):
     """With T = 1 and gates that do not look at f, zeroed output weights take a factor's part away and nothing else."""
-    recommender = build(codec, num_factors=2, num_refinements=1)
+    recommender = build_recommender(codec, num_factors=2, num_refinements=1)
     model, processor = recommender.model, recommender.processor
     with torch.no_grad():
         model.flr.gate_factor.zero_()
@@ -160,7 +132,7 @@ def test_contributions_equal_those_of_models_without_the_factor(codec):
 
 @pytest.mark.parametrize("codec", ["id", "sid"])
 def test_views_rank_as_they_are_evaluated_and_contributions_add_up(codec):
-    recommender = build(codec)
+    recommender = build_recommender(codec)
     model, processor = recommender.model, recommender.processor
     plain = recommender.recommend(HISTORIES, k=5)
     processor.views = HistoryViews(weight=0.5, decay=0.6)
@@ -169,7 +141,7 @@ def test_views_rank_as_they_are_evaluated_and_contributions_add_up(codec):
     expected = ViewMixture(model, processor, num_beams=40).scores(rows)
     for history, found, row in zip(HISTORIES, mixed, expected, strict=True):
         assert [r.index for r in found] == np.argsort(-row, kind="stable")[:5].tolist()
-        same(recommender.recommend([history], k=5, num_beams=40)[0], found)
+        assert_same_recommendations(recommender.recommend([history], k=5, num_beams=40)[0], found)
         for r in found:
             np.testing.assert_allclose(np.exp(r.score), row[r.index], rtol=1e-4)
             np.testing.assert_allclose(r.base_score + sum(r.contributions), r.score, atol=1e-4)
@@ -189,23 +161,23 @@ def test_views_rank_as_they_are_evaluated_and_contributions_add_up(codec):
 
 
 def test_a_batch_equals_its_users_alone():
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     together = recommender.recommend(HISTORIES, k=3)
     for history, found in zip(HISTORIES, together, strict=True):
-        same(recommender.recommend([history], k=3)[0], found)
+        assert_same_recommendations(recommender.recommend([history], k=3)[0], found)
 
 
 def test_many_users_are_worked_off_in_parts(monkeypatch):
-    recommender = build()
+    recommender = build_recommender()
     whole = recommender.recommend(HISTORIES * 2, k=3)
     monkeypatch.setattr("flr.recommender._MAX_USERS", 3)
     monkeypatch.setattr("flr.attribution._MAX_ROWS", 10)
     for a, b in zip(recommender.recommend(HISTORIES * 2, k=3), whole, strict=True):
-        same(a, b)
+        assert_same_recommendations(a, b)
 
 
 def test_seen_items_and_short_lists():
-    recommender = build()
+    recommender = build_recommender()
     found = recommender.recommend([["item_3", "item_4"], ["item_4"] * 11 + ["item_3"]], k=100, exclude_seen=True)
     assert [len(x) for x in found] == [38, 38]
     for x in found:
@@ -218,12 +190,12 @@ def test_seen_items_and_short_lists():
 
 @pytest.mark.parametrize("variant", ["anchor", "none"])
 def test_variants_without_factors_have_no_shares(variant):
-    for r in build(variant=variant).recommend(HISTORIES, k=2)[0]:
+    for r in build_recommender(variant=variant).recommend(HISTORIES, k=2)[0]:
         assert (r.factor_shares, r.contributions, r.base_score) == ([], [], None)
 
 
 def test_shares_can_be_left_out():
-    recommender = build()
+    recommender = build_recommender()
     with_shares, without = (recommender.recommend(HISTORIES, k=2, shares=x)[0] for x in (True, False))
     assert [r.index for r in with_shares] == [r.index for r in without]
     assert without[0].factor_shares == []
@@ -233,16 +205,16 @@ def test_shares_can_be_left_out():
 
 
 def test_ids_titles_and_indices_name_the_same_items():
-    recommender = build()
+    recommender = build_recommender()
     titles = recommender.processor.catalogue.titles
     forms = [["item_3", "item_7"], [titles[3], titles[7].upper() + " "], np.array([3, 7])]
     first, *others = recommender.recommend(forms, k=3)
     for other in others:
-        same(first, other)
+        assert_same_recommendations(first, other)
 
 
 def test_unknown_entries():
-    recommender = build()
+    recommender = build_recommender()
     with pytest.raises(
         ValueError, match=r"histories\[1\]\[0\]: 'Brave Jaz 1' is no id .*did you mean .*'Brave Jazz 1'"
     ):
@@ -257,7 +229,7 @@ def test_unknown_entries():
     assert resolved.unknown == [["nonsense"], ["nothing"]]
     found = recommender.recommend(histories, k=2, on_unknown="skip")
     for a, b in zip(found, recommender.recommend(resolved.histories, k=2), strict=True):
-        same(a, b)
+        assert_same_recommendations(a, b)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +257,7 @@ def test_bad_arguments(recommender, arguments, message):
 
 
 def test_parts_that_do_not_belong_together():
-    recommender = build()
+    recommender = build_recommender()
     model, processor = recommender.model, recommender.processor
     other = RecProcessor(processor.tokenizer, processor.catalogue, num_thoughts=2)
     with pytest.raises(ValueError, match="expected num_thoughts = 1 as the model's, got 2"):
@@ -302,7 +274,7 @@ def test_parts_that_do_not_belong_together():
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
 def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
-    recommender = build(codec)
+    recommender = build_recommender(codec)
     interest = recommender.processor.catalogue.attributes["interest"]
     allow, deny, wanted = [f"item_{i}" for i in range(30)], ["item_4", "item_9", "item_11"], sorted(set(interest))[:2]
     ok = np.isin(interest, wanted) & (np.arange(40) < 30) & ~np.isin(np.arange(40), [4, 9, 11])
@@ -331,17 +303,17 @@ def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
 
 
 def test_filters_under_views():
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     recommender.processor.views = HistoryViews(weight=0.5)
     every = recommender.recommend(HISTORIES, k=40, num_beams=40)
     some = recommender.recommend(HISTORIES, k=40, num_beams=40, allow=np.arange(20), deny=["item_2"])
     for a, b in zip(every, some, strict=True):
-        same([r for r in a if r.index < 20 and r.index != 2], b)
+        assert_same_recommendations([r for r in a if r.index < 20 and r.index != 2], b)
 
 
 def test_a_title_in_a_filter_means_all_its_items():
-    old = planted_dataset(num_items=40, num_users=10, seed=1).catalogue
-    recommender = build(catalogue=Catalogue(old.item_ids, ["Twin", "Twin", *old.titles[2:]], old.sids))
+    old = named_catalogue()
+    recommender = build_recommender(catalogue=Catalogue(old.item_ids, ["Twin", "Twin", *old.titles[2:]], old.sids))
     assert {r.index for r in recommender.recommend([[]], k=5, allow=["twin"])[0]} == {0, 1}
     assert {r.index for r in recommender.recommend([[]], k=40, deny=["Twin"])[0]} == set(range(2, 40))
     assert recommender.recommend([[]], k=5, allow=[]) == [[]]
@@ -366,7 +338,7 @@ def test_bad_filters(recommender, arguments, message):
 
 def test_queries_of_any_kind_share_a_batch():
     """k, seen items, allow-lists and deny-lists differ; every answer is that of the query alone."""
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     rng = np.random.default_rng(0)
     queries = []
     for _ in range(12):
@@ -376,7 +348,7 @@ def test_queries_of_any_kind_share_a_batch():
         queries.append(recommender.query(history, int(rng.integers(1, 20)), bool(rng.random() < 0.5), allowed, denied))
     together, _ = recommender.ranked(queries, 20, "full", True)
     for query, found in zip(queries, together, strict=True):
-        same(recommender.ranked([query], 20, "full", True)[0][0], found)
+        assert_same_recommendations(recommender.ranked([query], 20, "full", True)[0][0], found)
         assert len(found) <= query.k
     with pytest.raises(ValueError, match="num_beams: expected at least the largest k"):
         recommender.ranked(queries, 2, "full", False)
@@ -386,7 +358,7 @@ def test_queries_of_any_kind_share_a_batch():
 
 
 def test_threads_get_the_answers_of_one():
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     alone = [recommender.recommend([history], k=3)[0] for history in HISTORIES]
     old = recommender.processor.catalogue
     recommender.processor.catalogue = Catalogue(old.item_ids, old.titles, old.sids)  # its title tables are made again
@@ -408,23 +380,23 @@ def test_threads_get_the_answers_of_one():
     assert errors == []
     assert len(answers) == 32
     for (number, _), found in answers.items():
-        same(found, alone[number % 4])
+        assert_same_recommendations(found, alone[number % 4])
     assert all(module.training for module in recommender.model.modules())
 
 
 def test_saved_and_loaded(tmp_path):
-    recommender = build("sid")
+    recommender = build_recommender("sid")
     recommender.model.save_pretrained(tmp_path)
     recommender.processor.save_pretrained(tmp_path)
     loaded = Recommender.from_pretrained(tmp_path, device="cpu")
     for a, b in zip(loaded.recommend(HISTORIES, k=3), recommender.recommend(HISTORIES, k=3), strict=True):
-        same(a, b)
+        assert_same_recommendations(a, b)
     assert not list(tmp_path.glob("*.bin"))
 
 
 def test_peft_model():
     peft = pytest.importorskip("peft")
-    recommender = build()
+    recommender = build_recommender()
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["flr"])
     wrapped = peft.get_peft_model(recommender.model, config).eval()
     for a, b in zip(
@@ -432,10 +404,10 @@ def test_peft_model():
         recommender.recommend(HISTORIES, k=3),
         strict=True,
     ):
-        same(a, b)
+        assert_same_recommendations(a, b)
 
 
 def test_a_csr_row_is_a_history():
     rows = CSR.from_rows([[3, 7], [1]])
-    recommender = build()
-    same(*recommender.recommend([rows.row(0), ["item_3", "item_7"]], k=2))
+    recommender = build_recommender()
+    assert_same_recommendations(*recommender.recommend([rows.row(0), ["item_3", "item_7"]], k=2))

@@ -11,19 +11,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from serving import assert_same_items, in_process, mixed_requests, offline
-from test_recommender import build
 
-from flr.data import Catalogue, planted_dataset
+from flr.data import Catalogue
 from flr.serve import Settings
 from flr.serve.search import ItemSearch
+from tests.helpers.catalogues import named_catalogue
+from tests.helpers.models import build_recommender
+from tests.helpers.serving import assert_same_items, in_process, mixed_requests, offline
 
 TOKEN, ADMIN = "a-token-of-some-length", "an-admin-token-of-some-length"
 
 
 @pytest.fixture(scope="module")
 def recommender():
-    return build("sid")
+    return build_recommender("sid")
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def metric(client, name, **labels):
 
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
 def test_concurrent_requests_get_the_answers_of_each_alone(codec):
-    recommender = build(codec)
+    recommender = build_recommender(codec)
     bodies = mixed_requests(60)
 
     async def test(client):
@@ -94,7 +95,7 @@ def test_models_without_factors(variant):
         assert len(given["recommendations"]) == 2
         assert (await client.get("/v1/info")).json()["num_factors"] == 0
 
-    with_client(build(variant=variant), test)
+    with_client(build_recommender(variant=variant), test)
 
 
 def test_unknown_names_and_skipping(recommender):
@@ -356,7 +357,7 @@ def test_a_failure_is_a_500_without_its_text(recommender, monkeypatch, caplog):
 
 def test_reload_takes_over_and_a_broken_one_does_not(recommender, tokens):
     user, admin = tokens
-    larger = build("sid", catalogue=planted_dataset(num_items=60, num_users=10, seed=2).catalogue)
+    larger = build_recommender("sid", catalogue=named_catalogue(60, seed=2))
     answers = [larger, ValueError("the folder is broken")]
 
     def load():

@@ -8,15 +8,16 @@ import time
 
 import numpy as np
 import pytest
-from serving import Settings
-from test_recommender import build, same
 
 from flr.serve.engine import Busy, Engine, Job, Late, Loaded
+from tests.helpers.comparisons import assert_same_recommendations
+from tests.helpers.models import build_recommender
+from tests.helpers.serving import Settings
 
 
 @pytest.fixture(scope="module")
 def recommender():
-    return build("sid")
+    return build_recommender("sid")
 
 
 @pytest.fixture
@@ -73,7 +74,9 @@ def test_what_arrives_while_the_model_works_is_computed_together(gated):
         assert [answer.batch_size for answer in answers] == [1] + [4] * 8 + [1]
         assert all(answer.waited >= 0.04 for answer in answers[1:])
         for i, answer in enumerate(answers):
-            same(answer.result, recommender.recommend([np.array([i])], k=max(i, 1) if i else 3, shares=False)[0])
+            assert_same_recommendations(
+                answer.result, recommender.recommend([np.array([i])], k=max(i, 1) if i else 3, shares=False)[0]
+            )
 
     run(recommender, test, max_batch_size=4)
 
@@ -161,7 +164,9 @@ def test_deadlines(gated):
             await engine.submit(job(engine, [3], seconds=-1))
         await asyncio.sleep(0.2)
         opened.set()
-        same((await computing).result, recommender.recommend([np.array([0])], k=3, shares=False)[0])
+        assert_same_recommendations(
+            (await computing).result, recommender.recommend([np.array([0])], k=3, shares=False)[0]
+        )
         await patient
         assert [[1]] not in calls
         assert [[3]] not in calls
@@ -203,14 +208,14 @@ def test_one_bad_request_does_not_fail_its_batch(recommender, monkeypatch):
             if i == 3:
                 assert isinstance(answer, FloatingPointError)
             else:
-                same(answer.result, recommender.recommend([np.array([i])], k=3, shares=False)[0])
+                assert_same_recommendations(answer.result, recommender.recommend([np.array([i])], k=3, shares=False)[0])
 
     run(recommender, test, max_wait_ms=20)
 
 
 def test_a_reload_leaves_waiting_requests_with_their_model(gated):
     recommender, opened, calls = gated
-    other = build("sid", num_factors=2)
+    other = build_recommender("sid", num_factors=2)
     loading = threading.Event()
 
     def load():
@@ -231,7 +236,7 @@ def test_a_reload_leaves_waiting_requests_with_their_model(gated):
         opened.set()
         for task, model in [(old[0], recommender), (old[1], recommender), (new, other)]:
             index = 0 if task is old[0] else 1
-            same((await task).result, model.recommend([np.array([index])], k=3, shares=False)[0])
+            assert_same_recommendations((await task).result, model.recommend([np.array([index])], k=3, shares=False)[0])
         assert engine.model.generation == 2
 
     run(recommender, test, max_batch_size=1)

@@ -15,10 +15,10 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from serving import in_process
-from test_recommender import build
 
 from flr.serve import Settings, create_app
+from tests.helpers.models import build_recommender
+from tests.helpers.serving import in_process
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 
@@ -35,7 +35,7 @@ def several(cases: int):
     )  # fmt: skip
 
 
-GATE = create_app(build("sid"), Settings(max_wait_ms=0, max_history=50, allowed_hosts=["testserver"]))
+GATE = create_app(build_recommender("sid"), Settings(max_wait_ms=0, max_history=50, allowed_hosts=["testserver"]))
 OPERATIONS = 3  # with something to vary: recommend, explain, items
 schema = schemathesis.openapi.from_asgi("/openapi.json", GATE)
 
@@ -96,7 +96,7 @@ requests = st.tuples(
 @pytest.fixture(scope="module")
 def runner():
     loop = asyncio.new_event_loop()
-    manager = in_process(build("sid"), max_wait_ms=0)
+    manager = in_process(build_recommender("sid"), max_wait_ms=0)
     client = loop.run_until_complete(manager.__aenter__())
     yield loop, client.gate
     loop.run_until_complete(manager.__aexit__(None, None, None))

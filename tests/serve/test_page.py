@@ -8,8 +8,9 @@ import shutil
 import urllib.request
 
 import pytest
-from serving import save, serving
-from test_explain import nasty_catalogue
+
+from tests.helpers.catalogues import nasty_catalogue
+from tests.helpers.serving import save, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -12,13 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from serving import Process, assert_same_items, mixed_requests, offline, save, serving
 
+from bench.load import Client, closed_loop, open_loop
 from flr.cli import main
-from flr.data import planted_dataset
 from flr.recommender import Recommender
-
-from bench.load import Client, closed_loop, open_loop  # isort: skip  (put on the path by serving)
+from tests.helpers.catalogues import named_catalogue
+from tests.helpers.serving import Process, assert_same_items, mixed_requests, offline, save, serving
 
 SECONDS = float(os.environ.get("FLR_LOAD_SECONDS", "10"))
 POOL = mixed_requests(48, k=8, num_beams=20)
@@ -125,7 +124,7 @@ def test_killed_under_load_and_started_again_it_is_ready(model, expected, tmp_pa
 def test_hot_reload_under_load_drops_nothing_and_mixes_up_nothing(tmp_path):
     """The folder is a link that is switched between two models with different catalogues; every answer is of its generation."""
     first = save(tmp_path / "first")
-    second = save(tmp_path / "second", catalogue=planted_dataset(num_items=60, num_users=10, seed=2).catalogue)
+    second = save(tmp_path / "second", catalogue=named_catalogue(60, seed=2))
     pool = mixed_requests(24, k=5, num_beams=20)
     answers = [[offline(Recommender.from_pretrained(f, "cpu"), body) for body in pool] for f in (first, second)]
     assert [x["item_id"] for x in answers[0][0]] != [x["item_id"] for x in answers[1][0]]

@@ -3,12 +3,9 @@
 import copy
 import math
 
-import families
 import numpy as np
 import pytest
 import torch
-from test_grpo_equality import case
-from test_train import DATA, tiny
 
 import flr
 from bench.baselines import two_pass
@@ -16,25 +13,14 @@ from flr.data import EpochSampler, InteractionDataset
 from flr.decode import CatalogueTrie, beam_search, score_all_items
 from flr.decode.group import group_ranks
 from flr.group_forward import GroupInputs
-from flr.train import LatentGRPOConfig, LatentGRPOTrainer, RewardInputs, Rewards
+from flr.train import RewardInputs, Rewards
 from flr.train.grpo import GroupCollator, RepeatedBlocks
 from flr.train.surrogate import clipped_surrogate, ranking_reward
-
-
-def config(tmp_path, **options):
-    return LatentGRPOConfig(
-        **{
-            "output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 16,
-            "num_train_epochs": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
-            "disable_tqdm": True, "group_size": 4, "lr_scheduler_type": "constant", "seed": 3, **options,
-        }
-    )  # fmt: skip
-
-
-def trainer(tmp_path, codec="id", rewards=None, model=None, processor=None, **options):
-    if model is None:
-        model, processor = tiny(codec)
-    return LatentGRPOTrainer(model, config(tmp_path, **options), processor, DATA.train, DATA.valid, rewards=rewards)
+from tests.helpers.catalogues import DATA
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.inputs import group_case
+from tests.helpers.models import HIDDEN, trainable
+from tests.helpers.training import grpo_config, grpo_trainer
 
 
 def batch_of(train, users=range(16)):
@@ -134,20 +120,20 @@ def test_unknown_rewards_are_refused(text):
 
 @pytest.mark.parametrize("thoughts", [1, 2])
 def test_thought_log_probabilities_by_hand(thoughts):
-    model, prompts, group = case("phi", thoughts=thoughts)
+    model, prompts, group = group_case("phi", thoughts=thoughts)
     tokens = model(**prompts, group=group)
     group.policy = "thoughts"
     out = model(**prompts, group=group)
     torch.testing.assert_close(out.logprobs, tokens.logprobs)
     assert not out.logprobs.requires_grad
     actions, sigma = out.actions
-    assert actions.shape == (3, 4, thoughts, families.HIDDEN)
+    assert actions.shape == (3, 4, thoughts, HIDDEN)
     # -‖σ ε‖² / 2σ², whatever the thought
     expected = -group.noise.square().sum(-1) / 2
     torch.testing.assert_close(out.thought_logprobs, expected)
     # gradient (ε / σ) dr: of the first thought, which is shared
     weights = torch.randn(3, 4, dtype=torch.float64)
-    mine = families.gradients(model, (weights * out.thought_logprobs[..., 0]).sum())
+    mine = gradients_of(model, (weights * out.thought_logprobs[..., 0]).sum())
     embeds = model.get_input_embeddings()(prompts["input_ids"])
     positions = (prompts["attention_mask"].cumsum(1) - 1).clamp_min(0)
     hidden = model.model(
@@ -155,11 +141,11 @@ def test_thought_log_probabilities_by_hand(thoughts):
     ).last_hidden_state[:, :12]
     r = model.flr(hidden, prompts["attention_mask"][:, :12].bool(), 11).thought
     direction = (weights[..., None] * group.noise[:, :, 0] / sigma[:, :, :1]).sum(1)
-    families.assert_same_gradients(mine, families.gradients(model, (direction * r).sum()), 1e-12)
+    assert_same_gradients(mine, gradients_of(model, (direction * r).sum()), 1e-12)
 
 
 def test_given_actions_are_scored_without_the_targets():
-    model, prompts, group = case("qwen2", thoughts=2)
+    model, prompts, group = group_case("qwen2", thoughts=2)
     group.policy = "thoughts"
     first = model(**prompts, group=group)
     group.actions = first.actions
@@ -173,7 +159,7 @@ def test_given_actions_are_scored_without_the_targets():
 
 
 def test_given_thoughts_take_the_place_of_the_reasoners():
-    model, prompts, group = case("mistral", torch.float32, thoughts=2)
+    model, prompts, group = group_case("mistral", torch.float32, thoughts=2)
     out = model(**prompts, group=group)
     for member in (0, 3):
         ids = torch.cat([prompts["input_ids"], group.targets], 1)
@@ -194,7 +180,7 @@ def test_given_thoughts_take_the_place_of_the_reasoners():
 
 
 def test_noise_depends_on_seed_epoch_and_row_alone():
-    _, processor = tiny("sid", num_thoughts=2)
+    _, processor = trainable("sid", num_thoughts=2)
     collate = GroupCollator(processor, 4, 32, seed=1)
     rows = InteractionDataset(DATA.train)
     whole = collate([rows[(2, i)] for i in (5, 9, 11)])
@@ -228,8 +214,8 @@ def test_blocks_are_repeated():
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 @pytest.mark.parametrize("kind", ["grpo", "latentr3"])
 def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
-    model, processor = tiny("sid")
-    train = trainer(
+    model, processor = trainable("sid")
+    train = grpo_trainer(
         tmp_path, model=model.double(), processor=processor, policy=policy, advantage=kind, advantage_epsilon=1e-4, reward="neg_perplexity",
         advantage_from_clean=False, kl_weight=0.1, regularise=True,
     )  # fmt: skip
@@ -237,7 +223,7 @@ def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
         train.reference.output.mul_(0.9)
     batch = batch_of(train)
     loss = train.compute_loss(train.model, dict(batch), num_items_in_batch=torch.tensor(32))
-    gradients = families.gradients(train.model, loss)
+    gradients = gradients_of(train.model, loss)
     group = GroupInputs(batch["targets"], batch["target_mask"], batch["noise"], 0.3, policy=policy)
     group.reference = train.reference
     names = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
@@ -247,13 +233,13 @@ def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
     weight = batch["target_mask"][:, None] / batch["target_mask"].sum(1)[:, None, None]
     logp = (out.logprobs * weight).sum(-1) if policy == "tokens" else out.thought_logprobs.mean(-1)
     users = -(advantages * logp).mean(1) + 0.1 * out.kl + out.regularisers
-    families.assert_same_gradients(gradients, families.gradients(train.model, users.sum() / 32), 1e-5)
+    assert_same_gradients(gradients, gradients_of(train.model, users.sum() / 32), 1e-5)
     value = (-advantages.mean(1) + 0.1 * out.kl + out.regularisers).sum() / 32
     torch.testing.assert_close(loss, value, rtol=1e-6, atol=1e-6)
 
 
 def test_it_learns_what_is_rewarded(tmp_path):
-    train = trainer(tmp_path, learning_rate=3e-3, num_train_epochs=6, noise_scale=0.5, group_size=16)
+    train = grpo_trainer(tmp_path, learning_rate=3e-3, num_train_epochs=6, noise_scale=0.5, group_size=16)
     before = train.target_logprobs(DATA.train).mean()
     backbone = {n: p.clone() for n, p in train.model.named_parameters() if not n.startswith("flr.")}
     train.train()
@@ -265,8 +251,8 @@ def test_it_learns_what_is_rewarded(tmp_path):
 def test_a_reward_of_ones_own(tmp_path):
     """Short thoughts are rewarded, and the thought's norm falls."""
     short = Rewards({lambda x: -x.thoughts.norm(dim=-1).sum(-1): 1.0})
-    model, processor = tiny(anchor="none", init_scale=1.0)
-    train = trainer(
+    model, processor = trainable(anchor="none", init_scale=1.0)
+    train = grpo_trainer(
         tmp_path,
         rewards=short,
         model=model,
@@ -282,7 +268,7 @@ def test_a_reward_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("codec", ["id", "sid"])
 def test_ranks_are_those_of_the_catalogue(tmp_path, codec):
-    train = trainer(tmp_path, codec, reward_beams=40, noise_scale=3.0)
+    train = grpo_trainer(tmp_path, codec, reward_beams=40, noise_scale=3.0)
     batch = batch_of(train)
     names = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
     prompts = {k: batch[k] for k in names}
@@ -301,15 +287,15 @@ def test_ranks_are_those_of_the_catalogue(tmp_path, codec):
     assert len(ranks.unique()) > 3
     train.rewards = Rewards.parse("mrr")
     loss = train.compute_loss(train.model, batch, num_items_in_batch=torch.tensor(16))
-    assert families.gradients(train.model, loss)["flr.output"].norm() > 0
+    assert gradients_of(train.model, loss)["flr.output"].norm() > 0
 
 
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize(("codec", "thoughts", "beams"), [("id", 1, 9), ("sid", 2, 9), ("title", 1, 12)])
 def test_ranks_behind_one_prompt_equal_those_of_repeated_prompts(tmp_path, codec, thoughts, beams, scoring):
-    model, processor = tiny(codec, num_thoughts=thoughts)
+    model, processor = trainable(codec, num_thoughts=thoughts)
     processor.scoring = scoring
-    train = trainer(tmp_path, model=model.double(), processor=processor, reward_beams=beams, noise_scale=3.0)
+    train = grpo_trainer(tmp_path, model=model.double(), processor=processor, reward_beams=beams, noise_scale=3.0)
     batch = batch_of(train)
     prompts = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids", "reasoner_mask")}
     group = GroupInputs(batch["targets"], batch["target_mask"], batch["noise"], 3.0, decodable=True)
@@ -333,7 +319,7 @@ def test_ranks_behind_one_prompt_equal_those_of_repeated_prompts(tmp_path, codec
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi", "mistral"])
 def test_group_ranks_of_families(family, scoring):
     """Items of one to five tokens behind prompts of different lengths: members finish at different steps."""
-    model, prompts, group = case(family, thoughts=2)
+    model, prompts, group = group_case(family, thoughts=2)
     generator = np.random.default_rng(0)
     items = {tuple(generator.integers(3, 9, n)) for n in generator.integers(1, 5, 60)}
     items = [(*item, 9) for item in sorted(items)]  # none begins another
@@ -357,7 +343,7 @@ def test_group_ranks_of_families(family, scoring):
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 def test_iterations_on_a_batch(tmp_path, policy):
     """The second step on a batch has the first one's rewards, and a ratio that has moved."""
-    train = trainer(
+    train = grpo_trainer(
         tmp_path, policy=policy, num_iterations=3, learning_rate=1e-2, logging_steps=1, gradient_accumulation_steps=2,
         per_device_train_batch_size=8,
     )  # fmt: skip
@@ -378,7 +364,7 @@ def test_iterations_on_a_batch(tmp_path, policy):
 def test_what_is_logged(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train = trainer(tmp_path, logging_steps=2, report_to="tensorboard", eval_strategy="epoch", num_train_epochs=1)
+    train = grpo_trainer(tmp_path, logging_steps=2, report_to="tensorboard", eval_strategy="epoch", num_train_epochs=1)
     train.train()
     (folder,) = {f.parent for f in tmp_path.rglob("events.out.*")}
     events = EventAccumulator(str(folder)).Reload()
@@ -394,9 +380,9 @@ def test_what_is_logged(tmp_path):
 
 
 def test_target_logprob_is_the_supervised_loss(tmp_path):
-    train = trainer(tmp_path, "sid", per_device_eval_batch_size=7)
+    train = grpo_trainer(tmp_path, "sid", per_device_eval_batch_size=7)
     found = train.target_logprobs(DATA.valid)
-    again = trainer(tmp_path, "sid").target_logprobs(DATA.valid)
+    again = grpo_trainer(tmp_path, "sid").target_logprobs(DATA.valid)
     assert found == pytest.approx(again, rel=1e-5)
     total = 0.0
     for row in (DATA.valid[i] for i in range(len(DATA.valid))):
@@ -413,7 +399,7 @@ def test_target_logprob_is_the_supervised_loss(tmp_path):
 
 
 def test_backbone_trains_when_asked(tmp_path):
-    train = trainer(tmp_path, policy="tokens", train_backbone=True, learning_rate=1e-3)
+    train = grpo_trainer(tmp_path, policy="tokens", train_backbone=True, learning_rate=1e-3)
     groups = train.create_optimizer().param_groups
     assert {g["lr"] for g in groups} == {1e-3, 1e-4}
     before = train.model.model.layers[0].mlp.up_proj.weight.clone()
@@ -422,8 +408,8 @@ def test_backbone_trains_when_asked(tmp_path):
 
 
 def test_reasoner_stays_in_float32(tmp_path):
-    model, processor = tiny()
-    train = trainer(tmp_path, model=model.to(torch.bfloat16), processor=processor, learning_rate=1e-5)
+    model, processor = trainable()
+    train = grpo_trainer(tmp_path, model=model.to(torch.bfloat16), processor=processor, learning_rate=1e-5)
     before = copy.deepcopy(train.model.flr.state_dict())
     train.train()
     for name, value in train.model.flr.state_dict().items():
@@ -453,20 +439,20 @@ def test_reasoner_stays_in_float32(tmp_path):
 )
 def test_unusable_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        config(tmp_path, **options)
+        grpo_config(tmp_path, **options)
 
 
 def test_unusable_models_and_data_are_refused(tmp_path):
-    model, processor = tiny(variant="anchor")
+    model, processor = trainable(variant="anchor")
     with pytest.raises(ValueError, match="model: expected a patched model of variant flr or latentr3"):
-        trainer(tmp_path, model=model, processor=processor)
+        grpo_trainer(tmp_path, model=model, processor=processor)
     with pytest.raises(ValueError, match="train: expected at least one batch of 5000 users"):
-        trainer(tmp_path, per_device_train_batch_size=5000)
+        grpo_trainer(tmp_path, per_device_train_batch_size=5000)
 
 
 def test_latentr3_variant_trains(tmp_path):
-    model, processor = tiny(variant="latentr3")
-    train = trainer(tmp_path, model=model, processor=processor, max_steps=2, learning_rate=1e-3)
+    model, processor = trainable(variant="latentr3")
+    train = grpo_trainer(tmp_path, model=model, processor=processor, max_steps=2, learning_rate=1e-3)
     before = train.model.flr.value.weight.clone()
     train.train()
     assert not torch.equal(before, train.model.flr.value.weight)

@@ -1,17 +1,17 @@
 """Latent GRPO gives the same loss, gradients and weights however a global batch is split over processes (gloo, CPU)."""
 
-import os
-
-import families
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_train import DATA, tiny
 from torch.distributed.fsdp import fully_shard
 
 from flr.data import InteractionDataset
-from flr.train import LatentGRPOConfig, LatentGRPOTrainer
+from flr.train import LatentGRPOTrainer
+from tests.helpers.catalogues import DATA
+from tests.helpers.comparisons import assert_same_gradients
+from tests.helpers.models import trainable
+from tests.helpers.processes import in_processes
+from tests.helpers.training import grpo_trainer
 
 RUNS = {
     "thoughts, grpo": {"policy": "thoughts", "kl_weight": 0.1, "num_iterations": 2},
@@ -25,16 +25,10 @@ STEPS = 3
 
 def make(folder, users: int, **options) -> LatentGRPOTrainer:
     """A trainer in double precision: reductions in another order would show in single."""
-    model, processor = tiny("sid")
-    args = LatentGRPOConfig(
-        **{
-            "output_dir": folder, "use_cpu": True, "report_to": "none", "save_strategy": "no", "eval_strategy": "no",
-            "load_best_model_at_end": False, "disable_tqdm": True, "group_size": 4, "max_steps": STEPS, "seed": 1,
-            "per_device_train_batch_size": users, "logging_steps": 1, "learning_rate": 1e-3, "ddp_backend": "gloo" if dist.is_initialized() else None,
-            **options,
-        }
-    )  # fmt: skip
-    return LatentGRPOTrainer(model.double(), args, processor, DATA.train)
+    model, processor = trainable("sid")
+    own = {"max_steps": STEPS, "seed": 1, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    own |= {"per_device_train_batch_size": users, "ddp_backend": "gloo" if dist.is_initialized() else None}
+    return grpo_trainer(folder, model=model.double(), processor=processor, **{**own, **options})
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -87,18 +81,13 @@ def trained(folder, world: int) -> dict:
     return found
 
 
-def _worker(rank: int, world: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # for accelerate, which finds the group made
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=world)
+def _runs(rank: int, world: int, path: str) -> dict:
+    """What every process finds: see the test below."""
     folder = f"{path}/out-{rank}"
     found = {"uneven": uneven(folder, rank, world), "trained": trained(folder, world)}
     if world == 2:
         found["sharded"] = uneven(folder, rank, world, shard=True)
-    torch.save(found, f"{path}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # freeing DDP beside gloo's threads hangs now and then; nothing is left to do
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +103,13 @@ def compare(name: str, actual: dict, expected: dict, relative: float) -> None:
             torch.testing.assert_close(
                 actual.pop(scalar), expected.pop(scalar), rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}"
             )
-    families.assert_same_gradients(actual, expected, relative)
+    assert_same_gradients(actual, expected, relative)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_processes(world, alone, tmp_path):
-    mp.spawn(_worker, args=(world, str(tmp_path)), nprocs=world)
-    for rank in range(world):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank, found in enumerate(in_processes(_runs, world, tmp_path, world, str(tmp_path))):
         for kind, runs in found.items():
             for name, values in runs.items():
                 expected = alone["uneven" if kind == "sharded" else kind][name]

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import flr
 from flr.data import (
     CATALOGUE_USER,
     CSR,
@@ -15,44 +13,15 @@ from flr.data import (
     Interactions,
     RecProcessor,
     SFTCollator,
-    build_tokenizer,
-    planted_dataset,
 )
 from flr.decode import score_all_items
 from flr.evaluate import evaluate
-from flr.train import SFTConfig, SFTTrainer, init_item_embeddings, item_features, item_neighbours, with_catalogue_rows
+from flr.train import init_item_embeddings, item_features, item_neighbours, with_catalogue_rows
 from flr.train.neighbours import cooccurrence
 from flr.views import ViewMixture
-
-DATA = planted_dataset(num_items=40, num_users=60, seed=3)
-
-
-def tiny(codec="id", views=None, **config):
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(DATA.catalogue, codec, vocab_size=400)
-    options = flr.FLRConfig(**{"anchor": "last", **config})
-    processor = RecProcessor(
-        tokenizer,
-        DATA.catalogue,
-        codec,
-        num_thoughts=options.thought_count,
-        views=views,
-        max_title_tokens=4 if codec == "title" else None,
-    )
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        tie_word_embeddings=True, initializer_range=0.2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(shape)
-    return flr.patch_model(model, tokenizer, options), processor
-
-
-def trainer(tmp_path, model, processor, augment=None, train=None, epochs=1, **options):
-    args = SFTConfig(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=32, disable_tqdm=True,
-        num_train_epochs=epochs, save_strategy="no", eval_strategy="no", load_best_model_at_end=False, **options,
-    )  # fmt: skip
-    return SFTTrainer(model, args, processor, DATA.train if train is None else train, DATA.valid, augment)
+from tests.helpers.catalogues import DATA
+from tests.helpers.models import trainable
+from tests.helpers.training import sft_trainer
 
 
 def test_title_features_put_items_of_one_series_together():
@@ -67,7 +36,7 @@ def test_title_features_put_items_of_one_series_together():
 
 @pytest.mark.parametrize("codec", ["id", "sid"])
 def test_item_embeddings_start_from_titles(codec):
-    model, processor = tiny(codec)
+    model, processor = trainable(codec)
     before = model.get_input_embeddings().weight.clone()
     init_item_embeddings(model, processor, scale=0.1)
     after = model.get_input_embeddings().weight
@@ -82,7 +51,7 @@ def test_item_embeddings_start_from_titles(codec):
         cosine = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
         torch.testing.assert_close(cosine, expected @ expected.T, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="codec"):
-        init_item_embeddings(*tiny("title"))
+        init_item_embeddings(*trainable("title"))
 
 
 def test_cooccurrence_by_hand():
@@ -134,11 +103,11 @@ def test_single_keeps_one_item_and_prefers_late_ones():
 
 @pytest.mark.parametrize("neighbour", [0.0, 0.5, 1.0])
 def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
-    model, processor = tiny(orthogonality_weight=0.0, diversity_weight=0.0, sparsity_weight=0.0)
+    model, processor = trainable(orthogonality_weight=0.0, diversity_weight=0.0, sparsity_weight=0.0)
     table = item_neighbours(DATA.train, DATA.catalogue, top=4)
     augment = Augment(neighbour=neighbour, neighbours=table)
     rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(16)]
-    train = trainer(tmp_path, model, processor, augment, normalisation="full")
+    train = sft_trainer(tmp_path, model, processor, augment, normalisation="full")
     batch = train._batch(rows)
     sources = augment.with_sources(rows, train._collate.seed)[2]
     assert (batch["soft_weights"].sum(1) > 0).tolist() == (sources >= 0).tolist()
@@ -160,8 +129,8 @@ def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
 
 
 def test_optimizer_groups_and_dropout(tmp_path):
-    model, processor = tiny()
-    train = trainer(
+    model, processor = trainable()
+    train = sft_trainer(
         tmp_path, model, processor, learning_rate=1e-3, weight_decay=0.1, reasoner_weight_decay=0.2,
         embedding_learning_rate=2e-3, embedding_weight_decay=0.0, embedding_dropout=0.5, output_dropout=0.5,
         normalisation="full",
@@ -180,8 +149,8 @@ def test_optimizer_groups_and_dropout(tmp_path):
 
 
 def test_training_lowers_the_loss_and_evaluates_by_ndcg(tmp_path):
-    model, processor = tiny()
-    train = trainer(tmp_path, model, processor, learning_rate=1e-2, epochs=3)
+    model, processor = trainable()
+    train = sft_trainer(tmp_path, model, processor, learning_rate=1e-2, num_train_epochs=3)
     before = train.evaluate()["eval_ndcg@10"]
     train.train()
     after = train.evaluate()["eval_ndcg@10"]
@@ -194,7 +163,7 @@ def test_training_lowers_the_loss_and_evaluates_by_ndcg(tmp_path):
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_views_are_a_mixture_of_probabilities(codec, weight):
     views = HistoryViews(weight, decay=0.6)
-    model, processor = tiny(codec, views)
+    model, processor = trainable(codec, views)
     model.eval()
     histories = [[1, 2, 3], [7], [], [5, 5, 9, 30], list(range(12))]
     mixture = ViewMixture(model, processor, num_beams=40, batch_size=2)
@@ -217,7 +186,7 @@ def test_views_are_a_mixture_of_probabilities(codec, weight):
 
 
 def test_views_are_saved_and_used_by_evaluation(tmp_path):
-    model, processor = tiny(views=HistoryViews(0.7, 0.5))
+    model, processor = trainable(views=HistoryViews(0.7, 0.5))
     processor.save_pretrained(tmp_path)
     loaded = RecProcessor.from_pretrained(tmp_path)
     assert loaded.views == processor.views
@@ -237,15 +206,15 @@ def test_views_are_saved_and_used_by_evaluation(tmp_path):
 def test_collator_adds_soft_targets_for_one_token_codecs_only():
     table = item_neighbours(DATA.train, DATA.catalogue, top=4)
     for codec, expected in (("id", True), ("sid", False)):
-        _, processor = tiny(codec)
+        _, processor = trainable(codec)
         batch = SFTCollator(processor, Augment(neighbour=1.0, neighbours=table))([DATA.train[0]])
         assert ("soft_targets" in batch) == expected
 
 
 def test_loss_is_a_share_of_the_global_sum_times_processes(tmp_path, monkeypatch):
     """DDP averages gradients over processes; the loss divides by the tokens of all of them."""
-    model, processor = tiny("sid")
-    job = trainer(tmp_path, model, processor)
+    model, processor = trainable("sid")
+    job = sft_trainer(tmp_path, model, processor)
     batch = next(iter(job.get_train_dataloader()))
     model.eval()  # no dropout
     alone = job.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500))
