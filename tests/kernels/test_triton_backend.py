@@ -29,8 +29,9 @@ def python(*arguments, **environment):
 @needs_triton
 def test_kernels_under_the_interpreter():
     """A process of its own: TRITON_INTERPRET must be set before the kernels are imported, and must not touch other tests."""
+    files = [str(f) for f in Path(__file__).parent.glob("test_triton_*.py") if f.name != Path(__file__).name]
     run = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_triton_kernels.py", "tests/test_triton_trie_step.py",
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files,
         TRITON_INTERPRET="1", PYTEST_ADDOPTS="-W ignore::RuntimeWarning", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

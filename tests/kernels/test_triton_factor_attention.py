@@ -1,11 +1,6 @@
-"""The Triton kernels against the reference in float64: under the interpreter on the CPU, or on a GPU.
-
-Collected where ``TRITON_INTERPRET=1`` is set (``test_triton_backend.py`` does so in a process of its own, because it must be
-set before the kernels are imported) or where there is a CUDA device; skipped elsewhere.
-"""
+"""The Triton kernels of `flr_kernels.factor_attention` against the reference in float64."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -13,53 +8,22 @@ from torch.autograd import gradcheck
 
 import flr_kernels
 from flr_kernels import checks, reference, triton_config
+from tests.helpers.triton import (
+    DEVICE,
+    DTYPES,
+    FLOOR,
+    INTERPRETED,
+    MARKS,
+    assert_close,
+    attention_inputs,
+    cuda_only,
+    gradients_for,
+    run,
+)
 
-INTERPRETED = triton_config.interpreted()
-if INTERPRETED:
-    DEVICE = "cpu"
-elif torch.cuda.is_available():
-    DEVICE = "cuda"
-    pytestmark = pytest.mark.gpu
-else:
-    pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
+pytestmark = MARKS
 
-cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Relative to the largest reference value: rounding of the result itself, and of what differs in summation order.
-FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 ATTENTION = ("context", "lse", "overlap", "entropy")
-AGGREGATE = ("thought", "gates", "orthogonality", "gate_entropy")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend(monkeypatch):
-    """Only Triton, and every tensor that is allocated without being filled starts as NaN."""
-    monkeypatch.setenv("FLR_BACKEND", "triton")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def masks(kind, batch, length):
-    """bool [B, L]"""
-    position = torch.arange(length).expand(batch, length)
-    count = torch.arange(batch)[:, None] * length // max(batch, 1) + 1  # 1 .. L valid tokens
-    valid = {
-        "left": position >= length - count,
-        "right": position < count,
-        "scattered": torch.rand(batch, length) < 0.4,
-        "false": torch.zeros(batch, length, dtype=torch.bool),
-        "one": position == (torch.arange(batch)[:, None] * 7 + length // 2) % length,
-        "mixed": (torch.rand(batch, length) < 0.5) & (torch.arange(batch)[:, None] != 1),
-    }
-    return None if kind is None else valid[kind].to(DEVICE)
-
-
-def attention_inputs(batch, length, size, factors, dtype, mask=None, scale=1.0):
-    torch.manual_seed(batch * 1000 + length * 100 + size + factors)
-    h = torch.randn(batch, length, size).to(DEVICE, dtype).requires_grad_()
-    u = (torch.randn(batch, factors, size) * (scale / math.sqrt(size))).to(DEVICE, dtype).requires_grad_()
-    return h, u, masks(mask, batch, length)
 
 
 def eager_attention(h, u, mask):
@@ -71,44 +35,6 @@ def eager_attention(h, u, mask):
     alpha = torch.where(some, scores, 0).softmax(-1) * some
     entropy = -torch.where(alpha > 0, alpha * torch.where(alpha > 0, alpha, 1).log(), 0).sum(-1)
     return alpha @ h, scores.logsumexp(-1), alpha @ alpha.transpose(1, 2), entropy
-
-
-def gradients_for(outputs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) * torch.isfinite(o) for o in outputs]
-
-
-def assert_close(name, actual, expected, baseline, floor):
-    """Largest and root-mean-square error against float64 within twice the error of same-dtype PyTorch, plus a floor."""
-    assert actual.shape == expected.shape, name
-    infinite = torch.isneginf(expected)
-    assert torch.equal(torch.isneginf(actual), infinite), name
-    actual, expected, baseline = (x.double().masked_fill(infinite, 0) for x in (actual, expected, baseline))
-    assert torch.isfinite(actual).all(), f"{name} is not finite"
-    if actual.numel() == 0:
-        return
-    size = expected.abs().max().clamp_min(1e-3)
-    for kind, norm in (("max", lambda x: x.abs().max()), ("rms", lambda x: x.square().mean().sqrt())):
-        error, bound = norm(actual - expected), 2 * norm(baseline - expected).nan_to_num(0) + floor * size
-        assert error <= bound, f"{name}: {kind} error {error:.2e}, expected at most {bound:.2e}"
-
-
-def run(op, names, inputs, differentiated, eager):
-    """Values and gradients of the op, of its float64 reference and of ``eager`` in the inputs' dtype."""
-    outputs = op(*inputs)
-    wide = [
-        x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) and x.is_floating_point() else x
-        for x in inputs
-    ]
-    exact = getattr(reference, op.__name__)(*wide)
-    plain = eager(*inputs)
-    grads = gradients_for(exact)
-    results = []
-    for values, arguments in ((outputs, inputs), (exact, wide), (plain, inputs)):
-        wanted = [x for x, d in zip(arguments, differentiated, strict=True) if d]
-        g = [grad.to(v.dtype) for grad, v in zip(grads, values, strict=True)]
-        results.append([*values, *torch.autograd.grad(values, wanted, g)])
-    return [*names, *(f"gradient {i}" for i, d in enumerate(differentiated) if d)], results
 
 
 ATTENTION_CASES = [
@@ -305,101 +231,11 @@ def test_empty_batch():
     assert flr_kernels.factor_aggregate(u, torch.zeros(0, 2, device=DEVICE)).thought.shape == (0, 32)
 
 
-def eager_aggregate(f, logits, eps):
-    gates = logits.softmax(-1)
-    unit = f * (f.square().sum(-1, keepdim=True) + eps * eps).rsqrt()
-    cosines = (unit @ unit.transpose(1, 2)).square()
-    factors = f.shape[1]
-    off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(-1)
-    entropy = -(gates * logits.log_softmax(-1)).sum(-1)
-    return (gates[..., None] * f).sum(1), gates, off_diagonal / max(factors * (factors - 1), 1), entropy
-
-
-def aggregate_inputs(batch, size, factors, dtype):
-    torch.manual_seed(batch * 100 + size + factors)
-    common = torch.randn(batch, 1, size)  # so that the factors are not orthogonal
-    f = (torch.randn(batch, factors, size) + common).to(DEVICE, dtype).requires_grad_()
-    return f, torch.randn(batch, factors).to(DEVICE, dtype).requires_grad_()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES] if INTERPRETED else DTYPES)
-@pytest.mark.parametrize(("batch", "size", "factors"), [(1, 32, 1), (3, 40, 3), (2, 72, 4), (1, 136, 16)])
-def test_aggregate_matches_float64(batch, size, factors, dtype):
-    f, logits = aggregate_inputs(batch, size, factors, dtype)
-    eager = reference.factor_aggregate if dtype in (torch.float32, torch.float64) else eager_aggregate
-    names, (actual, exact, plain) = run(
-        flr_kernels.factor_aggregate, AGGREGATE, (f, logits, 1e-3), (True, True, False), eager
-    )
-    for index, (name, a, e, p) in enumerate(zip(names, actual, exact, plain, strict=True)):
-        floor = FLOOR[a.dtype] if index < 4 else FLOOR[dtype]
-        assert_close(name, a, e, p if index >= 4 or dtype == torch.float32 else e, floor)
-
-
-def test_aggregate_with_extreme_logits_and_strides():
-    f, _ = aggregate_inputs(2, 40, 3, torch.float32)
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], device=DEVICE, requires_grad=True)
-    out = flr_kernels.factor_aggregate(f, logits)
-    strided = f.detach().transpose(0, 1).contiguous().transpose(0, 1)
-    again = flr_kernels.factor_aggregate(strided, logits.detach().T.contiguous().T)
-    for a, b in zip(out, again, strict=True):
-        assert torch.equal(a, b)
-    torch.testing.assert_close(out.gates, torch.tensor([[1.0, 0, 0], [1 / 3] * 3], device=DEVICE))
-    total = out.thought.sum() + out.gate_entropy.sum() + out.orthogonality.sum() + out.gates[:, 0].sum()
-    first = torch.autograd.grad(total, (f, logits), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(total, (f, logits)), strict=True):
-        assert torch.isfinite(a).all()
-        assert torch.equal(a, b)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="float64 accumulators are for the interpreter")
 @pytest.mark.parametrize(("length", "mask"), [(17, None), (9, "mixed")])  # two splits, one split
 def test_gradcheck_on_the_kernels_themselves(length, mask):
     h, u, valid = attention_inputs(1, length, 32, 2, torch.float64, mask)
     assert gradcheck(lambda h, u: flr_kernels.factor_attention(h, u, valid), (h, u), fast_mode=True)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="float64 accumulators are for the interpreter")
-def test_gradcheck_of_the_aggregation():
-    f, logits = aggregate_inputs(1, 32, 3, torch.float64)
-    assert gradcheck(lambda f, x: flr_kernels.factor_aggregate(f, x, 1e-3), (f, logits), fast_mode=True)
-
-
-def test_opcheck_and_fullgraph_compile():
-    h, u, valid = attention_inputs(2, 17, 32, 3, torch.float32, "mixed")
-    f, logits = aggregate_inputs(2, 32, 3, torch.float32)
-    torch.library.opcheck(torch.ops.flr.factor_attention.default, (h, u, valid))
-    torch.library.opcheck(torch.ops.flr.factor_aggregate.default, (f, logits, 1e-6))
-
-    def step(h, u):
-        out = flr_kernels.factor_attention(h, u, valid)
-        return flr_kernels.factor_aggregate(out.context, out.entropy).thought
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(h, u), step(h, u), rtol=0, atol=0)
-    actual, expected = (torch.autograd.grad(fn(h, u).sum(), (h, u)) for fn in (compiled, step))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_the_reasoner_thinks_the_same_on_the_kernels(autocast, monkeypatch):
-    from flr.config import FLRConfig
-    from flr.reasoner import FactorizedReasoner
-
-    torch.manual_seed(0)
-    reasoner = FactorizedReasoner(64, FLRConfig(num_factors=4, num_refinements=2)).to(DEVICE)
-    h, mask = torch.randn(3, 21, 64, device=DEVICE), masks("left", 3, 21)
-    h = h.to(torch.bfloat16 if autocast else torch.float32)
-    results = {}
-    for backend in ("triton", "reference"):
-        monkeypatch.setenv("FLR_BACKEND", backend)
-        reasoner.zero_grad()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            out = reasoner(h, mask)
-        loss = out.thought.square().sum() + sum(x.sum() for x in out.user_losses.values())
-        results[backend] = [out.thought, *torch.autograd.grad(loss, list(reasoner.parameters()))]
-    for a, e in zip(results["triton"], results["reference"], strict=True):
-        bound = (2e-2 if autocast else 1e-4) * e.abs().max() + 1e-6
-        assert (a - e).abs().max() <= bound
 
 
 @cuda_only
@@ -428,42 +264,3 @@ def test_cuda_graph_capture():
     graph.replay()
     for a, b in zip(out, flr_kernels.factor_attention(h, u, valid), strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_environment_is_what_this_file_needs():
-    assert os.environ["FLR_BACKEND"] == "triton"
-    assert torch.isnan(torch.empty(3)).all(), "uninitialised memory is not filled with NaN"
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, *([torch.float64] if INTERPRETED else [])])
-@pytest.mark.parametrize(
-    ("rows", "vocabulary"), [(1, 1), (3, 63), (2, 64), (5, 65), (1, 1009), (7, 5000), (0, 9), (600, 130)]
-)
-def test_log_normaliser(rows, vocabulary, dtype):
-    torch.manual_seed(rows + vocabulary)
-    logits = (5 * torch.randn(rows, vocabulary + 3)).to(DEVICE, dtype)[:, :vocabulary]  # rows apart by more than V
-    if rows > 2:
-        logits[1, 0], logits[2] = 1e4, logits[2] - 1e4
-        logits[0, 1:] = -math.inf
-    found = flr_kernels.log_normaliser(logits)
-    expected = reference.log_normaliser(logits.double())
-    assert found.shape == (rows,)
-    assert found.dtype == checks.accumulation_dtype(dtype)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(found, flr_kernels.log_normaliser(logits))
-
-
-def test_log_normaliser_of_broken_rows_is_not_finite():
-    logits = torch.zeros(4, 300, device=DEVICE)
-    logits[0, 7], logits[1, 299], logits[2] = math.nan, math.inf, -math.inf
-    assert flr_kernels.log_normaliser(logits).isfinite().tolist() == [False, False, False, True]
-    with pytest.raises(ValueError, match="contiguous last dimension"):
-        flr_kernels.log_normaliser(torch.zeros(4, 300, device=DEVICE).T)
-    with pytest.raises(ValueError, match="V >= 1"):
-        flr_kernels.log_normaliser(torch.zeros(4, 0, device=DEVICE))
-
-
-def test_log_normaliser_is_registered():
-    logits = torch.randn(5, 200, device=DEVICE)
-    torch.library.opcheck(torch.ops.flr.log_normaliser.default, (logits,))

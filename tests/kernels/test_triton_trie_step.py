@@ -1,11 +1,10 @@
 """The Triton kernels of `flr_kernels.trie_step` against its definition: under the interpreter on the CPU, or on a GPU.
 
-Collected as test_triton_kernels.py is; `test_triton_backend.py` runs both under the interpreter.
+Collected as its neighbours are; `test_triton_backend.py` runs all of them under the interpreter.
 """
 
 import pytest
 import torch
-from test_triton_kernels import DEVICE, triton_backend  # noqa: F401  (skips where neither is there)
 
 import flr.decode.beam
 import flr_kernels
@@ -15,9 +14,9 @@ from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import toy_model
 from tests.helpers.trie_steps import call, case
+from tests.helpers.triton import DEVICE, MARKS
 
-if DEVICE == "cuda":
-    pytestmark = pytest.mark.gpu
+pytestmark = MARKS
 
 
 def expected(arguments, unfinished, all_, unique):
