@@ -1,127 +1,15 @@
-"""The benchmark suite's own arithmetic, its files, and that documents show what the committed results say."""
+"""Files of results, what is compared and reported, and that documents show what the committed results say."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from bench import figures, harness, report, results, scaling
+from bench import report, results
 from flr.cli import main
+from tests.helpers.results import planted, saved
 
 ROOT = Path(__file__).parents[2]
-
-
-def planted(ratio=10.0, width=1.1, *, commit="a", date="2026-01-01T00:00:00Z", tier="default", case="x", ms=2.0):
-    """A run with one race: ours, a competitor at ``ratio`` with a spread of ``width``, and one that failed."""
-    common = {"suite": "s", "case": case, "shape": {"B": 2}, "tier": tier, "check": "passed"}
-    times = {"p20_ms": ms, "p50_ms": ms, "p80_ms": ms}
-    spread = {"p20": ratio / width, "p50": ratio, "p80": ratio * width}
-    rows = [
-        {**common, "variant": "flr", **times},
-        {**common, "variant": "eager", **times, "ratio": spread, "target": 5.0},
-        {**common, "variant": "broken", "failed": "RuntimeError: no"},
-    ]
-    facts = {"device": "CPU Some 3.0", "commit": commit, "dirty": False, "date": date, "threads": 1, "tier": tier}
-    return {**facts, "versions": {"torch": "2"}, "ceilings": {"copy_gb_per_s": 10.0}, "rows": rows}
-
-
-def saved(folder, *runs):
-    for run in runs:
-        path = results.append({k: v for k, v in run.items() if k != "rows"}, run["rows"], folder)
-    return path
-
-
-def test_peak_memory_is_what_was_alive_at_a_time():
-    def apart():
-        torch.empty(1_000_000)
-        torch.empty(500_000)
-
-    def together():
-        return torch.empty(1_000_000), torch.empty(500_000)
-
-    assert harness.peak_bytes(apart) == 4_000_000
-    assert harness.peak_bytes(together) == 6_000_000
-    assert harness.peak_bytes(lambda: np.empty(1_000_000), "numpy") == pytest.approx(8_000_000, rel=0.01)
-
-
-def test_a_race_is_run_in_turns_and_its_ratio_is_that_of_each_round(monkeypatch):
-    order = []
-    durations = {"flr": iter([3, 1, 1, 2, 4]), "slow": iter([9, 10, 30, 20, 40])}  # the first of each chooses calls
-
-    def seconds(call, calls, clock=None):
-        order.append(call())
-        return next(durations[order[-1]]) / 1e3
-
-    monkeypatch.setattr(harness, "seconds", seconds)
-    monkeypatch.setattr(harness, "peak_bytes", lambda call, memory: None)
-
-    def broken():
-        raise RuntimeError("out of luck\nat length")
-
-    race = harness.Race({"flr": lambda: "flr", "slow": lambda: "slow", "broken": broken}, "quick", rounds=4)
-    order.clear()
-    race.run()
-    assert order == ["slow", "flr"] * 4
-    ours, slow, failed = race.rows({"bytes": 10**6}, FixedCeilings(), "float32", {"slow": 3.0, "broken": 2.0})
-    assert ours["p50_ms"] == 1.5
-    assert ours["gb_per_s"] == pytest.approx(10**6 / 1.5e-3 / 1e9)
-    assert ours["of_copy"] == ours["of_ceiling"] == pytest.approx(10**6 / 1.5e-3 / 1e10)
-    assert slow["ratio"]["p50"] == 10  # of 10, 30, 10, 10; the ratio of medians would be 25 / 1.5
-    assert slow["target"] == 3.0
-    assert failed["failed"] == "RuntimeError: out of luck"
-    assert not {"p50_ms", "ratio", "peak_mb"} & failed.keys()
-    assert "peak_mb" not in ours  # not measured is absent
-
-
-class FixedCeilings:
-    copy = 1e10
-
-    def matmul(self, dtype):
-        return 1e12
-
-
-def test_what_ours_raises_is_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        harness.Race({"flr": lambda: 1 / 0, "other": lambda: 1}, "quick")
-
-
-def test_one_command_checks_measures_and_writes(tmp_path):
-    (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
-    (tmp_path / "test_two.py").write_text(
-        "import pytest, torch\n"
-        "from bench.harness import label\n"
-        "def wrong():\n    raise AssertionError('ours is wrong')\n"
-        "@pytest.mark.cases(quick=[{'B': 8}], default=[{'B': 16}, {'B': 32}])\n"
-        "@pytest.mark.parametrize('check', [None, wrong])\n"
-        "def test_two(shape, check, race):\n"
-        "    x = torch.ones(shape['B'], 1000)\n"
-        "    p50 = race(label(shape), {'flr': x.sum, 'twice': lambda: (x.sum(), x.sum())}, suite='two', shape=shape,\n"
-        "               check=check, bytes_moved=x.nbytes)\n"
-        "    assert 0 < p50['flr'] < p50['twice']\n"
-    )
-    words = ["-m", "pytest", "-q", "--quick", "--benchmark-only", "--results", str(tmp_path / "out"), str(tmp_path)]
-    # pytest-benchmark disables itself where pytest-xdist's variables are set, as they are under `pytest -n`
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 1 passed" in done.stdout  # the wrong one was not timed
-    (path,) = (tmp_path / "out").glob("*/*.json")
-    document = results.load(path)
-    (run,) = document["runs"]
-    assert run["commit"] == document["commit"] == path.stem.removesuffix("-dirty")
-    assert run["versions"]["torch"] == torch.__version__
-    assert run["ceilings"]["copy_gb_per_s"] > 0
-    ours, twice = run["rows"]
-    assert ours["shape"] == {"B": 8}
-    assert ours["check"] == "none given"
-    assert ours["p20_ms"] <= ours["p50_ms"] <= ours["p80_ms"]
-    assert ours["bytes"] == 8 * 1000 * 4
-    assert 1 < twice["ratio"]["p50"] < 4
 
 
 def test_runs_are_appended(tmp_path):
@@ -237,32 +125,6 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "threshold: expected a factor above 1, got 1.0" in capsys.readouterr().err
 
 
-def test_growth_laws_are_those_of_the_larger_sizes():
-    sizes = [2**i for i in range(10)]
-    law = scaling.fit(sizes, [100 + 0.01 * x**2 for x in sizes])
-    assert law.points == 5
-    assert 0.5 < law.exponent < 2  # the constant still counts
-    law = scaling.fit(sizes, [0.5 * x**1.5 * (1.1 if i % 2 else 1 / 1.1) for i, x in enumerate(sizes)])
-    assert law.exponent == pytest.approx(1.5, abs=0.08)
-    assert 1.05 < law.residual < 1.15
-    assert scaling.fit([1, 2], [1, 2]) is None
-
-
-def test_memory_is_extrapolated_as_a_sum_of_buffers():
-    sizes = [2**i for i in range(4, 10)]
-    law = scaling.fit_buffers(sizes, [50 + 3 * x + 0.01 * x**2 for x in sizes])
-    assert (law.a, law.b, law.c) == pytest.approx((50, 3, 0.01), rel=1e-6)
-    assert law.trusted == pytest.approx(1.0)
-    assert law.largest(50 + 3 * 5000 + 0.01 * 5000**2, 512) == pytest.approx(5000)
-    assert law.largest(1e12, 512) is None  # too far away
-    assert law.reaches(50 + 3 * 5000 + 0.01 * 5000**2) == pytest.approx(5000)
-    cubic = scaling.fit_buffers(sizes, [x**3 for x in sizes])
-    assert cubic.trusted > 1.3  # a law that does not fit says so
-    assert cubic.largest(1e9, 512) is None
-    assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(1e9) == float("inf")
-    assert scaling.fit_buffers(sizes, [7.0] * 6).reaches(5) == 0
-
-
 def test_documents_show_the_committed_results():
     tables = report.tables(results.newest())
     found = report.documents()
@@ -270,29 +132,6 @@ def test_documents_show_the_committed_results():
     for path in found:
         text = path.read_text()
         assert report.render(text, tables, path.name) == text, f"{path.name} is stale: run flr bench report"
-
-
-def test_figures_show_the_committed_results():
-    drawn = figures.chosen(results.newest())
-    assert {"speedup", "roofline", "kernels"} <= drawn.keys()
-    for name, rows in drawn.items():
-        svg = (ROOT / f"docs/figures/{name}.svg").read_text()
-        assert f"data {figures.digest(rows)}" in svg, f"{name}.svg is stale: run flr bench report"
-
-
-def test_figures_are_drawn_from_rows(tmp_path):
-    rows = [
-        {"suite": "scaling", "case": f"step: L={n}", "variant": "flr", "p50_ms": 2.0 * n, "peak_mb": 1.0 * n}
-        | {"shape": {"operation": "step", "varied": "L", "L": n, "B": 2}, "tier": "full"}
-        for n in (1, 2, 4, 8)
-    ]
-    devices = {"CPU Some 3.0": [{**row, "run": planted()} for row in rows]}
-    (path,) = figures.draw(devices, tmp_path)
-    assert "step" in path.read_text()
-    assert figures.draw(devices, tmp_path) == []
-    devices["CPU Some 3.0"][0]["p50_ms"] = 3.0
-    assert figures.draw(devices, tmp_path) == [path]
-    assert "| step, B2 | L | 1 … 8 | 16.0 ms, 8.00 MB |" in report.growth(devices["CPU Some 3.0"])
 
 
 def test_bench_without_a_checkout_says_so(tmp_path, monkeypatch, capsys):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from unittest import mock
 
 import pytest
 import torch
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +14,6 @@ import flr.decode.scoring
 import flr.decode.session
 from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
-from flr.decode.scoring import log_normaliser
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
 from tests.helpers.inputs import row_of, toy_inputs
@@ -26,11 +23,6 @@ from tests.helpers.naive import naive_scores
 RELAXED = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy_model("llama")
 
 
 @st.composite
@@ -208,108 +200,6 @@ def test_few_beams_of_catalogue_scoring_equal_plain_python(model, monkeypatch, n
                 )
 
 
-def count_work(model, call):
-    """Rows of each forward of the model [calls, (users, tokens)], and rows that the lm_head worked on in each."""
-    forwards, heads = [], []
-    hooks = [
-        model.register_forward_pre_hook(
-            lambda m, a, kw: forwards.append(tuple(kw["input_ids"].shape)), with_kwargs=True
-        ),
-        model.lm_head.register_forward_hook(lambda m, a, out: heads.append(out.numel() // VOCAB)),
-    ]
-    call()
-    for hook in hooks:
-        hook.remove()
-    return forwards, heads
-
-
-def test_catalogue_scoring_runs_the_lm_head_once_and_reads_chains_with_the_next_choice(model):
-    chain = tuple(range(20, 32))
-    sequences = [(10, *chain, 40), (10, *chain, 41), (10, *chain, 42, 43), (11, 9), (12, 9)]
-    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
-    forwards, heads = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue"))
-    assert forwards == [(3, 7), (3, 13)]  # prompt; token 10 and the chain together
-    assert heads == [3, 0]  # of the vocabulary: after the prompt only
-    forwards, heads = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "full"))
-    assert len(forwards) == 15
-    assert min(heads) > 0
-    only = torch.tensor([[0, 1, -1]]).expand(3, -1)  # no choice before the last token: no step at the root
-    forwards, _ = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue", only=only))
-    assert forwards == [(3, 7), (3, 13)]
-    forwards, _ = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue", only=only[:, :1]))
-    assert forwards == [(3, 7)]
-
-
-@pytest.mark.parametrize("scoring", ["full", "catalogue"])
-@pytest.mark.parametrize("session", ["packed", "expanded"])
-def test_finished_users_leave_the_batch(model, monkeypatch, scoring, session):
-    if session == "expanded":
-        monkeypatch.setattr(flr.decode.session, "_packing_obstacle", lambda *_: "test")
-    sequences = random_catalogue(8, 60, 5, 4)
-    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs((5, 9, 4, 7, 3))
-    shallow = [i for i, s in enumerate(sequences) if len(s) <= 3]
-    allowed = torch.ones(5, 60, dtype=torch.bool)
-    for row in (0, 3):
-        allowed[row] = False
-        allowed[row, shallow] = True
-    found, widths = {}, {}
-    for threshold in (0.0, 0.75, 1.0):
-        monkeypatch.setattr(flr.decode.beam, "_LEAVE_BELOW", threshold)
-        call = functools.partial(beam_search, model, inputs, trie, 6, 6, scoring, allowed)
-        forwards, _ = count_work(model, lambda call=call, at=threshold: found.update({at: call()}))
-        widths[threshold] = [users for users, _ in forwards[1:]]
-    if session == "packed":
-        assert set(widths[0.0]) == {5}
-        assert widths[0.75][-1] < 5
-    for threshold in (0.75, 1.0):
-        assert found[threshold].items.tolist() == found[0.0].items.tolist()
-        torch.testing.assert_close(found[threshold].scores, found[0.0].scores, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["only", "categories", "all"])
-@pytest.mark.parametrize("scoring", ["full", "catalogue"])
-def test_lists_and_categories_equal_the_mask_they_stand_for(model, kind, scoring):
-    sequences = random_catalogue(8, 50, 4, 4)
-    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
-    generator = torch.Generator().manual_seed(3)
-    only = torch.randint(-1, 50, (3, 20), generator=generator)
-    categories = 2 ** torch.randint(0, 64, (50,), generator=generator) | 2 ** torch.randint(
-        0, 4, (50,), generator=generator
-    )
-    wanted = torch.tensor([0b1010, -(2**63) | 1, 0b1010])
-    arguments, mask = {}, torch.ones(3, 50, dtype=torch.bool)
-    if kind != "categories":
-        arguments["only"] = only
-        mask &= (only[:, :, None] == torch.arange(50)).any(1)
-    if kind != "only":
-        arguments |= {"categories": categories, "wanted": wanted}
-        mask &= (categories & wanted[:, None]) != 0
-    if kind == "all":
-        arguments["exclude"] = only[:, :3]
-        mask &= ~(only[:, :3, None] == torch.arange(50)).any(1)
-    found = beam_search(model, inputs, trie, 5, 5, scoring, **arguments)
-    expected = beam_search(model, inputs, trie, 5, 5, scoring, mask)
-    assert found.items.tolist() == expected.items.tolist()
-    assert (found.items >= 0).any()
-    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("scoring", ["full", "catalogue"])
-def test_few_beams_do_not_depend_on_batch_blocks_or_k(model, monkeypatch, scoring):
-    sequences = random_catalogue(8, 60, 5, 6)
-    trie = CatalogueTrie.from_codec(codec_of(sequences))
-    expected = beam_search(model, toy_inputs(), trie, 6, 6, scoring)
-    fewer = beam_search(model, toy_inputs(), trie, 6, 2, scoring)  # a smaller k may stop earlier
-    assert fewer.items.tolist() == expected.items[:, :2].tolist()
-    changes = [("_MAX_CANDIDATES", 20), ("_sync_is_free", lambda _: False), ("runs_as_kernel", lambda *_: True)]
-    for name, value in changes:
-        with monkeypatch.context() as patch:
-            patch.setattr(flr.decode.beam, name, value)
-            other = beam_search(model, toy_inputs(), trie, 6, 6, scoring)
-        assert other.items.tolist() == expected.items.tolist()
-        torch.testing.assert_close(other.scores, expected.scores, atol=1e-5, rtol=1e-5)
-
-
 def test_catalogue_probabilities_sum_to_one(model):
     sequences = random_catalogue(2, 30, 5, 3)
     scores = score_all_items(model, toy_inputs(), codec_of(sequences), "catalogue")
@@ -317,27 +207,6 @@ def test_catalogue_probabilities_sum_to_one(model):
     allowed = torch.arange(30) % 4 == 0
     scores = score_all_items(model, toy_inputs(), codec_of(sequences), "catalogue", allowed=allowed)
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(3), atol=1e-5, rtol=0)
-
-
-def test_catalogue_scoring_stops_at_unique_prefixes(model):
-    calls = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
-    trie = CatalogueTrie.from_codec(codec_of([(10, *range(20, 50)), (11, *range(20, 50)), (12, 13)]))
-    found = beam_search(model, toy_inputs(), trie, 5, 3, "catalogue")
-    handle.remove()
-    assert len(calls) == 1
-    assert sorted(found.items[0].tolist()) == [0, 1, 2]
-
-
-def test_excluded_subtree_takes_no_beam(model):
-    """With one beam, the best item outside the excluded favourite subtree is found although the subtree scores higher."""
-    sequences = [(10, 20), (10, 21), (11, 20), (12, 21)]
-    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
-    for first in (10, 11, 12):
-        banned = torch.tensor([[i for i, s in enumerate(sequences) if s[0] == first]]).expand(3, -1)
-        found = beam_search(model, inputs, trie, 1, 1, exclude=banned)
-        assert (found.items >= 0).all()
-        assert not (found.items == banned).any()
 
 
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.5, 2.0])
@@ -362,23 +231,6 @@ def test_ties_go_to_the_smaller_index():
         assert beam_search(model, toy_inputs(), trie, 5, 5, scoring).items.tolist() == [[0, 1, 2, 3, 4]] * 3
     # too few beams: those with lexicographically smaller tokens stay
     assert beam_search(model, toy_inputs(), trie, 2, 2).items.tolist() == [[3, 4]] * 3
-
-
-def test_nothing_allowed_is_empty_not_an_error(model):
-    sequences = random_catalogue(1)
-    trie = CatalogueTrie.from_codec(codec_of(sequences))
-    allowed = torch.ones(3, len(sequences), dtype=torch.bool)
-    allowed[1] = False
-    found = beam_search(model, toy_inputs(), trie, 5, 5, allowed=allowed)
-    assert found.items[1].tolist() == [-1] * 5
-    assert found.scores[1].tolist() == [-torch.inf] * 5
-    assert (found.items[[0, 2]] >= 0).all()
-    unconstrained = beam_search(model, toy_inputs(), trie, 5, 5)
-    assert found.items[[0, 2]].tolist() == unconstrained.items[[0, 2]].tolist()
-    none = beam_search(
-        model, toy_inputs(), trie, 5, 5, "catalogue", allowed=torch.zeros(len(sequences), dtype=torch.bool)
-    )
-    assert (none.items == -1).all()
 
 
 def test_empty_batch(model):
@@ -421,45 +273,6 @@ def test_broken_logits_are_an_error(value):
                 call(model, toy_inputs(), trie, scoring=scoring)
 
 
-@pytest.mark.parametrize("cost", [0, 1e9])  # a dot product for each, one matrix product
-@pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
-def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
-    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", {"cpu": cost})
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    extra = {
-        "Cohere": {"logit_scale": 0.3},
-        "Granite": {"logits_scaling": 3.0},
-        "Gemma2": {"final_logit_softcapping": 2.0},
-    }
-    if family != "Bloom":
-        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
-    config = getattr(transformers, f"{family}Config")(**sizes, **extra.get(family, {}))
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.get_output_embeddings().parameters():
-            parameter.normal_()  # the bias too
-        states, _, rows, _ = flr.decode.session.start(model, toy_inputs(), 1, want_hidden=True)
-        expected = flr.decode.session.start(model, toy_inputs(), 1).states
-    assert states.shape == (3, 32)
-    row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCAB)).T
-    with torch.no_grad():
-        torch.testing.assert_close(rows(states, row, token).view(3, -1), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_an_lm_head_that_is_no_plain_matrix_gives_all_logits(caplog):
-    flr.decode.session._log_once.cache_clear()
-    model, plain = toy_model("llama"), toy_model("llama")
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    trie, inputs = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 40))), toy_inputs()
-    for search in (beam_search, lambda *a: (score_all_items(*a[:3], a[-1]),)):
-        for ours, theirs in zip(*(search(m, inputs, trie, 5, 5, "catalogue") for m in (model, plain)), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert [r.message for r in caplog.records if "lm_head" in r.message] == [
-        "logits of the whole vocabulary are computed: the lm_head's rows cannot be used one by one"
-    ]
-
-
 def test_titles_that_repeat_and_begin_each_other_end_to_end():
     """From titles over the codec to items: equal to brute force, and equal titles are told apart."""
     titles = ["Blue", "Blue", "Blue Train", "Blue Train Live", "B", "Kind of Blue", "Blue Train", "Bl"]
@@ -473,18 +286,6 @@ def test_titles_that_repeat_and_begin_each_other_end_to_end():
     for scoring in ("full", "catalogue"):
         expected = naive_scores(model, inputs, sequences, scoring)
         assert_ranked(beam_search(model, inputs, trie, 8, 8, scoring), expected, 8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normaliser(dtype):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 100_003, generator=generator).mul_(5).to(dtype)
-    logits[0, 0, 7], logits[0, 1, :-1], logits[0, 2] = 1e4, -torch.inf, logits[0, 2] - 1e4
-    logits[1, 0, :64] = -1e9  # as models forbid tokens
-    expected = torch.logsumexp(logits.double(), -1).float()
-    torch.testing.assert_close(log_normaliser(logits), expected, atol=1e-5, rtol=1e-6)
-    broken = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [-float("inf"), -float("inf")]])
-    assert not log_normaliser(broken).isfinite().any()
 
 
 def test_only_catalogue_items_whatever_the_generation_config(model):

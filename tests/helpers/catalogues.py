@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flr.data import Catalogue, planted_dataset
+from flr.data import BadRow, Catalogue, Interactions, ReadReport, RecDataset, planted_dataset
 
 #: What the training tests train on.
 DATA = planted_dataset(num_items=40, num_users=60, seed=3)
@@ -51,3 +51,20 @@ def random_catalogue(
         body = rng.integers(first, first + alphabet, rng.integers(1, depth + 1))
         found[(*(int(t) for t in body), 9)] = None
     return list(found)
+
+
+def small_catalogue() -> Catalogue:
+    """Three items with every kind of attribute."""
+    return Catalogue(
+        ["a", "b", "c"],
+        ["Kind of Blue", "Blue Train", "Blue Train"],
+        [("<a_1>", "<b_1>"), ("<a_1>", "<b_2>"), ("<a_1>", "<b_2>")],
+        {"interest": np.array([0, 1, 1]), "price": [1.5, float("nan"), 2.0], "kind": ["cd", "lp", ""]},
+    )
+
+
+def small_dataset() -> RecDataset:
+    """A data set over them."""
+    rows = Interactions(["u", "v"], [[0], [1, 2]], [1, 0], [3, 4])
+    report = ReadReport("somewhere", 3, 2, 1, 2, 3, [BadRow("f.csv", 7, "no")], ["a note"])
+    return RecDataset(small_catalogue(), rows, rows.select([0]), rows.select([1]), "small", report)

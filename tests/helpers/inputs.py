@@ -85,3 +85,12 @@ def group_case(
     targets = torch.randint(3, THOUGHT, (len(lengths), steps), generator=generator)
     target_mask = torch.stack([torch.arange(steps) < s for _, s in lengths])
     return model, prompts, GroupInputs(targets, target_mask, noise, noise_scale=3.0)
+
+
+def states_and_targets(
+    seed: int = 0, dtype: torch.dtype = torch.float64, rows: int = 9
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states before a tiny model's head, and the tokens that are asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden.requires_grad_(), torch.randint(0, VOCAB, (rows,), generator=generator)

@@ -119,7 +119,7 @@ def patched_model(
     """``tiny_model`` with a reasoner that is awake; ``config`` is that of the reasoner."""
     model = tiny_model(family, seed).to(dtype)
     flr.patch_model(model, config=flr.FLRConfig(**{"thought_token_id": THOUGHT, **config}))
-    if model.flr.config.variant == "flr":
+    if config.get("variant", "flr") == "flr":
         wake(model)
     return model
 

@@ -11,8 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import flr
 
-def _rank(rank: int, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]) -> None:
+
+def _rank(
+    rank: int, source: str, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
+    assert flr.__file__ == source, f"expected flr of {source}, got that of {flr.__file__}"
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # for accelerate, which finds the group made
@@ -27,7 +32,8 @@ def in_processes(function: Callable[..., Any], world: int, folder: Path, *argume
 
     The function stands at the top of a module, and returns tensors in dicts, lists and tuples.
     """
-    # a server that has imported torch forks: cheaper than an interpreter for every process
-    mp.get_context("forkserver").set_forkserver_preload(["torch", "torch.distributed", "transformers"])
-    mp.start_processes(_rank, args=(function, world, str(folder), arguments), nprocs=world, start_method="forkserver")
+    # a server that has imported everything forks: cheaper than imports in every process
+    mp.get_context("forkserver").set_forkserver_preload(["tests.helpers.training"])
+    given = (flr.__file__, function, world, str(folder), arguments)
+    mp.start_processes(_rank, given, world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -24,6 +25,8 @@ for _needed in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
 import httpx  # noqa: E402
 
 from flr.serve import Settings, create_app  # noqa: E402
+
+TOKEN, ADMIN = "a-token-of-some-length", "an-admin-token-of-some-length"
 
 
 def save(folder: Path, **options: Any) -> Path:
@@ -143,3 +146,18 @@ def serving(model: Path, log: Path, *flags: str, **options: Any) -> Iterator[Pro
     finally:
         process.popen.kill()
         process.popen.wait()
+
+
+def with_client(recommender, test, load=None, **settings):
+    """Run ``test(client)`` against the application."""
+
+    async def run():
+        async with in_process(recommender, load, **settings) as client:
+            return await test(client)
+
+    return asyncio.run(run())
+
+
+def metric(client, name, **labels):
+    """A number that the application of the client shows under /metrics."""
+    return client.gate.metrics.registry.get_sample_value(name, labels)

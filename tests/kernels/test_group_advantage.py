@@ -1,14 +1,13 @@
 """Advantages over a batch that several processes hold between them; precision against exact sums."""
 
 import math
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from flr_kernels import group_advantage
+from tests.helpers.processes import in_processes
 
 USERS, GROUP = 13, 3
 #: How many users each process holds.
@@ -30,9 +29,9 @@ def _exact(rewards):
     return torch.tensor([(v - baseline) / (norm + 1e-4) for v in values], dtype=torch.float64).view(USERS, GROUP)
 
 
-def _worker(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=max(SPLITS))
+def _advantages(rank: int) -> dict[str, list[torch.Tensor]]:
+    """Advantages of this process's share, by the number of processes that take part."""
+    found = {}
     for world, splits in SPLITS.items():
         group = dist.new_group(list(range(world)))
         if rank >= world:
@@ -49,16 +48,15 @@ def _worker(rank, path):
                 expected = torch.autograd.grad(group_advantage(logp, None, GROUP).rewards.sum(), logp)[0]
                 assert torch.equal(torch.autograd.grad(out.rewards.sum(), logp)[0], expected)
                 assert not out.advantages.requires_grad
-        torch.save(results, f"{path}/{world}-{rank}.pt")
-    dist.barrier()
-    os._exit(0)
+        found[str(world)] = results
+    return found
 
 
 @pytest.mark.timeout(120)
 def test_any_number_of_processes_and_any_split_give_the_same_advantages(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=max(SPLITS))
+    found = in_processes(_advantages, max(SPLITS), tmp_path)
     for world, splits in SPLITS.items():
-        ranks = [torch.load(tmp_path / f"{world}-{r}.pt", weights_only=True) for r in range(world)]
+        ranks = [found[rank][str(world)] for rank in range(world)]
         assert len(ranks[0]) == 2 * len(splits)
         for index, parts in enumerate(zip(*ranks, strict=True)):
             dtype = (torch.float32, torch.float64)[index % 2]

@@ -1,7 +1,6 @@
 """The ops against autograd through their plain definitions, in float64; registration; errors."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -145,25 +144,6 @@ def test_degenerate_groups_are_finite(kind):
     assert equal.advantages.abs().max() == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 25, 1 << 24])
-def test_token_logprob_in_chunks_equals_its_definition(chunk, monkeypatch):
-    monkeypatch.setattr(sys.modules["flr_kernels.token_logprob"], "CHUNK", chunk)
-    torch.manual_seed(0)
-    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 11, (7,))
-    ours = flr_kernels.token_logprob(hidden, weight, target)
-    plain = reference.token_logprob(hidden, weight, target)
-    torch.testing.assert_close(ours, plain)
-    grad = torch.randn(7, dtype=torch.float64)
-    actual = torch.autograd.grad(ours, (hidden, weight), grad)
-    expected = torch.autograd.grad(plain, (hidden, weight), grad)
-    torch.testing.assert_close(actual, expected)
-    frozen = flr_kernels.token_logprob(hidden, weight.detach(), target)
-    torch.testing.assert_close(torch.autograd.grad(frozen, hidden, grad)[0], expected[0])
-    assert flr_kernels.token_logprob(hidden[:0], weight, target[:0]).shape == (0,)
-
-
 def test_opcheck_and_fullgraph_compile():
     h, u, valid = attention_inputs(dtype=torch.float32)
     with torch.no_grad():
@@ -232,15 +212,3 @@ def test_backend_selection(monkeypatch):
         monkeypatch.setenv("FLR_BACKEND", wrong)
         with pytest.raises(ValueError, match="FLR_BACKEND"):
             dispatch.select("token_logprob", x)
-
-
-def test_log_normaliser_is_a_log_sum_of_exponentials():
-    torch.manual_seed(0)
-    logits = 5 * torch.randn(4, 1000)
-    expected = logits.double().exp().sum(1).log()
-    torch.testing.assert_close(flr_kernels.log_normaliser(logits).double(), expected, rtol=1e-6, atol=1e-6)
-    compiled = torch.compile(flr_kernels.log_normaliser, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(logits), flr_kernels.log_normaliser(logits))
-    for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="logits: expected"):
-            flr_kernels.log_normaliser(bad)

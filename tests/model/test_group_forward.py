@@ -11,7 +11,7 @@ from flr import group_forward
 from flr.group_forward import packing_obstacle
 from tests.helpers.comparisons import assert_same_gradients, gradients_of
 from tests.helpers.inputs import group_case
-from tests.helpers.models import FAMILIES, THOUGHT
+from tests.helpers.models import FAMILIES, HIDDEN, THOUGHT
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is in float32 alone.
@@ -213,3 +213,64 @@ def test_bfloat16_backbone():
         assert out.logprobs.dtype == torch.float32
         gradients = gradients_of(model, out.logprobs.mean())
         assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients.values() if g is not None)
+
+
+# --- the policy of thoughts
+
+
+@pytest.mark.parametrize("thoughts", [1, 2])
+def test_thought_log_probabilities_by_hand(thoughts):
+    model, prompts, group = group_case("phi", thoughts=thoughts)
+    tokens = model(**prompts, group=group)
+    group.policy = "thoughts"
+    out = model(**prompts, group=group)
+    torch.testing.assert_close(out.logprobs, tokens.logprobs)
+    assert not out.logprobs.requires_grad
+    actions, sigma = out.actions
+    assert actions.shape == (3, 4, thoughts, HIDDEN)
+    # -‖σ ε‖² / 2σ², whatever the thought
+    expected = -group.noise.square().sum(-1) / 2
+    torch.testing.assert_close(out.thought_logprobs, expected)
+    # gradient (ε / σ) dr: of the first thought, which is shared
+    weights = torch.randn(3, 4, dtype=torch.float64)
+    mine = gradients_of(model, (weights * out.thought_logprobs[..., 0]).sum())
+    embeds = model.get_input_embeddings()(prompts["input_ids"])
+    positions = (prompts["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    hidden = model.model(
+        inputs_embeds=embeds, attention_mask=prompts["attention_mask"], position_ids=positions
+    ).last_hidden_state[:, :12]
+    r = model.flr(hidden, prompts["attention_mask"][:, :12].bool(), 11).thought
+    direction = (weights[..., None] * group.noise[:, :, 0] / sigma[:, :, :1]).sum(1)
+    assert_same_gradients(mine, gradients_of(model, (direction * r).sum()), 1e-12)
+
+
+def test_given_actions_are_scored_without_the_targets():
+    model, prompts, group = group_case("qwen2", thoughts=2)
+    group.policy = "thoughts"
+    first = model(**prompts, group=group)
+    group.actions = first.actions
+    again = model(**prompts, group=group)
+    assert again.logprobs is None
+    torch.testing.assert_close(again.thought_logprobs, first.thought_logprobs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        model.flr.output.add_(0.01 * torch.randn_like(model.flr.output))
+    moved = model(**prompts, group=group).thought_logprobs
+    assert (moved - first.thought_logprobs).abs().max() > 1e-3
+
+
+def test_given_thoughts_take_the_place_of_the_reasoners():
+    model, prompts, group = group_case("mistral", torch.float32, thoughts=2)
+    out = model(**prompts, group=group)
+    for member in (0, 3):
+        ids = torch.cat([prompts["input_ids"], group.targets], 1)
+        mask = torch.cat([prompts["attention_mask"], group.target_mask.long()], 1)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, thoughts=out.thoughts[:, member]
+        ).logits
+        logp = logits[:, 13:-1].log_softmax(-1).gather(-1, group.targets[..., None])[..., 0]
+        torch.testing.assert_close(
+            logp.masked_fill(~group.target_mask, 0), out.logprobs[:, member], rtol=1e-5, atol=1e-5
+        )
+    with pytest.raises(ValueError, match=r"thoughts: expected \[3, 2, D\]"):
+        model(**prompts, thoughts=out.thoughts[:, 0, :1])

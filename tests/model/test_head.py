@@ -1,26 +1,24 @@
-"""token_logprob through a model's own head: every kind of head, autocast, sharded weights; the optional backend."""
+"""Log-probabilities and rows of a model's own head: every kind of head, autocast, sharded weights."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 
+import flr.decode.beam
+import flr.decode.scoring
+import flr.decode.session
 import flr.forward
 import flr_kernels
+from flr.decode import CatalogueTrie, beam_search, score_all_items
 from flr.head import _is_plain, head_logprob
-from tests.helpers.models import FAMILIES, HIDDEN, VOCAB, tiny_model
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.inputs import states_and_targets, toy_inputs
+from tests.helpers.models import FAMILIES, VOCAB, tiny_model, toy_model
 from tests.helpers.processes import in_processes
-
-ROWS = 9
-
-
-def rows(seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
-    return hidden.requires_grad_(), torch.randint(0, VOCAB, (ROWS,), generator=generator)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -34,12 +32,12 @@ def test_equals_log_softmax_of_the_models_logits(family, chunked, monkeypatch):
         model.config.logits_scaling = 3.0  # as Granite's
     head = model.get_output_embeddings()
     assert _is_plain(model, head) == (family not in ("gemma2", "phi", "scaled"))  # softcap, bias, scale
-    hidden, target = rows()
+    hidden, target = states_and_targets()
     expected = flr.forward.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
     weights = [p for p in head.parameters() if p.requires_grad]
     actual = head_logprob(model, hidden, target)
     torch.testing.assert_close(actual, expected)
-    grad = torch.randn(ROWS, dtype=torch.float64)
+    grad = torch.randn(9, dtype=torch.float64)
     wanted = torch.autograd.grad(expected, [hidden, *weights], grad)
     for a, b in zip(torch.autograd.grad(actual, [hidden, *weights], grad), wanted, strict=True):
         torch.testing.assert_close(a, b)
@@ -55,9 +53,9 @@ def test_hooks_of_the_head_run_and_an_error_restores_it():
     head = model.get_output_embeddings()
     seen = []
     head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    hidden, target = rows(dtype=torch.float32)
+    hidden, target = states_and_targets(dtype=torch.float32)
     head_logprob(model, hidden, target)
-    assert seen == [(ROWS,)]
+    assert seen == [(9,)]
     with pytest.raises(ValueError, match="weight: expected D of hidden"):
         head_logprob(model, hidden[:, 1:], target)
     assert "forward" not in vars(head)
@@ -65,7 +63,7 @@ def test_hooks_of_the_head_run_and_an_error_restores_it():
 
 def test_under_autocast_products_run_in_its_dtype():
     model = tiny_model("llama")
-    hidden, target = rows(dtype=torch.float32)
+    hidden, target = states_and_targets(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = head_logprob(model, hidden, target)
         logits = flr.forward.head(model, hidden)
@@ -92,7 +90,7 @@ def _sharded(rank: int) -> dict[str, tuple[torch.Tensor, ...]]:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mesh = dist.init_device_mesh("cpu", (2,))
-    hidden, target = rows(seed=rank)
+    hidden, target = states_and_targets(seed=rank)
     weight = tiny_model("llama").double().get_output_embeddings().weight.detach()
     sharded = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))  # 61 rows: uneven
     logp = flr_kernels.token_logprob(hidden, sharded, target)
@@ -124,7 +122,7 @@ def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
         weight = model.get_output_embeddings().weight
         gradient = torch.zeros_like(weight)
         for seed, (logp, _, d_hidden) in enumerate(rank[name] for rank in ranks):
-            hidden, target = rows(seed)
+            hidden, target = states_and_targets(seed)
             expected = flr.forward.head(model, hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
             torch.testing.assert_close(logp, expected)
             dh, dw = torch.autograd.grad(expected.sum(), (hidden, weight))
@@ -136,32 +134,40 @@ def test_sharded_weights_give_the_values_and_gradients_of_whole_ones(tmp_path):
             torch.testing.assert_close(rank[name][1], gradient)
 
 
-def test_the_optional_backend(monkeypatch):
-    """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
-    module = sys.modules["flr_kernels.token_logprob"]
-    hidden, target = rows(dtype=torch.bfloat16)
-    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    monkeypatch.setenv("FLR_BACKEND", "token_logprob=cce")
-    with pytest.raises(flr_kernels.BackendUnavailable, match=r"pip install 'flr\[cce\]'"):
-        flr_kernels.token_logprob(hidden, weight, target)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(flr_kernels.BackendUnavailable, match="needs a CUDA device"):
-        flr_kernels.token_logprob(hidden, weight, target)
-    calls = []
+@pytest.mark.parametrize("cost", [0, 1e9])  # a dot product for each, one matrix product
+@pytest.mark.parametrize("family", ["Llama", "Phi", "Gemma2", "Cohere", "Granite", "Bloom"])
+def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
+    monkeypatch.setattr(flr.decode.scoring, "_GATHER_COST", {"cpu": cost})
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    extra = {
+        "Cohere": {"logit_scale": 0.3},
+        "Granite": {"logits_scaling": 3.0},
+        "Gemma2": {"final_logit_softcapping": 2.0},
+    }
+    if family != "Bloom":
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**sizes, **extra.get(family, {}))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_()  # the bias too
+        states, _, rows, _ = flr.decode.session.start(model, toy_inputs(), 1, want_hidden=True)
+        expected = flr.decode.session.start(model, toy_inputs(), 1).states
+    assert states.shape == (3, 32)
+    row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCAB)).T
+    with torch.no_grad():
+        torch.testing.assert_close(rows(states, row, token).view(3, -1), expected, atol=1e-5, rtol=1e-5)
 
-    def stand_in(e, c, targets, *, reduction, impl):
-        calls.append((reduction, impl))
-        return torch.nn.functional.cross_entropy((e @ c.T).float(), targets, reduction=reduction)
 
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=stand_in))
-    monkeypatch.setitem(flr_kernels.dispatch.OPS["token_logprob"].check, "cce", lambda *_: None)
-    logp = flr_kernels.token_logprob(hidden, weight, target)
-    expected = flr_kernels.reference.token_logprob(hidden, weight, target)
-    torch.testing.assert_close(logp, expected)
-    assert calls == [("none", "cce_exact")]
-    wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
-    torch.testing.assert_close(torch.autograd.grad(logp.sum(), (hidden, weight)), wanted)
-    compiled = torch.ops.flr.token_logprob(hidden, weight, target)  # what a compiled graph holds
-    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), (hidden, weight)), wanted)
-    frozen = torch.ops.flr.token_logprob(hidden, weight.detach(), target)
-    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), hidden)[0], wanted[0])
+def test_an_lm_head_that_is_no_plain_matrix_gives_all_logits(caplog):
+    flr.decode.session._log_once.cache_clear()
+    model, plain = toy_model("llama"), toy_model("llama")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    trie, inputs = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 40))), toy_inputs()
+    for search in (beam_search, lambda *a: (score_all_items(*a[:3], a[-1]),)):
+        for ours, theirs in zip(*(search(m, inputs, trie, 5, 5, "catalogue") for m in (model, plain)), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert [r.message for r in caplog.records if "lm_head" in r.message] == [
+        "logits of the whole vocabulary are computed: the lm_head's rows cannot be used one by one"
+    ]

@@ -1,4 +1,4 @@
-"""Patching, unpatching, saving, generating, LatentR3 checkpoints, PEFT, Trainer."""
+"""Patching, unpatching, generating, PEFT, Trainer."""
 
 import copy
 import logging
@@ -6,13 +6,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import flr
-from flr.patch import reasoner_parameters
 from tests.helpers.inputs import supervised_batch
-from tests.helpers.models import FAMILIES, HIDDEN, THOUGHT, VOCAB, patched_model, tiny_model
+from tests.helpers.models import FAMILIES, THOUGHT, VOCAB, patched_model, tiny_model
 
 
 def padded_prompts():
@@ -20,65 +18,6 @@ def padded_prompts():
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     return prompts, {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-def test_a_fresh_patch_starts_small_and_sums_exactly():
-    plain = tiny_model()
-    model = flr.patch_model(copy.deepcopy(plain), config=flr.FLRConfig(thought_token_id=THOUGHT)).eval()
-    ids = torch.randint(3, 60, (4, 20))
-    embedding_rms = model.get_input_embeddings().weight.square().mean().sqrt()
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids).last_hidden_state
-        out = model.flr(hidden)
-        assert 0.003 < out.thought.square().mean().sqrt() / embedding_rms < 0.03
-        torch.testing.assert_close(out.contributions.sum(1), out.thought)
-        assert all(0 <= value <= 1 for value in out.losses.values())
-        torch.testing.assert_close(out.attention.sum(-1), torch.ones(4, 2, 4))
-        # with its thought token a fresh model is the unpatched one with one more token
-        ids = torch.cat([ids, torch.full((4, 1), THOUGHT)], 1)
-        ours, theirs = model(input_ids=ids).logits[:, -1], plain.eval()(input_ids=ids).logits[:, -1]
-    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
-    assert (ours - theirs).abs().max() > 0
-
-
-def test_parameter_count_is_about_four_d_squared_whatever_k():
-    for factors in (1, 2, 4, 8):
-        model = patched_model(num_factors=factors).eval()
-        count = sum(p.numel() for p in reasoner_parameters(model))
-        assert 4 * HIDDEN**2 <= count <= 4 * HIDDEN**2 + (factors + 2) * HIDDEN
-
-
-def test_regularisers_at_their_corners():
-    one = patched_model(num_factors=1, sparsity_target="gate").eval()
-    hidden = torch.randn(3, 6, HIDDEN)
-    losses = {k: v.detach() for k, v in one.flr(hidden).losses.items()}
-    assert [float(losses[k]) for k in ("orthogonality", "diversity", "sparsity")] == [0, 0, 0]
-    many = patched_model(sparsity_target="attention").eval()
-    single = torch.zeros(3, 6, dtype=torch.bool)
-    single[:, 2] = True
-    out = many.flr(hidden, single)
-    assert float(out.losses["sparsity"].detach()) == 0  # one valid token
-    torch.testing.assert_close(out.losses["diversity"], torch.ones(()))  # every factor looks at it
-    nothing = many.flr(hidden, torch.zeros(3, 6, dtype=torch.bool))
-    assert float(nothing.thought.detach().abs().max()) == 0
-    with torch.no_grad():
-        even = patched_model().eval()
-        even.flr.gate.zero_()
-        even.flr.gate_factor.zero_()
-        torch.testing.assert_close(even.flr(hidden).losses["sparsity"], torch.ones(()))
-        even.flr.output.copy_(even.flr.output[:1].expand_as(even.flr.output))
-        even.flr.value.copy_(even.flr.value[:1].expand_as(even.flr.value))
-        even.flr.key.zero_()
-        assert even.flr(hidden).losses["orthogonality"] > 0.99  # same contribution from every factor
-
-
-def test_dropout_acts_on_the_thought_in_training_only():
-    model = patched_model(dropout=0.5).eval()
-    inputs = supervised_batch("left")
-    a, b = model(**inputs).loss, model(**inputs).loss
-    assert torch.equal(a, b)
-    model.train()
-    assert not torch.equal(model(**inputs).loss, model(**inputs).loss)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,37 +58,6 @@ def test_two_models_are_patched_independently():
     with torch.no_grad():
         copied.flr.output.zero_()
     assert a.flr.output.abs().max() > 0
-
-
-@pytest.mark.parametrize("variant", ["flr", "latentr3", "anchor", "none"])
-def test_save_and_load(tmp_path, variant):
-    model = patched_model("qwen2", variant=variant, num_thoughts=2).eval()
-    inputs = supervised_batch("right", 0 if variant == "none" else 2)
-    model.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json"}
-    loaded = flr.from_pretrained(tmp_path)
-    assert loaded._flr_patch.config == model._flr_patch.config
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
-    half = flr.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert {p.dtype for p in reasoner_parameters(half)} <= {torch.float32}
-
-
-def test_loading_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(OSError, match=r"directory: expected a folder with config\.json"):
-        flr.from_pretrained(tmp_path / "nothing")
-    tiny_model().save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="key 'flr'"):
-        flr.from_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"attention\.query"):
-        flr.load_latentr3(tmp_path / "plain")
-    patched_model().eval().save_pretrained(tmp_path / "ours")
-    weights = load_file(tmp_path / "ours" / "model.safetensors")
-    del weights["flr.gate"]
-    save_file(weights, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit(.|\n)*gate"):
-        flr.from_pretrained(tmp_path / "ours")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,39 +114,6 @@ def test_a_thought_token_after_the_prefill_is_refused():
     first = model(input_ids=torch.tensor([[5, 6, THOUGHT]]), use_cache=True)
     with pytest.raises(ValueError, match="no thought token after the prefill"):
         model(input_ids=torch.tensor([[7, THOUGHT]]), past_key_values=first.past_key_values)
-
-
-def test_latentr3_checkpoint(tmp_path):
-    """A Qwen2 state dict plus attention.{query,key,value}; its formula written out for one user at a time."""
-    backbone = tiny_model("qwen2", tie_word_embeddings=False)
-    size, thought = HIDDEN, VOCAB - 1
-    layers = {name: torch.nn.Linear(size, size) for name in ("query", "key", "value")}
-    extra = {f"attention.{n}.{p}": v for n, layer in layers.items() for p, v in layer.state_dict().items()}
-    backbone.save_pretrained(tmp_path)
-    save_file({**load_file(tmp_path / "model.safetensors"), **extra}, tmp_path / "model.safetensors", {"format": "pt"})
-    model = flr.load_latentr3(tmp_path)
-
-    def rotate(x):  # [n, D]: complex numbers (x_i, x_{i + D/2}) turned by position × 1000^(-2i/D)
-        half = size // 2
-        z = torch.complex(x[:, :half].double(), x[:, half:].double())
-        angle = torch.arange(len(x))[:, None] * 1000 ** (-2 * torch.arange(half).double() / size)
-        z = z * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat([z.real, z.imag], 1).float()
-
-    for prompt in ([7, 8, 9, 10, 11], [12]):
-        ids = torch.tensor([[*prompt, thought, 20]])
-        with torch.no_grad():
-            hidden = backbone.eval().model(input_ids=ids[:, : len(prompt)]).last_hidden_state[0]
-            query, key = rotate(layers["query"](hidden)), rotate(layers["key"](hidden))
-            weights = torch.softmax(query[-1] @ key.T / math.sqrt(size), -1)
-            expected = weights @ layers["value"](hidden)
-            padded = torch.nn.functional.pad(ids, (3, 0))
-            out = model(input_ids=padded, attention_mask=(padded != 0).long())
-        torch.testing.assert_close(out.flr.thought[0], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(out.flr.attention[0, 0, 0, 3:], weights, rtol=1e-4, atol=1e-6)
-        embeds = backbone.get_input_embeddings()(ids)
-        embeds[0, len(prompt)] = expected
-        torch.testing.assert_close(out.logits[0, 3:], backbone(inputs_embeds=embeds).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_lora_on_the_backbone_trains_the_reasoner_and_survives_saving(tmp_path):

@@ -15,11 +15,6 @@ from tests.helpers.models import build_recommender
 from tests.helpers.serving import Settings
 
 
-@pytest.fixture(scope="module")
-def recommender():
-    return build_recommender("sid")
-
-
 @pytest.fixture
 def gated(recommender, monkeypatch):
     """The recommender's ``ranked`` waits for ``open`` to be set, and notes the histories that it was given."""

@@ -1,4 +1,4 @@
-"""The surrogate, rewards, noise, and the trainer of latent GRPO."""
+"""The trainer of latent GRPO."""
 
 import copy
 import math
@@ -9,203 +9,19 @@ import torch
 
 import flr
 from bench.baselines import two_pass
-from flr.data import EpochSampler, InteractionDataset
-from flr.decode import CatalogueTrie, beam_search, score_all_items
-from flr.decode.group import group_ranks
+from flr.data import InteractionDataset
+from flr.decode import score_all_items
 from flr.group_forward import GroupInputs
-from flr.train import RewardInputs, Rewards
-from flr.train.grpo import GroupCollator, RepeatedBlocks
-from flr.train.surrogate import clipped_surrogate, ranking_reward
+from flr.train import Rewards
 from tests.helpers.catalogues import DATA
 from tests.helpers.comparisons import assert_same_gradients, gradients_of
-from tests.helpers.inputs import group_case
-from tests.helpers.models import HIDDEN, trainable
+from tests.helpers.models import trainable
 from tests.helpers.training import grpo_config, grpo_trainer
 
 
 def batch_of(train, users=range(16)):
     rows = InteractionDataset(DATA.train)
     return train._batch([rows[(0, i)] for i in users])
-
-
-# --- surrogate and rewards
-
-
-def test_surrogate_on_policy_is_the_advantage_weighted_gradient():
-    generator = torch.Generator().manual_seed(0)
-    logprobs = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    mask = torch.arange(5) < torch.tensor([[5], [2], [1]])
-    advantages = torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    loss = clipped_surrogate(logprobs, logprobs.detach(), mask, advantages).loss
-    torch.testing.assert_close(loss, -advantages.mean(1))
-    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
-    expected = -advantages[..., None] * (mask / mask.sum(1, keepdim=True))[:, None] / 4
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_clip_by_hand():
-    ratio = torch.tensor([0.5, 0.9, 1.0, 1.25, 2.0])
-    for sign, kept in ((1.0, [0.5, 0.9, 1.0, 1.25, 1.3]), (-1.0, [0.8, 0.9, 1.0, 1.25, 2.0])):
-        now = ratio.log()[None, None].requires_grad_()
-        out = clipped_surrogate(now, torch.zeros(1, 1, 5), None, torch.tensor([[sign]]), low=0.2, high=0.3)
-        torch.testing.assert_close(out.loss, -sign * torch.tensor([kept]).mean(1))
-        torch.testing.assert_close(out.clipped, torch.tensor([0.2]))
-        (gradient,) = torch.autograd.grad(out.loss.sum(), now)
-        assert (gradient[0, 0] == 0).sum() == 1
-
-
-def inputs_of(ranks=None):
-    generator = torch.Generator().manual_seed(0)
-    logprobs = -torch.rand(2, 3, 4, generator=generator)
-    mask = torch.arange(4) < torch.tensor([[4], [2]])
-    logprobs = logprobs * mask[:, None]
-    return RewardInputs(
-        logprobs, mask, torch.zeros(2, 4).long(), torch.zeros(2, 3, 1, 8), {}, torch.zeros(2).long(), lambda: ranks
-    )
-
-
-def test_rewards_are_weighted_sums():
-    ranks = torch.tensor([[1, 2, 0], [11, 10, 3]])
-    given = inputs_of(ranks)
-    mean = given.logprobs.sum(-1) / given.target_mask.sum(1)[:, None]
-    torch.testing.assert_close(Rewards.parse("neg_perplexity").of(given), -(-mean).exp())
-    ndcg = torch.tensor([[1, 1 / math.log2(3), 0], [0, 1 / math.log2(11), 0.5]])
-    hit = torch.tensor([[1.0, 1, 0], [0, 0, 1]])
-    mrr = torch.tensor([[1, 0.5, 0], [1 / 11, 0.1, 1 / 3]])
-    found = Rewards.parse("log_likelihood=2, ndcg@10=0.5, hit@9=3,mrr").of(given)
-    torch.testing.assert_close(found, 2 * mean + 0.5 * ndcg + 3 * hit + mrr)
-    own = Rewards({"log_likelihood": 1.0, lambda x: x.logprobs[..., 0]: -1.0})
-    torch.testing.assert_close(own.of(given), mean - given.logprobs[..., 0])
-    assert ranking_reward(torch.zeros(2).long(), "mrr").tolist() == [0, 0]
-    with pytest.raises(ValueError, match=r"reward: expected \[2, 3\] of a function"):
-        Rewards({lambda x: x.logprobs: 1.0}).of(given)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "latentr3"])
-def test_advantages_of_a_likelihood_and_of_a_sum_agree(kind):
-    given = inputs_of()
-    fused = Rewards.parse("neg_perplexity").advantages(given, kind, 1e-4)
-    half = Rewards({"neg_perplexity": 0.5})
-    summed = Rewards({**half.terms, half.of: 1.0})
-    other = summed.advantages(given, kind, 1e-4)
-    for a, b in zip(fused, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_latentr3_from_the_groups_own_clean_member():
-    given = inputs_of()
-    rewards = Rewards.parse("log_likelihood")
-    r = rewards.of(given)
-    published = rewards.advantages(given, "latentr3", 1e-4)
-    centred = r - r[:, 0].mean()
-    torch.testing.assert_close(published.advantages, centred / (centred.norm() + 1e-4))
-    own = rewards.advantages(given, "latentr3", 1e-4, from_clean=True)
-    centred = r - r[:, :1]
-    torch.testing.assert_close(own.advantages, centred / (centred.norm() + 1e-4))
-    assert own.advantages[:, 0].tolist() == [0, 0]
-    torch.testing.assert_close(own.rewards, r)
-    torch.testing.assert_close(own.mean, r.mean(1))
-
-
-@pytest.mark.parametrize("text", ["accuracy", "ndcg", "hit@0", "ndcg@x", "log_likelihood=much", ""])
-def test_unknown_rewards_are_refused(text):
-    with pytest.raises(ValueError, match="reward: expected"):
-        Rewards.parse(text)
-    with pytest.raises(ValueError, match="reward: expected at least one"):
-        Rewards({})
-
-
-# --- the policy of thoughts
-
-
-@pytest.mark.parametrize("thoughts", [1, 2])
-def test_thought_log_probabilities_by_hand(thoughts):
-    model, prompts, group = group_case("phi", thoughts=thoughts)
-    tokens = model(**prompts, group=group)
-    group.policy = "thoughts"
-    out = model(**prompts, group=group)
-    torch.testing.assert_close(out.logprobs, tokens.logprobs)
-    assert not out.logprobs.requires_grad
-    actions, sigma = out.actions
-    assert actions.shape == (3, 4, thoughts, HIDDEN)
-    # -‖σ ε‖² / 2σ², whatever the thought
-    expected = -group.noise.square().sum(-1) / 2
-    torch.testing.assert_close(out.thought_logprobs, expected)
-    # gradient (ε / σ) dr: of the first thought, which is shared
-    weights = torch.randn(3, 4, dtype=torch.float64)
-    mine = gradients_of(model, (weights * out.thought_logprobs[..., 0]).sum())
-    embeds = model.get_input_embeddings()(prompts["input_ids"])
-    positions = (prompts["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    hidden = model.model(
-        inputs_embeds=embeds, attention_mask=prompts["attention_mask"], position_ids=positions
-    ).last_hidden_state[:, :12]
-    r = model.flr(hidden, prompts["attention_mask"][:, :12].bool(), 11).thought
-    direction = (weights[..., None] * group.noise[:, :, 0] / sigma[:, :, :1]).sum(1)
-    assert_same_gradients(mine, gradients_of(model, (direction * r).sum()), 1e-12)
-
-
-def test_given_actions_are_scored_without_the_targets():
-    model, prompts, group = group_case("qwen2", thoughts=2)
-    group.policy = "thoughts"
-    first = model(**prompts, group=group)
-    group.actions = first.actions
-    again = model(**prompts, group=group)
-    assert again.logprobs is None
-    torch.testing.assert_close(again.thought_logprobs, first.thought_logprobs, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        model.flr.output.add_(0.01 * torch.randn_like(model.flr.output))
-    moved = model(**prompts, group=group).thought_logprobs
-    assert (moved - first.thought_logprobs).abs().max() > 1e-3
-
-
-def test_given_thoughts_take_the_place_of_the_reasoners():
-    model, prompts, group = group_case("mistral", torch.float32, thoughts=2)
-    out = model(**prompts, group=group)
-    for member in (0, 3):
-        ids = torch.cat([prompts["input_ids"], group.targets], 1)
-        mask = torch.cat([prompts["attention_mask"], group.target_mask.long()], 1)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, thoughts=out.thoughts[:, member]
-        ).logits
-        logp = logits[:, 13:-1].log_softmax(-1).gather(-1, group.targets[..., None])[..., 0]
-        torch.testing.assert_close(
-            logp.masked_fill(~group.target_mask, 0), out.logprobs[:, member], rtol=1e-5, atol=1e-5
-        )
-    with pytest.raises(ValueError, match=r"thoughts: expected \[3, 2, D\]"):
-        model(**prompts, thoughts=out.thoughts[:, 0, :1])
-
-
-# --- noise and batches
-
-
-def test_noise_depends_on_seed_epoch_and_row_alone():
-    _, processor = trainable("sid", num_thoughts=2)
-    collate = GroupCollator(processor, 4, 32, seed=1)
-    rows = InteractionDataset(DATA.train)
-    whole = collate([rows[(2, i)] for i in (5, 9, 11)])
-    alone = collate([rows[(2, 9)]])
-    assert whole["noise"].shape == (3, 4, 2, 32)
-    assert torch.equal(whole["noise"][1], alone["noise"][0])
-    assert not whole["noise"][:, 0].any()
-    others = [collate([rows[(3, 9)]]), GroupCollator(processor, 4, 32, seed=2)([rows[(2, 9)]]), collate([rows[(2, 8)]])]
-    for other in others:
-        assert abs(float((other["noise"][0, 1:] * alone["noise"][0, 1:]).mean())) < 0.3
-    drawn = torch.cat([collate([rows[(e, i)] for i in range(20)])["noise"][:, 1:].flatten() for e in range(4)])
-    assert abs(float(drawn.mean())) < 0.02
-    assert abs(float(drawn.std()) - 1) < 0.02
-    tokens = [processor.item_codec.encode(rows[i].target) for i in (5, 9, 11)]
-    for b, sequence in enumerate(tokens):
-        assert whole["targets"][b][whole["target_mask"][b]].tolist() == list(sequence)
-
-
-def test_blocks_are_repeated():
-    sampler = RepeatedBlocks(EpochSampler(11, seed=0), block=4, times=3)
-    rows = list(sampler)
-    assert len(rows) == len(sampler) == 24
-    assert rows[:4] == rows[4:8] == rows[8:12] != rows[12:16]
-    sampler.set_epoch(1)
-    assert all(epoch == 1 for epoch, _ in sampler)
 
 
 # --- the trainer
@@ -313,31 +129,6 @@ def test_ranks_behind_one_prompt_equal_those_of_repeated_prompts(tmp_path, codec
     assert sum(cells[: 1 + thoughts]) == prefill
     assert sum(ours) <= sum(cells) - prefill if thoughts == 1 else sum(ours) < sum(cells)
     assert not ours or codec != "id"
-
-
-@pytest.mark.parametrize("scoring", ["full", "catalogue"])
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi", "mistral"])
-def test_group_ranks_of_families(family, scoring):
-    """Items of one to five tokens behind prompts of different lengths: members finish at different steps."""
-    model, prompts, group = group_case(family, thoughts=2)
-    generator = np.random.default_rng(0)
-    items = {tuple(generator.integers(3, 9, n)) for n in generator.integers(1, 5, 60)}
-    items = [(*item, 9) for item in sorted(items)]  # none begins another
-    trie = CatalogueTrie.from_sequences(np.concatenate(items), np.cumsum([0, *map(len, items)]))
-    group.decodable = True
-    out = model(**prompts, group=group)
-    if family == "mistral":  # its window is shorter than prompt, thoughts and item
-        assert group_ranks(model, out.prompts, trie, torch.zeros(3).long(), 15, scoring) is None
-        return
-    rows = {name: x.repeat_interleave(4, 0) for name, x in prompts.items()}
-    rows["thoughts"] = out.thoughts.flatten(0, 1)
-    lists = beam_search(model, rows, trie, 15, 15, scoring).items.view(3, 4, 15)
-    for member, place in [(0, 0), (1, 4), (2, 9), (3, 14)]:
-        targets = lists[:, member, place]
-        ranks = group_ranks(model, out.prompts, trie, targets, 15, scoring)
-        hits = lists == targets[:, None, None]
-        assert torch.equal(ranks, (hits * torch.arange(1, 16)).amax(-1))
-        assert (ranks[:, member] == place + 1).all()
 
 
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
