@@ -93,7 +93,7 @@ def test_a_baseline_has_the_steady_ratios_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize(("slower", "status"), [(1, 0), (1.4, 0), (3, 1)])
 def test_the_committed_baseline_finds_a_threefold_slowdown_on_any_machine(tmp_path, capsys, slower, status):
-    """As .ci/run compares: another, twice faster device with the same ratios passes, ours slower in one case does not."""
+    """As .ci/run compares: another device, twice faster with the same ratios passes; slower in one case fails."""
     path = ROOT / "bench/quick_baseline.json"
     rows = []
     for index, kept in enumerate(results.load(path)["baseline"]):

@@ -1,5 +1,6 @@
 """The command line, driven as a user would: subprocesses, kill -9, resumed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from flr.cli import COMMANDS, main
 from flr.train import last_complete_checkpoint
 
 SMALL = [
-    "--planted_items", "60", "--planted_users", "150", "--hidden_size", "32", "--intermediate_size", "32", "--anchor", "last",
-    "--per_device_train_batch_size", "64", "--learning_rate", "3e-3", "--use_cpu", "true", "--report_to", "none",
+    "--planted_items", "60", "--planted_users", "150", "--hidden_size", "32", "--intermediate_size", "32",
+    "--anchor", "last", "--per_device_train_batch_size", "64", "--learning_rate", "3e-3",
+    "--use_cpu", "true", "--report_to", "none",
 ]  # fmt: skip
 
 
@@ -26,6 +28,17 @@ def flr_command(*words, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     code = "import sys; from flr.cli import main; sys.exit(main())"
     return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, text=True, **kwargs)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """This process adds in the order in which ``flr_command`` does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,7 +90,8 @@ def test_killed_and_resumed_reaches_the_same_weights(command, tmp_path):
         options = [*SMALL[:4], *SMALL[-8:], "--model", start, "--num_train_epochs", "6", "--save_total_limit", "9",
                    "--num_iterations", "2", "--kl_weight", "0.01", "--group_size", "4"]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert flr_command(command, *options, "--output_dir", str(whole), stderr=subprocess.DEVNULL).wait() == 0
+    with one_thread():
+        assert main([command, *options, "--output_dir", str(whole)]) == 0
     process = flr_command(command, *options, "--output_dir", str(killed), stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
     while last_complete_checkpoint(killed) is None and time.time() < deadline and process.poll() is None:

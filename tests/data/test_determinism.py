@@ -25,7 +25,7 @@ print(digest.hexdigest())
 
 
 def test_same_result_in_every_process(capsys):
-    """Python's hash randomisation, thread counts and the process play no part in tokenizers, planted data or batches."""
+    """Hash randomisation, thread counts and the process play no part in tokenizers, planted data or batches."""
     exec(PROBE, {})
     here = capsys.readouterr().out
     environment = {**os.environ, "PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "3"}

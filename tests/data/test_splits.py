@@ -79,7 +79,7 @@ def test_leave_one_out_states_its_leak():
     report = ReadReport("log")
     arguments = {"split": "leave_one_out", "max_history": 10, "min_interactions": 1, "name": "x", "report": report}
     split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
-    # users one after the other: seen from user u's test event, the training targets of the later users lie in the future
+    # users one after the other: from user u's test event, the training targets of the later users lie in the future
     assert "38 % of the training targets lie in the future" in report.notes[-1]
     assert "leak" in prepare_amazon.__doc__
 

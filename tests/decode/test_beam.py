@@ -1,4 +1,4 @@
-"""Beam search: equal to brute force with W >= C, to transformers' constrained beam search below; filters; failing closed."""
+"""Beam search: equal to brute force with W >= C, to transformers' constrained beam search below; failing closed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_enough_beams_equal_brute_force(model, sequences, scoring, data):
 
 @torch.no_grad()
 def transformers_beam_search(model, inputs, sequences, num_beams):
-    """Items and scores of `generate` under a prefix constraint, one list a user; hypotheses of probability 0 left out."""
+    """Items and scores of ``generate`` under a prefix constraint, a list a user, without those of probability 0."""
     children: dict[tuple[int, ...], set[int]] = {}
     for s in sequences:
         for step in range(len(s)):

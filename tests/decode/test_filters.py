@@ -39,7 +39,7 @@ def test_lists_and_categories_equal_the_mask_they_stand_for(model, kind, scoring
 
 
 def test_excluded_subtree_takes_no_beam(model):
-    """With one beam, the best item outside the excluded favourite subtree is found although the subtree scores higher."""
+    """With one beam, the best item outside an excluded subtree is found although the subtree scores higher."""
     sequences = [(10, 20), (10, 21), (11, 20), (12, 21)]
     trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
     for first in (10, 11, 12):

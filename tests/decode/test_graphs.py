@@ -1,4 +1,7 @@
-"""Searches of fixed shapes, run operation by operation: what CUDA graphs replay, without the graphs. With them: `-m gpu`."""
+"""Searches of fixed shapes, run operation by operation: what CUDA graphs replay.
+
+The graphs themselves need a GPU: ``-m gpu``.
+"""
 
 from __future__ import annotations
 

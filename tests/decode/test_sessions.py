@@ -1,4 +1,4 @@
-"""Packed and expanded sessions: every family equal to the naive scores, whatever the padding, the window and the attention."""
+"""Packed and expanded sessions: naive scores in every family, whatever the padding, the window and the attention."""
 
 from __future__ import annotations
 

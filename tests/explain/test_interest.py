@@ -56,8 +56,10 @@ def test_agreement_of_perfect_and_of_random_assignments():
 
 
 def interested(perfect: bool):
-    """A model whose hidden states are its embeddings and whose factor k looks along direction k, and a catalogue of items along
-    the direction of their interest."""
+    """A model whose hidden states are its embeddings, and items along the direction of their interest.
+
+    Factor k of the model looks along direction k.
+    """
     dataset = planted_dataset(num_items=40, num_users=60, num_interests=4, seed=2)
     interests = dataset.catalogue.attributes["interest"]
     processor = RecProcessor(build_tokenizer(dataset.catalogue, "id"), dataset.catalogue)

@@ -40,7 +40,7 @@ def supervised_batch(layout: str, num_thoughts: int = 1, seed: int = 0, rows_wit
 def toy_inputs(
     lengths: tuple[int, ...] = (7, 3, 5), seed: int = 0, pad_to: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Left-padded prompts; row b depends on ``seed`` and b alone. With an item_positions entry, which models do not take."""
+    """Left-padded prompts, and item_positions, which models do not take; row b depends on ``seed`` and b alone."""
     width = pad_to or max(lengths)
     ids = torch.zeros(len(lengths), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)

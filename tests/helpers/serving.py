@@ -68,7 +68,7 @@ def offline(recommender: Recommender, body: dict[str, Any]) -> list[dict[str, An
 
 
 def assert_same_items(given: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Equal items in equal order with close numbers; only items whose scores are one within rounding may change places."""
+    """Equal items with close numbers, in equal order but for items whose scores are one within rounding."""
     assert len(given) == len(expected)
     known = {item["item_id"]: item for item in expected}
     last = expected[-1]["score"] if expected else 0.0

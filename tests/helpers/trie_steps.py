@@ -1,4 +1,4 @@
-"""Random tries, hypotheses and filters for `flr_kernels.trie_step`, and its result computed item by item in plain Python."""
+"""Random tries, hypotheses and filters for ``flr_kernels.trie_step``, and its result in plain Python, item by item."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flr.decode.filters import item_filter
 
 
 def case(seed: int, users: int, items: int, beams: int, depth: int, spread: int, kind: str = "none") -> dict[str, Any]:
-    """Arguments of trie_step (without widths) for hypotheses at `depth` in a random trie of items of up to depth + 2 tokens."""
+    """Arguments of trie_step (without widths) for hypotheses at ``depth`` in a random trie, whose items are longer."""
     g = torch.Generator().manual_seed(seed)
     seen: set[tuple[int, ...]] = set()
     while len(seen) < items:
@@ -41,8 +41,9 @@ def call(arguments: dict[str, Any], device: str = "cpu", **more: Any) -> dict[st
     trie, allows = arguments["trie"], arguments["allows"]
     kind, listed, offset, entries = allows.flat(len(arguments["node"]))
     tensors = {
-        "logits": arguments["logits"], "score": arguments["score"], "node": arguments["node"], "children": trie.children,
-        "tokens": trie.tokens, "leaf_begin": trie.leaf_begin, "leaf_end": trie.leaf_end, "listed": listed, "offset": offset,
+        "logits": arguments["logits"], "score": arguments["score"], "node": arguments["node"],
+        "children": trie.children, "tokens": trie.tokens, "leaf_begin": trie.leaf_begin, "leaf_end": trie.leaf_end,
+        "listed": listed, "offset": offset,
     }  # fmt: skip
     on_device = {name: None if x is None else x.to(device) for name, x in tensors.items()}
     node = arguments["node"]

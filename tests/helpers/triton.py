@@ -1,7 +1,7 @@
 """What the tests of the Triton kernels share: the device, inputs, and comparison with float64.
 
-Importing it skips the module where neither ``TRITON_INTERPRET=1`` is set (``test_triton_backend.py`` does so in a process of
-its own, because it must be set before the kernels are imported) nor there is a CUDA device.
+Importing it skips the module where neither ``TRITON_INTERPRET=1`` is set nor there is a CUDA device.
+``test_triton_backend.py`` sets it in a process of its own, because it must be set before the kernels are imported.
 """
 
 import math

@@ -1,5 +1,5 @@
-// Runs the host twin over awkward sizes under the sanitizers (tests/test_csrc.py): buffers of exactly the right size, results
-// against plain loops in long double. Exit status 1 and a line on the first difference.
+// Runs the host twin over awkward sizes under the sanitizers (tests/kernels/test_csrc.py): buffers of exactly the right
+// size, results against plain loops in long double. Exit status 1 and a line on the first difference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/group_advantage.cuh"
-#include "../csrc/log_normaliser.h"
+#include "../../csrc/group_advantage.cuh"
+#include "../../csrc/log_normaliser.h"
 
 using namespace flr;
 

@@ -69,8 +69,11 @@ def inputs(groups, size, length, dtype, backend="host", mask="random", seed=0):
 
 
 def assert_equals_reference(actual, logp, mask, size, kind, reward, eps=1e-4):
-    """Against the definition on the same values. A reward may differ by the last bits of exp and of the order of its sum;
-    what is computed from rewards by that much of the largest, divided by what it is divided by."""
+    """Against the definition on the same values.
+
+    A reward may differ by the last bits of exp and of the order of its sum; what is computed from rewards by that much
+    of the largest, divided by what it is divided by.
+    """
     logp = logp.cpu()
     rewards = reference.sequence_rewards(logp, None if mask is None else mask.cpu(), reward).view(-1, size)
     mean, std, _ = reference.group_statistics(rewards)

@@ -1,4 +1,4 @@
-"""The definition of `flr_kernels.trie_step` against plain Python, and what it refuses. The Triton kernels: test_triton_trie_step.py."""
+"""The definition of ``flr_kernels.trie_step`` against plain Python, and what it refuses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton backend around its kernels: interpreter run, dispatch, choice of configurations, ahead-of-time inspection."""
+"""The Triton backend around its kernels: interpreter run, dispatch, configurations, ahead-of-time inspection."""
 
 import json
 import os
@@ -26,12 +26,13 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_under_the_interpreter():
-    """A process of its own: TRITON_INTERPRET must be set before the kernels are imported, and must not touch other tests."""
+    """A process of its own: TRITON_INTERPRET is set before the kernels are imported, and must not touch other tests."""
     files = [str(f) for f in Path(__file__).parent.glob("test_triton_*.py") if f.name != Path(__file__).name]
     run = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", *files,
         TRITON_INTERPRET="1", PYTEST_ADDOPTS="-W ignore::RuntimeWarning", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -97,7 +98,8 @@ def test_auto_picks_triton_on_cuda_and_falls_back_with_the_reason(monkeypatch, c
     for _ in range(2):
         assert dispatch.select("factor_attention", FakeCuda(20), FakeCuda(20)) == "reference"
     assert [r.message for r in caplog.records].count(
-        "factor_attention: using the PyTorch reference: h: the triton backend expects D a multiple of 8 from 32 to 8192, got D = 20"
+        "factor_attention: using the PyTorch reference: "
+        "h: the triton backend expects D a multiple of 8 from 32 to 8192, got D = 20"
     ) == 1
     monkeypatch.setenv("FLR_BACKEND", "triton")
     with pytest.raises(ValueError, match="got D = 20"):

@@ -232,7 +232,7 @@ def test_ranking_goes_by_the_normalisation_of_training(tmp_path):
 
 @pytest.mark.parametrize("codec", ["sid", "title"])
 def test_reinforcement_goes_on_with_the_normalisation_of_training(tmp_path, codec):
-    """Rewards and the target's likelihood are those of the catalogue, member by member; the processor is left as it is."""
+    """Rewards and the target's likelihood are those of the catalogue, member by member; the processor stays."""
     model, processor = trainable(codec, **PLAIN)
     processor.scoring = "catalogue"
     args = LatentGRPOConfig(

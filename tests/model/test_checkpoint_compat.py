@@ -32,7 +32,7 @@ def test_recommendations_are_those_of_then(saved):
             assert (ours.title, ours.index) == (theirs["title"], theirs["index"])
             for name in ("score", "base_score", "contributions"):
                 np.testing.assert_allclose(getattr(ours, name), theirs[name], rtol=0, atol=1e-5, err_msg=name)
-            np.testing.assert_allclose(ours.factor_shares, theirs["factor_shares"], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(ours.factor_shares, theirs["factor_shares"], rtol=0, atol=1e-5)
 
 
 def test_log_probabilities_are_those_of_then(saved):

@@ -1,4 +1,4 @@
-"""A patched model equals the naive computation, which encodes the whole sequence once for every thought and once more."""
+"""A patched model equals the naive computation, which encodes the sequence once for every thought and once more."""
 
 import logging
 

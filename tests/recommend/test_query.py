@@ -90,7 +90,8 @@ def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
     for history, found in zip(
         HISTORIES,
         recommender.recommend(
-            HISTORIES, k=40, num_beams=40, exclude_seen=True, scoring=scoring, allow=allow, deny=deny, where={"interest": wanted}
+            HISTORIES, k=40, num_beams=40, exclude_seen=True, scoring=scoring,
+            allow=allow, deny=deny, where={"interest": wanted},
         ),
         strict=True,
     ):  # fmt: skip

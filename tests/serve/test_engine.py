@@ -141,7 +141,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(gated):
 
 
 def test_deadlines(gated):
-    """A request is told at its deadline, not when its turn comes; it is not computed; one that is being computed is answered."""
+    """A request is told at its deadline, not at its turn, and not computed; one that is being computed is answered."""
     recommender, opened, calls = gated
 
     async def test(engine):

@@ -22,8 +22,10 @@ from tests.helpers.serving import in_process
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 
+pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("FLR_FUZZ_CASES", "10000"))
-# a body of the right form may name items that the catalogue lacks, which is a 422 too; 504 is right where little time was asked for
+# a body of the right form may name items that the catalogue lacks, which is a 422 too;
+# 504 is right where little time was asked for
 _NOT_CHECKED = [schemathesis.checks.positive_data_acceptance, schemathesis.checks.not_a_server_error]
 _STATUSES: dict[str, Counter[int]] = {}
 
@@ -43,7 +45,10 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", GATE)
 @schema.parametrize()
 @several(CASES // 2 // OPERATIONS)
 def test_what_openapi_allows_and_what_it_does_not(case):
-    response = case.call_and_validate(excluded_checks=_NOT_CHECKED)
+    response = case.call()
+    # a body that is too long is refused as such, whatever else is wrong with it
+    refused = [schemathesis.checks.negative_data_rejection] if response.status_code == 413 else []
+    case.validate_response(response, excluded_checks=[*_NOT_CHECKED, *refused])
     _STATUSES.setdefault(case.path, Counter())[response.status_code] += 1
     hurried = response.status_code == 504 and case.body["timeout_ms"] < 5000
     assert response.status_code < 500 or hurried, response.text
@@ -75,12 +80,17 @@ bodies = st.fixed_dictionaries(
     },
 )
 header = st.tuples(
-    st.sampled_from(["x-request-id", "authorization", "accept", "content-encoding", "expect", "cookie", "x-forwarded-for", "range"]),
+    st.sampled_from([
+        "x-request-id", "authorization", "accept", "content-encoding", "expect", "cookie", "x-forwarded-for", "range",
+    ]),
     st.binary(max_size=40).filter(lambda value: not set(value) & {0, 10, 13}),
 )  # fmt: skip
 requests = st.tuples(
     st.sampled_from(["POST"] * 12 + ["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "QUERY"]),
-    st.sampled_from(["/v1/recommend"] * 5 + ["/v1/explain"] * 3 + ["/v1/items", "/v1/reload", "/", "//", "/v1/../etc", "/v1/%00", "/static/"])
+    st.sampled_from([
+        *["/v1/recommend"] * 5, *["/v1/explain"] * 3,
+        "/v1/items", "/v1/reload", "/", "//", "/v1/../etc", "/v1/%00", "/static/",
+    ])
     | st.text(string.printable, max_size=20).map(lambda text: "/" + text),
     st.one_of(
         bodies.map(lambda body: json.dumps(body).encode()),
@@ -123,8 +133,9 @@ async def ask(gate, method, path, body, headers, query):
         (b"content-length", str(len(body)).encode()),
     ]
     scope = {
-        "type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode("utf-8", "replace"),
-        "query_string": query, "headers": [*given, *((name.encode(), value) for name, value in headers)], "scheme": "http",
+        "type": "http", "http_version": "1.1", "method": method, "path": path, "query_string": query,
+        "raw_path": path.encode("utf-8", "replace"), "scheme": "http",
+        "headers": [*given, *((name.encode(), value) for name, value in headers)],
         "server": ("localhost", 80), "client": ("127.0.0.1", 1), "root_path": "",
     }  # fmt: skip
     await gate(scope, receive, send)

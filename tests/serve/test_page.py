@@ -1,4 +1,4 @@
-"""The page in headless Chromium: what it shows is what the API says, whatever the titles hold, with mouse and keyboard."""
+"""The page in headless Chromium: it shows what the API says, whatever the titles hold, with mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_an_example_is_shown_as_the_api_tells_it(page, server):
     expected = [f"{100 * attention[k][m]:.0f} %" for m in range(4) for k in range(factors)]
     assert cells == expected
     assert texts(page, ".map .gates td")[:factors] == [f"{100 * g:.0f} %" for g in told["gates"][-1][-1]]
-    filled = """gates => gates.map(g => g.firstElementChild.getBoundingClientRect().width / g.getBoundingClientRect().width)"""
+    filled = """gates => gates.map(
+        g => g.firstElementChild.getBoundingClientRect().width / g.getBoundingClientRect().width)"""
     assert page.eval_on_selector_all(".map .gate", filled) == pytest.approx(told["gates"][-1][-1], abs=0.01)
     for place, item in enumerate(told["recommendations"]):
         label = page.locator(".why .stack").nth(place).get_attribute("aria-label")
@@ -177,8 +178,10 @@ CONTRAST = """() => {
   const light = (c) => c.map((x) => (x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4))
     .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (node) => { for (; node; node = node.parentElement) {
-    const c = getComputedStyle(node).backgroundColor; if (!c.startsWith("rgba(0, 0, 0, 0")) return channels(c); } return [255, 255, 255]; };
-  return [...document.querySelectorAll("body *")].filter((n) => [...n.childNodes].some((c) => c.nodeType === 3 && c.data.trim())
+    const c = getComputedStyle(node).backgroundColor; if (!c.startsWith("rgba(0, 0, 0, 0")) return channels(c); }
+    return [255, 255, 255]; };
+  return [...document.querySelectorAll("body *")].filter(
+    (n) => [...n.childNodes].some((c) => c.nodeType === 3 && c.data.trim())
       && n.getClientRects().length && !n.closest(".skip, .far, .dim, :disabled, noscript"))
     .map((n) => { const a = light(channels(getComputedStyle(n).color)), b = light(ground(n));
       return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), n.className, n.textContent.slice(0, 40)]; })
@@ -192,7 +195,8 @@ def test_text_has_contrast_and_controls_have_names(page, scheme):
     settle(page, lambda: page.click("#example"))
     assert page.evaluate(CONTRAST) == []
     nameless = """() => [...document.querySelectorAll("button, input, select")].filter((n) => n.getClientRects().length
-        && !(n.getAttribute("aria-label") || n.textContent.trim() || (n.labels && n.labels.length))).map((n) => n.outerHTML)"""
+        && !(n.getAttribute("aria-label") || n.textContent.trim() || (n.labels && n.labels.length)))
+        .map((n) => n.outerHTML)"""
     assert page.evaluate(nameless) == []
 
 

@@ -122,7 +122,7 @@ def test_killed_under_load_and_started_again_it_is_ready(model, expected, tmp_pa
 
 
 def test_hot_reload_under_load_drops_nothing_and_mixes_up_nothing(tmp_path):
-    """The folder is a link that is switched between two models with different catalogues; every answer is of its generation."""
+    """The folder is a link switched between two models of different catalogues; every answer is of its generation."""
     first = save(tmp_path / "first")
     second = save(tmp_path / "second", catalogue=named_catalogue(60, seed=2))
     pool = mixed_requests(24, k=5, num_beams=20)
@@ -171,7 +171,7 @@ def test_hot_reload_under_load_drops_nothing_and_mixes_up_nothing(tmp_path):
 
 
 def test_sigterm_drains(model, expected, tmp_path):
-    """/ready says 503 while requests are still answered; then what is in flight is answered, and the exit status is 0."""
+    """/ready says 503 while requests are answered; then what is in flight is answered, and the exit status is 0."""
     with serving(model, tmp_path / "log", "--drain_delay_s", "1.5", "--max_batch_size", "4") as server:
 
         async def test():
@@ -221,6 +221,7 @@ def server(model, tmp_path_factory):
 
 JSON = b"Content-Type: application/json\r\n"
 TOP = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\n" + JSON
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
 BODY = b'{"history": ["item_1"], "k": 1}'
 SMUGGLED = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -236,10 +237,12 @@ SMUGGLED = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
         pytest.param(
             TOP + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED, id="length and chunks"
         ),
-        pytest.param(TOP + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED, id="two codings"),
+        pytest.param(
+            TOP + CHUNKED + b"Transfer-Encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED, id="two codings"
+        ),
         pytest.param(TOP + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED, id="an unknown coding"),
         pytest.param(TOP + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", id="a space before the colon"),
-        pytest.param(TOP + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + BODY + b"\r\n0\r\n\r\n", id="a bad chunk size"),
+        pytest.param(TOP + CHUNKED + b"\r\nzz\r\n" + BODY + b"\r\n0\r\n\r\n", id="a bad chunk size"),
         pytest.param(TOP + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n", id="an endless chunk size"),
         pytest.param(b"POST /v1/recommend HTTP/1.1\r\n" + JSON + b"Content-Length: 31\r\n\r\n" + BODY, id="no host"),
         pytest.param(b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", id="two hosts"),
@@ -253,7 +256,9 @@ SMUGGLED = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
         pytest.param(TOP + b"Content-Length: 5000\r\n\r\n" + b" " * 5000, id="too long"),
         pytest.param(TOP + b"Content-Length: 99999999999999999999999\r\n\r\n" + BODY, id="an absurd length"),
         pytest.param(TOP + b"Content-Length: 50000000\r\nExpect: 100-continue\r\n\r\n", id="too long, announced"),
-        pytest.param(TOP + b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b" " * 4096 + b"\r\n1\r\n \r\n0\r\n\r\n", id="too long in chunks"),
+        pytest.param(
+            TOP + CHUNKED + b"\r\n1000\r\n" + b" " * 4096 + b"\r\n1\r\n \r\n0\r\n\r\n", id="too long in chunks"
+        ),
         pytest.param(TOP + b"Content-Length: 31\r\n\r\n{", id="too slow"),
     ],
 )  # fmt: skip

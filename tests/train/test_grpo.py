@@ -32,7 +32,8 @@ def batch_of(train, users=range(16)):
 def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
     model, processor = trainable("sid")
     train = grpo_trainer(
-        tmp_path, model=model.double(), processor=processor, policy=policy, advantage=kind, advantage_epsilon=1e-4, reward="neg_perplexity",
+        tmp_path, model=model.double(), processor=processor, policy=policy, advantage=kind,
+        advantage_epsilon=1e-4, reward="neg_perplexity",
         advantage_from_clean=False, kl_weight=0.1, regularise=True,
     )  # fmt: skip
     with torch.no_grad():
