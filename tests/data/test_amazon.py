@@ -9,8 +9,6 @@ import pytest
 from flr.data import load_dataset, prepare_amazon
 from flr.data.amazon import clean_title
 
-# ---- raw Amazon ----
-
 DAY = 86400
 START = 1_500_000_000
 

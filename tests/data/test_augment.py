@@ -5,10 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flr.data import (
-    Augment,
-    Interaction,
-)
+from flr.data import Augment, Interaction
 from tests.helpers.catalogues import DATA
 
 EVERYTHING = Augment(prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)

@@ -9,11 +9,6 @@ import pytest
 from flr.data import Catalogue, load_dataset
 from tests.helpers.logs import ROWS, recbole
 
-# ---- RecBole ----
-
-
-# ---- Parquet ----
-
 
 def log_table(**changes):
     columns = {

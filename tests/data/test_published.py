@@ -6,8 +6,6 @@ import pytest
 
 from flr.data import load_dataset
 
-# ---- published CSV form ----
-
 HEADER = "user_id,history_item_title,item_title,history_item_id,item_id,timestamp\n"
 GOOD = 'u{n},"[\'Blue\']",Red,"[0, 1]",2,{n}\n'
 ITEMS = 'Blue\t0\nGreen, "big"\t1\nRed\t2\nBlue\t3\n'

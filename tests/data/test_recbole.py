@@ -5,9 +5,6 @@ import pytest
 from flr.data import load_dataset
 from tests.helpers.logs import ROWS, recbole
 
-# ---- RecBole ----
-
-
 ITEM_ROWS = [
     "item_id:token\tmovie_title:token_seq\tclass:token_seq",
     *[f"i{n}\tMovie {n} (1995)\tDrama" for n in range(4)],

@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from flr.data import Catalogue, ReadReport, prepare_amazon
 from flr.data.splits import InteractionLog, LogBuilder, k_core, split_log, titled_catalogue
 
-# ---- splits ----
-
 EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=40)
 
 

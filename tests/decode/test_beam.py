@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flr.decode.beam
-import flr.decode.scoring
 import flr.decode.session
 from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items

@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flr.data import (
-    CSR,
-    HistoryViews,
-    RecProcessor,
-)
+from flr.data import CSR, HistoryViews, RecProcessor
 from flr.decode import score_all_items
 from flr.evaluate import evaluate
 from flr.views import ViewMixture

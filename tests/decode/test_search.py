@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import flr.decode.beam
-import flr.decode.scoring
 import flr.decode.session
 from flr.decode import CatalogueTrie, beam_search
 from tests.helpers.catalogues import codec_of, random_catalogue

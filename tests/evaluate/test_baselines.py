@@ -7,9 +7,7 @@ import pytest
 
 from flr.baselines import ItemKNN, Popularity
 from flr.data import CSR, Interactions
-from flr.metrics import (
-    group_ids,
-)
+from flr.metrics import group_ids
 
 
 def toy_interactions(seed: int = 0, rows: int = 60, items: int = 12) -> Interactions:

@@ -8,10 +8,7 @@ import torch
 
 from flr.attribution import think
 from flr.decode.session import evaluating
-from flr.explain import (
-    explain,
-    item_attention,
-)
+from flr.explain import explain, item_attention
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender
 

@@ -9,8 +9,6 @@ import pytest
 
 from flr.attribution import coalitions, influence_shares
 
-# ---------------------------------------------------------------- Shapley values
-
 
 def shapley_by_orders(value, factors):
     total = np.zeros(factors)

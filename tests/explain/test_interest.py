@@ -11,15 +11,8 @@ from sklearn.metrics import normalized_mutual_info_score
 
 import flr
 from flr.data import Interactions, RecProcessor, build_tokenizer, planted_dataset
-from flr.explain import (
-    agreement,
-    assign_factors,
-    factor_interest,
-    factor_interest_nmi,
-)
+from flr.explain import agreement, assign_factors, factor_interest, factor_interest_nmi
 from tests.helpers.models import build_recommender, tiny_model
-
-# ---------------------------------------------------------------- recovery of interests
 
 
 def test_assignment_is_relative_to_a_factors_own_attention():

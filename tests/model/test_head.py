@@ -8,7 +8,6 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-import flr.decode.beam
 import flr.decode.scoring
 import flr.decode.session
 import flr.forward

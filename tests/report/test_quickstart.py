@@ -11,8 +11,6 @@ from tests.helpers.catalogues import NASTY, nasty_catalogue
 from tests.helpers.models import build_recommender
 from tests.helpers.pages import Checker
 
-# ---------------------------------------------------------------- report
-
 
 def rows_of(seeds):
     rng = np.random.default_rng(0)

@@ -13,13 +13,7 @@ import torch
 
 from tests.helpers.catalogues import named_catalogue
 from tests.helpers.models import build_recommender
-from tests.helpers.serving import (
-    assert_same_items,
-    metric,
-    mixed_requests,
-    offline,
-    with_client,
-)
+from tests.helpers.serving import assert_same_items, metric, mixed_requests, offline, with_client
 
 # ---------------------------------------------------------------- answers
 
@@ -235,9 +229,6 @@ def test_answers_do_not_depend_on_the_default_dtype(recommender):
         torch.set_default_dtype(torch.float32)
     for a, b in zip(given, expected, strict=True):
         assert_same_items(a, b)
-
-
-# ---------------------------------------------------------------- without the extra
 
 
 def test_without_the_extra():

@@ -9,12 +9,7 @@ import logging
 import pytest
 
 from flr.serve import Settings
-from tests.helpers.serving import (
-    ADMIN,
-    TOKEN,
-    metric,
-    with_client,
-)
+from tests.helpers.serving import ADMIN, TOKEN, metric, with_client
 
 
 def test_too_long_too_slow_and_of_another_kind(recommender):

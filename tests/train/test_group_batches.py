@@ -7,8 +7,6 @@ from flr.train.grpo import GroupCollator, RepeatedBlocks
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import trainable
 
-# --- noise and batches
-
 
 def test_noise_depends_on_seed_epoch_and_row_alone():
     _, processor = trainable("sid", num_thoughts=2)

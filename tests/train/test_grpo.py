@@ -24,9 +24,6 @@ def batch_of(train, users=range(16)):
     return train._batch([rows[(0, i)] for i in users])
 
 
-# --- the trainer
-
-
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 @pytest.mark.parametrize("kind", ["grpo", "latentr3"])
 def test_loss_is_that_of_the_definition(tmp_path, policy, kind):

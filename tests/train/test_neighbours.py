@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from flr.data import (
-    CATALOGUE_USER,
-    Augment,
-    InteractionDataset,
-    Interactions,
-)
+from flr.data import CATALOGUE_USER, Augment, InteractionDataset, Interactions
 from flr.train import item_neighbours, with_catalogue_rows
 from flr.train.neighbours import cooccurrence
 from tests.helpers.catalogues import DATA

@@ -4,8 +4,6 @@ import torch
 
 from flr.train.surrogate import clipped_surrogate
 
-# --- surrogate and rewards
-
 
 def test_surrogate_on_policy_is_the_advantage_weighted_gradient():
     generator = torch.Generator().manual_seed(0)

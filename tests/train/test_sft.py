@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flr.data import (
-    Augment,
-    InteractionDataset,
-)
+from flr.data import Augment, InteractionDataset
 from flr.evaluate import evaluate
 from flr.train import item_neighbours
 from tests.helpers.catalogues import DATA
