@@ -5,6 +5,8 @@ implementation and autograd, so ``torch.compile(fullgraph=True)`` works) and is 
 environment variable ``FLR_BACKEND`` (see :mod:`flr_kernels.dispatch`).
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import reference  # noqa: F401 - so that flr_kernels.reference is there
 from .dispatch import BackendUnavailable
 from .ops.factor_aggregate.op import FactorAggregate, factor_aggregate
@@ -14,7 +16,10 @@ from .ops.log_normaliser.op import log_normaliser
 from .ops.token_logprob.op import token_logprob
 from .ops.trie_step.op import Continuations, TrieStep, trie_step
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("flr")  # pyproject.toml is the one place that says it
+except PackageNotFoundError:  # a checkout that nobody installed
+    __version__ = "unknown"
 
 __all__ = [
     "BackendUnavailable",

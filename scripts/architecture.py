@@ -56,7 +56,7 @@ ROOMS = (
         "histories by name, items with reasons",
         ("data", "report", "model", "decode", "explain"),
     ),
-    Room("flr", "flr/__init__.py", "the public names", ("config", "model", "recommend")),
+    Room("flr", "flr/__init__.py", "the public names", ("kernels", "config", "model", "recommend")),
     Room(
         "train",
         "flr/train/",

@@ -1,4 +1,9 @@
+"""What holds for every test: no downloads, one seed, and long tests first."""
+
+from __future__ import annotations
+
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -8,5 +13,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those marked slow begin, so that no worker is waited for at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, a worker gets neighbours, which share fixtures; one that has nothing left takes from another."""
+    if config.getoption("dist") != "load":  # another distribution was asked for
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)

@@ -20,7 +20,7 @@ from .. import checks
 from ..dispatch import BackendUnavailable
 from .source_hash import source_hash
 
-BUILD = "build it with ``python setup.py build_ext --inplace`` or ``pip install -e .`` (docs/extension.md)"
+BUILD = "build it with `python setup.py build_ext --inplace` or `pip install -e .` (docs/extension.md)"
 _CSRC = Path(__file__).parents[2] / "csrc"
 
 

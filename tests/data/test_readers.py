@@ -1,0 +1,17 @@
+"""Loading a data set of whatever format."""
+
+import pytest
+
+from flr.data import load_dataset
+
+
+def test_load_dataset_errors(tmp_path):
+    with pytest.raises(ValueError, match="found nothing"):
+        load_dataset(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"found \['notes.txt'\]"):
+        load_dataset(tmp_path)
+    with pytest.raises(ValueError, match=r"format: expected one of .* got 'xml'"):
+        load_dataset(tmp_path, format="xml")
+    with pytest.raises(ValueError, match="options: format 'prepared' has none, got 'split'"):
+        load_dataset(tmp_path, format="prepared", split="time")

@@ -1,0 +1,95 @@
+"""K-cores and splits of a log."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flr.data import Catalogue, ReadReport, prepare_amazon
+from flr.data.splits import InteractionLog, LogBuilder, k_core, split_log, titled_catalogue
+
+EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=40)
+
+
+def build(events) -> InteractionLog:
+    log = LogBuilder()
+    for user, item, time in events:
+        log.add(f"u{user}", f"i{item}", time)
+    return log.build()
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS, st.integers(1, 3))
+def test_k_core_equals_plain_peeling(events, minimum):
+    left = list(events)
+    while True:
+        kept = [
+            e for e in left if sum(f[0] == e[0] for f in left) >= minimum and sum(f[1] == e[1] for f in left) >= minimum
+        ]
+        if len(kept) == len(left):
+            break
+        left = kept
+    core = k_core(build(events), minimum)
+    got = [
+        (core.user_names[u], core.item_ids[i], t) for u, i, t in zip(core.users, core.items, core.times, strict=True)
+    ]
+    assert got == [(f"u{u}", f"i{i}", float(t)) for u, i, t in left]
+
+
+@settings(max_examples=150, deadline=None)
+@given(EVENTS, st.sampled_from(["time", "leave_one_out"]), st.integers(1, 4))
+def test_split_equals_plain_construction(events, split, max_history):
+    report = ReadReport("log")
+    arguments = {"split": split, "max_history": max_history, "min_interactions": 1, "name": "x", "report": report}
+    try:
+        dataset = split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
+    except ValueError as error:
+        assert "rows from split=" in str(error)  # noqa: PT017
+        return
+    plain: dict[str, list[tuple[int, str]]] = {}
+    for user, item, time in dict.fromkeys(events):
+        plain.setdefault(f"u{user}", []).append((time, f"i{item}"))
+    expected = []
+    for user, sequence in plain.items():
+        sequence.sort(key=lambda event: event[0])  # stable: ties stay in the order of the file
+        for place in range(1, len(sequence)):
+            history = tuple(item for _, item in sequence[max(0, place - max_history) : place])
+            left = len(sequence) - place
+            part = "train" if len(sequence) < 3 or left > 2 else {1: "test", 2: "valid"}[left]
+            expected.append((part, user, history, sequence[place][1], sequence[place][0]))
+    names = dataset.catalogue.item_ids
+    got = [
+        (part, row.user, tuple(names[item] for item in row.history), names[row.target], row.timestamp)
+        for part in ("train", "valid", "test")
+        for row in getattr(dataset, part)
+    ]
+    if split == "leave_one_out":
+        assert sorted(got) == sorted(expected)
+        assert any("leaks" in note for note in report.notes)
+    else:
+        assert sorted(row[1:] for row in got) == sorted(row[1:] for row in expected)
+        latest = {part: [row[4] for row in got if row[0] == part] for part in ("train", "valid", "test")}
+        assert max(latest["train"]) < min(latest["valid"])
+        assert max(latest["valid"]) < min(latest["test"])
+
+
+def test_leave_one_out_states_its_leak():
+    events = [(user, item, 10 * user + item) for user in range(4) for item in range(4)]
+    report = ReadReport("log")
+    arguments = {"split": "leave_one_out", "max_history": 10, "min_interactions": 1, "name": "x", "report": report}
+    split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
+    # users one after the other: from user u's test event, the training targets of the later users lie in the future
+    assert "38 % of the training targets lie in the future" in report.notes[-1]
+    assert "leak" in prepare_amazon.__doc__
+
+
+def test_split_errors():
+    log = build([(0, 0, 0), (0, 1, 1), (0, 2, 2)])
+    arguments = {"split": "time", "max_history": 1, "min_interactions": 1, "name": "x", "report": ReadReport("log")}
+    for change, message in (
+        ({"split": "random"}, "split: expected one of"),
+        ({"max_history": 0}, "max_history: expected at least 1, got 0"),
+        ({"min_interactions": 0}, "min_interactions: expected at least 1, got 0"),
+        ({}, "expected .* rows from split='time', got none of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            split_log(log, describe=lambda ids: Catalogue(ids, ids), **(arguments | change))

@@ -1,0 +1,66 @@
+"""Filters of a search."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flr.decode import CatalogueTrie, beam_search
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.inputs import toy_inputs
+
+
+@pytest.mark.parametrize("kind", ["only", "categories", "all"])
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_lists_and_categories_equal_the_mask_they_stand_for(model, kind, scoring):
+    sequences = random_catalogue(8, 50, 4, 4)
+    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
+    generator = torch.Generator().manual_seed(3)
+    only = torch.randint(-1, 50, (3, 20), generator=generator)
+    categories = 2 ** torch.randint(0, 64, (50,), generator=generator) | 2 ** torch.randint(
+        0, 4, (50,), generator=generator
+    )
+    wanted = torch.tensor([0b1010, -(2**63) | 1, 0b1010])
+    arguments, mask = {}, torch.ones(3, 50, dtype=torch.bool)
+    if kind != "categories":
+        arguments["only"] = only
+        mask &= (only[:, :, None] == torch.arange(50)).any(1)
+    if kind != "only":
+        arguments |= {"categories": categories, "wanted": wanted}
+        mask &= (categories & wanted[:, None]) != 0
+    if kind == "all":
+        arguments["exclude"] = only[:, :3]
+        mask &= ~(only[:, :3, None] == torch.arange(50)).any(1)
+    found = beam_search(model, inputs, trie, 5, 5, scoring, **arguments)
+    expected = beam_search(model, inputs, trie, 5, 5, scoring, mask)
+    assert found.items.tolist() == expected.items.tolist()
+    assert (found.items >= 0).any()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_excluded_subtree_takes_no_beam(model):
+    """With one beam, the best item outside an excluded subtree is found although the subtree scores higher."""
+    sequences = [(10, 20), (10, 21), (11, 20), (12, 21)]
+    trie, inputs = CatalogueTrie.from_codec(codec_of(sequences)), toy_inputs()
+    for first in (10, 11, 12):
+        banned = torch.tensor([[i for i, s in enumerate(sequences) if s[0] == first]]).expand(3, -1)
+        found = beam_search(model, inputs, trie, 1, 1, exclude=banned)
+        assert (found.items >= 0).all()
+        assert not (found.items == banned).any()
+
+
+def test_nothing_allowed_is_empty_not_an_error(model):
+    sequences = random_catalogue(1)
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    allowed = torch.ones(3, len(sequences), dtype=torch.bool)
+    allowed[1] = False
+    found = beam_search(model, toy_inputs(), trie, 5, 5, allowed=allowed)
+    assert found.items[1].tolist() == [-1] * 5
+    assert found.scores[1].tolist() == [-torch.inf] * 5
+    assert (found.items[[0, 2]] >= 0).all()
+    unconstrained = beam_search(model, toy_inputs(), trie, 5, 5)
+    assert found.items[[0, 2]].tolist() == unconstrained.items[[0, 2]].tolist()
+    none = beam_search(
+        model, toy_inputs(), trie, 5, 5, "catalogue", allowed=torch.zeros(len(sequences), dtype=torch.bool)
+    )
+    assert (none.items == -1).all()

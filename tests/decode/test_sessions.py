@@ -1,0 +1,101 @@
+"""Packed and expanded sessions: naive scores in every family, whatever the padding, the window and the attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import flr.decode.packed
+import flr.decode.prompts
+from flr.decode import CatalogueTrie, beam_search, score_all_items
+from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.comparisons import assert_ranked
+from tests.helpers.inputs import row_of, toy_inputs
+from tests.helpers.models import FAMILIES, VOCAB, toy_model
+from tests.helpers.naive import naive_scores
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize(("family", "attention"), [(f, a) for f in FAMILIES for a in ("sdpa", "eager")])
+def test_all_families_equal_naive(family, attention, scoring):
+    if family == "gemma2" and attention == "sdpa":
+        pytest.skip("transformers refuses softcap with sdpa")
+    model, inputs = toy_model(family, attention), toy_inputs()
+    sequences = random_catalogue(seed=3)
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    expected = naive_scores(model, inputs, sequences, scoring)
+    torch.testing.assert_close(score_all_items(model, inputs, trie, scoring, chunk=5), expected, atol=1e-4, rtol=1e-5)
+    assert_ranked(beam_search(model, inputs, trie, num_beams=20, k=len(sequences), scoring=scoring), expected, 14)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("window", [4, 8])
+def test_short_sliding_window_falls_back_and_is_exact(family, window, caplog):
+    flr.model.backbone.warn_once.cache_clear()
+    model, inputs = toy_model(family, sliding_window=window), toy_inputs((7, 7, 7))
+    sequences = random_catalogue(seed=4)
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    with caplog.at_level("WARNING"):
+        for scoring in ("full", "catalogue"):
+            expected = naive_scores(model, inputs, sequences, scoring)
+            found = score_all_items(model, inputs, trie, scoring, chunk=6)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+            assert_ranked(beam_search(model, inputs, trie, 20, 14, scoring), expected, 14)
+    assert sum("attention window" in r.message for r in caplog.records) == 1
+
+
+def test_models_without_position_ids_fall_back_and_are_exact(caplog):
+    flr.model.backbone.warn_once.cache_clear()
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.25)
+    model, inputs = transformers.BloomForCausalLM(config).eval(), toy_inputs()
+    sequences = random_catalogue(seed=4)
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    expected = naive_scores(model, inputs, sequences)
+    torch.testing.assert_close(score_all_items(model, inputs, trie, chunk=6), expected, atol=1e-4, rtol=1e-5)
+    assert_ranked(beam_search(model, inputs, trie, 20, 14), expected, 14)
+    assert [r.message for r in caplog.records] == [
+        "decoding expands the prompt's cache to every beam instead of sharing it: "
+        "BloomForCausalLM derives positions from the attention mask"
+    ]
+
+
+def test_attention_without_a_4d_mask_falls_back():
+    model, inputs = toy_model("llama"), toy_inputs()
+    past = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
+    assert flr.decode.packed.obstacle(model, past, 12) is None
+    model.config._attn_implementation = "flash_attention_2"
+    obstacle = flr.decode.packed.obstacle(model, past, 12)
+    assert obstacle == "flash_attention_2 attention takes no 4-D mask"
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_expanded_session_equals_packed(monkeypatch, scoring):
+    model, inputs = toy_model("llama"), toy_inputs()
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=40)))
+    packed = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
+    monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
+    expanded = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
+    assert packed[0].items.tolist() == expanded[0].items.tolist()
+    torch.testing.assert_close(packed[0].scores, expanded[0].scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[1], expanded[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_batch_do_not_matter(family):
+    model = toy_model(family)
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=6, num_items=40)))
+    together = beam_search(model, toy_inputs(), trie, 6, 6)
+    padded = beam_search(model, toy_inputs(pad_to=20), trie, 6, 6)
+    assert together.items.tolist() == padded.items.tolist()
+    torch.testing.assert_close(together.scores, padded.scores, atol=1e-5, rtol=1e-5)
+    inputs = toy_inputs()
+    for row in range(3):
+        alone = {"input_ids": row_of(inputs, row)[None]}
+        single = beam_search(model, alone, trie, 6, 6)
+        assert single.items[0].tolist() == together.items[row].tolist()
+        torch.testing.assert_close(single.scores[0], together.scores[row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            score_all_items(model, alone, trie)[0], score_all_items(model, inputs, trie)[row], atol=1e-5, rtol=1e-5
+        )

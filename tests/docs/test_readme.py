@@ -1,0 +1,32 @@
+"""The README's example runs as printed, and what it names exists."""
+
+import doctest
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    code = re.search(r"executed by tests/(?:docs/)?test_readme.py -->\n```python\n(.*?)```", README, re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 4
+
+
+def test_the_decoding_example_runs():
+    failed, attempted = doctest.testfile(str(ROOT / "docs/decoding.md"), module_relative=False)
+    assert attempted >= 8
+    assert failed == 0
+
+
+def test_files_flags_and_commands_in_the_documents_exist():
+    from flr.cli import COMMANDS
+
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+        for command in re.findall(r"^flr (\w+)|`flr (\w+)", text, re.M):
+            assert (command[0] or command[1]) in COMMANDS, f"{path.name}: flr {command}"

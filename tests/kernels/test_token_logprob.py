@@ -1,0 +1,62 @@
+"""`flr_kernels.token_logprob`: in blocks, and with the optional backend."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flr_kernels
+from flr_kernels import reference
+from tests.helpers.inputs import states_and_targets
+from tests.helpers.models import HIDDEN, VOCAB
+
+
+@pytest.mark.parametrize("chunk", [1, 25, 1 << 24])
+def test_token_logprob_in_chunks_equals_its_definition(chunk, monkeypatch):
+    monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.reference"], "CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 11, (7,))
+    ours = flr_kernels.token_logprob(hidden, weight, target)
+    plain = reference.token_logprob(hidden, weight, target)
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn(7, dtype=torch.float64)
+    actual = torch.autograd.grad(ours, (hidden, weight), grad)
+    expected = torch.autograd.grad(plain, (hidden, weight), grad)
+    torch.testing.assert_close(actual, expected)
+    frozen = flr_kernels.token_logprob(hidden, weight.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden, grad)[0], expected[0])
+    assert flr_kernels.token_logprob(hidden[:0], weight, target[:0]).shape == (0,)
+
+
+def test_the_optional_backend(monkeypatch):
+    """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
+    module = sys.modules["flr_kernels.ops.token_logprob.op"]
+    hidden, target = states_and_targets(dtype=torch.bfloat16)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    monkeypatch.setenv("FLR_BACKEND", "token_logprob=cce")
+    with pytest.raises(flr_kernels.BackendUnavailable, match=r"pip install 'flr\[cce\]'"):
+        flr_kernels.token_logprob(hidden, weight, target)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(flr_kernels.BackendUnavailable, match="needs a CUDA device"):
+        flr_kernels.token_logprob(hidden, weight, target)
+    calls = []
+
+    def stand_in(e, c, targets, *, reduction, impl):
+        calls.append((reduction, impl))
+        return torch.nn.functional.cross_entropy((e @ c.T).float(), targets, reduction=reduction)
+
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", SimpleNamespace(linear_cross_entropy=stand_in))
+    monkeypatch.setitem(flr_kernels.dispatch.OPS["token_logprob"].check, "cce", lambda *_: None)
+    logp = flr_kernels.token_logprob(hidden, weight, target)
+    expected = flr_kernels.reference.token_logprob(hidden, weight, target)
+    torch.testing.assert_close(logp, expected)
+    assert calls == [("none", "cce_exact")]
+    wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
+    torch.testing.assert_close(torch.autograd.grad(logp.sum(), (hidden, weight)), wanted)
+    compiled = torch.ops.flr.token_logprob(hidden, weight, target)  # what a compiled graph holds
+    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), (hidden, weight)), wanted)
+    frozen = torch.ops.flr.token_logprob(hidden, weight.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), hidden)[0], wanted[0])

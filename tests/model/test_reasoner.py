@@ -1,0 +1,69 @@
+"""The reasoner: its size, its start, its regularisers, its dropout."""
+
+import copy
+
+import torch
+
+import flr
+from flr.model.patch import reasoner_parameters
+from tests.helpers.inputs import supervised_batch
+from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
+
+
+def test_a_fresh_patch_starts_small_and_sums_exactly():
+    plain = tiny_model()
+    model = flr.patch_model(copy.deepcopy(plain), config=flr.FLRConfig(thought_token_id=THOUGHT)).eval()
+    ids = torch.randint(3, 60, (4, 20))
+    embedding_rms = model.get_input_embeddings().weight.square().mean().sqrt()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state
+        out = model.flr(hidden)
+        assert 0.003 < out.thought.square().mean().sqrt() / embedding_rms < 0.03
+        torch.testing.assert_close(out.contributions.sum(1), out.thought)
+        assert all(0 <= value <= 1 for value in out.losses.values())
+        torch.testing.assert_close(out.attention.sum(-1), torch.ones(4, 2, 4))
+        # with its thought token a fresh model is the unpatched one with one more token
+        ids = torch.cat([ids, torch.full((4, 1), THOUGHT)], 1)
+        ours, theirs = model(input_ids=ids).logits[:, -1], plain.eval()(input_ids=ids).logits[:, -1]
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+    assert (ours - theirs).abs().max() > 0
+
+
+def test_parameter_count_is_about_four_d_squared_whatever_k():
+    for factors in (1, 2, 4, 8):
+        model = patched_model(num_factors=factors).eval()
+        count = sum(p.numel() for p in reasoner_parameters(model))
+        assert 4 * HIDDEN**2 <= count <= 4 * HIDDEN**2 + (factors + 2) * HIDDEN
+
+
+def test_regularisers_at_their_corners():
+    one = patched_model(num_factors=1, sparsity_target="gate").eval()
+    hidden = torch.randn(3, 6, HIDDEN)
+    losses = {k: v.detach() for k, v in one.flr(hidden).losses.items()}
+    assert [float(losses[k]) for k in ("orthogonality", "diversity", "sparsity")] == [0, 0, 0]
+    many = patched_model(sparsity_target="attention").eval()
+    single = torch.zeros(3, 6, dtype=torch.bool)
+    single[:, 2] = True
+    out = many.flr(hidden, single)
+    assert float(out.losses["sparsity"].detach()) == 0  # one valid token
+    torch.testing.assert_close(out.losses["diversity"], torch.ones(()))  # every factor looks at it
+    nothing = many.flr(hidden, torch.zeros(3, 6, dtype=torch.bool))
+    assert float(nothing.thought.detach().abs().max()) == 0
+    with torch.no_grad():
+        even = patched_model().eval()
+        even.flr.gate.zero_()
+        even.flr.gate_factor.zero_()
+        torch.testing.assert_close(even.flr(hidden).losses["sparsity"], torch.ones(()))
+        even.flr.output.copy_(even.flr.output[:1].expand_as(even.flr.output))
+        even.flr.value.copy_(even.flr.value[:1].expand_as(even.flr.value))
+        even.flr.key.zero_()
+        assert even.flr(hidden).losses["orthogonality"] > 0.99  # same contribution from every factor
+
+
+def test_dropout_acts_on_the_thought_in_training_only():
+    model = patched_model(dropout=0.5).eval()
+    inputs = supervised_batch("left")
+    a, b = model(**inputs).loss, model(**inputs).loss
+    assert torch.equal(a, b)
+    model.train()
+    assert not torch.equal(model(**inputs).loss, model(**inputs).loss)

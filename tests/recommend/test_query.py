@@ -1,0 +1,164 @@
+"""What is asked of a recommender: names, bounds, filters, batches of different queries."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from flr.data import Catalogue, HistoryViews
+from flr.decode import score_all_items
+from tests.helpers.catalogues import named_catalogue
+from tests.helpers.comparisons import assert_same_recommendations
+from tests.helpers.models import build_recommender
+
+HISTORIES = [["item_3", "brave jazz 1", "item_7"], ["item_1"] * 12, [], ["item_9", "item_2"]]
+
+
+@pytest.fixture(scope="module")
+def recommender():
+    return build_recommender()
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_ids_titles_and_indices_name_the_same_items():
+    recommender = build_recommender()
+    titles = recommender.processor.catalogue.titles
+    forms = [["item_3", "item_7"], [titles[3], titles[7].upper() + " "], np.array([3, 7])]
+    first, *others = recommender.recommend(forms, k=3)
+    for other in others:
+        assert_same_recommendations(first, other)
+
+
+def test_unknown_entries():
+    recommender = build_recommender()
+    with pytest.raises(
+        ValueError, match=r"histories\[1\]\[0\]: 'Brave Jaz 1' is no id .*did you mean .*'Brave Jazz 1'"
+    ):
+        recommender.recommend([["item_1"], ["Brave Jaz 1"]])
+    with pytest.raises(ValueError, match=r"'item_333' .*'item_33'"):
+        recommender.recommend([["item_333"]])
+    with pytest.raises(ValueError, match=r"is no id and no title of the catalogue$"):
+        recommender.recommend([["qqqqq"]])
+    histories = [["item_1", "nonsense", "item_2"], ["nothing"]]
+    resolved = recommender.resolve(histories, "skip")
+    assert [h.tolist() for h in resolved.histories] == [[1, 2], []]
+    assert resolved.unknown == [["nonsense"], ["nothing"]]
+    found = recommender.recommend(histories, k=2, on_unknown="skip")
+    for a, b in zip(found, recommender.recommend(resolved.histories, k=2), strict=True):
+        assert_same_recommendations(a, b)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"k": 0}, "k: expected an integer from 1 to 1000, got 0"),
+        ({"k": 1001}, "k: expected"),
+        ({"k": True}, "k: expected"),
+        ({"k": 2.0}, "k: expected"),
+        ({"num_beams": 1001}, "num_beams: expected"),
+        ({"scoring": "best"}, "scoring: expected one of"),
+        ({"on_unknown": "ignore"}, "on_unknown: expected"),
+        ({"histories": "item_1"}, "histories: expected a sequence"),
+        ({"histories": ["item_1"]}, r"histories\[0\]: expected a sequence of item ids"),
+        ({"histories": [[3]]}, r"histories\[0\]\[0\]: expected an item id or a title \(str\), got int 3"),
+        ({"histories": [np.array([40])]}, r"histories\[0\]: expected indices 0..39"),
+        ({"histories": [["item_1"] * 10_001]}, "at most 10000 entries"),
+        ({"histories": [[]] * 10_001}, "at most 10000, got"),
+        ({"histories": [["x" * 100_000]]}, "at most 500 characters"),
+    ],
+)
+def test_bad_arguments(recommender, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recommender.recommend(**{"histories": [["item_1"]], **arguments})
+
+
+# ---------------------------------------------------------------- filters
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize("codec", ["id", "sid", "title"])
+def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
+    recommender = build_recommender(codec)
+    interest = recommender.processor.catalogue.attributes["interest"]
+    allow, deny, wanted = [f"item_{i}" for i in range(30)], ["item_4", "item_9", "item_11"], sorted(set(interest))[:2]
+    ok = np.isin(interest, wanted) & (np.arange(40) < 30) & ~np.isin(np.arange(40), [4, 9, 11])
+    for history, found in zip(
+        HISTORIES,
+        recommender.recommend(
+            HISTORIES, k=40, num_beams=40, exclude_seen=True, scoring=scoring,
+            allow=allow, deny=deny, where={"interest": wanted},
+        ),
+        strict=True,
+    ):  # fmt: skip
+        mine = ok.copy()
+        mine[recommender.resolve([history]).histories[0]] = False
+        assert sorted(r.index for r in found) == np.flatnonzero(mine).tolist()
+        scores = score_all_items(
+            recommender.model,
+            recommender.processor(recommender.resolve([history]).histories),
+            recommender.trie,
+            scoring,
+            allowed=torch.from_numpy(mine),
+        )[0].numpy()
+        for r in found:
+            np.testing.assert_allclose(r.score, scores[r.index], atol=1e-4)
+            np.testing.assert_allclose(r.base_score + sum(r.contributions), r.score, atol=1e-4)
+        order = [scores[r.index] for r in found]
+        assert all(a >= b - 1e-5 for a, b in itertools.pairwise(order))
+
+
+def test_filters_under_views():
+    recommender = build_recommender("sid")
+    recommender.processor.views = HistoryViews(weight=0.5)
+    every = recommender.recommend(HISTORIES, k=40, num_beams=40)
+    some = recommender.recommend(HISTORIES, k=40, num_beams=40, allow=np.arange(20), deny=["item_2"])
+    for a, b in zip(every, some, strict=True):
+        assert_same_recommendations([r for r in a if r.index < 20 and r.index != 2], b)
+
+
+def test_a_title_in_a_filter_means_all_its_items():
+    old = named_catalogue()
+    recommender = build_recommender(catalogue=Catalogue(old.item_ids, ["Twin", "Twin", *old.titles[2:]], old.sids))
+    assert {r.index for r in recommender.recommend([[]], k=5, allow=["twin"])[0]} == {0, 1}
+    assert {r.index for r in recommender.recommend([[]], k=40, deny=["Twin"])[0]} == set(range(2, 40))
+    assert recommender.recommend([[]], k=5, allow=[]) == [[]]
+    assert recommender.selection(["item_3", "x"], ["y"], on_unknown="skip")[2] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"allow": ["nothing"]}, r"allow\[0\]: 'nothing' is no id and no title"),
+        ({"deny": "item_1"}, "deny: expected a sequence of item ids"),
+        ({"where": {"colour": ["red"]}}, r"where: expected attributes of the catalogue \('interest'.*\), got 'colour'"),
+        ({"where": {"interest": ["red"]}}, r"where\['interest'\]: expected values of type int, got 'red'"),
+        ({"where": {"interest": [True]}}, r"expected values of type int, got True"),
+        ({"where": {"interest": 3}}, r"expected a list of values, got 3"),
+    ],
+)
+def test_bad_filters(recommender, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recommender.recommend([[]], **arguments)
+
+
+def test_queries_of_any_kind_share_a_batch():
+    """k, seen items, allow-lists and deny-lists differ; every answer is that of the query alone."""
+    recommender = build_recommender("sid")
+    rng = np.random.default_rng(0)
+    queries = []
+    for _ in range(12):
+        history = rng.integers(0, 40, rng.integers(0, 14))
+        allowed = rng.random(40) < 0.5 if rng.random() < 0.5 else None
+        denied = rng.integers(0, 40, rng.integers(0, 6))
+        queries.append(recommender.query(history, int(rng.integers(1, 20)), bool(rng.random() < 0.5), allowed, denied))
+    together, _ = recommender.ranked(queries, 20, "full", True)
+    for query, found in zip(queries, together, strict=True):
+        assert_same_recommendations(recommender.ranked([query], 20, "full", True)[0][0], found)
+        assert len(found) <= query.k
+    with pytest.raises(ValueError, match="num_beams: expected at least the largest k"):
+        recommender.ranked(queries, 2, "full", False)
