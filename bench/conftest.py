@@ -4,8 +4,8 @@
     def test_something(shape, race):
         race(label(shape), {"flr": ours, "eager": theirs}, suite="something", shape=shape, check=check)
 
-``full`` runs its cases besides the default ones. ``gpu`` and ``gpu_full`` take the place of ``default`` and ``full`` on a
-GPU; ``quick`` is for both.
+``full`` runs its cases besides the default ones. ``gpu`` and ``gpu_full`` take the place of ``default`` and ``full`` on
+a GPU; ``quick`` is for both.
 """
 
 from __future__ import annotations

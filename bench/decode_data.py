@@ -67,15 +67,16 @@ def _codes(num_items: int) -> Items:
 
 @cache
 def catalogue(name: str) -> Items:
-    """ "titles" (amazon-cds where the data is there, else "synthetic-titles", made up to its statistics; the result's name
-    says which), or the number of items with codes."""
+    """ "titles" (amazon-cds where the data is there, else "synthetic-titles", made up to its statistics; the result's
+    name says which), or the number of items with codes."""
     if name not in ("titles", "synthetic-titles"):
         return _codes(int(name))
     return _real_titles() if name == "titles" and FOLDER.is_dir() else _synthetic_titles()
 
 
 def beams_at(items: Items, depth: int, users: int, beams: int) -> torch.Tensor:
-    """Nodes int64 [users, beams] with children at `depth`, different for each user where there are enough; at 0 the root."""
+    """Nodes int64 [users, beams] with children at `depth`, different for each user where there are enough; at 0 the
+    root."""
     start, stop = items.trie.level_start[depth : depth + 2]
     fanout = items.trie.children[start + 1 : stop + 1] - items.trie.children[start:stop]
     nodes = (fanout > 0).nonzero()[:, 0] + start
@@ -93,8 +94,8 @@ def prefix_of(items: Items, node: int, depth: int) -> tuple[int, ...]:
 def thinking_model(items: Items, hidden: int, layers: int, vocabulary: int) -> Any:
     """A Qwen2 with a latent thought of one factor, whose logits know which token of a title follows which.
 
-    A random model finds every token as likely as any other, so that the shortest titles win and decoding ends early. Tokens
-    of a title must be likely after each other, as in a trained model, for decoding to go through whole titles.
+    A random model finds every token as likely as any other, so that the shortest titles win and decoding ends early.
+    Tokens of a title must be likely after each other, as in a trained model, for decoding to go through whole titles.
     """
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -1,6 +1,7 @@
 """The figures of the documents, drawn from result rows: speed-up, roofline, scaling, and the kernels' diagram.
 
-Each SVG carries a digest of the numbers it was drawn from, so that a test can tell a stale figure without drawing it again.
+Each SVG carries a digest of the numbers it was drawn from, so that a test can tell a stale figure without drawing it
+again.
 """
 
 from __future__ import annotations

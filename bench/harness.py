@@ -44,8 +44,10 @@ CODE = ("flr", "flr_kernels", "csrc", "bench", "setup.py", ":!bench/results", ":
 def keep_memory() -> None:
     """Make glibc reuse freed memory of every size, whatever was allocated before.
 
-    By default buffers over a threshold, which moves with what was freed so far (128 KB to 32 MB), are unmapped when freed, and each call
-    faults their pages in again: a race of calls of a millisecond then depends on the tests before it by up to a factor of 3.6.
+    By default buffers over a threshold, which moves with what was freed so far (128 KB to 32 MB), are unmapped when
+    freed, and each call
+    faults their pages in again: a race of calls of a millisecond then depends on the tests before it by up to a factor
+    of 3.6.
     """
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

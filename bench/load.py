@@ -1,6 +1,7 @@
 """A load generator for HTTP servers on this machine: small enough to leave the cores to the server.
 
-Raw asyncio streams with connections that are kept open; every request is answered, or its failure is recorded as status 0.
+Raw asyncio streams with connections that are kept open; every request is answered, or its failure is recorded as status
+0.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ async def open_loop(
     seconds: float,
     headers: dict[str, str] | None = None,
 ) -> list[Reply]:
-    """Send ``rate`` requests a second whatever the server does, at random times (Poisson); all replies, once all are answered."""
+    """Send ``rate`` requests a second whatever the server does, at random times (Poisson); all replies, once all are
+    answered."""
     due = random.Random(0)
     tasks: list[asyncio.Task[Reply]] = []
     start = time.perf_counter()

@@ -56,8 +56,8 @@ def merged(found, trie, beams: int) -> Best:
 def test_step(shape, race, tier):
     """Normalise over the vocabulary, constrain, take the best W of B·W beams.
 
-    At the root all beams of a user are one hypothesis. Ours holds it once, as the engine does; transformers' order has W rows, one
-    of which counts, and so do the competitors; ``flr, W rows`` is ours on theirs.
+    At the root all beams of a user are one hypothesis. Ours holds it once, as the engine does; transformers' order has
+    W rows, one of which counts, and so do the competitors; ``flr, W rows`` is ours on theirs.
     """
     if ON_GPU and shape["V"] > 100_000:
         pytest.skip("the competitors' mask is written on the host")

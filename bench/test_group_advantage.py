@@ -1,7 +1,7 @@
 """From token log-probabilities to advantages: ours, the usual PyTorch, compiled.
 
-``flr`` is what dispatch picks: the CUDA kernel on a GPU, the float64 reference on the CPU; ``host`` is the kernel's C++ twin.
-On a GPU the same is raced once more as CUDA graphs, where the launches of the CPU do not count.
+``flr`` is what dispatch picks: the CUDA kernel on a GPU, the float64 reference on the CPU; ``host`` is the kernel's C++
+twin. On a GPU the same is raced once more as CUDA graphs, where the launches of the CPU do not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rewards that decode the catalogue for every group member: behind the one encoded prompt, against a prompt for each member.
+"""Rewards that decode the catalogue for every group member: behind the one encoded prompt, against a prompt for each
+member.
 
 Both variants are a group forward without gradients, then the target's place in every member's beam search.
 """

@@ -1,9 +1,10 @@
 """The whole reasoner, T refinements: ours, the same with the reference ops, compiled, and LatentR3's projection.
 
-``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops (on a GPU;
-on the CPU they are what dispatch picks), ``compiled`` is under torch.compile(fullgraph=True), ``latentr3`` the
-single-factor predecessor, which projects all L tokens to keys and values (K = 1, T = 1 by definition: raced at T = 1 only).
-On a GPU, forward, T > 1: ``graph`` is ours in a CUDA graph, ``blocks`` too but all refinements of 16 users before the next 16.
+``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops
+(on a GPU; on the CPU they are what dispatch picks), ``compiled`` is under torch.compile(fullgraph=True), ``latentr3``
+the single-factor predecessor, which projects all L tokens to keys and values (K = 1, T = 1 by definition: raced at T =
+1 only). On a GPU, forward, T > 1: ``graph`` is ours in a CUDA graph, ``blocks`` too but all refinements of 16 users
+before the next 16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""How time and memory grow: one operation, one symbol varied, everything else fixed. ``flr bench report`` fits the laws.
+"""How time and memory grow: one operation, one symbol varied, everything else fixed. ``flr bench report`` fits the
+laws.
 
-Ours alone is timed; the competitors' suites hold the ratios. Sweeps run with ``--full``; ``--quick`` runs one size of each.
+Ours alone is timed; the competitors' suites hold the ratios. Sweeps run with ``--full``; ``--quick`` runs one size of
+each.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The server over loopback: micro-batching (``flr``) against batch-of-one serving, the same requests, model and limits.
 
-Both are ``flr serve`` processes of one saved model with one model thread; ``single`` has ``--max_batch_size 1 --max_wait_ms 0``. The one that is
-not asked idles. A call of the race is a closed loop: N requests, `c` at a time, different histories of titles, k = 10, 20 beams.
-Before anything is timed, every answer of both servers is compared with the recommender's own.
+Both are ``flr serve`` processes of one saved model with one model thread; ``single`` has ``--max_batch_size 1
+--max_wait_ms 0``. The one that is not asked idles. A call of the race is a closed loop: N requests, `c` at a time,
+different histories of titles, k = 10, 20 beams. Before anything is timed, every answer of both servers is compared with
+the recommender's own.
 
-``test_latency`` sends at random times of fixed rates instead, in parts of what ``single`` can do, and prints percentiles; it asserts nothing about them.
+``test_latency`` sends at random times of fixed rates instead, in parts of what ``single`` can do, and prints
+percentiles; it asserts nothing about them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Log-probability of a target token a row: ours in blocks of rows, all logits at once (eager, compiled), the libraries.
 
-``torch`` is PyTorch's own linear_cross_entropy in blocks (from 2.13); ``liger`` and ``cce`` run where they are installed
-(Liger from 0.8.2: before, its gradients of single losses were wrong). ``frozen`` trains the hidden states alone, as RL does.
+``torch`` is PyTorch's own linear_cross_entropy in blocks (from 2.13); ``liger`` and ``cce`` run where they are
+installed (Liger from 0.8.2: before, its gradients of single losses were wrong). ``frozen`` trains the hidden states
+alone, as RL does.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""A whole training step, forward and backward: one encoding of the prompt against LatentR3's two passes over everything.
+"""A whole training step, forward and backward: one encoding of the prompt against LatentR3's two passes over
+everything.
 
-Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every token in both passes; RL: a rollout for the
-rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
-differentiated). In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy, which
-needs no gradient through the suffix. The shape is that of the model in docs/log.md: an lm_head of about 15 % of the work. Backbone frozen in RL,
-trained in the supervised step; a larger vocabulary would flatter the ratios.
+Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every token in both passes; RL: a rollout for
+the rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
+differentiated). In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy,
+which needs no gradient through the suffix. The shape is that of the model in docs/log.md: an lm_head of about 15 % of
+the work. Backbone frozen in RL, trained in the supervised step; a larger vocabulary would flatter the ratios.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ def build(shape: dict):
 
 
 def flops_of(shape: dict, rl: bool) -> int:
-    """The least that a step must compute: 11.25 D² weights a layer, causal attention, lm_head on target rows, prompts encoded once.
+    """The least that a step must compute: 11.25 D² weights a layer, causal attention, lm_head on target rows, prompts
+    encoded once.
 
-    The backward of the supervised step costs twice its forward; that of RL, through the suffixes alone and to no weight, once.
-    The reasoner, under 1 %, is left out.
+    The backward of the supervised step costs twice its forward; that of RL, through the suffixes alone and to no
+    weight, once. The reasoner, under 1 %, is left out.
     """
     layers, size, users, prompt, target = (shape[k] for k in ("layers", "D", "B", "L", "S"))
     rows = users * shape["G"] if rl else users

@@ -13,11 +13,13 @@ the call raises :class:`BackendUnavailable` (device, missing package) or ``Value
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -65,6 +67,15 @@ class Op:
             self.check[backend] = check
         if on_cpu:
             self.on_cpu = (backend, *self.on_cpu)
+
+
+def on_use(module: str, function: str) -> Callable:
+    """A function of a module that is imported at its first call: triton is needed where a kernel runs alone."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return call
 
 
 OPS: dict[str, Op] = {}

@@ -137,7 +137,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for tile, splits, dh in product(triton_config.tiles(dtype.itemsize, backward=True), (1, 3), (True, False)):
         h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
         label = f"{tile.name} {'split' if splits > 1 else 'whole'}{'' if dh else ' no dh'}"
-        yield label, partial(attention.backward, h, u, None, *saved, *saved, dh, tile=tile)
+        yield label, partial(attention.backward, h, u, None, saved, saved, dh, tile=tile)
     f, gradients = _meta(*vectors, dtype=dtype), (_meta(batch, _SIZE), _meta(*scalars), _meta(batch), _meta(batch))
     yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
     yield "", partial(normaliser.forward, _meta(batch, 99 * _SIZE, dtype=dtype))

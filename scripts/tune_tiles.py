@@ -56,11 +56,11 @@ def main() -> int:
         h = torch.randn(batch, length, size, device="cuda", dtype=torch.bfloat16)
         u = (torch.randn(batch, factors, size, device="cuda") / size**0.5).bfloat16()
         saved = op.forward(h, u, None)
-        grads = [torch.randn_like(x) for x in saved]
+        grads = tuple(torch.randn_like(x) for x in saved)
 
         def call(tile, h=h, u=u, saved=saved, grads=grads):
             if arguments.backward:
-                return op.backward(h, u, None, *saved, *grads, True, tile=tile)
+                return op.backward(h, u, None, saved, grads, True, tile=tile)
             return op.forward(h, u, None, tile=tile)
 
         chosen = triton_config.attention_tile(

@@ -1,7 +1,7 @@
 """K-factor attention from queries to factor values, in the ways that it is done today.
 
-Every function maps hidden states ``h`` [B, L, D], factor queries ``q`` [B, K, F], ``w_k`` and ``w_v`` [D, D] and a mask [B, L]
-to factor values [B, K, F] = W_v Σ_l α_l h_l with α = softmax((W_k h) · q / √F), first in the returned tuple.
+Every function maps hidden states ``h`` [B, L, D], factor queries ``q`` [B, K, F], ``w_k`` and ``w_v`` [D, D] and a mask
+[B, L] to factor values [B, K, F] = W_v Σ_l α_l h_l with α = softmax((W_k h) · q / √F), first in the returned tuple.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def _best_of_vocabulary(log_probs: Tensor, beam_scores: Tensor) -> Best:
 class PythonDict:
     """A dictionary from every prefix to its children, asked for each beam; the mask is filled beam by beam.
 
-    The order is that of transformers' beam search with a prefix constraint: log_softmax of everything, the constraint on
-    log-probabilities, the best of W·V. One log_softmax, where some public code has a second one in the constraint.
+    The order is that of transformers' beam search with a prefix constraint: log_softmax of everything, the constraint
+    on log-probabilities, the best of W·V. One log_softmax, where some public code has a second one in the constraint.
     """
 
     def __init__(self, sequences: list[tuple[int, ...]]) -> None:
@@ -56,8 +56,9 @@ class PythonDict:
 
 
 class PaddedCSR:
-    """Vectorised constraint after the description in arXiv 2602.22647 (STATIC): every item padded to the longest, a dense
-    table for the first level, below it a fixed number of columns, the level's widest node, read from CSR for every beam.
+    """Vectorised constraint after the description in arXiv 2602.22647 (STATIC): every item padded to the longest, a
+    dense table for the first level, below it a fixed number of columns, the level's widest node, read from CSR for
+    every beam.
 
     Below the root the best are taken among the columns read, not among W·V: the kindest reading of the paper.
     """

@@ -1,5 +1,6 @@
-"""Evaluation of a latent-thought recommender as its published code does it: the prompt is encoded once to make the thought,
-with logits of every token, and a second time by `generate`, for every beam; a Python dictionary constrains the beams.
+"""Evaluation of a latent-thought recommender as its published code does it: the prompt is encoded once to make the
+thought, with logits of every token, and a second time by `generate`, for every beam; a Python dictionary constrains the
+beams.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def evaluate(
     num_beams: int,
     with_scores: bool = False,
 ) -> list[list[tuple[int, float]]]:
-    """Items and scores of every user, best first; scores are 0 unless asked for (generate then keeps those of every step).
+    """Items and scores of every user, best first; scores are 0 unless asked for (generate then keeps those of every
+    step).
 
     Args:
         model: patched with the variant "latentr3" and one thought.

@@ -1,7 +1,7 @@
 """The way without a shared prompt: the whole sequence runs through the model once more for every thought.
 
-Written from LatentR3's description (arXiv 2505.19092): hidden states of the whole input, thought, the whole input again with the
-thought in its place; in RL every group member is a full copy of prompt and target. Two styles:
+Written from LatentR3's description (arXiv 2505.19092): hidden states of the whole input, thought, the whole input again
+with the thought in its place; in RL every group member is a full copy of prompt and target. Two styles:
 
     published   the causal LM as a whole, lm_head on every token in every pass; RL: a rollout without gradient for the
                 rewards, then the same passes again with gradient
@@ -25,7 +25,8 @@ def _join(prompt: Tensor, target: Tensor, members: int) -> Tensor:
 
 
 def _passes(model, ids, mask, positions, reasoner_mask, noisy, published):
-    """Last hidden states [R, W, D] (logits [R, W, V] when published) and the thoughts' outputs; ``noisy(n, r)`` perturbs."""
+    """Last hidden states [R, W, D] (logits [R, W, V] when published) and the thoughts' outputs; ``noisy(n, r)``
+    perturbs."""
     config, original = model._flr_patch.config, model._flr_patch.original
     kwargs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     embeds = model.get_input_embeddings()(ids)
@@ -85,7 +86,8 @@ def group_logprobs(model, prompts: dict[str, Tensor], group, published: bool = F
 
 
 def group_loss(logprobs: Tensor, target_mask: Tensor, kind: str = "grpo", eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """On-policy loss -mean A_i · mean_s log p_is (its gradient is that of the clipped surrogate) and the advantages [B, G]."""
+    """On-policy loss -mean A_i · mean_s log p_is (its gradient is that of the clipped surrogate) and the advantages [B,
+    G]."""
     weight = target_mask[:, None].to(logprobs.dtype)
     mean = (logprobs * weight).sum(-1) / weight.sum(-1)
     rewards = -(-mean.detach()).exp()

@@ -11,7 +11,8 @@ or may not be given (sorted, answered by binary search, 8·B·E bytes whatever t
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,60 +28,59 @@ class FlatFilter(NamedTuple):
     entries: int = 0
 
 
-class ItemFilter(Protocol):
-    @property
-    def all(self) -> bool:
-        """Whether every item is allowed."""
+class ItemFilter(ABC):
+    """What a request allows; made by :func:`item_filter`.
 
+    Attributes:
+        all: whether every item is allowed.
+        names: of the tensors that it consists of.
+    """
+
+    all = False
+    names: tuple[str, ...] = ()
+
+    @abstractmethod
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Allowed items among leaf positions begin..end-1, int64 of the same shape."""
 
+    @abstractmethod
     def first(self, begin: torch.Tensor) -> torch.Tensor:
         """Lowest allowed leaf position >= begin; C where there is none."""
 
+    @abstractmethod
     def last(self, end: torch.Tensor) -> torch.Tensor:
         """Highest allowed leaf position < end; -1 where there is none."""
 
+    @abstractmethod
     def select(self, users: torch.Tensor) -> ItemFilter:
         """The filter of these rows, int64."""
 
+    @abstractmethod
     def flat(self, users: int) -> FlatFilter:
         """The arrays behind it, as ``flr_kernels.trie_step`` reads them, for B = ``users``."""
 
+    @abstractmethod
     def padded(self, users: int) -> ItemFilter:
         """For B = ``users``, more than now, and lists of a length that is a power of two."""
 
     def tensors(self) -> list[torch.Tensor]:
         """What it consists of."""
+        return [getattr(self, name) for name in self.names]
 
     def copied(self) -> ItemFilter:
         """With tensors of its own."""
-
-    def load(self, other: Any) -> None:
-        """Take over the contents of another of the same shapes."""
-
-
-class _Tensors:
-    """Tensors by name, copied together."""
-
-    names: tuple[str, ...] = ()
-    all = False
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in self.names]
-
-    def copied(self) -> Any:
         new = copy.copy(self)
         for name in self.names:
             setattr(new, name, getattr(self, name).clone())
         return new
 
-    def load(self, other: Any) -> None:
+    def load(self, other: ItemFilter) -> None:
+        """Take over the contents of another of the same shapes."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs)
 
 
-class _Everything(_Tensors):
+class _Everything(ItemFilter):
     all = True
 
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ class _Everything(_Tensors):
         return self
 
 
-class _Mask(_Tensors):
+class _Mask(ItemFilter):
     """Masks over the catalogue, U different ones, a user's being number ``row`` [B, 1].
 
     before int32 or int64 [U · (C + 1)]: allowed items before a leaf position, plus u (C + 1) in row u: it rises.
@@ -154,7 +154,7 @@ class _Mask(_Tensors):
         return self.offset.view(-1, *[1] * (like.dim() - 1))
 
 
-class _Listed(_Tensors):
+class _Listed(ItemFilter):
     """listed int64 [B, E]: leaf positions in ascending order, each once, C past the end."""
 
     kind: str

@@ -79,6 +79,16 @@ def _gradients(needed: bool) -> Iterator[None]:
         yield
 
 
+def _prefill(model: Any, embeds: Tensor, mask: Tensor, position_ids: Tensor) -> tuple[Tensor, DynamicCache]:
+    """Hidden states [B, L, D] of the prompts, and their keys and values."""
+    cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
+    positions = {"position_ids": position_ids} if takes_positions(model) else {}
+    out = model.base_model(
+        inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **positions
+    )
+    return out.last_hidden_state, cache
+
+
 class _Thoughts:
     """The members' noisy thoughts, made one after another, and what is computed of each."""
 
@@ -175,16 +185,7 @@ def group_forward(
 
     with _gradients(backbone_trains(model)):
         embeds = table(input_ids)  # [B, L + N, D]
-        positions = {"position_ids": position_ids[:, :length]} if takes_positions(model) else {}
-        kv = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
-        history = model.base_model(
-            inputs_embeds=embeds[:, :length],
-            attention_mask=attention_mask[:, :length],
-            past_key_values=kv,
-            use_cache=True,
-            return_dict=True,
-            **positions,
-        ).last_hidden_state  # [B, L, D]
+        history, kv = _prefill(model, embeds[:, :length], attention_mask[:, :length], position_ids[:, :length])
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
     suffix = PackedMembers(model, kv, attention_mask[:, :length], position_ids[:, length, None], members)
 
@@ -203,9 +204,8 @@ def group_forward(
     if group.actions is None:
         target_tokens = targets[:, None].expand(-1, members, -1, -1)
         with _gradients(grad_through_targets):
-            hidden = suffix.run(
-                torch.cat([embedding[:, :, None], target_tokens.to(embedding.dtype)], 2)
-            )  # [B, G, S, D]
+            embeddings = torch.cat([embedding[:, :, None], target_tokens.to(embedding.dtype)], 2)
+            hidden = suffix.run(embeddings)  # [B, G, S, D]
             target_ids = group.targets if group.target_nodes is None else group.target_nodes
             logprobs = target_logprobs(
                 model, hidden, target_ids[:, None], group.target_mask[:, None], group.catalogue_loss

@@ -155,8 +155,8 @@ def test_any_tile_gives_the_same_result(block_l):
     for name, a, e in zip(ATTENTION, out, exact, strict=True):
         assert_close(name, a, e, e, 4e-6)
     grads = gradients_for(exact)
-    gradients = triton_host.backward(h, u, valid, *out, *(g.float() for g in grads), True, tile=tile)
-    expected = reference.factor_attention_backward(h.double(), u.double(), valid, *exact, *grads, True)
+    gradients = triton_host.backward(h, u, valid, out, tuple(g.float() for g in grads), True, tile=tile)
+    expected = reference.factor_attention_backward(h.double(), u.double(), valid, exact, grads, True)
     for name, a, e in zip(("dh", "du"), gradients, expected, strict=True):
         assert_close(name, a, e, e, 8e-6)
 

@@ -33,26 +33,15 @@ class FactorAggregate(NamedTuple):
     gate_entropy: Tensor  # [B]
 
 
-def _triton_forward(*args):
-    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
-
-    return triton_kernels.forward(*args)
-
-
-def _triton_backward(*args):
-    from . import triton_kernels
-
-    return triton_kernels.backward(*args)
-
-
 def _triton_check(f: Tensor, *_) -> None:
     triton_config.check_device(f)
     triton_config.check_shape("f", f, f.shape[1])
 
 
 _OP = dispatch.op("factor_aggregate")
+_TRITON = f"{__package__}.triton_kernels"
 _OP.register("reference", reference.factor_aggregate, reference.factor_aggregate_backward)
-_OP.register("triton", _triton_forward, _triton_backward, _triton_check)
+_OP.register("triton", dispatch.on_use(_TRITON, "forward"), dispatch.on_use(_TRITON, "backward"), _triton_check)
 
 
 @torch.library.custom_op("flr::factor_aggregate", mutates_args=())

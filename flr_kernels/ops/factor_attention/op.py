@@ -36,18 +36,6 @@ class FactorAttention(NamedTuple):
     entropy: Tensor  # [B, K]
 
 
-def _triton_forward(*args):
-    from . import triton_host  # imported on use: flr_kernels itself needs only torch
-
-    return triton_host.forward(*args)
-
-
-def _triton_backward(*args):
-    from . import triton_host
-
-    return triton_host.backward(*args)
-
-
 def _triton_check(h: Tensor, u: Tensor, *_) -> None:
     triton_config.check_device(h)
     triton_config.check_shape("h", h, u.shape[1])
@@ -58,8 +46,9 @@ def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bo
 
 
 _OP = dispatch.op("factor_attention")
+_TRITON = f"{__package__}.triton_host"
 _OP.register("reference", _reference_forward, reference.factor_attention_backward)
-_OP.register("triton", _triton_forward, _triton_backward, _triton_check)
+_OP.register("triton", dispatch.on_use(_TRITON, "forward"), dispatch.on_use(_TRITON, "backward"), _triton_check)
 
 
 @torch.library.custom_op("flr::factor_attention", mutates_args=())
@@ -98,7 +87,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     saved = (context, lse, overlap, entropy)
     grads = (d_context, d_lse, d_overlap, d_entropy)
-    return dispatch.backward("factor_attention", h, u, mask, *saved, *grads, needs_dh)
+    return dispatch.backward("factor_attention", h, u, mask, saved, grads, needs_dh)
 
 
 @_backward.register_fake

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...checks import accumulation_dtype
 
+#: context [B, K, D], lse [B, K], overlap [B, K, K] and entropy [B, K], or their gradients.
+Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
-def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> Saved:
     """context [B, K, D], lse [B, K], overlap [B, K, K], entropy [B, K] of softmax(u · h) over valid tokens."""
     acc = accumulation_dtype(h.dtype)
     h, u = h.to(acc), u.to(acc)
@@ -28,22 +32,13 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor,
 
 
 def factor_attention_backward(
-    h: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    context: Tensor,
-    lse: Tensor,
-    overlap: Tensor,
-    entropy: Tensor,
-    d_context: Tensor,
-    d_lse: Tensor,
-    d_overlap: Tensor,
-    d_entropy: Tensor,
-    needs_dh: bool,
+    h: Tensor, u: Tensor, mask: Tensor | None, saved: Saved, grads: Saved, needs_dh: bool
 ) -> tuple[Tensor, Tensor]:
     """dh [B, L, D] (empty when not needed) and du [B, K, D], from saved [B, K, ·] tensors only."""
     dtype, acc = h.dtype, accumulation_dtype(h.dtype)
     h, u = h.to(acc), u.to(acc)
+    context, lse, overlap, entropy = saved
+    d_context, d_lse, d_overlap, d_entropy = grads
     empty = torch.isneginf(lse)  # users without a valid token
     log_alpha = u @ h.transpose(1, 2) - lse.masked_fill(empty, 0)[..., None]
     if mask is not None:

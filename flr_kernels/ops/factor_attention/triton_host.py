@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import checks
 from ...backends import triton_config
 from ...backends.triton_launch import arch, launch, precision
+from .reference import Saved
 from .triton_kernels import backward_kernel, combine_du_kernel, combine_kernel, delta_kernel, forward_kernel
 
 #: A bfloat16 result keeps 8 bits, so operands of 11 bits do; float16 keeps 11 and needs more.
@@ -55,13 +56,8 @@ def _check(h: Tensor, u: Tensor) -> None:
 
 
 def forward(
-    h: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    last_first: bool = False,
-    *,
-    tile: triton_config.Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False, *, tile: triton_config.Tile | None = None
+) -> Saved:
     """context [B, K, D], lse [B, K], overlap [B, K, K], entropy [B, K]: the reference's arguments and results.
 
     ``last_first`` walks over the users from the last to the first; results are the same to the bit.
@@ -111,48 +107,39 @@ def forward(
         num_stages=tile.num_stages,
     )
     if splits > 1:
-        block_d = triton_config.combine_block(size)
-        launch(
-            combine_kernel,
-            batch * factors * triton.cdiv(size, block_d),
-            {
-                **{f"part_{name}_ptr": tensor for name, tensor in part.items()},
-                "part_sum_ptr": total,
-                "context_ptr": out["context"],
-                "lse_ptr": out["max"],
-                "overlap_ptr": out["overlap"],
-                "entropy_ptr": out["entropy"],
-                "splits": splits,
-                "D": size,
-                "K": factors,
-            },
-            {
-                "KP": triton_config.FACTOR_BLOCK,
-                "BLOCK_S": triton_config.COMBINE_ROWS,
-                "BLOCK_D": block_d,
-                "ACC": precision(h.dtype)["ACC"],
-            },
-            num_warps=4,
-        )
+        _combine(part, total, out, splits)
     return out["context"], out["max"], out["overlap"], out["entropy"]
 
 
+def _combine(part: dict[str, Tensor], total: Tensor, out: dict[str, Tensor], splits: int) -> None:
+    """Put the results of the splits together."""
+    batch, factors, size = out["context"].shape
+    block_d = triton_config.combine_block(size)
+    launch(
+        combine_kernel,
+        batch * factors * triton.cdiv(size, block_d),
+        {
+            **{f"part_{name}_ptr": tensor for name, tensor in part.items()},
+            **{f"{'lse' if name == 'max' else name}_ptr": tensor for name, tensor in out.items()},
+            "part_sum_ptr": total,
+            "splits": splits,
+            "D": size,
+            "K": factors,
+        },
+        {
+            "KP": triton_config.FACTOR_BLOCK,
+            "BLOCK_S": triton_config.COMBINE_ROWS,
+            "BLOCK_D": block_d,
+            "ACC": precision(total.dtype)["ACC"],
+        },
+        num_warps=4,
+    )
+
+
 def backward(
-    h: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    context: Tensor,
-    lse: Tensor,
-    overlap: Tensor,
-    entropy: Tensor,
-    d_context: Tensor,
-    d_lse: Tensor,
-    d_overlap: Tensor,
-    d_entropy: Tensor,
-    needs_dh: bool,
-    *,
-    tile: triton_config.Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+    h: Tensor, u: Tensor, mask: Tensor | None, saved: Saved, grads: Saved, needs_dh: bool,
+    *, tile: triton_config.Tile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dh [B, L, D] (empty when not needed) and du [B, K, D]: the reference's arguments, results and errors as forward.
 
     The [B, K, ·] tensors are small beside H, so those that autograd expanded are copied to contiguous memory.
@@ -163,30 +150,9 @@ def backward(
     tile = tile or triton_config.attention_tile(arch(h), batch, length, size, factors, h.dtype, backward=True)
     splits = triton.cdiv(length, tile.block_l)
     constants = precision(h.dtype)
-    d_context, d_overlap, d_entropy = d_context.contiguous(), d_overlap.contiguous(), d_entropy.contiguous()
-    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    launch(
-        delta_kernel,
-        batch * factors,
-        {
-            "d_context_ptr": d_context,
-            "context_ptr": context.contiguous(),
-            "d_overlap_ptr": d_overlap,
-            "overlap_ptr": overlap.contiguous(),
-            "d_entropy_ptr": d_entropy,
-            "entropy_ptr": entropy.contiguous(),
-            "d_lse_ptr": d_lse.contiguous(),
-            "delta_ptr": delta,
-            "D": size,
-            "K": factors,
-        },
-        {
-            "KP": triton_config.FACTOR_BLOCK,
-            "BLOCK_D": 4 * triton_config.combine_block(size),
-            "ACC": constants["ACC"],
-        },
-        num_warps=4,
-    )
+    context, lse, overlap, entropy = (x.contiguous() for x in saved)
+    d_context, d_lse, d_overlap, d_entropy = (x.contiguous() for x in grads)
+    delta = _delta(context, overlap, entropy, d_context, d_overlap, d_entropy, d_lse)
     dh = h.new_empty(h.shape if needs_dh else (0,))
     du = u.new_empty(u.shape)
     part = u.new_empty((batch, splits, factors, size), dtype=lse.dtype) if splits > 1 else du
@@ -196,7 +162,7 @@ def backward(
         batch * splits,
         {
             **_history_arguments(h, u, mask, splits),
-            "lse_ptr": lse.contiguous(),
+            "lse_ptr": lse,
             "delta_ptr": delta,
             "d_context_ptr": d_context,
             "d_overlap_ptr": d_overlap,
@@ -228,3 +194,26 @@ def backward(
             num_warps=4,
         )
     return dh, du
+
+
+def _delta(
+    context: Tensor, overlap: Tensor, entropy: Tensor, d_context: Tensor, d_overlap: Tensor, d_entropy: Tensor,
+    d_lse: Tensor,
+) -> Tensor:  # fmt: skip
+    """Δ [B, K]."""
+    batch, factors, size = context.shape
+    delta = torch.empty_like(d_lse)
+    tensors = {"context": context, "overlap": overlap, "entropy": entropy}
+    gradients = {"d_context": d_context, "d_overlap": d_overlap, "d_entropy": d_entropy, "d_lse": d_lse}
+    launch(
+        delta_kernel,
+        batch * factors,
+        {**{f"{name}_ptr": x for name, x in {**tensors, **gradients, "delta": delta}.items()}, "D": size, "K": factors},
+        {
+            "KP": triton_config.FACTOR_BLOCK,
+            "BLOCK_D": 4 * triton_config.combine_block(size),
+            "ACC": precision(d_lse.dtype)["ACC"],
+        },
+        num_warps=4,
+    )
+    return delta

@@ -15,12 +15,6 @@ from ...backends import extension, triton_config
 from . import reference
 
 
-def _triton_forward(logits: Tensor) -> Tensor:
-    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
-
-    return triton_kernels.forward(logits)
-
-
 def _triton_check(logits: Tensor) -> None:
     triton_config.check_device(logits)
     triton_config.check_rows("logits", logits)
@@ -37,8 +31,9 @@ def _host_check(logits: Tensor) -> None:
 
 
 _OP = dispatch.op("log_normaliser")
+_TRITON = f"{__package__}.triton_kernels"
 _OP.register("reference", reference.blockwise)
-_OP.register("triton", _triton_forward, check=_triton_check)
+_OP.register("triton", dispatch.on_use(_TRITON, "forward"), check=_triton_check)
 _OP.register("host", extension.log_normaliser, check=_host_check, on_cpu=True)
 
 

@@ -40,12 +40,6 @@ class TrieStep(NamedTuple):
     invalid: Tensor  # bool [B]
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton_kernels  # imported on use: flr_kernels itself needs only torch
-
-    return triton_kernels.forward(*args)
-
-
 def _triton_check(logits: Tensor, *args: Any) -> None:
     _triton_takes(logits, max(args[10:12]))
 
@@ -68,8 +62,9 @@ def runs_as_kernel(logits: Tensor, width: int) -> bool:
 
 
 _OP = dispatch.op("trie_step")
+_TRITON = f"{__package__}.triton_kernels"
 _OP.register("reference", reference.trie_step)
-_OP.register("triton", _triton_forward, check=_triton_check)
+_OP.register("triton", dispatch.on_use(_TRITON, "forward"), check=_triton_check)
 
 
 @torch.library.custom_op("flr::trie_step", mutates_args=())
