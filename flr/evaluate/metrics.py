@@ -157,11 +157,10 @@ def bootstrap_intervals(
         samples, level: how many resamplings, and the coverage.
         seed: of the draws; the same seed and rows give the same interval.
     """
-    names = list(values)
-    matrix = np.stack([np.asarray(values[name], dtype=np.float64) for name in names], axis=1)
+    matrix = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()], axis=1)
     means = _resampled_means(matrix, clusters, samples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {name: Interval(float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return {name: Interval(float(a), float(b)) for name, a, b in zip(values, low, high, strict=True)}
 
 
 def paired_difference(

@@ -118,9 +118,9 @@ def evaluate(
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or trie.max_token + 1)
     beams = num_beams if method == "beam" else None
     batch_size = max(1, min(batch_size, _MAX_LOGITS // ((beams or 1) * vocabulary)))
-    rank = _ranker(model, processor, interactions, trie, scoring, beams, exclude_seen, top_k)
-    settings: dict[str, Any] = {"method": method, "scoring": scoring, "num_beams": beams, "codec": processor.codec}
-    settings |= {"exclude_seen": exclude_seen, "top_k": top_k}
+    settings: dict[str, Any] = {"method": method, "scoring": scoring, "num_beams": beams, "exclude_seen": exclude_seen}
+    settings |= {"top_k": top_k, "codec": processor.codec}
+    rank = _ranker(model, processor, interactions, trie, settings)
     prompts = processor.prompts(interactions.histories).tokens
     order = np.argsort(prompts.lengths, kind="stable")
     folder = None
@@ -135,23 +135,17 @@ def evaluate(
 
 
 def _ranker(
-    model: nn.Module,
-    processor: RecProcessor,
-    interactions: Interactions,
-    trie: CatalogueTrie,
-    scoring: Scoring,
-    num_beams: int | None,
-    exclude_seen: bool,
-    top_k: int,
+    model: nn.Module, processor: RecProcessor, interactions: Interactions, trie: CatalogueTrie, settings: dict[str, Any]
 ) -> Callable[[np.ndarray], Ranked]:
-    """What ranks the rows of given numbers, by beam search or, without ``num_beams``, by every item's score."""
+    """What ranks rows as the settings say: by beam search or, without ``num_beams``, by every item's score."""
+    scoring, num_beams, top_k = settings["scoring"], settings["num_beams"], settings["top_k"]
     groups = group_ids(processor.catalogue.titles)
     groups_on_device = torch.from_numpy(groups).to(trie.children.device)
 
     def rank(rows: np.ndarray) -> Ranked:
         part = interactions.select(rows)
         inputs = processor(part)
-        exclude = padded_rows(part.histories) if exclude_seen else None
+        exclude = padded_rows(part.histories) if settings["exclude_seen"] else None
         if num_beams is not None:
             best = beam_search(model, inputs, trie, num_beams, top_k, scoring, exclude=exclude)
             lists = best.items.cpu().numpy(), best.scores.cpu().numpy()

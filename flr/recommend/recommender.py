@@ -255,11 +255,7 @@ class Recommender(QueryBuilder):
         return lists, prompts
 
     def explained(
-        self,
-        queries: Sequence[Query],
-        unknown: Sequence[list[str]],
-        num_beams: int,
-        scoring: Scoring | Literal["auto"],
+        self, queries: Sequence[Query], unknown: Sequence[list[str]], num_beams: int, scoring: Scoring | Literal["auto"]
     ) -> list[Explanation]:
         """Explanations of a few queries, as :meth:`ranked` computes them; ``unknown``: the names that each skipped."""
         lists, prompts = self.ranked(queries, num_beams, scoring, shares=True)

@@ -61,8 +61,8 @@ def explanation_body(example: Mapping[str, Any], heading: str = "h3") -> str:
         return "\n".join(body)
     body.append(
         "<p class='note'>Score: log-probability. Contributions: how much each factor raised or lowered it (Shapley "
-        "values, nats); shares: their magnitudes, as parts of 1. Mostly looked at: attention of the factors weighted by "
-        "their shares; it says where the factors looked, not what would be recommended without that item.</p>"
+        "values, nats); shares: their magnitudes, as parts of 1. Mostly looked at: attention of the factors weighted "
+        "by their shares; it says where the factors looked, not what would be recommended without that item.</p>"
     )
     body.append(f"<{heading}>What each factor looks at</{heading}>")
     *earlier, last = (_attention_table(example, attention, n, t) for n, t in np.ndindex(attention.shape[:2]))

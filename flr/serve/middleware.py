@@ -129,16 +129,9 @@ class Middleware:
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(path, str(answer.status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            line = {
-                "event": "request",
-                "id": trace.id,
-                "method": scope["method"] if scope["method"] in _METHODS else "other",
-                "path": path,
-                "status": answer.status,
-                "ms": round(1000 * seconds, 2),
-                **trace.fields,
-            }
-            logger.info("request", extra={"fields": line})
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            line = {"event": "request", "id": trace.id, "method": method, "path": path, "status": answer.status}
+            logger.info("request", extra={"fields": line | {"ms": round(1000 * seconds, 2)} | trace.fields})
 
     def mark_arrived(self, trace: Trace) -> None:
         """The request stands in the queue now, or never will."""
@@ -184,8 +177,7 @@ class Middleware:
             raise Refused(400, "content-length: expected a number", _CLOSE)
         if int(declared) > limit:
             raise too_long
-        chunks: list[bytes] = []
-        length = 0
+        body = bytearray()
         deadline = time.monotonic() + self.settings.body_timeout_s
         while True:
             try:
@@ -194,13 +186,11 @@ class Middleware:
                 raise Refused(408, "the body took too long to arrive", _CLOSE) from None
             if message["type"] == "http.disconnect":
                 raise Gone
-            chunk = message.get("body", b"")
-            length += len(chunk)
-            if length > limit:
+            body += message.get("body", b"")
+            if len(body) > limit:
                 raise too_long
-            chunks.append(chunk)
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return bytes(body)
 
     async def _run(self, scope: Any, body: bytes, receive: Any, answer: _Answer) -> None:
         """Run the application; it is cancelled when the client leaves, so that nothing is computed for nobody."""

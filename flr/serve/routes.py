@@ -171,42 +171,28 @@ def read_examples(path: str | None, recommender: Recommender) -> Examples:
     return [[recommender.processor.catalogue.item_ids[i] for i in history] for history in histories]
 
 
-async def _malformed(request: Request, error: RequestValidationError) -> Response:
-    """Say where and what, without the values that were sent: they may be long, private, or no JSON."""
-    kept = ("loc", "msg", "type")
-    details = [{name: part[name] for name in kept if name in part} for part in error.errors()[:20]]
-    return _problem(request, 422, "the request is not in order", details)
+async def _failed(request: Request, error: Any) -> Response:
+    """What an exception is answered with."""
+    match error:
+        case RequestValidationError():  # where and what, without the values: they may be long, private, or no JSON
+            kept = ("loc", "msg", "type")
+            details = [{name: part[name] for name in kept if name in part} for part in error.errors()[:20]]
+            return _problem(request, 422, "the request is not in order", details)
+        case HTTPException():
+            return _problem(request, error.status_code, str(error.detail), headers=error.headers)
+        case _InvalidQuery():
+            return _problem(request, 422, str(error))
+        case QueueFull():
+            return _problem(request, 429, str(error), headers={"retry-after": str(error.retry_after)})
+        case DeadlineExceeded():
+            return _problem(request, 504, "the deadline passed before the request was computed")
+        case _:  # raised again for the middleware, which logs it
+            return _problem(request, 500, "internal error")
 
 
-async def _refused(request: Request, error: HTTPException) -> Response:
-    return _problem(request, error.status_code, str(error.detail), headers=error.headers)
-
-
-async def _invalid_query(request: Request, error: _InvalidQuery) -> Response:
-    return _problem(request, 422, str(error))
-
-
-async def _queue_full(request: Request, error: QueueFull) -> Response:
-    return _problem(request, 429, str(error), headers={"retry-after": str(error.retry_after)})
-
-
-async def _deadline_exceeded(request: Request, error: DeadlineExceeded) -> Response:
-    return _problem(request, 504, "the deadline passed before the request was computed")
-
-
-async def _broken(request: Request, error: Exception) -> Response:  # raised again for the middleware, which logs it
-    return _problem(request, 500, "internal error")
-
-
-#: What FastAPI answers, by the exception's class.
-ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = {
-    RequestValidationError: _malformed,
-    HTTPException: _refused,
-    _InvalidQuery: _invalid_query,
-    QueueFull: _queue_full,
-    DeadlineExceeded: _deadline_exceeded,
-    Exception: _broken,
-}
+_ERRORS = (RequestValidationError, HTTPException, _InvalidQuery, QueueFull, DeadlineExceeded, Exception)
+#: FastAPI's handlers, by the exception's class.
+ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = dict.fromkeys(_ERRORS, _failed)
 
 
 async def _answer(middleware: Middleware, request: Request, body: Any, kind: Kind) -> tuple[Any, Job]:
