@@ -1,7 +1,7 @@
 """Two rankers without learning, to stand beside every result: popularity and item-kNN. Fitted on training rows alone.
 
-Both have `scores(histories)` (what `flr.evaluate.evaluate_scorer` takes) and `ranks(interactions)`; ties count against them as
-they do against models.
+Both have ``scores(histories)`` (what :func:`flr.evaluate.evaluate_scorer` takes) and ``ranks(interactions)``; ties
+count against them as they do against models.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ class _Baseline:
         raise NotImplementedError
 
     def ranks(self, interactions: Interactions, groups: np.ndarray | None = None, batch_size: int = 256) -> np.ndarray:
-        """int64 [n] ranks of the targets, by item, or by title given `flr.metrics.group_ids` of the titles."""
+        """int64 [n] ranks of the targets, by item, or by title given ``group_ids`` of the titles."""
         by = None if groups is None else torch.from_numpy(groups)
         parts = [np.zeros(0, dtype=np.int64)]
         for start in range(0, len(interactions), batch_size):
             part = interactions.select(np.arange(start, min(start + batch_size, len(interactions))))
-            targets = torch.from_numpy(part.targets.astype(np.int64))
-            parts.append(ranks_from_scores(torch.from_numpy(self.scores(part.histories)), targets, by).numpy())
+            targets, scores = part.targets.astype(np.int64), self.scores(part.histories)
+            parts.append(ranks_from_scores(torch.from_numpy(scores), torch.from_numpy(targets), by).numpy())
         return np.concatenate(parts)
 
 
 class Popularity(_Baseline):
     """Items by how often they are a training target.
 
-    On the test rows of shared/data (H@5, H@10, N@5, N@10): cds .0049 .0099 .0029 .0046, office .0269 .0403 .0157 .0197.
+    On the test rows in ``$FLR_DATA`` (H@5, H@10, N@5, N@10):
+        amazon-cds .0049 .0099 .0029 .0046    amazon-office .0269 .0403 .0157 .0197
 
     >>> train = Interactions(["u", "v"], [[0], [1]], [2, 2])
     >>> Popularity(train, 3).scores(CSR.from_rows([[0]])).tolist()
@@ -68,10 +69,10 @@ class ItemKNN(_Baseline):
     plus a trace of popularity, which orders what is level otherwise. Rows of one user overlap, hence the distinct. The
     sequence of a row is its history and its target.
 
-    On the test rows of shared/data (H@5, H@10, N@5, N@10):
-        defaults, chosen by NDCG@10 on the validation rows    cds .0637 .0801 .0502 .0555    office .1264 .1457 .1028 .1090
-        backward=0, history_decay=0.8: what came next only    cds .0609 .0763 .0481 .0531    office .1171 .1323 .0965 .1014
-    The second is within .0017 of the reference points that shared/data/README.md gives, the first is the harder mark.
+    On the test rows in ``$FLR_DATA`` (H@5, H@10, N@5, N@10), amazon-cds and amazon-office:
+        defaults, chosen by NDCG@10 on validation rows    .0637 .0801 .0502 .0555    .1264 .1457 .1028 .1090
+        backward=0, history_decay=0.8: only what came next    .0609 .0763 .0481 .0531    .1171 .1323 .0965 .1014
+    The second is within .0017 of the reference points that the data's README gives, the first is the harder mark.
 
     Args:
         train: rows to count in.
@@ -88,13 +89,13 @@ class ItemKNN(_Baseline):
 
     def __init__(self, train: Interactions, num_items: int, history_decay: float = 0.6, backward: float = 0.5) -> None:
         super().__init__(train, num_items)
-        if not 0 < history_decay <= 1 or backward < 0:
-            raise ValueError(f"expected history_decay in (0, 1] and backward >= 0, got {history_decay} and {backward}")
+        if not 0 < history_decay <= 1:
+            raise ValueError(f"history_decay: expected more than 0 and at most 1, got {history_decay}")
+        if backward < 0:
+            raise ValueError(f"backward: expected at least 0, got {backward}")
         self.history_decay = history_decay
-        users, first, second, distance = _pairs(train)
-        distinct = np.unique(np.stack([users, first, second, distance], axis=1), axis=0)
-        weights = 1.0 / distinct[:, 3]
-        forward = sp.csr_matrix((weights, (distinct[:, 1], distinct[:, 2])), shape=(num_items, num_items))
+        _, first, second, distance = np.unique(_pairs(train), axis=1)
+        forward = sp.csr_matrix((1.0 / distance, (first, second)), shape=(num_items, num_items))
         self.similarity = (forward + backward * forward.T).tocsr()  # [C, C]
 
     def scores(self, histories: CSR) -> np.ndarray:
@@ -105,8 +106,8 @@ class ItemKNN(_Baseline):
         return (weights @ self.similarity).toarray() + _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
 
 
-def _pairs(train: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """User number, earlier item, later item and their distance for every ordered pair of places in a row's sequence."""
+def _pairs(train: Interactions) -> np.ndarray:
+    """int64 [4, p]: user number, earlier item, later item and distance of every ordered pair of places in a row."""
     lengths = np.diff(train.histories.offsets) + 1
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     items = np.empty(offsets[-1], dtype=np.int64)
@@ -114,13 +115,10 @@ def _pairs(train: Interactions) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     is_target[offsets[1:] - 1] = True
     items[~is_target], items[is_target] = train.histories.values, train.targets
     row = np.repeat(np.arange(len(train)), lengths)
-    user = (
-        np.unique(np.asarray(train.users, dtype=object).astype(str), return_inverse=True)[1][row] if len(train) else row
-    )
-    found: list[tuple[np.ndarray, ...]] = [tuple(np.zeros((4, 0), dtype=np.int64))]
+    _, number = np.unique(np.asarray(train.users, dtype=object).astype(str), return_inverse=True)
+    pairs = [np.zeros((4, 0), dtype=np.int64)]
     for distance in range(1, int(lengths.max(initial=1))):
-        same = row[distance:] == row[:-distance]
-        first, second = items[:-distance][same], items[distance:][same]
-        found.append((user[distance:][same], first, second, np.full(len(first), distance)))
-    users, first, second, distances = (np.concatenate(x) for x in zip(*found, strict=True))
-    return users, first, second, distances
+        earlier = np.flatnonzero(row[distance:] == row[:-distance])
+        users, later = number[row[earlier]], earlier + distance
+        pairs.append(np.stack([users, items[earlier], items[later], np.full(len(earlier), distance)]))
+    return np.concatenate(pairs, axis=1)

@@ -1,13 +1,13 @@
 """Ranking metrics with one held-out target a row, over the whole catalogue, ties counted against the model.
 
-Ranks are int64, 1 for the best. 0 (`NOT_FOUND`) says that the target was not given at all: it is not in a beam's list, or a
-filter forbade it; such a row scores 0 in every metric. With h the rank of a row:
+Ranks are int64, 1 for the best. 0 (``NOT_FOUND``) says that the target was not given at all: it is not in a beam's
+list, or a filter forbade it; such a row scores 0 in every metric. With h the rank of a row:
 
     HR@k = mean [1 <= h <= k]     NDCG@k = mean [1 <= h <= k] / log2(h + 1)     MRR = mean [h >= 1] / h
     coverage@k = share of the catalogue that stands in anybody's first k
 
-By item, the target is one item. By title, all items of the target's title count as the target and the distinct titles form
-the ranking, a title standing where its best item stands.
+By item, the target is one item. By title, all items of the target's title count as the target and the distinct titles
+form the ranking, a title standing where its best item stands.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Difference of two models on the same rows: b's mean minus a's, its interval, and the two-sided bootstrap p-value."""
+    """Two models on the same rows: b's mean minus a's, its interval, and the two-sided bootstrap p-value."""
 
     mean: float
     low: float
@@ -57,7 +57,7 @@ def ranks_from_scores(scores: torch.Tensor, targets: torch.Tensor, groups: torch
     Args:
         scores: float [B, C]; -inf marks what may not be given.
         targets: int64 [B] item indices.
-        groups: int64 [C] from `group_ids` for ranks by title; None for ranks by item.
+        groups: int64 [C] from :func:`group_ids` for ranks by title; None for ranks by item.
 
     Returns:
         int64 [B]; 0 where the target's score is -inf.
@@ -92,27 +92,22 @@ def ranks_from_lists(
         items: int64 [B, k], best first, -1 past the end; no item twice.
         scores: float [B, k], descending.
         targets: int64 [B] item indices.
-        groups: int64 [C] from `group_ids` for ranks by title; None for ranks by item.
+        groups: int64 [C] from :func:`group_ids` for ranks by title; None for ranks by item.
 
     Returns:
         int64 [B]; 0 where the target is not in the list.
     """
-    if groups is None:
-        label, wanted = items, targets
-    else:
-        label = np.where(items >= 0, groups[items], -1)
-        wanted = groups[targets]
     k = items.shape[1]
     valid = items >= 0
-    hit = valid & (label == wanted[:, None])
-    found = hit.any(1)
+    label, target = (items, targets) if groups is None else (np.where(valid, groups[items], -1), groups[targets])
+    hit = valid & (label == target[:, None])
     own = np.take_along_axis(scores, hit.argmax(1)[:, None], 1) if k else np.zeros((len(items), 1))
     repeated = np.zeros_like(valid)  # a title counts where it first stands
     if groups is not None:
         for column in range(1, k):
             repeated[:, column] = (label[:, :column] == label[:, column : column + 1]).any(1)
     ahead = valid & ~hit & ~repeated & (scores >= own)
-    return np.where(found, 1 + ahead.sum(1), NOT_FOUND).astype(np.int64)
+    return np.where(hit.any(1), 1 + ahead.sum(1), NOT_FOUND).astype(np.int64)
 
 
 def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,23 +115,23 @@ def row_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
     ranks = np.asarray(ranks)
     if ranks.ndim != 1 or not np.issubdtype(ranks.dtype, np.integer) or (ranks < 0).any():
         raise ValueError(f"ranks: expected integers [n] >= 0, got {ranks.dtype} {list(ranks.shape)}")
-    found = ranks != NOT_FOUND
-    safe = np.where(found, ranks, 1)
-    gain = np.where(found, 1 / np.log2(safe + 1.0), 0.0)
-    values = {f"hr@{k}": (found & (ranks <= k)).astype(np.float64) for k in HR_CUTOFFS}
+    given = ranks != NOT_FOUND
+    safe = np.where(given, ranks, 1)
+    gain = np.where(given, 1 / np.log2(safe + 1.0), 0.0)
+    values = {f"hr@{k}": (given & (ranks <= k)).astype(np.float64) for k in HR_CUTOFFS}
     values |= {f"ndcg@{k}": np.where(ranks <= k, gain, 0.0) for k in NDCG_CUTOFFS}
-    values["mrr"] = np.where(found, 1.0 / safe, 0.0)
+    values["mrr"] = np.where(given, 1.0 / safe, 0.0)
     return values
 
 
 def coverage(top_items: np.ndarray, num_items: int, cutoff: int = COVERAGE_CUTOFF) -> float:
-    """Share of the catalogue's items that stand in any of the first `cutoff` columns of top_items [n, k] (-1: none)."""
+    """Share of the catalogue's items that stand in the first ``cutoff`` columns of top_items [n, k] (-1: none)."""
     shown = np.unique(top_items[:, :cutoff])
     return float((shown >= 0).sum() / num_items)
 
 
 def rank_metrics(ranks: np.ndarray) -> dict[str, float]:
-    """Means of `row_metrics`; ValueError for no rows.
+    """Means of :func:`row_metrics`; ValueError for no rows.
 
     >>> rank_metrics(np.array([1, 3, 0]))["ndcg@5"]
     0.5
@@ -156,16 +151,16 @@ def bootstrap_intervals(
     """Percentile intervals of means.
 
     Args:
-        values: float [n] by name, e.g. from `row_metrics`; all are resampled together.
-        clusters: the user of every row, [n]. Rows of one user depend on each other, so users are drawn, with all their
-            rows. None: rows are drawn.
-        samples: resamplings. level: coverage. seed: of the draws; the same seed and rows give the same interval.
+        values: float [n] by name, e.g. from :func:`row_metrics`; all are resampled together.
+        clusters: the user of every row, [n]: rows of one user depend on each other, so users are drawn, with all
+            their rows. None: rows are drawn.
+        samples, level: how many resamplings, and the coverage.
+        seed: of the draws; the same seed and rows give the same interval.
     """
-    names = list(values)
-    matrix = np.stack([np.asarray(values[name], dtype=np.float64) for name in names], axis=1)
+    matrix = np.stack([np.asarray(value, dtype=np.float64) for value in values.values()], axis=1)
     means = _resampled_means(matrix, clusters, samples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {name: Interval(float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+    return {name: Interval(float(a), float(b)) for name, a, b in zip(values, low, high, strict=True)}
 
 
 def paired_difference(
@@ -183,7 +178,7 @@ def paired_difference(
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"a and b: expected the same rows, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(f"a and b: expected the same rows, got shapes {list(a.shape)} and {list(b.shape)}")
     means = _resampled_means((b - a)[:, None], clusters, samples, seed)[:, 0]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     tail = min((means <= 0).sum(), (means >= 0).sum())
@@ -194,8 +189,10 @@ def _resampled_means(
     matrix: np.ndarray, clusters: Sequence[str] | np.ndarray | None, samples: int, seed: int
 ) -> np.ndarray:
     """Means [samples, m] of matrix [n, m] over resampled clusters."""
-    if len(matrix) == 0 or samples < 1:
-        raise ValueError(f"expected at least one row and one sample, got {len(matrix)} and {samples}")
+    if len(matrix) == 0:
+        raise ValueError("values: expected at least one row, got none")
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
     sizes = np.ones(len(matrix))
     if clusters is not None:
         if len(clusters) != len(matrix):
@@ -208,7 +205,7 @@ def _resampled_means(
 
 
 def _draws(size: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of `size` units is drawn, float64 [s, size], in blocks that together make `samples` resamplings."""
+    """How often each unit is drawn, float64 [s, size], in blocks that together make ``samples`` resamplings."""
     generator = np.random.default_rng(seed)
     block = max(1, _RESAMPLED_CELLS // size)
     for start in range(0, samples, block):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flr.data import CSR, Catalogue, Interactions
+from flr.data import CSR, Interactions, RecProcessor
 from flr.files import atomic_file
 
 from .metrics import group_ids
@@ -21,23 +21,23 @@ from .metrics import group_ids
 _PART_ROWS = 1024
 
 
-class _Ranked(NamedTuple):
-    """What is kept of a row; [n] and [n, k]."""
+class Ranked(NamedTuple):
+    """What is kept of n rows."""
 
-    by_item: np.ndarray
+    by_item: np.ndarray  # int64 [n], ranks
     by_title: np.ndarray
-    items: np.ndarray
+    items: np.ndarray  # int64 [n, k]
     scores: np.ndarray
 
 
-def _in_parts(
-    rank: Callable[[np.ndarray], _Ranked],
+def in_parts(
+    rank: Callable[[np.ndarray], Ranked],
     order: np.ndarray,
     batch_size: int,
     folder: Path | None,
     advance: Callable[[int], None],
-) -> _Ranked:
-    """`rank` of all rows, taken in `order`, with finished parts of _PART_ROWS kept in `folder`; in the rows' own order."""
+) -> Ranked:
+    """``rank`` of all rows, taken in ``order``, given in the rows' own; ``folder`` keeps parts that are finished."""
     parts = []
     for start in range(0, len(order), _PART_ROWS):
         rows = order[start : start + _PART_ROWS]
@@ -49,7 +49,7 @@ def _in_parts(
                 batch = rows[first : first + batch_size]
                 batches.append(rank(batch))
                 advance(len(batch))
-            part = _Ranked(*(np.concatenate(x) for x in zip(*batches, strict=True)))
+            part = Ranked(*(np.concatenate(x) for x in zip(*batches, strict=True)))
             if file is not None:
                 with atomic_file(file) as temporary, temporary.open("wb") as stream:
                     np.savez(stream, **part._asdict())
@@ -57,14 +57,14 @@ def _in_parts(
             advance(len(rows))
         parts.append(part)
     back = np.argsort(order)
-    return _Ranked(*(np.concatenate(x)[back] for x in zip(*parts, strict=True)))
+    return Ranked(*(np.concatenate(x)[back] for x in zip(*parts, strict=True)))
 
 
-def _read_part(file: Path, rows: int) -> _Ranked | None:
+def _read_part(file: Path, rows: int) -> Ranked | None:
     """A finished part; None where it is absent or was cut short."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            part = _Ranked(*(arrays[name] for name in _Ranked._fields))
+            part = Ranked(*(arrays[name] for name in Ranked._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return part if all(len(x) == rows for x in part) else None
@@ -83,18 +83,15 @@ def _state_checksums(model: nn.Module) -> Iterator[bytes]:
             yield f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode()
 
 
-def _fingerprint(
-    settings: Mapping[str, Any],
-    weights: Iterable[bytes],
-    prompts: CSR,
-    codec: Any,
-    interactions: Interactions,
-    catalogue: Catalogue,
+def fingerprint(
+    settings: Mapping[str, Any], model: nn.Module, processor: RecProcessor, prompts: CSR, interactions: Interactions
 ) -> str:
+    """A name for parts that settings, weights, items and rows with their prompts would give again."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
-    for chunk in weights:
+    for chunk in _state_checksums(model):
         digest.update(chunk)
-    rows = (interactions.histories.values, interactions.histories.offsets, interactions.targets)
-    for array in (prompts.values, prompts.offsets, codec.tokens, codec.offsets, *rows, group_ids(catalogue.titles)):
+    codec, histories = processor.item_codec, interactions.histories
+    inputs = (prompts.values, prompts.offsets, codec.tokens, codec.offsets, histories.values, histories.offsets)
+    for array in (*inputs, interactions.targets, group_ids(processor.catalogue.titles)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -28,7 +28,8 @@ from .metrics import (
 
 Level = Literal["item", "title"]
 
-
+_LEVELS: tuple[Level, ...] = ("item", "title")
+_KEPT = ("name", "num_items", "settings", "samples", "seed")  # beside the rows, in both files
 _TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
 
@@ -40,7 +41,7 @@ class EvalResult:
         name: of the model, for tables.
         users: user id of every row, in the order of the interactions; rows of one user are resampled together.
         targets: int64 [n] item indices.
-        ranks: "item" and "title": int64 [n], 1 is best, 0 not given (see flr.metrics).
+        ranks: "item" and "title": int64 [n], 1 is best, 0 not given (see :mod:`flr.evaluate.metrics`).
         items, scores: int64 and float32 [n, k]: the items given to each row, best first, -1 / -inf past the end.
         num_items: C.
         settings: how it was made.
@@ -77,38 +78,31 @@ class EvalResult:
         return f"EvalResult({self.name!r}, {len(self)} rows, hr@10={m['hr@10']:.4f}, ndcg@10={m['ndcg@10']:.4f})"
 
     def difference(self, other: EvalResult, metric: str = "ndcg@10", level: Level = "item") -> Difference:
-        """`other`'s mean minus this one's, with a paired bootstrap interval; ValueError unless the rows are the same."""
+        """``other``'s mean minus this one's, with a paired bootstrap interval; ValueError unless rows are the same."""
         if self.users != other.users or not np.array_equal(self.targets, other.targets):
             raise ValueError(f"other: expected the rows of {self.name!r}, got different users or targets")
         a, b = (row_metrics(result.ranks[level])[metric] for result in (self, other))
         return paired_difference(a, b, self.users, self.samples, seed=self.seed)
 
     def save(self, path: str | Path) -> None:
-        """Write `ranks.parquet` (one row a prediction) and `metrics.json` into the folder `path`, each atomically."""
+        """Write ``ranks.parquet`` (one row a prediction) and ``metrics.json`` into a folder, each atomically."""
         folder = Path(path)
         columns = {
             "user": pa.array(self.users, pa.string()),
             "target": pa.array(self.targets),
-            "rank_item": pa.array(self.ranks["item"]),
-            "rank_title": pa.array(self.ranks["title"]),
+            **{f"rank_{level}": pa.array(self.ranks[level]) for level in _LEVELS},
             "items": _lists(self.items),
             "scores": _lists(self.scores),
         }
-        meta = {"name": self.name, "num_items": self.num_items, "settings": self.settings}
-        meta |= {"samples": self.samples, "seed": self.seed}
+        meta = {key: getattr(self, key) for key in _KEPT}
         table = pa.table(columns).replace_schema_metadata({"flr": json.dumps({"kind": "evaluation", **meta})})
         write_parquet(folder / "ranks.parquet", table)
-        report = {
-            **meta,
-            "rows": len(self),
-            "metrics": self.metrics,
-            "intervals": {level: {k: list(v) for k, v in x.items()} for level, x in self.intervals.items()},
-        }
+        report = {**meta, "rows": len(self), "metrics": self.metrics, "intervals": self.intervals}
         write_json(folder / "metrics.json", report)
 
     @classmethod
     def load(cls, path: str | Path) -> EvalResult:
-        """Read what `save` wrote; ValueError where it is something else."""
+        """Read what :meth:`save` wrote; ValueError where it is something else."""
         file = Path(path) / "ranks.parquet"
         if not file.is_file():
             raise ValueError(f"path: expected a saved evaluation, {file} is missing")
@@ -117,24 +111,19 @@ class EvalResult:
         if meta.get("kind") != "evaluation":
             raise ValueError(f"{file}: expected the ranks of an evaluation, got {meta.get('kind')!r}")
         return cls(
-            name=meta["name"],
             users=table["user"].to_pylist(),
             targets=table["target"].to_numpy(),
-            ranks={level: table[f"rank_{level}"].to_numpy() for level in ("item", "title")},
+            ranks={level: table[f"rank_{level}"].to_numpy() for level in _LEVELS},
             items=_matrix(table["items"]),
             scores=_matrix(table["scores"]),
-            num_items=meta["num_items"],
-            settings=meta["settings"],
-            samples=meta["samples"],
-            seed=meta["seed"],
+            **{key: meta[key] for key in _KEPT},
         )
 
     def table(self, *others: EvalResult, level: Level = "item", metrics: Sequence[str] = _TABLE_METRICS) -> Table:
-        """Rich table: this result and `others` (e.g. popularity and item-kNN) beside it, a column each."""
+        """Rich table: this result and ``others`` (e.g. popularity and item-kNN) beside it, a column each."""
         results = (self, *others)
-        table = Table(
-            title=f"{len(self)} predictions over {self.num_items} items, by {level}; 95 % bootstrap intervals"
-        )
+        rows = f"{len(self)} predictions over {self.num_items} items"
+        table = Table(title=f"{rows}, by {level}; 95 % bootstrap intervals")
         table.add_column("metric")
         for result in results:
             table.add_column(result.name, justify="right")

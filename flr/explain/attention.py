@@ -10,9 +10,9 @@ from .attribution import ThinkingPrompts
 
 @torch.no_grad()
 def item_attention(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_items: int) -> np.ndarray:
-    """Attention summed over each history entry's tokens: float64 [B, N, T, K, M] for item_positions [B, L + N] and M = num_items.
+    """Attention summed over each history entry's tokens, float64 [B, N, T, K, M], for M = num_items.
 
-    Tokens that belong to no item (template, earlier thoughts) count for none.
+    Tokens that belong to no item (template, earlier thoughts; -1 in item_positions [B, L + N]) count for none.
     """
     thoughts = []
     for step in prompts.output.steps:

@@ -4,19 +4,19 @@ The embedding at a thought position is anchor + Σ_k c_k with c_k = g_k f_k, an 
 
     v(S) = log p(item | prompt, anchor + Σ_{k in S} c_k)
 
-the item's log-probability when the other factors' parts are left out of the thought (all parts as the complete model made them; of
-every thought where there are several). Contribution of factor k is its Shapley value
+the item's log-probability when the other factors' parts are left out of the thought (all parts as the complete model
+made them; of every thought where there are several). Contribution of factor k is its Shapley value
 
     φ_k = mean over all orders of the factors of v(those before k, and k) - v(those before k)
 
-so that Σ_k φ_k = v(all) - v(none): the contributions add up exactly to what the factors together did to the item's score, none is
-counted twice where factors overlap, and a factor that changes nothing gets 0. (The gradient times c_k is exact only for a thought
-that is short; leaving out one factor at a time gives each of two redundant factors nothing.) What a factor did to *later* refinements'
-queries and gates is theirs, not its own.
+so that Σ_k φ_k = v(all) - v(none): the contributions add up exactly to what the factors together did to the item's
+score, none is counted twice where factors overlap, and a factor that changes nothing gets 0. (The gradient times c_k is
+exact only for a short thought; leaving out one factor at a time gives each of two redundant factors nothing.) What a
+factor did to *later* refinements' queries and gates is theirs, not its own.
 
-For K <= 6 all 2^K sets are computed. For more factors the orders are the K rotations of 1..K and their reverses, K (K - 1) + 2
-sets: the sum stays exact, and so does every φ_k whose factors interact at most in pairs (each pair stands in either order
-equally often).
+For K <= 6 all 2^K sets are computed. For more factors the orders are the K rotations of 1..K and their reverses,
+K (K - 1) + 2 sets: the sum stays exact, and so does every φ_k whose factors interact at most in pairs (each pair stands
+in either order equally often).
 
 Source: L. S. Shapley, "A value for n-person games", 1953.
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
 from flr.decode.prompts import prepare_inputs
-from flr.model.backbone import causal_lm
+from flr.model.backbone import causal_lm, takes_positions
 from flr.model.head import head
 from flr.model.outputs import FLROutput
 from flr.model.patch import is_patched
@@ -53,7 +53,7 @@ _MAX_ROWS = 512
 
 @functools.cache
 def coalitions(num_factors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets of factors to score, bool [A, K] (the first is empty, the last complete), and weights float64 [K, A]: φ = weights @ v.
+    """Sets of factors to score, bool [A, K], empty first and complete last; weights float64 [K, A]: φ = weights @ v.
 
     >>> sets, weights = coalitions(2)
     >>> sets.astype(int).tolist()
@@ -73,29 +73,23 @@ def coalitions(num_factors: int) -> tuple[np.ndarray, np.ndarray]:
         joins = np.array([0.0, *share])[size]  # of a set that the factor is in: it joined the size - 1 others
         leaves = np.array([*share, 0.0])[size]
         return sets, np.where(sets, joins[:, None], -leaves[:, None]).T
-    place: dict[frozenset[int], int] = {frozenset(): 0}
-    steps = []
+    steps: list[tuple[int, frozenset[int], frozenset[int]]] = []  # a factor, those before it, and these with it
     for first in factors:
         turned = [(first + step) % num_factors for step in factors]
         for order in (turned, turned[::-1]):
-            before = frozenset[int]()
-            for factor in order:
-                after = before | {factor}
-                place.setdefault(after, len(place))
-                steps.append((factor, place[before], place[after]))
-                before = after
-    ranked = sorted(place, key=lambda group: (len(group), sorted(group)))
-    rank = {place[group]: position for position, group in enumerate(ranked)}
-    sets = np.array([[factor in group for factor in factors] for group in ranked])
-    weights = np.zeros((num_factors, len(ranked)))
-    for factor, without, with_it in steps:
-        weights[factor, rank[with_it]] += 1
-        weights[factor, rank[without]] -= 1
+            steps += [(factor, frozenset(order[:i]), frozenset(order[: i + 1])) for i, factor in enumerate(order)]
+    groups = sorted({group for step in steps for group in step[1:]}, key=lambda group: (len(group), sorted(group)))
+    rank = {group: position for position, group in enumerate(groups)}
+    sets = np.array([[factor in group for factor in factors] for group in groups])
+    weights = np.zeros((num_factors, len(groups)))
+    for factor, before, after in steps:
+        weights[factor, rank[after]] += 1
+        weights[factor, rank[before]] -= 1
     return sets, weights / (2 * num_factors)
 
 
 def influence_shares(contributions: np.ndarray) -> np.ndarray:
-    """|φ_k| / Σ_j |φ_j| of contributions [..., K]: shares >= 0 that sum to 1; 1 / K each where no factor moves the score.
+    """|φ_k| / Σ_j |φ_j| of contributions [..., K]: shares that sum to 1; 1 / K each where no factor moves the score.
 
     >>> influence_shares(np.array([0.6, -0.2, 0.0])).round(2).tolist()
     [0.75, 0.25, 0.0]
@@ -108,7 +102,7 @@ def influence_shares(contributions: np.ndarray) -> np.ndarray:
 
 @dataclass
 class ThinkingPrompts:
-    """Prompts of B users, encoded once, and the parts of their thoughts. L is the prompt without its N thought columns."""
+    """Prompts of B users, encoded once, and the parts of their thoughts; L columns without those of N thoughts."""
 
     lm: Any
     embeds: Tensor  # [B, L, D]
@@ -133,7 +127,7 @@ def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> Thinking
         return None
     config = lm._flr_patch.config
     prepared = prepare_inputs(model, inputs)
-    if "position_ids" not in inspect.signature(type(lm).forward).parameters:
+    if not takes_positions(lm):
         del prepared["position_ids"]
     out = lm(**prepared, use_cache=True, logits_to_keep=1)
     ids, count = prepared["input_ids"], config.num_thoughts
@@ -177,30 +171,23 @@ def _cut(cache: Any, length: int, longest: int) -> list[Any] | None:
 
 def _suffix_logits(prompts: ThinkingPrompts, user: Tensor, thoughts: Tensor, tokens: Tensor) -> Tensor:
     """Logits [R, S, V] after thoughts [R, N, D] and after each of tokens [R, S - 1] behind the prompts of users [R]."""
-    lm, length = prompts.lm, prompts.embeds.shape[1]
+    lm, after = prompts.lm, tokens.shape[1]
     suffix = torch.cat([thoughts, lm.get_input_embeddings()(tokens)], 1)
-    before, after = thoughts.shape[1], tokens.shape[1]
     mask = torch.cat([prompts.mask[user], prompts.mask.new_ones(suffix.shape[:2])], 1)
-    positions = None
+    inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": prompts.layers is not None}
+    if prompts.layers is None:
+        inputs["inputs_embeds"] = torch.cat([prompts.embeds[user], suffix], 1)
+    else:
+        layers = [copy.copy(layer) for layer in prompts.layers]
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[user], layer.values[user]
+        inputs |= {"inputs_embeds": suffix, "past_key_values": Cache(layers=layers)}
     if prompts.positions is not None:
         known = prompts.positions[user]
         positions = torch.cat([known, known[:, -1:] + 1 + torch.arange(after, device=user.device)], 1)
-    if prompts.layers is None:
-        inputs = torch.cat([prompts.embeds[user], suffix], 1)
-        out = lm.base_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
-    else:
-        rows = [copy.copy(layer) for layer in prompts.layers]
-        for layer in rows:
-            layer.keys, layer.values = layer.keys[user], layer.values[user]
-        out = lm.base_model(
-            inputs_embeds=suffix,
-            attention_mask=mask,
-            position_ids=None if positions is None else positions[:, length:],
-            past_key_values=Cache(layers=rows),
-            use_cache=True,
-        )
-    hidden = out.last_hidden_state[:, -(before + after) :]
-    return head(lm, hidden[:, before - 1 :])
+        inputs["position_ids"] = positions[:, -inputs["inputs_embeds"].shape[1] :]
+    hidden = lm.base_model(**inputs).last_hidden_state
+    return head(lm, hidden[:, -(1 + after) :])
 
 
 @dataclass
@@ -231,13 +218,13 @@ def attribute(
         codec: the item codec (``encode(i)``).
         items: int64 [B, k] item indices, -1 for none.
         trie: of the codec, on the model's device.
-        scoring, exclude, allowed: as the items were ranked with (see flr.decode): the values are those scores.
-        mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v is the
-            logarithm of that, the rest is taken as it is.
+        scoring, exclude, allowed: as the items were ranked with (see :mod:`flr.decode`): the values are those scores.
+        mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v
+            is the logarithm of that, the rest is taken as it is.
 
     Returns:
-        base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K]; base +
-        contributions.sum(-1) is the item's score. 0 where the item is -1.
+        base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K];
+        base + contributions.sum(-1) is the item's score. 0 where the item is -1.
     """
     num_factors = prompts.contributions.shape[2]
     sets, weights = coalitions(num_factors)
@@ -245,8 +232,7 @@ def attribute(
     contributions = np.zeros((*items.shape, num_factors))
     vocabulary = prompts.lm.config.get_text_config().vocab_size
     for group in _batches(_siblings(codec, items), len(sets), vocabulary):
-        found = _values(prompts, group, sets, trie, scoring, exclude, allowed)
-        for siblings, values in zip(group, found, strict=True):
+        for siblings, values in zip(group, _values(prompts, group, sets, trie, scoring, exclude, allowed), strict=True):
             if mixed_with is not None:
                 log_weight, log_rest = (x[siblings.user, siblings.columns] for x in mixed_with)
                 values = np.logaddexp(values + log_weight, log_rest)
@@ -256,16 +242,13 @@ def attribute(
 
 
 def _siblings(codec: Any, items: np.ndarray) -> list[_Siblings]:
-    found: dict[tuple[int, tuple[int, ...]], _Siblings] = {}
-    for user, row in enumerate(items.tolist()):
-        for column, item in enumerate(row):
-            if item < 0:
-                continue
-            *prefix, last = (int(token) for token in codec.encode(item))
-            entry = found.setdefault((user, tuple(prefix)), _Siblings(user, tuple(prefix), [], []))
-            entry.columns.append(column)
-            entry.last.append(last)
-    return sorted(found.values(), key=lambda entry: len(entry.prefix))
+    entries: dict[tuple[int, tuple[int, ...]], _Siblings] = {}
+    for user, column in np.argwhere(items >= 0).tolist():
+        *prefix, last = (int(token) for token in codec.encode(int(items[user, column])))
+        entry = entries.setdefault((user, tuple(prefix)), _Siblings(user, tuple(prefix), [], []))
+        entry.columns.append(column)
+        entry.last.append(last)
+    return sorted(entries.values(), key=lambda entry: len(entry.prefix))
 
 
 def _batches(entries: list[_Siblings], num_sets: int, vocabulary: int) -> Iterator[list[_Siblings]]:
@@ -289,26 +272,19 @@ def _values(
     scoring: Scoring,
     exclude: Tensor | None,
     allowed: Tensor | None,
-) -> list[np.ndarray]:
+) -> Iterator[np.ndarray]:
     """v of every set of factors, float64 [A, items of the entry], for every entry."""
     device = prompts.embeds.device
-    width = max(len(entry.prefix) for entry in group) + 1
-    tokens = torch.zeros(len(group), width - 1, dtype=torch.int64)
-    for row, entry in enumerate(group):
-        tokens[row, : len(entry.prefix)] = torch.tensor(entry.prefix, dtype=torch.int64)
+    tokens = pad_sequence([torch.tensor(entry.prefix, dtype=torch.int64) for entry in group], batch_first=True)
     users = torch.tensor([entry.user for entry in group], device=device)
     parts = prompts.contributions[users]  # [E, N, K, D]
     chosen = torch.from_numpy(sets).to(device, parts.dtype)
     anchors = prompts.anchors[users]
     thoughts = torch.einsum("ak,enkd->eand", chosen, parts).to(anchors.dtype) + anchors[:, None]
     number = len(sets)
-    logits = _suffix_logits(
-        prompts,
-        users.repeat_interleave(number),
-        thoughts.flatten(0, 1),
-        tokens.to(device).repeat_interleave(number, 0),
-    ).float()
-    logits = logits.view(len(group), number, width, -1)  # [E, A, S, V]
+    rows, behind = users.repeat_interleave(number), tokens.to(device).repeat_interleave(number, 0)
+    logits = _suffix_logits(prompts, rows, thoughts.flatten(0, 1), behind).float()
+    logits = logits.view(len(group), number, tokens.shape[1] + 1, -1)  # [E, A, S, V]
     if scoring == "full":
         norm = logits.logsumexp(-1)
     else:
@@ -318,12 +294,10 @@ def _values(
             allowed = allowed.to(device)[users]
         norm = _catalogue_norm(logits, group, item_filter(trie, len(group), allowed, exclude), trie)
     scores = logits - norm[..., None]
-    values = []
     for row, entry in enumerate(group):
         size, own = len(entry.prefix), scores[row].double()  # [A, S, V]
         path = own[:, range(size), entry.prefix].sum(-1, keepdim=True) if size else 0.0  # [A, 1]
-        values.append((path + own[:, size, entry.last]).cpu().numpy())
-    return values
+        yield (path + own[:, size, entry.last]).cpu().numpy()
 
 
 def _catalogue_norm(logits: Tensor, group: list[_Siblings], allows: ItemFilter, trie: CatalogueTrie) -> Tensor:

@@ -22,14 +22,14 @@ class FactorInterest:
     """How well factors agree with the items' true interests.
 
     Attributes:
-        nmi: normalised mutual information (arithmetic mean of the entropies, as scikit-learn's) between an item's factor and its
-            interest, over all history items of all rows; 0 to 1.
+        nmi: normalised mutual information (arithmetic mean of the entropies, as scikit-learn's) between an item's
+            factor and its interest, over all history items of all rows; 0 to 1.
         chance, chance_high: mean and 97.5 % quantile of the same after permuting the interests among the items; None
             without permutations.
         within_user: mean of a row's own NMI, over rows whose items have two interests or more; None if there is no such
-            row. High where every user's factors separate that user's interests, although factor 1 may stand for one interest
-            here and for another there.
-        within_user_chance: the same after permuting the interests among a row's items (it is far above 0: rows are short).
+            row. High where every user's factors separate that user's interests, although factor 1 may stand for one
+            interest here and for another there.
+        within_user_chance: the same after permuting interests among a row's items (far above 0: rows are short).
         confusion: int64 [K, I], items of interest i that were given to factor k.
         num_items: how many history items were counted.
     """
@@ -48,12 +48,12 @@ class FactorInterest:
 
 
 def assign_factors(attention: np.ndarray) -> np.ndarray:
-    """The factor to which an item belongs: argmax_k of attention_k(item) relative to factor k's mean over the row's items.
+    """An item's factor: argmax_k of attention_k(item) relative to factor k's mean over the row's items.
 
-    A factor's attention is first divided by its mean over the row's items, so that every factor has the same amount to spend on
-    a row: a factor that leaves attention on other tokens is not at a disadvantage, one that is peaked wins its
-    peak only and the others go to who looks at them more than at its average item. Gates play no part. Equal values go to the
-    first factor; a factor with no attention in the row gets nothing unless all have none.
+    A factor's attention is first divided by its mean over the row's items, so that every factor has the same amount to
+    spend on a row: one that leaves attention on other tokens is not at a disadvantage, one that is peaked wins its peak
+    only. Gates play no part. Equal values go to the first factor; a factor with no attention in the row gets nothing
+    unless all have none.
 
     >>> assign_factors(np.array([[0.5, 0.4, 0.1], [0.02, 0.02, 0.06]])).tolist()
     [0, 0, 1]
@@ -80,10 +80,10 @@ def agreement(
     """Agreement of factors with interests, with its level by chance.
 
     Args:
-        factors, items, rows: int [n], of every history item: its factor 0..K-1, which item of the catalogue, and of which row.
+        factors, items, rows: int [n], of every history item: its factor 0..K-1, its catalogue index, and its row.
         interests: int [C], of every item, 0..I-1 or any labels.
-        permutations, seed: of the chance level. For ``chance`` the interests are permuted among the items that
-            occur, so that an item keeps one interest wherever it stands.
+        permutations, seed: of the chance level. For ``chance`` the interests are permuted among the items that occur,
+            so that an item keeps one interest wherever it stands.
 
     Raises:
         ValueError: no items.
@@ -102,21 +102,18 @@ def agreement(
         permuted[occurring] = labels[generator.permutation(occurring)]
         shuffled.append(normalized_mutual_info_score(permuted[items], factors))
     within = _within_rows(factors, own, rows, num_factors, number)
-    within_chance = None
-    if within is not None:
-        order = np.argsort(rows, kind="stable")
-        draws: list[float] = []
-        for _ in range(min(permutations, 10)):
-            again = np.empty_like(own)  # items of a row in any order
-            again[order] = own[np.lexsort((generator.random(len(rows)), rows))]
-            draws.append(_within_rows(factors, again, rows, num_factors, number) or 0.0)
-        within_chance = float(np.mean(draws)) if draws else None
+    order = np.argsort(rows, kind="stable")
+    draws: list[float] = []
+    for _ in range(min(permutations, 10) if within is not None else 0):
+        again = np.empty_like(own)  # items of a row in any order
+        again[order] = own[np.lexsort((generator.random(len(rows)), rows))]
+        draws.append(_within_rows(factors, again, rows, num_factors, number) or 0.0)
     return FactorInterest(
         nmi=float(normalized_mutual_info_score(own, factors)),
         chance=float(np.mean(shuffled)) if shuffled else None,
         chance_high=float(np.quantile(shuffled, 0.975)) if shuffled else None,
         within_user=within,
-        within_user_chance=within_chance,
+        within_user_chance=float(np.mean(draws)) if draws else None,
         confusion=confusion,
         num_items=len(factors),
     )
@@ -154,10 +151,9 @@ def factor_interest(
 ) -> FactorInterest:
     """Whether the factors recover known interests.
 
-    Every history item that the model sees is given to one factor by :func:`assign_factors` (the factor for which this
-    item stands out most against its average attention in that history); the factors are then compared with the items'
-    interests. Histories of which the model sees one item are left out: attention over one item says nothing. The targets
-    play no part. Deterministic, and independent of batch_size up to ties by rounding.
+    Every history item that the model sees is given to one factor by :func:`assign_factors`; the factors are then
+    compared with the items' interests. Histories of which the model sees one item are left out: attention over one item
+    says nothing. The targets play no part. Deterministic, and independent of batch_size up to ties by rounding.
 
     Args:
         model: patched, with factors. processor: its RecProcessor.
@@ -177,7 +173,7 @@ def factor_interest(
     histories = interactions.histories if isinstance(interactions, Interactions) else interactions
     filled = np.flatnonzero(histories.lengths > 1)
     filled = filled[np.argsort(histories.lengths[filled], kind="stable")]  # equal lengths together: little padding
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    assigned: list[tuple[np.ndarray, ...]] = []  # factors, items and row of every history
     num_factors = 0
     with torch.inference_mode(), evaluating(model):
         for first in range(0, len(filled), batch_size):
@@ -195,8 +191,8 @@ def factor_interest(
                 if len(seen) < 2:
                     continue
                 factors = assign_factors(attention[row][:, seen])
-                found.append((factors, part.row(row)[seen].astype(np.int64), np.full(len(seen), index)))
-    if not found:
+                assigned.append((factors, part.row(row)[seen].astype(np.int64), np.full(len(seen), index)))
+    if not assigned:
         raise ValueError("interactions: expected at least one row with a history of two items, got none")
-    factors, items, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+    factors, items, rows = (np.concatenate(column) for column in zip(*assigned, strict=True))
     return agreement(factors, items, rows, interests, num_factors, permutations, seed)

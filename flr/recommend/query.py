@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from flr.data import RecProcessor
 from flr.decode.scoring import resolve_scoring
@@ -49,11 +50,7 @@ class Query:
 
 
 class QueryBuilder:
-    """Names to catalogue indices and filters.
-
-    Args:
-        processor: whose catalogue is asked.
-    """
+    """Names to catalogue indices and filters, by the catalogue of a processor."""
 
     def __init__(self, processor: RecProcessor) -> None:
         self.processor = processor
@@ -66,8 +63,8 @@ class QueryBuilder:
         """Catalogue indices of histories, and the entries that the catalogue does not know (with "skip").
 
         Args:
-            histories, on_unknown: as for :meth:`recommend`.
-            suggest: name near matches of an unknown entry in the error; the search takes up to a second in a large catalogue.
+            histories, on_unknown: as for :meth:`flr.Recommender.recommend`.
+            suggest: name near matches of an unknown entry in the error; that takes up to a second in a large catalogue.
 
         Raises:
             ValueError: too many or too long histories, an entry that is not text, an unknown one (with "raise").
@@ -76,8 +73,8 @@ class QueryBuilder:
             raise ValueError(f"histories: expected a sequence of histories, got {type(histories).__name__}")
         if len(histories) > MAX_HISTORIES:
             raise ValueError(f"histories: expected at most {MAX_HISTORIES}, got {len(histories)}")
-        found = [self.names(f"histories[{i}]", x, on_unknown, suggest=suggest) for i, x in enumerate(histories)]
-        return Resolved([indices for indices, _ in found], [strangers for _, strangers in found])
+        rows = [self.names(f"histories[{i}]", x, on_unknown, suggest=suggest) for i, x in enumerate(histories)]
+        return Resolved([indices for indices, _ in rows], [unknown for _, unknown in rows])
 
     def names(
         self, name: str, history: History, on_unknown: OnUnknown = "raise", *, every: bool = False, suggest: bool = True
@@ -88,11 +85,9 @@ class QueryBuilder:
         """
         if on_unknown not in ("raise", "skip"):
             raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
-        size = len(self.processor.catalogue)
+        catalogue, size = self.processor.catalogue, len(self.processor.catalogue)
         if isinstance(history, str) or not isinstance(history, (Sequence, np.ndarray)):
-            raise ValueError(
-                f"{name}: expected a sequence of item ids or titles, got {type(history).__name__} {history!r:.80}"
-            )
+            raise ValueError(f"{name}: expected a sequence of item ids or titles, got {_typed(history)}")
         if len(history) > MAX_ENTRIES:
             raise ValueError(f"{name}: expected at most {MAX_ENTRIES} entries, got {len(history)}")
         if isinstance(history, np.ndarray) and history.dtype.kind in "iu":
@@ -100,24 +95,21 @@ class QueryBuilder:
                 raise ValueError(f"{name}: expected indices 0..{size - 1} in one dimension, got {history!r:.200}")
             return history.astype(np.int64), []
         indices: list[int] = []
-        strangers: list[str] = []
+        unknown: list[str] = []
         for place, entry in enumerate(history):
             if not isinstance(entry, str):
-                raise ValueError(
-                    f"{name}[{place}]: expected an item id or a title (str), got {type(entry).__name__} {entry!r:.80}"
-                )
+                raise ValueError(f"{name}[{place}]: expected an item id or a title (str), got {_typed(entry)}")
             if len(entry) > self._longest_text:  # near matches are searched in time quadratic in the length
-                raise ValueError(
-                    f"{name}[{place}]: expected an id or title of at most {self._longest_text} characters, got {len(entry)}"
-                )
-            found = self.processor.catalogue.lookup(entry)
-            indices += found if every else found[:1]
-            if not found:
+                most = f"an id or title of at most {self._longest_text} characters"
+                raise ValueError(f"{name}[{place}]: expected {most}, got {len(entry)}")
+            matches = catalogue.lookup(entry)
+            indices += matches if every else matches[:1]
+            if not matches:
                 if on_unknown == "raise":
-                    near = self.processor.catalogue.suggest(entry) if suggest else ""
+                    near = catalogue.suggest(entry) if suggest else ""
                     raise ValueError(f"{name}[{place}]: {entry!r} is no id and no title of the catalogue{near}")
-                strangers.append(entry)
-        return np.array(indices, np.int64), strangers
+                unknown.append(entry)
+        return np.array(indices, np.int64), unknown
 
     def selection(
         self,
@@ -128,26 +120,29 @@ class QueryBuilder:
         *,
         suggest: bool = True,
     ) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
-        """Which items may be given: bool [C] or None for all, indices of those that may not, and the unknown entries of both.
+        """Which items may be given, bool [C] or None for all; indices of those that may not; unknown entries of both.
 
-        Arguments and errors as for :meth:`recommend`; an attribute that the catalogue lacks, or values of another type, raise ValueError.
+        Arguments and errors are those of :meth:`resolve`; an attribute that the catalogue lacks, or values of another
+        type, raise ValueError.
         """
         denied, unknown = self.names("deny", deny, on_unknown, every=True, suggest=suggest)
         allowed = None
         if allow is not None:
-            listed, strangers = self.names("allow", allow, on_unknown, every=True, suggest=suggest)
-            unknown = strangers + unknown
+            listed, not_listed = self.names("allow", allow, on_unknown, every=True, suggest=suggest)
+            unknown = not_listed + unknown
             allowed = np.zeros(len(self.processor.catalogue), bool)
             allowed[listed] = True
-        for attribute_name, values in (where or {}).items():
-            matching = self._having(attribute_name, values)
+        for attribute, values in (where or {}).items():
+            matching = self._having(attribute, values)
             allowed = matching if allowed is None else allowed & matching
         return allowed, denied, unknown
 
     def _having(self, name: str, values: Iterable[Any]) -> np.ndarray:
-        column = self.processor.catalogue.attributes.get(name)
+        """bool [C]: which items have one of the values."""
+        attributes = self.processor.catalogue.attributes
+        column = attributes.get(name)
         if column is None:
-            known = ", ".join(map(repr, self.processor.catalogue.attributes)) or "none"
+            known = ", ".join(map(repr, attributes)) or "none"
             raise ValueError(f"where: expected attributes of the catalogue ({known}), got {name!r}")
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise ValueError(f"where[{name!r}]: expected a list of values, got {values!r:.80}")
@@ -175,30 +170,27 @@ class QueryBuilder:
         return Query(history, k, np.concatenate([np.zeros(0, np.int64), *parts]), allowed)
 
     def check(self, k: int, num_beams: int, scoring: str) -> None:
-        """ValueError unless these may be given to :meth:`recommend`."""
+        """Raise ValueError unless these may be given to :meth:`flr.Recommender.recommend`."""
         for name, value, limit in (("k", k, MAX_K), ("num_beams", num_beams, MAX_BEAMS)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
                 raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
         resolve_scoring(scoring, self.processor.scoring)
 
 
+def _typed(value: object) -> str:
+    return f"{type(value).__name__} {value!r:.80}"
+
+
 def exclusions(queries: Sequence[Query]) -> torch.Tensor | None:
     """int64 [B, E] padded with -1; None where no query excludes anything."""
-    longest = max(len(query.exclude) for query in queries)
-    if longest == 0:
-        return None
-    exclude = torch.full((len(queries), longest), -1, dtype=torch.int64)
-    for row, query in enumerate(queries):
-        exclude[row, : len(query.exclude)] = torch.from_numpy(query.exclude)
-    return exclude
+    rows = [torch.from_numpy(query.exclude) for query in queries]
+    return pad_sequence(rows, batch_first=True, padding_value=-1) if any(map(len, rows)) else None
 
 
 def allowances(queries: Sequence[Query]) -> torch.Tensor | None:
     """bool [C] where all queries share one mask, else [B, C]; None where no query has one."""
     masks = [query.allowed for query in queries]
     some = next((mask for mask in masks if mask is not None), None)
-    if some is None:
-        return None
-    if all(mask is some for mask in masks):
-        return torch.from_numpy(some)
+    if some is None or all(mask is some for mask in masks):
+        return None if some is None else torch.from_numpy(some)
     return torch.from_numpy(np.stack([np.ones_like(some) if mask is None else mask for mask in masks]))

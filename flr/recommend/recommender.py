@@ -33,7 +33,6 @@ from .results import Explanation, HistoryItem, Recommendation
 
 logger = logging.getLogger("flr")
 
-
 _MAX_LOGITS = 1 << 26  # of a beam step: users a part are cut so that B·W·V stays below (256 MiB in float32)
 _MAX_USERS = 64  # a part
 
@@ -41,11 +40,11 @@ _MAX_USERS = 64  # a part
 class Recommender(QueryBuilder):
     """Recommends from a catalogue with a model.
 
-    Ranks as ``flr.evaluate.evaluate`` does, by the processor's ``views`` where it has any (the probabilities given single items are
-    then kept, so the weights must not change while this lives).
+    Ranks as :func:`flr.evaluate` does, by the processor's ``views`` where it has any (the probabilities given single
+    items are then kept, so the weights must not change while this lives).
 
-    Calls from several threads are safe: they take turns. The model is run in eval mode and its modes are restored; while
-    several Recommenders share a model, keep it in eval mode.
+    Calls from several threads are safe: they take turns. The model is run in eval mode and its modes are restored;
+    while several recommenders share a model, keep it in eval mode.
 
     Args:
         model: causal LM, patched or not, PEFT or DDP wrapped or not.
@@ -77,21 +76,16 @@ class Recommender(QueryBuilder):
         count = config.thought_count if config is not None else 0
         if processor.num_thoughts != count:
             raise ValueError(f"processor: expected num_thoughts = {count} as the model's, got {processor.num_thoughts}")
-        if config is not None and count and processor.thought_token_id != config.thought_token_id:
-            raise ValueError(
-                f"processor: expected the thought token {config.thought_token_id}, got {processor.thought_token_id}"
-            )
+        token = processor.thought_token_id
+        if config is not None and count and token != config.thought_token_id:
+            raise ValueError(f"processor: expected the thought token {config.thought_token_id}, got {token}")
         self.device = next(lm.parameters()).device
-        self._vocabulary = int(lm.config.get_text_config().vocab_size)
-        if trie is None:
-            trie = CatalogueTrie.from_codec(processor.item_codec)
-        self.trie = trie.to(self.device)
+        self._vocabulary = size = int(lm.config.get_text_config().vocab_size)
+        self.trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(self.device)
         if self.trie.num_items != len(processor.catalogue):
             raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")
-        if self.trie.max_token >= self._vocabulary:
-            raise ValueError(
-                f"processor: expected tokens below the model's vocabulary of {self._vocabulary}, got {self.trie.max_token}"
-            )
+        if self.trie.max_token >= size:
+            raise ValueError(f"processor: expected tokens below the vocabulary of {size}, got {self.trie.max_token}")
         self._lock = threading.RLock()
         self._mixture: ViewMixture | None = None
 
@@ -131,21 +125,21 @@ class Recommender(QueryBuilder):
         """The k best items for each history.
 
         Args:
-            histories: up to 10,000, each a sequence of up to 10,000 item ids or titles (str), oldest first, or an integer array of
-                catalogue indices. A title that several items share means the first of them. The model looks at the
-                last ``processor.max_history`` entries; an empty history gets what suits anybody.
+            histories: up to 10,000, each up to 10,000 item ids or titles (str), oldest first, or an integer array of
+                catalogue indices. A title that several items share means the first of them. The model looks at the last
+                ``processor.max_history`` entries; an empty history gets what suits anybody.
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
-            scoring: "full" or "catalogue", see flr.decode; "auto" takes the processor's, that of training.
+            scoring: "full" or "catalogue", see :mod:`flr.decode`; "auto" takes the processor's, that of training.
             on_unknown: what to do with an entry that is no id and no title: "raise", or "skip" it with a warning in the
                 log (:meth:`resolve` tells which).
-            allow: ids, titles or indices of the items that may be recommended, up to 10,000; None for all. A title stands for every
-                item that bears it.
+            allow: ids, titles or indices of the items that may be recommended, up to 10,000; None for all. A title
+                stands for every item that bears it.
             deny: those that may not, in the same forms.
             where: {attribute of the catalogue: values}: only items whose attribute has one of the values.
-            shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few tokens
-                behind it for each of 2^K sets of factors (K <= 6, else K (K - 1) + 2).
+            shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few
+                tokens behind it for each of 2^K sets of factors (K <= 6, else K (K - 1) + 2).
 
         Returns:
             A list for each history, best first. Deterministic, and independent of the other histories up to rounding.
@@ -156,18 +150,18 @@ class Recommender(QueryBuilder):
         """
         self.check(k, num_beams, scoring)
         resolved, unknown = self.resolve(histories, on_unknown)
-        allowed, denied, strangers = self.selection(allow, deny, where, on_unknown)
-        skipped = sum(map(len, unknown)) + len(strangers)
+        allowed, denied, unknown_filters = self.selection(allow, deny, where, on_unknown)
+        skipped = sum(map(len, [*unknown, unknown_filters]))
         if skipped:
             logger.warning("recommend: skipped %d entries that are not in the catalogue", skipped)
         queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
         num_beams = max(num_beams, k)
         part = self.rows_at_once(num_beams)
-        found: list[list[Recommendation]] = []
+        lists: list[list[Recommendation]] = []
         with self._lock:
             for first in range(0, len(queries), part):
-                found += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
-        return found
+                lists += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
+        return lists
 
     def rows_at_once(self, num_beams: int) -> int:
         """How many queries :meth:`ranked` may be given, so that its logits stay within bounds; at least 1."""
@@ -210,10 +204,10 @@ class Recommender(QueryBuilder):
     def ranked(
         self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
     ) -> tuple[list[list[Recommendation]], ThinkingPrompts | None]:
-        """Answers to a few queries, computed together, and their thoughts where shares were asked for and there are any.
+        """Answers to a few queries, computed together, and their thoughts (None without factors or ``shares``).
 
-        The answer to a query does not depend on the others beyond rounding: beams are ``num_beams`` (>= each k) for all, and the
-        best k of a search for more are those of a search for k.
+        The answer to a query does not depend on the others beyond rounding: ``num_beams`` (>= each k) hold for all, and
+        the best k of a search for more are those of a search for k.
 
         Args:
             queries: at most ``rows_at_once(num_beams)`` to stay within memory.
@@ -231,81 +225,69 @@ class Recommender(QueryBuilder):
             inputs = self.processor(histories)
             mixed_with = None
             if self.processor.views is None:
-                found = beam_search(
-                    self.model, inputs, self.trie, num_beams, k, scoring=scoring, allowed=allowed, exclude=exclude
+                best = beam_search(
+                    self.model, inputs, self.trie, num_beams, k, scoring, allowed=allowed, exclude=exclude
                 )
-                items, scores = found.items.cpu().numpy(), found.scores.cpu().numpy()
+                items, scores = best.items.cpu().numpy(), best.scores.cpu().numpy()
             else:
                 mixture = self._mixture_of(num_beams, scoring)
                 items, scores, mixed_with = mixture.best(CSR.from_rows(histories), k, exclude, allowed)
                 exclude = allowed = None  # struck out of the mixture, which is not normalised again
-            wanted = np.array([[query.k] for query in queries])
-            items = np.where(np.arange(items.shape[1]) < wanted, items, -1)
+            own_k = np.array([[query.k] for query in queries])
+            items = np.where(np.arange(items.shape[1]) < own_k, items, -1)
             prompts = think(self.model, inputs, reserve=self.trie.depth) if shares else None
-            base = contributions = influence = None
+            base, contributions = np.full(items.shape, None), np.zeros((*items.shape, 0))
+            influence = contributions
             if prompts is not None:
                 codec = self.processor.item_codec
                 base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
                 influence = influence_shares(contributions)
         catalogue = self.processor.catalogue
-        lists = []
-        for row, column_items in enumerate(items.tolist()):
-            lists.append(
-                [
-                    Recommendation(
-                        item_id=catalogue.item_ids[item],
-                        title=catalogue.titles[item],
-                        score=float(scores[row, column]),
-                        index=item,
-                        factor_shares=[] if influence is None else influence[row, column].tolist(),
-                        contributions=[] if contributions is None else contributions[row, column].tolist(),
-                        base_score=None if base is None else float(base[row, column]),
-                    )
-                    for column, item in enumerate(column_items)
-                    if item >= 0
-                ]
-            )
+        columns = [x.tolist() for x in (items, scores, influence, contributions, base)]
+        lists = [
+            [
+                Recommendation(catalogue.item_ids[item], catalogue.titles[item], score, item, *parts)
+                for item, score, *parts in zip(*user, strict=True)
+                if item >= 0
+            ]
+            for user in zip(*columns, strict=True)
+        ]
         return lists, prompts
 
     def explained(
-        self,
-        queries: Sequence[Query],
-        unknown: Sequence[list[str]],
-        num_beams: int,
-        scoring: Scoring | Literal["auto"],
+        self, queries: Sequence[Query], unknown: Sequence[list[str]], num_beams: int, scoring: Scoring | Literal["auto"]
     ) -> list[Explanation]:
-        """Explanations of a few queries, computed together: as :meth:`ranked`, ``unknown`` being what each one's names lacked."""
+        """Explanations of a few queries, as :meth:`ranked` computes them; ``unknown``: the names that each skipped."""
         lists, prompts = self.ranked(queries, num_beams, scoring, shares=True)
-        processor, variant = self.processor, self.variant
-        positions = processor([query.history for query in queries])["item_positions"]
-        attention, gates, norms = np.zeros((len(queries), 0, 0, 0, 0)), np.zeros((len(queries), 0, 0, 0)), None
+        positions = self.processor([query.history for query in queries])["item_positions"]
+        longest = max(len(query.history) for query in queries)
+        shapes = (0, 0, 0, longest), (0, 0, 0), (0, 0)
+        attention, gates, norms = (np.zeros((len(queries), *shape)) for shape in shapes)
         if prompts is not None:
             with torch.inference_mode():
-                attention = item_attention(prompts, positions, max(len(query.history) for query in queries))
+                attention = item_attention(prompts, positions, longest)
                 gates = torch.stack([step.gates for step in prompts.output.steps], 1).double().cpu().numpy()
                 scale = prompts.lm._flr_patch.config.input_scale or 1.0
                 norms = prompts.contributions.norm(dim=-1).double().cpu().numpy()
                 norms /= scale * prompts.contributions.shape[-1] ** 0.5
-        catalogue = processor.catalogue
-        found = []
+        catalogue = self.processor.catalogue
+        explanations = []
         for row, query in enumerate(queries):
             used = set(positions[row][positions[row] >= 0].tolist())
             items = [
                 HistoryItem(catalogue.item_ids[item], catalogue.titles[item], item, place in used)
                 for place, item in enumerate(query.history.tolist())
             ]
-            own = attention[row, ..., : len(items)] if prompts is not None else np.zeros((0, 0, 0, len(items)))
-            parts = norms[row] if norms is not None else np.zeros((0, 0))
-            found.append(Explanation(variant, items, list(unknown[row]), own, gates[row], parts, lists[row]))
-        return found
+            arrays = attention[row, ..., : len(items)], gates[row], norms[row]
+            explanations.append(Explanation(self.variant, items, list(unknown[row]), *arrays, lists[row]))
+        return explanations
 
     def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:
         """The mixture over the processor's views; the last one is kept, since its table may be large."""
         views, old = self.processor.views, self._mixture
         if old is None or (old.views, old.num_beams, old.scoring) != (views, num_beams, scoring):
             self._mixture = None
-            self._mixture = ViewMixture(
-                self.model, self.processor, views, num_beams=num_beams, scoring=scoring, trie=self.trie
-            )
+            options: dict[str, Any] = {"num_beams": num_beams, "scoring": scoring, "trie": self.trie}
+            self._mixture = ViewMixture(self.model, self.processor, views, **options)
         assert self._mixture is not None
         return self._mixture

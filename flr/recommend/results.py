@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flr.report.explanation import explanation_body
-from flr.report.heatmap import _COLUMNS, _draw
+from flr.report.heatmap import COLUMNS, draw
 from flr.report.html import PathLike, page, write_text
 from flr.report.plots import save_png
 
@@ -21,16 +20,14 @@ class Recommendation:
 
     Attributes:
         item_id, title, index: which item; index 0..C-1 in the catalogue.
-        score: log-probability of the item given the history, under the scoring asked for; where the processor has ``views``, of their
-            mixture.
-        factor_shares: K numbers >= 0 that sum to 1, each factor's share of the influence that the factors had on this score:
-            |contribution| over the sum of them; 1/K each where no factor moves the score by more than rounding. Empty
-            for variants without factors and where shares were not asked for.
-        contributions: K signed numbers, by how much each factor raised (or lowered) the score, in nats: Shapley values of
-            the thought's K parts (see flr.attribution). With views, of the thought behind the whole history; the views of single
-            items are taken as they are. Empty where factor_shares is.
-        base_score: the score with the factors' parts left out of the thought. base_score + sum(contributions) = score.
-            None where contributions is empty.
+        score: log-probability given the history, under the scoring asked for; with ``views``, of their mixture.
+        factor_shares: K numbers >= 0 that sum to 1, each factor's part of the influence on this score: |contribution|
+            over their sum; 1/K each where no factor moves the score by more than rounding. Empty for variants without
+            factors and where shares were not asked for.
+        contributions: K signed numbers, by how much each factor raised the score, in nats: Shapley values of the
+            thought's K parts (see :mod:`flr.explain.attribution`). With views, of the thought behind the whole history;
+            the views of single items are taken as they are. Empty where factor_shares is.
+        base_score: the score without the factors' parts, score - sum(contributions). None where contributions is empty.
     """
 
     item_id: str
@@ -43,7 +40,7 @@ class Recommendation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,11 @@ class Explanation:
         variant: of the model: "flr", "latentr3", "anchor", "none".
         history: M items, oldest first.
         unknown: entries that were skipped.
-        attention: float64 [N, T, K, M], a factor's attention summed over each item's tokens; >= 0, at most 1 in sum over M
-            (exactly 1 when the factors may attend to history items only and there is one thought). K = 0 for variants without
-            factors; M columns that were not used are 0.
+        attention: float64 [N, T, K, M], a factor's attention summed over each item's tokens; >= 0, at most 1 in sum
+            over M (exactly 1 when factors may attend to history items only and there is one thought). K = 0 for
+            variants without factors; columns of items that were not used are 0.
         gates: float64 [N, T, K], sums to 1 over K.
-        norms: float64 [N, K], length of each factor's part g_k f_k of the thought, in units of an input embedding's typical length.
+        norms: float64 [N, K], length of each factor's part g_k f_k of the thought; 1: an input embedding's typical one.
         recommendations: best first, with shares and contributions.
     """
 
@@ -87,23 +84,15 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and for reports."""
-        return {
-            "variant": self.variant,
-            "num_factors": self.num_factors,
-            "history": [asdict(item) for item in self.history],
-            "unknown": list(self.unknown),
-            "attention": self.attention.tolist(),
-            "gates": self.gates.tolist(),
-            "norms": self.norms.tolist(),
-            "recommendations": [r.to_dict() for r in self.recommendations],
-        }
+        arrays = {name: getattr(self, name).tolist() for name in ("attention", "gates", "norms")}
+        return {"variant": self.variant, "num_factors": self.num_factors, **asdict(self), **arrays}
 
     def html(self, path: PathLike) -> None:
-        """Write a self-contained page: recommendations with shares, attention tables. Whole or not at all."""
+        """Write a self-contained page of recommendations with shares and attention tables, whole or not at all."""
         write_text(path, page("Why these recommendations", explanation_body(self.to_dict(), "h2")))
 
     def heatmap(self, path: PathLike, *, refinement: int = -1, thought: int = -1) -> None:
-        """Write a PNG: K rows, a column for each history item (the latest 30), gate weights at the side. Whole or not at all.
+        """Write a PNG, whole or not at all: K rows, a column for each of the latest 30 items, gates at the side.
 
         Args:
             refinement, thought: which one, counted from 0, or from the end where negative.
@@ -115,17 +104,13 @@ class Explanation:
             raise ValueError(f"heatmap: expected a model with factors, got variant {self.variant!r}")
         if not self.history:
             raise ValueError("heatmap: expected a history with at least one item, got none")
-        for name, value, size in (
-            ("thought", thought, self.attention.shape[0]),
-            ("refinement", refinement, self.attention.shape[1]),
+        for name, value, size in zip(
+            ("thought", "refinement"), (thought, refinement), self.attention.shape, strict=False
         ):
             if not -size <= value < size:
                 raise ValueError(f"{name}: expected {-size} to {size - 1}, got {value}")
-        figure = _draw(
-            self.attention[thought, refinement][:, -_COLUMNS:],
-            self.gates[thought, refinement],
-            [item.title or item.item_id for item in self.history][-_COLUMNS:],
-        )
+        titles = [item.title or item.item_id for item in self.history[-COLUMNS:]]
+        figure = draw(self.attention[thought, refinement][:, -COLUMNS:], self.gates[thought, refinement], titles)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
             save_png(figure, path)

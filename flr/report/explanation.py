@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .html import FACTOR_COLOURS, _short, escape, heat_cell, table
+from .html import FACTOR_COLOURS, escape, heat_cell, short, table, text_cell
 
 
 def share_bar(shares: Sequence[float]) -> str:
@@ -29,8 +29,8 @@ def recommendation_table(recommendations: Sequence[Mapping[str, Any]], looked_at
     head += ["mostly looked at"] if looked_at else []
     rows = []
     for place, r in enumerate(recommendations):
-        item = f'<td class="text">{escape(r["title"]) or "(no title)"}<br><span class="soft">{escape(r["item_id"])}</span></td>'
-        row = [str(place + 1), item, f"{r['score']:.3f}"]
+        item = f'{escape(r["title"]) or "(no title)"}<br><span class="soft">{escape(r["item_id"])}</span>'
+        row = [str(place + 1), f'<td class="text">{item}</td>', f"{r['score']:.3f}"]
         if shares:
             signed = [f"F{k + 1}&nbsp;{c:+.3f}" for k, c in enumerate(r["contributions"])]
             row += [f"<td>{share_bar(r['factor_shares'])}</td>", f'<td class="text soft">{" ".join(signed)}</td>']
@@ -50,46 +50,39 @@ def explanation_body(example: Mapping[str, Any], heading: str = "h3") -> str:
         for r in recommendations:
             weight = np.asarray(r["factor_shares"]) @ attention[-1, -1]
             best = [m for m in np.argsort(-weight, kind="stable")[:2] if weight[m] > 0]
-            looked_at.append("<br>".join(f"{escape(_short(history[m]['title'], 48))} ({weight[m]:.0%})" for m in best))
+            looked_at.append("<br>".join(f"{escape(short(history[m]['title'], 48))} ({weight[m]:.0%})" for m in best))
     body.append(f"<{heading}>Recommended</{heading}>")
     body.append(recommendation_table(recommendations, looked_at))
     if not attention.size:
         body.append(f"<{heading}>History</{heading}>")
-        body.append(
-            table(
-                ["", "item"],
-                [[str(m + 1), f'<td class="text">{escape(h["title"])}</td>'] for m, h in enumerate(history)],
-            )
-        )
+        body.append(table(["", "item"], [[str(m + 1), text_cell(h["title"])] for m, h in enumerate(history)]))
         if example.get("num_factors", 0) == 0:
             body.append(f"<p class='note'>The variant {escape(example.get('variant'))} has no factors to show.</p>")
         return "\n".join(body)
     body.append(
-        "<p class='note'>Score: log-probability. Contributions: how much each factor raised or lowered it (Shapley values, nats); "
-        "shares: their magnitudes, as parts of 1. Mostly looked at: attention of the factors weighted by their shares; it says "
-        "where the factors looked, not what would be recommended without that item.</p>"
+        "<p class='note'>Score: log-probability. Contributions: how much each factor raised or lowered it (Shapley "
+        "values, nats); shares: their magnitudes, as parts of 1. Mostly looked at: attention of the factors weighted "
+        "by their shares; it says where the factors looked, not what would be recommended without that item.</p>"
     )
     body.append(f"<{heading}>What each factor looks at</{heading}>")
-    steps = [(n, t) for n in range(attention.shape[0]) for t in range(attention.shape[1])]
-    *earlier, last = steps
-    body.append(_attention_table(example, attention, *last))
+    *earlier, last = (_attention_table(example, attention, n, t) for n, t in np.ndindex(attention.shape[:2]))
+    body.append(last)
     if earlier:
-        tables = "".join(_attention_table(example, attention, n, t) for n, t in earlier)
-        body.append(f"<details><summary>Earlier refinements</summary>{tables}</details>")
+        body.append(f"<details><summary>Earlier refinements</summary>{''.join(earlier)}</details>")
     return "\n".join(body)
 
 
 def _attention_table(example: Mapping[str, Any], attention: np.ndarray, thought: int, refinement: int) -> str:
+    def soft_row(name: str, cells: Iterable[str]) -> list[str]:
+        return ["", f'<td class="text soft">{name}</td>', *(f'<td class="cell soft">{cell}</td>' for cell in cells)]
+
     alpha = attention[thought, refinement]  # [K, M]
-    gates = example["gates"][thought][refinement]
     largest = float(alpha.max(initial=0.0))
     head = ["", '<span class="text">history, oldest first</span>', *(f"F{k + 1}" for k in range(len(alpha)))]
-    rows = [["", '<td class="text soft">gate</td>', *(f'<td class="cell soft">{g:.0%}</td>' for g in gates)]]
+    rows = [soft_row("gate", (f"{gate:.0%}" for gate in example["gates"][thought][refinement]))]
     if refinement == attention.shape[1] - 1:
-        lengths = [f'<td class="cell soft">{x:.2g}</td>' for x in example["norms"][thought]]
-        rows.append(
-            ["", '<td class="text soft">length of its part of the thought (1: an input embedding)</td>', *lengths]
-        )
+        name = "length of its part of the thought (1: an input embedding)"
+        rows.append(soft_row(name, (f"{length:.2g}" for length in example["norms"][thought])))
     for m, h in enumerate(example["history"]):
         name = escape(h["title"]) or escape(h["item_id"])
         name += "" if h["used"] else ' <span class="soft">(too far back, not seen)</span>'

@@ -6,20 +6,17 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from .html import short
+
 _HEAT = LinearSegmentedColormap.from_list("flr", ["#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66"])
-
-
-_LABEL = 30  # characters of a title on the heat map
-
-
-_COLUMNS = 30  # history items on the heat map, the latest ones
-
-
+_LABEL = 30  # characters of a title
 _NUMBERS = 14  # with up to this many columns the cells hold numbers
+#: History items that are drawn at most, the latest ones.
+COLUMNS = 30
 
 
-def _draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
-    """Heat map of alpha [K, M] with gates [K] as bars."""
+def draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
+    """Heat map of attention alpha [K, M] with gates [K] as bars."""
     factors, columns = alpha.shape
     cell = 0.62 if columns <= _NUMBERS else 0.42
     width, height = max(cell * columns, 2.8), 0.5 * factors
@@ -33,11 +30,9 @@ def _draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
             ax.text(m + 0.5, k + 0.5, f"{100 * value:.0f}", ha="center", va="center", fontsize=8.5, color=colour)
     ax.set_ylim(factors, 0)
     ax.set_yticks(np.arange(factors) + 0.5, [f"factor {k + 1}" for k in range(factors)], fontsize=10)
-    ax.set_xticks(
-        np.arange(columns) + 0.5, [_label(title) for title in titles], rotation=40, ha="right", rotation_mode="anchor"
-    )
-    for label in ax.get_xticklabels():
-        label.set(fontsize=9, parse_math=False)
+    labels = [short("".join(c if c.isprintable() else " " for c in title), _LABEL) for title in titles]
+    text = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "fontsize": 9, "parse_math": False}
+    ax.set_xticks(np.arange(columns) + 0.5, labels, **text)
     ax.set_title("Attention, %", fontsize=11, loc="left", pad=8)
     side.barh(np.arange(factors) + 0.5, gates, height=0.6, color="#e69f00")
     for k, gate in enumerate(gates):
@@ -47,8 +42,7 @@ def _draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
     side.set_title("Gate, %", fontsize=11, loc="left", pad=8)
     for axis in (ax, side):
         axis.tick_params(length=0, colors="#222222")
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        axis.spines[:].set_visible(False)
     side.tick_params(labelleft=False)
     if columns > _NUMBERS:
         bar = figure.colorbar(mesh, ax=side, fraction=0.3, aspect=14, format=lambda x, _: f"{100 * x:.0f} %")
@@ -56,8 +50,3 @@ def _draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
         bar.ax.tick_params(length=0, labelsize=8.5)
     ax.set_xlabel("History, oldest to latest", fontsize=9, color="#59626c", loc="left")
     return figure
-
-
-def _label(title: str) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in title).split())
-    return text if len(text) <= _LABEL else text[: _LABEL - 1].rstrip() + "…"

@@ -44,12 +44,18 @@ def write_text(path: PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def text_cell(text: Any) -> str:
+    """Table cell that holds text."""
+    return f'<td class="text">{escape(text)}</td>'
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
     """HTML table of cells that are HTML already; a cell may bring its own ``<td …>``."""
     above = f"<caption>{caption}</caption>" if caption else ""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     lines = "".join(f"<tr>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row)}</tr>\n" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{above}<thead><tr>{top}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+    inside = f"{above}<thead><tr>{top}</tr></thead>\n<tbody>{lines}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{inside}</table></div>'
 
 
 def heat_cell(value: float, largest: float, text: str) -> str:
@@ -59,7 +65,8 @@ def heat_cell(value: float, largest: float, text: str) -> str:
     return f'<td class="cell{strong}" style="background: rgba({_HEAT}, {alpha:.3f})">{text}</td>'
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """Text in one line of at most ``length`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from flr.files import atomic_file
 
-from .html import PathLike, _short, escape
+from .html import PathLike, escape, short
 
 
 def save_png(figure: Figure, path: PathLike, dpi: int = 160) -> None:
@@ -38,7 +38,7 @@ class ModeSummary:
 def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> list[ModeSummary]:
     """Mean and 95 % interval of a metric for every mode, in order of appearance; modes without the metric are left out.
 
-    Two seeds or more: Student's t interval of the mean over seeds, which covers training noise, not the choice of test users.
+    Two seeds or more: Student's t interval of the mean over seeds; it covers training noise, not the choice of users.
     One seed: the row's own ``row["intervals"][metric] = (low, high)`` where it has one.
 
     >>> rows = [{"mode": "flr", "seed": s, "metrics": {"hr@10": v}} for s, v in enumerate((0.1, 0.2))]
@@ -46,7 +46,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> list[ModeSummar
     >>> round(s.mean, 3), round(s.low, 3), round(s.high, 3)
     (0.15, -0.485, 0.785)
     """
-    found = []
+    summaries = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         own = [row for row in rows if row["mode"] == mode and row["metrics"].get(metric) is not None]
         if not own:
@@ -59,15 +59,17 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str) -> list[ModeSummar
             low, high = mean - half, mean + half
         elif metric in own[0].get("intervals", {}):
             low, high = (float(x) for x in own[0]["intervals"][metric])
-        found.append(ModeSummary(mode, mean, low, high, values))
-    return found
+        summaries.append(ModeSummary(mode, mean, low, high, values))
+    return summaries
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def metric_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Metrics that any row has, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row["metrics"]))
 
 
-def _interval_note(rows: Sequence[Mapping[str, Any]]) -> str:
+def interval_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals of :func:`summarise` are, in words."""
     seeds = max((sum(other["mode"] == row["mode"] for other in rows) for row in rows), default=0)
     if seeds > 1:
         return f"Mean and 95 % t interval over {seeds} seeds (training noise only, the test users are the same)."
@@ -89,7 +91,7 @@ def plot_compare(
     """
     panels = {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
     if not panels:
-        raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(_metrics(rows)) or 'none'}")
+        raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(metric_names(rows)) or 'none'}")
     modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
     figure = Figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -99,19 +101,11 @@ def plot_compare(
             if s.low is not None and s.high is not None:
                 ax.plot([s.low, s.high], [y, y], color="#0072b2", linewidth=2.2, solid_capstyle="round", zorder=2)
             if len(s.values) > 1:
-                ax.scatter(
-                    s.values,
-                    [y + 0.2] * len(s.values),
-                    s=16,
-                    color="#e69f00",
-                    edgecolor="white",
-                    linewidth=0.5,
-                    zorder=3,
-                )
+                below = [y + 0.2] * len(s.values)
+                ax.scatter(s.values, below, s=16, color="#e69f00", edgecolor="white", linewidth=0.5, zorder=3)
             ax.scatter([s.mean], [y], s=52, color="#0072b2", edgecolor="white", linewidth=1, zorder=4)
-            ax.annotate(
-                f"{s.mean:.4f}", (s.mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=8.5
-            )
+            text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
+            ax.annotate(f"{s.mean:.4f}", (s.mean, y), **text)
         ax.set_title(metric.upper(), fontsize=11, loc="left", color="#222222", parse_math=False)
         ax.set_yticks(range(len(modes)), modes, fontsize=10, parse_math=False)
         ax.set_ylim(len(modes) - 0.45, -0.7)
@@ -120,10 +114,9 @@ def plot_compare(
         ax.tick_params(length=0, labelsize=9, colors="#444444", axis="x")
         ax.tick_params(length=0, colors="#222222", axis="y")
         ax.locator_params(axis="x", nbins=5)
-        for side in ax.spines.values():
-            side.set_visible(False)
+        ax.spines[:].set_visible(False)
     seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
-    note = _interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
+    note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
     figure.supxlabel(note, fontsize=8.5, color="#59626c")
     save_png(figure, path)
 
@@ -131,8 +124,7 @@ def plot_compare(
 def bar_svg(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """Inline SVG: a bar a mode with its interval; text in the page's colour."""
     summary = summarise(rows, metric)
-    top = max((s.high if s.high is not None else s.mean) for s in summary)
-    top = max(top, *(s.mean for s in summary), 1e-12)
+    top = max(1e-12, *(s.mean for s in summary), *(s.high for s in summary if s.high is not None))
     left, width, step = 190, 430, 30
     height = step * len(summary) + 4
     parts = [f'<svg viewBox="0 0 {left + width + 80} {height}" width="{left + width + 80}" role="img">']
@@ -143,11 +135,10 @@ def bar_svg(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
 
     for place, s in enumerate(summary):
         y = place * step + 4
-        parts.append(f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(_short(s.mode, 26))}</text>')
+        parts.append(f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(short(s.mode, 26))}</text>')
         parts.append(f'<rect class="bar" x="{left}" y="{y + 3}" width="{x(s.mean) - left:.1f}" height="20" rx="2"/>')
-        end = s.mean
+        end = s.mean if s.high is None else s.high
         if s.low is not None and s.high is not None:
-            end = s.high
             line = f'y1="{y + 13}" y2="{y + 13}"'
             parts.append(f'<line class="whisker" x1="{x(s.low):.1f}" x2="{x(s.high):.1f}" {line}/>')
         parts.append(f'<text x="{x(end) + 8:.1f}" y="{y + 17}">{s.mean:.4f}</text>')

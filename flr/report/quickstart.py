@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .explanation import explanation_body
-from .html import PathLike, escape, heat_cell, image, page, table, write_text
-from .plots import _interval_note, _metrics, bar_svg, summarise
+from .html import PathLike, escape, heat_cell, image, page, table, text_cell, write_text
+from .plots import bar_svg, interval_note, metric_names, summarise
 
 _MAIN_METRICS = ("hr@10", "ndcg@10")
 
@@ -22,11 +22,10 @@ def quickstart_report(results: Mapping[str, Any], path: PathLike) -> None:
         results: plain values,
             title: str
             text: str, a paragraph on what was run
-            rows: ``[{"mode": str, "seed": int, "metrics": {"hr@10": float, …}, "seconds": float, "intervals": {…}}, …]``
-                (seconds and intervals may be absent)
+            rows: as for :func:`~flr.report.plots.plot_compare`, with ``"seconds": float`` or without
             differences: ``{mode: {metric: (mean, low, high)}}``, mode minus control (as ``flr compare`` gives them)
             control: str, the mode that differences are to; "anchor" when absent
-            nmi: by mode, ``FactorInterest.to_dict()``: nmi, chance, chance_high, within_user, within_user_chance, confusion
+            nmi: ``FactorInterest.to_dict()`` by mode
             images: caption by path, or a list of paths, of PNG files to embed
             example: ``Explanation.to_dict()``
             next_steps: list of shell commands
@@ -55,15 +54,15 @@ def quickstart_report(results: Mapping[str, Any], path: PathLike) -> None:
         commands = "\n".join(html.escape(str(step)) for step in results["next_steps"])
         body += ["<h2>How to go on</h2>", f"<pre>{commands}</pre>"]
     if results.get("settings"):
-        rows = [(escape(name), f'<td class="text">{escape(value)}</td>') for name, value in results["settings"].items()]
+        rows = [(escape(name), text_cell(value)) for name, value in results["settings"].items()]
         body += ["<details><summary>Settings</summary>", table(["setting", "value"], rows), "</details>"]
     write_text(path, page(results.get("title") or "FLR quickstart", "\n".join(body)))
 
 
 def _comparison(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    metrics = _metrics(rows)
+    metrics = metric_names(rows)
     main = [metric for metric in _MAIN_METRICS if metric in metrics] or metrics
-    body = ["<h2>Modes compared</h2>", _mode_table(rows, main, _interval_note(rows))]
+    body = ["<h2>Modes compared</h2>", _mode_table(rows, main, interval_note(rows))]
     if main:
         body.append(f"<figure>{bar_svg(rows, main[-1])}<figcaption>{escape(main[-1].upper())}</figcaption></figure>")
     if len(metrics) > len(main):
@@ -75,13 +74,12 @@ def _mode_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], capti
     by_metric = {metric: {s.mode: s for s in summarise(rows, metric)} for metric in metrics}
     lines = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        line = [f'<td class="text">{escape(mode)}</td>', str(sum(row["mode"] == mode for row in rows))]
+        line = [text_cell(mode), str(sum(row["mode"] == mode for row in rows))]
         for metric in metrics:
             s = by_metric[metric].get(mode)
-            interval = (
-                "" if s is None or s.low is None else f'<br><span class="soft">{s.low:.4f} to {s.high:.4f}</span>'
-            )
-            line.append("–" if s is None else f"{s.mean:.4f}{interval}")
+            line.append("–" if s is None else f"{s.mean:.4f}")
+            if s is not None and s.low is not None:
+                line[-1] += f'<br><span class="soft">{s.low:.4f} to {s.high:.4f}</span>'
         seconds = [row["seconds"] for row in rows if row["mode"] == mode and row.get("seconds") is not None]
         lines.append([*line, f"{np.mean(seconds):.0f}&nbsp;s" if seconds else "–"])
     return table(["mode", "seeds", *(escape(metric.upper()) for metric in metrics), "time"], lines, caption)
@@ -89,12 +87,7 @@ def _mode_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], capti
 
 def _differences(differences: Mapping[str, Mapping[str, Sequence[float]]], control: str) -> list[str]:
     lines = [
-        [
-            f'<td class="text">{escape(mode)} minus {escape(control)}</td>',
-            escape(metric.upper()),
-            f"{mean:+.4f}",
-            f"{low:+.4f} to {high:+.4f}",
-        ]
+        [text_cell(f"{mode} minus {control}"), escape(metric.upper()), f"{mean:+.4f}", f"{low:+.4f} to {high:+.4f}"]
         for mode, metrics in differences.items()
         for metric, (mean, low, high) in metrics.items()
     ]
@@ -108,12 +101,12 @@ def _recovery(modes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
     keys = ("nmi", "chance", "chance_high", "within_user", "within_user_chance")
     head = ["mode", "NMI", "by chance", "97.5 % of chance", "within users", "by chance"]
-    lines = [[f'<td class="text">{escape(mode)}</td>', *(number(v, key) for key in keys)] for mode, v in modes.items()]
+    lines = [[text_cell(mode), *(number(values, key) for key in keys)] for mode, values in modes.items()]
     body = [
         "<h2>Do the factors find the interests?</h2>",
-        "<p>Every history item is given to the factor that spends the largest share of its attention on it. NMI is the normalised "
-        "mutual information between that factor and the item's true interest: 1 if they agree, about the value by chance "
-        "if they have nothing to do with each other.</p>",
+        "<p>Every history item is given to the factor that spends the largest share of its attention on it. NMI is the "
+        "normalised mutual information between that factor and the item's true interest: 1 if they agree, about the "
+        "value by chance if they have nothing to do with each other.</p>",
         table(head, lines),
     ]
     for mode, values in modes.items():

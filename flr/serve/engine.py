@@ -1,16 +1,16 @@
 """Micro-batching: requests that arrive together are computed together, and every answer is that of the request alone.
 
-One asyncio queue, bounded; one worker thread, in which the model runs. A batch holds requests that one search can serve: the
-same model generation, number of beams, scoring and kind of answer; histories, k and filters may differ. It starts when it is
-full, when no other request is on its way (received, but not in the queue yet), or when its oldest has waited ``max_wait_ms``; so a
-request alone never waits, and while the worker is busy the next batch fills by itself. The oldest waiting request is always in the
-next batch, so no kind of request starves another.
+One asyncio queue, bounded; one worker thread, in which the model runs. A batch holds requests that one search can
+serve: the same model generation, number of beams, scoring and kind of answer; histories, k and filters may differ. It
+starts when it is full, when no other request is announced (received, but not in the queue yet), or when its oldest has
+waited ``max_wait_ms``; so a request alone never waits, and while the worker is busy the next batch fills by itself. The
+oldest waiting request is always in the next batch, so no kind of request starves another.
 
-    full queue           Busy, at once; with the time after which there should be room, from the measured rate
-    deadline passes      Late, at once; a request that waits is dropped, one that is being computed is answered
+    full queue           QueueFull, at once; with the time after which there should be room, from the measured rate
+    deadline passes      DeadlineExceeded, at once; one that waits is dropped, one that is being computed is answered
     caller is cancelled  the request is dropped if it still waits
     a batch fails        its requests are computed one by one, so that one bad request does not fail the others
-    reload               requests keep the generation they were resolved with; the old model goes when the last one is answered
+    reload               requests keep their generation; the old model goes when its last one is answered
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LONGEST_RETRY = 60  # seconds
 _MEMORY = 0.8  # of the measured rate: weight of the past at each batch
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """The queue is full."""
 
     def __init__(self, retry_after: int) -> None:
@@ -49,7 +49,7 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
-class Late(Exception):
+class DeadlineExceeded(Exception):
     """The deadline passed before the request was computed."""
 
 
@@ -64,10 +64,11 @@ class Loaded:
     @classmethod
     def warm(cls, recommender: Recommender, generation: int, settings: Settings) -> Loaded:
         """Build what is built at first use, and run one request of each kind."""
-        recommender.processor.catalogue.lookup("\0")
-        recommender.recommend([[]], k=1, num_beams=settings.num_beams, scoring=settings.scoring)  # type: ignore[arg-type]
-        recommender.explain(recommender.processor.catalogue.item_ids[:1], k=1, num_beams=settings.num_beams)
-        return cls(recommender, ItemSearch(recommender.processor.catalogue), generation)
+        catalogue, beams, scoring = recommender.processor.catalogue, settings.num_beams, settings.scoring
+        catalogue.lookup("\0")
+        recommender.recommend([[]], k=1, num_beams=beams, scoring=scoring)  # type: ignore[arg-type]
+        recommender.explain(catalogue.item_ids[:1], k=1, num_beams=beams)
+        return cls(recommender, ItemSearch(catalogue), generation)
 
 
 @dataclass(eq=False)
@@ -122,7 +123,7 @@ class Engine:
         self.metrics.generation.set(model.generation)
         self._load = load
         self._buckets: dict[Any, deque[Job]] = {}
-        self._waiting = self._computing = self._on_the_way = 0
+        self._waiting = self._computing = self._announced = 0
         self._task: asyncio.Task[None] | None = None
         self._reloading = False
         self._rate = 0.0  # requests a second while the worker is busy; 0 before the first batch
@@ -150,28 +151,28 @@ class Engine:
             self._task = None
             self._worker.shutdown(wait=True)
 
-    def expect(self, more: int) -> None:
+    def announce(self, more: int) -> None:
         """A request is on its way (1), or it has come or gone (-1)."""
-        self._on_the_way += more
-        if not self._on_the_way and self.alive:
+        self._announced += more
+        if not self._announced and self.alive:
             self._arrived.set()
 
     def check_room(self) -> None:
-        """Busy when the queue is full."""
+        """Raise ``QueueFull`` when it is."""
         if self._waiting >= self.settings.max_queue:
             self.metrics.dropped.labels("full").inc()
             ahead = self._waiting + self._computing
             wait = math.ceil(ahead / self._rate) if self._rate else 1
-            raise Busy(min(max(wait, 1), _LONGEST_RETRY))
+            raise QueueFull(min(max(wait, 1), _LONGEST_RETRY))
 
     async def submit(self, job: Job) -> Answer:
-        """The answer; Busy, Late, or what the model raised."""
+        """The answer; raises ``QueueFull``, ``DeadlineExceeded``, or what the model raised."""
         self.check_room()
         loop = asyncio.get_running_loop()
         left = job.deadline - time.monotonic()
         if left <= 0:
             self.metrics.dropped.labels("late").inc()
-            raise Late
+            raise DeadlineExceeded
         job.future = loop.create_future()
         self._buckets.setdefault(job.bucket, deque()).append(job)
         self._count(1)
@@ -187,7 +188,7 @@ class Engine:
             timer.cancel()
 
     async def reload(self) -> Loaded:
-        """Load the model anew beside the one that serves, warm it, and let it take over; the one that serves stays if that fails.
+        """Load the model anew, warm it, and let it take over; the one that serves stays if that fails.
 
         Raises:
             RuntimeError: a reload is under way, or there is nothing to load from.
@@ -204,9 +205,8 @@ class Engine:
             self.model = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings))
         except Exception as error:
             self.metrics.reloads.labels("failed").inc()
-            logger.error(
-                "reload failed", extra={"fields": {"event": "reload", "error": f"{type(error).__name__}: {error}"}}
-            )
+            told = {"event": "reload", "error": f"{type(error).__name__}: {error}"}
+            logger.error("reload failed", extra={"fields": told})
             raise
         finally:
             self._reloading = False
@@ -234,7 +234,7 @@ class Engine:
     def _expire(self, job: Job) -> None:
         if self._remove(job) and not job.future.done():
             self.metrics.dropped.labels("late").inc()
-            job.future.set_exception(Late())
+            job.future.set_exception(DeadlineExceeded())
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -246,7 +246,7 @@ class Engine:
             queue = min(self._buckets.values(), key=lambda jobs: jobs[0].arrived)
             head, limit = queue[0], self._limit(queue[0])
             left = head.arrived + patience - time.monotonic()
-            if len(queue) < limit and self._on_the_way and left > 0:
+            if len(queue) < limit and self._announced and left > 0:
                 self._arrived.clear()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._arrived.wait(), left)

@@ -15,24 +15,23 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .metrics import Metrics
-from .settings import Settings, token_digest
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .engine import Engine
+from .settings import token_digest
 
 logger = logging.getLogger("flr.serve")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _DISCARD = 4 << 20  # bytes of a refused body that are read, so that the client gets to see the answer
 MAX_HEAD = 32_768  # bytes of path and headers
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _ADMIN = "/v1/reload"
-BATCHED = frozenset({"/v1/recommend", "/v1/explain"})
-SECURITY = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+_BATCHED = frozenset({"/v1/recommend", "/v1/explain"})
+_CLOSE = {"connection": "close"}
+_SECURITY = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -41,22 +40,20 @@ SECURITY = {
 
 @dataclass
 class Trace:
-    """Of one request, in ``scope["flr"]``: its id, when it came (``time.monotonic``), and what to add to the log line."""
+    """One request, in ``scope["flr"]``: its id, when it came (``time.monotonic``), and what its log line adds."""
 
     id: str
     started: float
     fields: dict[str, Any] = field(default_factory=dict)
-    on_the_way: bool = False  # the engine waits for it
+    announced: bool = False  # the engine waits for it
 
 
 class Refused(Exception):
-    """Answered here, without the application."""
+    """The request is answered here, without the application."""
 
-    def __init__(
-        self, status: int, error: str, headers: Mapping[str, str] | None = None, discard: bool = False
-    ) -> None:
+    def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(error)
-        self.status, self.error, self.headers, self.discard = status, error, headers or {}, discard
+        self.status, self.headers = status, headers
 
 
 class Gone(Exception):
@@ -68,39 +65,33 @@ def problem(error: str, trace: Trace, details: list[dict[str, Any]] | None = Non
     return json.dumps({"error": error, "details": details or [], "request_id": trace.id}).encode("ascii", "replace")
 
 
-class Gate:
+class Middleware:
     """ASGI middleware.
 
     Args:
-        app: the application.
-        settings: limits.
-        metrics: where to count.
-        paths: the application's paths, the only ones that metrics and logs name.
+        fastapi: the application.
+        engine: that the application asks; its settings hold here too.
         open_paths: those that need no token.
         tokens: digests of the token and of the admin token, None where there is none.
+
+    Attributes:
+        paths: the application's, the only ones that metrics and logs name.
+        draining: whether the server is about to stop.
     """
 
-    engine: Engine  # both set by create_app
-    fastapi: Any
-
     def __init__(
-        self,
-        app: Any,
-        settings: Settings,
-        metrics: Metrics,
-        paths: frozenset[str],
-        open_paths: frozenset[str],
-        tokens: tuple[bytes | None, bytes | None],
+        self, fastapi: Any, engine: Engine, open_paths: frozenset[str], tokens: tuple[bytes | None, bytes | None]
     ) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
-        self.paths, self.open_paths = paths, open_paths
+        self.fastapi, self.engine = fastapi, engine
+        self.settings, self.metrics = engine.settings, engine.metrics
+        self.paths = self.open_paths = open_paths
         self.token, self.admin_token = tokens
-        self.hosts = settings.hosts
+        self.hosts = self.settings.hosts
         self.draining = False
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self.fastapi(scope, receive, send)
             return
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
@@ -110,7 +101,7 @@ class Gate:
         trace = Trace(given[0].decode("ascii") if sane else uuid.uuid4().hex, time.monotonic())
         scope["flr"] = trace
         path = scope["path"] if scope["path"] in self.paths else "other"
-        batched = path in BATCHED and scope["method"] == "POST"
+        batched = path in _BATCHED and scope["method"] == "POST"
         answer = _Answer(send, trace, lambda: self.draining)
         self.metrics.in_flight.inc()
         try:
@@ -118,11 +109,11 @@ class Gate:
                 self._check(scope, headers)
                 body = await self._body(headers, receive)
                 if batched:
-                    trace.on_the_way = True
-                    self.engine.expect(1)
-                await self._answered(scope, body, receive, answer)
+                    trace.announced = True
+                    self.engine.announce(1)
+                await self._run(scope, body, receive, answer)
             except Refused as refused:
-                if refused.discard and b"expect" not in headers:
+                if refused.status == 413 and b"expect" not in headers:
                     await _discard(receive)
                 await answer.whole(refused.status, problem(str(refused), trace), refused.headers)
         except Gone:
@@ -133,44 +124,35 @@ class Gate:
                 await answer.whole(500, problem("internal error", trace))
             answer.status = 500
         finally:
-            self.has_come(trace)
+            self.mark_arrived(trace)
             seconds = time.monotonic() - trace.started
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(path, str(answer.status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            line = {
-                "event": "request",
-                "id": trace.id,
-                "method": scope["method"] if scope["method"] in _METHODS else "other",
-                "path": path,
-                "status": answer.status,
-                "ms": round(1000 * seconds, 2),
-                **trace.fields,
-            }
-            logger.info("request", extra={"fields": line})
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            line = {"event": "request", "id": trace.id, "method": method, "path": path, "status": answer.status}
+            logger.info("request", extra={"fields": line | {"ms": round(1000 * seconds, 2)} | trace.fields})
 
-    def has_come(self, trace: Trace) -> None:
+    def mark_arrived(self, trace: Trace) -> None:
         """The request stands in the queue now, or never will."""
-        if trace.on_the_way:
-            trace.on_the_way = False
-            self.engine.expect(-1)
+        if trace.announced:
+            trace.announced = False
+            self.engine.announce(-1)
 
     def _check(self, scope: Any, headers: dict[bytes, list[bytes]]) -> None:
-        """Refused unless host, token and content type are in order."""
+        """Raise ``Refused`` unless host, token and content type are in order."""
         if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
-            raise Refused(400, "expected HTTP/1.0 or HTTP/1.1", {"connection": "close"})
+            raise Refused(400, "expected HTTP/1.0 or HTTP/1.1", _CLOSE)
         lines = sum(len(name) + sum(map(len, values)) for name, values in headers.items())
         if lines + len(scope.get("raw_path", b"")) + len(scope["query_string"]) > MAX_HEAD:
-            raise Refused(
-                431, f"expected a request line and headers of at most {MAX_HEAD} bytes", {"connection": "close"}
-            )
+            raise Refused(431, f"expected a request line and headers of at most {MAX_HEAD} bytes", _CLOSE)
         if self.hosts is not None and b"host" in headers:
             host = headers[b"host"][0].decode("latin-1").lower()
             name = host[1 : host.find("]")] if host.startswith("[") else host.rpartition(":")[0] or host
             if len(headers[b"host"]) > 1 or name not in self.hosts:
                 raise Refused(421, "this server does not answer for that host")
         if b"content-length" in headers and b"transfer-encoding" in headers:
-            raise Refused(400, "expected Content-Length or Transfer-Encoding, got both", {"connection": "close"})
+            raise Refused(400, "expected Content-Length or Transfer-Encoding, got both", _CLOSE)
         wanted = self.token
         if scope["path"] == _ADMIN and scope["method"] == "POST":
             wanted = self.admin_token
@@ -187,33 +169,30 @@ class Gate:
                 raise Refused(415, "content-type: expected application/json")
 
     async def _body(self, headers: dict[bytes, list[bytes]], receive: Any) -> bytes:
-        """The whole body; Refused when it is too long or too slow, Gone when the client is."""
+        """The whole body; raises ``Refused`` when it is too long or too slow, ``Gone`` when the client is gone."""
         limit = self.settings.max_body_bytes
-        too_long = Refused(413, f"body: expected at most {limit} bytes", {"connection": "close"}, discard=True)
+        too_long = Refused(413, f"body: expected at most {limit} bytes", _CLOSE)
         declared = headers.get(b"content-length", [b"0"])[0]
         if not declared.isdigit() or len(declared) > 18:
-            raise Refused(400, "content-length: expected a number", {"connection": "close"})
+            raise Refused(400, "content-length: expected a number", _CLOSE)
         if int(declared) > limit:
             raise too_long
-        chunks: list[bytes] = []
-        length = 0
+        body = bytearray()
         deadline = time.monotonic() + self.settings.body_timeout_s
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0.001))
             except asyncio.TimeoutError:
-                raise Refused(408, "the body took too long to arrive", {"connection": "close"}) from None
+                raise Refused(408, "the body took too long to arrive", _CLOSE) from None
             if message["type"] == "http.disconnect":
                 raise Gone
-            chunk = message.get("body", b"")
-            length += len(chunk)
-            if length > limit:
+            body += message.get("body", b"")
+            if len(body) > limit:
                 raise too_long
-            chunks.append(chunk)
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return bytes(body)
 
-    async def _answered(self, scope: Any, body: bytes, receive: Any, answer: _Answer) -> None:
+    async def _run(self, scope: Any, body: bytes, receive: Any, answer: _Answer) -> None:
         """Run the application; it is cancelled when the client leaves, so that nothing is computed for nobody."""
         given = False
 
@@ -224,7 +203,7 @@ class Gate:
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        work = asyncio.ensure_future(self.app(scope, replay, answer))
+        work = asyncio.ensure_future(self.fastapi(scope, replay, answer))
         leaving = asyncio.ensure_future(_left(receive))
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -235,9 +214,6 @@ class Gate:
             for task in (work, leaving):
                 task.cancel()
             await asyncio.wait({work, leaving})
-
-
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class _Answer:
@@ -251,7 +227,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.begun, self.status = True, message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.trace.id.encode())]
-            headers += [(name.encode(), value.encode()) for name, value in SECURITY.items()]
+            headers += [(name.encode(), value.encode()) for name, value in _SECURITY.items()]
             if self.closing():  # so that no client sends its next request into a connection that is about to close
                 headers = [pair for pair in headers if pair[0].lower() != b"connection"] + [(b"connection", b"close")]
             message = {**message, "headers": headers}
@@ -259,18 +235,13 @@ class _Answer:
 
     async def whole(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         pairs = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
-        await self(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [(k.encode(), v.encode()) for k, v in pairs.items()],
-            }
-        )
+        encoded = [(name.encode(), value.encode()) for name, value in pairs.items()]
+        await self({"type": "http.response.start", "status": status, "headers": encoded})
         await self({"type": "http.response.body", "body": body})
 
 
 def _bears(given: list[bytes], wanted: bytes) -> bool:
-    """Whether the one Authorization header holds the token; the time it takes does not depend on how much of it is right."""
+    """Whether the one Authorization header holds the token, in a time that does not depend on how much is right."""
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     same = hmac.compare_digest(token_digest(token.strip()), wanted)
     return same and scheme.lower() == b"bearer"
@@ -282,7 +253,7 @@ async def _left(receive: Any) -> None:
 
 
 async def _discard(receive: Any) -> None:
-    """Read what is left of a body, within bounds: closing at once would reset the connection before the answer is read."""
+    """Read what is left of a body, within bounds: a close at once would reset the connection before the answer."""
     length = 0
     with contextlib.suppress(asyncio.TimeoutError):
         end = time.monotonic() + 2

@@ -1,4 +1,4 @@
-"""What comes in and what goes out. Requests are built from the settings, so that OpenAPI states the limits that hold."""
+"""What comes in and what goes out. Requests are built from the settings, so that OpenAPI states the limits in force."""
 
 from typing import Annotated, Any, Literal
 

@@ -18,7 +18,7 @@ import uvicorn
 from flr.recommend import Recommender
 
 from .app import create_app
-from .middleware import MAX_HEAD, Gate
+from .middleware import MAX_HEAD, Middleware
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
@@ -43,9 +43,9 @@ class JsonLines(logging.Formatter):
 class Server(uvicorn.Server):
     """uvicorn's, with a drain before it stops listening, an exit status of 0 after it, and SIGHUP."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, settings: Settings, address: str) -> None:
+    def __init__(self, config: uvicorn.Config, app: Middleware, settings: Settings, address: str) -> None:
         super().__init__(config)
-        self.gate, self.settings, self.address = gate, settings, address
+        self.app, self.settings, self.address = app, settings, address
         self._reloads: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -57,13 +57,13 @@ class Server(uvicorn.Server):
         logger.info("listening", extra={"fields": {"event": "listening", "url": self.address}})
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """First SIGTERM: drain, then stop. Ctrl-C, or a second signal: stop listening at once; a third Ctrl-C: leave."""
-        if sig == signal.SIGTERM and not self.gate.draining and self.loop is not None:
-            self.gate.draining = True
+        """First SIGTERM: drain, then stop. Ctrl-C or a second signal: stop listening at once; a third Ctrl-C: leave."""
+        if sig == signal.SIGTERM and not self.app.draining and self.loop is not None:
+            self.app.draining = True
             logger.info("draining", extra={"fields": {"event": "draining", "seconds": self.settings.drain_delay_s}})
             self.loop.call_soon_threadsafe(self.loop.call_later, self.settings.drain_delay_s, self._stop)
             return
-        self.gate.draining = True
+        self.app.draining = True
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
 
     async def _reload(self) -> None:
         try:
-            await self.gate.engine.reload()
+            await self.app.engine.reload()
         except RuntimeError as error:
             logger.warning("not reloaded", extra={"fields": {"event": "reload", "error": str(error)}})
         except Exception:  # logged where it happened; the old model serves on
@@ -127,9 +127,9 @@ def run(settings: Settings) -> int:
         if token is None and not settings.loopback:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
-        gate = create_app(load(settings), settings, lambda: load(settings))
+        app = create_app(load(settings), settings, lambda: load(settings))
         config = uvicorn.Config(
-            gate,
+            app,
             http="h11",  # strict about what it takes for HTTP
             ws="none",
             lifespan="on",
@@ -141,7 +141,7 @@ def run(settings: Settings) -> int:
             timeout_graceful_shutdown=settings.drain_timeout_s,
             h11_max_incomplete_event_size=MAX_HEAD,
         )
-        server = Server(config, gate, settings, address)
+        server = Server(config, app, settings, address)
         server.run(sockets=[bound])
     logger.info("stopped", extra={"fields": {"event": "stopped"}})
     return 0 if server.started else 1

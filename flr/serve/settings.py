@@ -57,12 +57,14 @@ class Settings:
     )
     admin_token_file: str | None = _option(
         None,
-        f"File with the bearer token for POST /v1/reload. Or set {ADMIN_TOKEN_VARIABLE}. Without one only SIGHUP reloads.",
+        f"File with the bearer token for POST /v1/reload. Or set {ADMIN_TOKEN_VARIABLE}. "
+        "Without one only SIGHUP reloads.",
     )
     allowed_hosts: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
-            "help": "Host names that requests may be addressed to. Default: this machine's own when bound to it alone, else any."
+            "help": "Host names that requests may be addressed to. "
+            "Default: this machine's own when bound to it alone, else any."
         },
     )
     drain_delay_s: float = _option(1.0, "After SIGTERM: how long /ready says 503 before connections are refused.")
@@ -104,14 +106,16 @@ class Settings:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Host names that a request may be addressed to, None for any. A page of another site can make a browser send requests
-        to 127.0.0.1, but under that site's name."""
+        """Host names that a request may be addressed to, None for any.
+
+        A page of another site can make a browser send requests to 127.0.0.1, but under that site's name.
+        """
         if self.allowed_hosts:
             return frozenset(host.lower() for host in self.allowed_hosts)
         return frozenset(_LOOPBACK) if self.loopback else None
 
     def tokens(self, environment: Mapping[str, str] = os.environ) -> tuple[bytes | None, bytes | None]:
-        """Digests of the token and of the admin token; None where there is none. ValueError for a short or doubled one."""
+        """Digests of the token and the admin token, None where there is none; ValueError for a short or doubled one."""
         return (
             _digest("token_file", self.token_file, TOKEN_VARIABLE, environment),
             _digest("admin_token_file", self.admin_token_file, ADMIN_TOKEN_VARIABLE, environment),
@@ -127,9 +131,8 @@ def _digest(name: str, path: str | None, variable: str, environment: Mapping[str
     elif not given:
         return None
     if len(given) < _SHORTEST_TOKEN or not given.isascii() or not given.isprintable() or " " in given:
-        raise ValueError(
-            f"{name}: expected a token of at least {_SHORTEST_TOKEN} printable ASCII characters without spaces, got {len(given)}"
-        )
+        characters = f"{_SHORTEST_TOKEN} printable ASCII characters without spaces"
+        raise ValueError(f"{name}: expected a token of at least {characters}, got {len(given)}")
     return token_digest(given.encode())
 
 
