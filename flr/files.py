@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it takes the place of `path` only when the block ends without error."""
+    """Yield a temporary name beside ``path``; it takes the place of ``path`` only when the block ends without error."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
@@ -37,7 +37,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that is renamed to `path` when the block ends without error.
+    """Yield a temporary folder beside ``path`` that is renamed to ``path`` when the block ends without error.
 
     An older folder of that name is moved aside first and deleted last, so that no moment has a half-written one.
     """
@@ -67,7 +67,7 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, atomically."""
+    """Write ``value`` as indented UTF-8 JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -86,7 +86,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
 
 
 def write_parquet(path: PathLike, table: pa.Table) -> None:
-    """Write `table` as one Parquet file, atomically."""
+    """Write ``table`` as one Parquet file, atomically."""
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 

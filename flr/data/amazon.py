@@ -53,22 +53,22 @@ def prepare_amazon(
 ) -> RecDataset:
     """Build a data set from raw Amazon reviews, streamed line by line.
 
-    Parameters
-    ----------
-    reviews, metadata : files of one category, .json, .jsonl or gzipped; without metadata an item's id stands in for its title
-    output : folder to save the data set in, None for none
-    release : "2018" (reviewerID, asin, unixReviewTime), "2023" (user_id, parent_asin, timestamp in ms) or "auto"
-    split : "time" (8:1:1 by time) or "leave_one_out"; **leave-one-out leaks the future**: its training data contains events
-        later than other users' test events (see :func:`flr.data.splits.split_log`)
-    max_history : items of a history
-    min_interactions : k of the k-core filter over users and items
-    since, until : keep reviews of since <= time < until; ISO dates (UTC) or seconds since 1970
-    max_bad_share : malformed lines allowed, 0..1, of each file
-    name : of the data set, the reviews file's name by default
+    Args:
+        reviews, metadata: files of one category, .json, .jsonl or gzipped; without metadata an item's id stands in for
+            its title.
+        output: folder to save the data set in, None for none.
+        release: "2018" (reviewerID, asin, unixReviewTime), "2023" (user_id, parent_asin, timestamp in ms) or "auto".
+        split: "time" (8:1:1 by time) or "leave_one_out"; **leave-one-out leaks the future**: its training data contains
+            events later than other users' test events (see :func:`flr.data.splits.split_log`).
+        max_history: items of a history.
+        min_interactions: k of the k-core filter over users and items.
+        since, until: keep reviews of since <= time < until; ISO dates (UTC) or seconds since 1970.
+        max_bad_share: malformed lines allowed, 0..1, of each file.
+        name: of the data set, the reviews file's name by default.
 
-    Returns
-    -------
-    RecDataset whose report counts lines read, kept, malformed and left out. Repeated (user, item, time) events count once.
+    Returns:
+        RecDataset whose report counts lines read, kept, malformed and left out. Repeated (user, item, time) events
+        count once.
     """
     file = Path(reviews)
     report = ReadReport(source=str(file))
@@ -151,7 +151,7 @@ def _titles(file: Path, item_field: str, wanted: set[str], max_bad_share: float,
 
 
 def _records(file: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every good line; `report` counts all lines and notes the others."""
+    """(line number, object) of every good line; ``report`` counts all lines and notes the others."""
     if not file.is_file():
         raise ValueError(f"path: expected a file at {file}, found none")
     number = 0

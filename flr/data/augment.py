@@ -34,28 +34,28 @@ class Neighbours(NamedTuple):
 class Augment:
     """What may be changed in a training row; everything is off by default. Applied in the order listed here.
 
-    Attributes
-    ----------
-    prefix : probability that a row is cut at a random place: the item there becomes the target, those before it the history
-    suffix : probability that only a random number of the latest items is kept
-    drop_item : probability that an item of the history is left out (where all would be, the last one stays)
-    shuffle : probability that a history is shuffled locally
-    shuffle_window : how far: items that are this many places apart or more keep their order
-    single : probability that one item of the history is all that is kept, drawn with weight decay^age
-    neighbour : probability that the target is replaced: by a neighbour, drawn by weight, of an item of the prompt, which is drawn with
-        weight decay^age. Soft targets, one sample at a time, for any codec. Rows of CATALOGUE_USER are always replaced.
-    decay : of the two above, 0..1
-    neighbours : needed by `neighbour`
+    Attributes:
+        prefix: probability that a row is cut at a random place: the item there becomes the target, those before it the
+            history.
+        suffix: probability that only a random number of the latest items is kept.
+        drop_item: probability that an item of the history is left out (where all would be, the last one stays).
+        shuffle: probability that a history is shuffled locally.
+        shuffle_window: how far: items that are this many places apart or more keep their order.
+        single: probability that one item of the history is all that is kept, drawn with weight decay^age.
+        neighbour: probability that the target is replaced: by a neighbour, drawn by weight, of an item of the prompt,
+            which is drawn with weight decay^age. Soft targets, one sample at a time, for any codec. Rows of
+            CATALOGUE_USER are always replaced.
+        decay: of the two above, 0..1.
+        neighbours: needed by ``neighbour``.
 
     A history never becomes empty by this. Probabilities are in 0..1.
 
-    Examples
-    --------
-    >>> row = Interaction("ann", np.arange(6, dtype=np.int32), 9, row=3, epoch=0)
-    >>> histories, targets = Augment(drop_item=0.5)([row], seed=1)
-    >>> again, _ = Augment(drop_item=0.5)([row], seed=1)
-    >>> histories.values.tolist() == again.values.tolist(), targets.tolist()
-    (True, [9])
+    Example:
+        >>> row = Interaction("ann", np.arange(6, dtype=np.int32), 9, row=3, epoch=0)
+        >>> histories, targets = Augment(drop_item=0.5)([row], seed=1)
+        >>> again, _ = Augment(drop_item=0.5)([row], seed=1)
+        >>> histories.values.tolist() == again.values.tolist(), targets.tolist()
+        (True, [9])
     """
 
     prefix: float = 0.0
@@ -85,7 +85,7 @@ class Augment:
         return max(chances) > 0 or self.neighbours is not None
 
     def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
-        """Changed histories and targets (int32 [B]) of `rows`."""
+        """Changed histories and targets (int32 [B]) of ``rows``."""
         return self.with_sources(rows, seed)[:2]
 
     def with_sources(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray, np.ndarray]:

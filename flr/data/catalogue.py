@@ -25,24 +25,22 @@ _SUGGESTION_POOL = 5000  # difflib is quadratic in the titles' length, so it see
 class Catalogue:
     """Items of a recommendation problem, in a fixed order.
 
-    Parameters
-    ----------
-    item_ids : external ids, one an item, strings, all different, none empty
-    titles : one an item; titles may repeat and may be empty
-    sids : semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None
-    attributes : one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or str
+    Args:
+        item_ids: external ids, one an item, strings, all different, none empty.
+        titles: one an item; titles may repeat and may be empty.
+        sids: semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None.
+        attributes: one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or
+            str.
 
-    Raises
-    ------
-    ValueError : lengths that differ, ids that repeat, or text that is not valid Unicode
+    Raises:
+        ValueError: lengths that differ, ids that repeat, or text that is not valid Unicode.
 
-    Examples
-    --------
-    >>> catalogue = Catalogue(["a1", "a2", "a3"], ["Kind of Blue", "Blue Train", "Blue Train"])
-    >>> len(catalogue), catalogue.index("a2")
-    (3, 1)
-    >>> catalogue.find("a1"), catalogue.find("Blue Train"), catalogue.find("kind of blue")
-    ([0], [1, 2], [0])
+    Example:
+        >>> catalogue = Catalogue(["a1", "a2", "a3"], ["Kind of Blue", "Blue Train", "Blue Train"])
+        >>> len(catalogue), catalogue.index("a2")
+        (3, 1)
+        >>> catalogue.find("a1"), catalogue.find("Blue Train"), catalogue.find("kind of blue")
+        ([0], [1, 2], [0])
     """
 
     def __init__(
@@ -111,7 +109,7 @@ class Catalogue:
         return position
 
     def find(self, text: str) -> list[int]:
-        """Indices of the items that `text` names: by id, else by exact title, else by title ignoring case and spaces.
+        """Indices of the items that ``text`` names: by id, else by exact title, else by title ignoring case and spaces.
 
         Several items can share a title, so the answer may hold several indices (in catalogue order).
         ValueError with the nearest titles where nothing matches.

@@ -35,25 +35,22 @@ _CHUNK = 16384  # titles a tokenizer call
 class ItemCodec:
     """Token sequences of every item of a catalogue, as CSR.
 
-    Attributes
-    ----------
-    name : "title", "sid" or "id"
-    tokens : int32 [total], token ids
-    offsets : int64 [C + 1]; item i is ``tokens[offsets[i]:offsets[i + 1]]``, terminator included
+    Attributes:
+        name: "title", "sid" or "id".
+        tokens: int32 [total], token ids.
+        offsets: int64 [C + 1]; item i is ``tokens[offsets[i]:offsets[i + 1]]``, terminator included.
 
-    Raises
-    ------
-    ValueError : two items with the same sequence, a sequence that begins another, or an empty one
+    Raises:
+        ValueError: two items with the same sequence, a sequence that begins another, or an empty one.
 
-    Examples
-    --------
-    >>> codec = ItemCodec("sid", np.array([7, 8, 7, 9], np.int32), np.array([0, 2, 4]))
-    >>> codec.encode(1), codec.decode([7, 8])
-    ([7, 9], 0)
-    >>> ItemCodec("sid", np.array([7, 7, 9], np.int32), np.array([0, 1, 3]))
-    Traceback (most recent call last):
-    ...
-    ValueError: sequences: expected no item's tokens to begin another's, but item 0 [7] begins item 1 [7, 9]
+    Example:
+        >>> codec = ItemCodec("sid", np.array([7, 8, 7, 9], np.int32), np.array([0, 2, 4]))
+        >>> codec.encode(1), codec.decode([7, 8])
+        ([7, 9], 0)
+        >>> ItemCodec("sid", np.array([7, 7, 9], np.int32), np.array([0, 1, 3]))
+        Traceback (most recent call last):
+        ...
+        ValueError: sequences: expected no item's tokens to begin another's, but item 0 [7] begins item 1 [7, 9]
     """
 
     name: CodecName
@@ -83,13 +80,13 @@ class ItemCodec:
         return np.diff(self.offsets)
 
     def encode(self, item: int) -> list[int]:
-        """Token ids of item index `item`."""
+        """Token ids of item index ``item``."""
         if not 0 <= item < len(self):
             raise ValueError(f"item: expected an index in 0..{len(self) - 1}, got {item}")
         return self.tokens[self.offsets[item] : self.offsets[item + 1]].tolist()
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """Item index of a complete sequence; ValueError where `tokens` is no item's."""
+        """Item index of a complete sequence; ValueError where ``tokens`` is no item's."""
         if not self._index:
             self._index.update((key, item) for item, key in enumerate(_keys(CSR(self.tokens, self.offsets))))
         array = np.asarray(tokens)
@@ -100,20 +97,19 @@ class ItemCodec:
 
 
 def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_tokens: int | None = None) -> ItemCodec:
-    """Token sequences of `catalogue` in the form `name` ("title", "sid" or "id").
+    """Token sequences of ``catalogue`` in the form ``name`` ("title", "sid" or "id").
 
-    Adds the tokens it needs to `tokenizer` (a fast Hugging Face tokenizer) in at most one call a kind; calling again with the
-    same or the saved tokenizer adds nothing and gives the same codec. `max_title_tokens` (title only) cuts long titles;
+    Adds the tokens it needs to ``tokenizer`` (a fast Hugging Face tokenizer) in at most one call a kind; calling again with the
+    same or the saved tokenizer adds nothing and gives the same codec. ``max_title_tokens`` (title only) cuts long titles;
     titles that become equal by the cut are told apart like equal titles.
 
-    Examples
-    --------
-    >>> from flr.data import Catalogue, build_tokenizer
-    >>> catalogue = Catalogue(["x", "y"], ["Blue", "Blue"])
-    >>> tokenizer = build_tokenizer(catalogue, "title", vocab_size=300)
-    >>> codec = build_codec("title", catalogue, tokenizer)
-    >>> tokenizer.decode(codec.encode(1))
-    'Blue<|same_1|><|item_end|>'
+    Example:
+        >>> from flr.data import Catalogue, build_tokenizer
+        >>> catalogue = Catalogue(["x", "y"], ["Blue", "Blue"])
+        >>> tokenizer = build_tokenizer(catalogue, "title", vocab_size=300)
+        >>> codec = build_codec("title", catalogue, tokenizer)
+        >>> tokenizer.decode(codec.encode(1))
+        'Blue<|same_1|><|item_end|>'
     """
     if len(catalogue) == 0:
         raise ValueError("catalogue: expected at least one item, got none")
@@ -154,7 +150,7 @@ def sid_tokens(catalogue: Catalogue) -> list[str]:
 
 
 def token_ids(tokenizer: Any, names: Sequence[str], special: bool) -> np.ndarray:
-    """Ids of the tokens `names`, int32 [len(names)]; the missing ones are added, in that order, in one call."""
+    """Ids of the tokens ``names``, int32 [len(names)]; the missing ones are added, in that order, in one call."""
     vocabulary = tokenizer.get_vocab()
     missing = [name for name in names if name not in vocabulary]
     if missing:
@@ -168,7 +164,7 @@ def token_ids(tokenizer: Any, names: Sequence[str], special: bool) -> np.ndarray
 
 
 def find_prefix(sequences: CSR) -> tuple[int, int] | None:
-    """A pair (i, j) of rows where row i is equal to the beginning of row j, or None where `sequences` is prefix-free.
+    """A pair (i, j) of rows where row i is equal to the beginning of row j, or None where ``sequences`` is prefix-free.
 
     Sorted, a row that begins another also begins its next neighbour, so one sort and C comparisons are enough
     (10^6 rows take a few seconds). An empty row begins every other one.
@@ -214,7 +210,7 @@ def _disambiguate(sequences: CSR, tokenizer: Any) -> CSR:
 
 
 def _append(sequences: CSR, tokens: np.ndarray | int, where: np.ndarray | None = None) -> CSR:
-    """One more token at the end of the rows that `where` (bool [rows], default all) marks."""
+    """One more token at the end of the rows that ``where`` (bool [rows], default all) marks."""
     rows = len(sequences.offsets) - 1
     mask = np.ones(rows, bool) if where is None else where
     places = sequences.offsets[1:][mask]

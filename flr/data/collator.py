@@ -23,23 +23,22 @@ class SFTCollator:
 
     A row is [padding | prompt | thoughts | target | padding]; prompts end and targets begin in the same column of every row.
 
-    Parameters
-    ----------
-    processor : makes the prompts
-    augment : what to change in histories, nothing by default; use none for validation
-    seed : of the augmentation. A row's random numbers depend on (seed, epoch, row) alone, which :class:`InteractionDataset`
-        writes into its rows; they do not depend on the batch, the worker or the step, so a resumed run sees the same batches.
+    Args:
+        processor: makes the prompts.
+        augment: what to change in histories, nothing by default; use none for validation.
+        seed: of the augmentation. A row's random numbers depend on (seed, epoch, row) alone, which
+            :class:`InteractionDataset` writes into its rows; they do not depend on the batch, the worker or the step,
+            so a resumed run sees the same batches.
 
-    Examples
-    --------
-    >>> from flr.data import Catalogue, build_tokenizer
-    >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
-    >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
-    >>> batch = SFTCollator(processor)([Interaction("ann", np.array([0, 1]), 2), Interaction("bob", np.array([2]), 0)])
-    >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
-    ['<|pad|>', '<|bos|>', '<|item_2|>', '<|thought|>', '<|item_0|>']
-    >>> batch["labels"].tolist()
-    [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
+    Example:
+        >>> from flr.data import Catalogue, build_tokenizer
+        >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
+        >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+        >>> batch = SFTCollator(processor)([Interaction("ann", np.array([0, 1]), 2), Interaction("bob", np.array([2]), 0)])
+        >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
+        ['<|pad|>', '<|bos|>', '<|item_2|>', '<|thought|>', '<|item_0|>']
+        >>> batch["labels"].tolist()
+        [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
     """
 
     def __init__(self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0) -> None:
@@ -84,13 +83,12 @@ class InteractionDataset(Dataset[Interaction]):
 
     Rows carry their number and the epoch, from which :class:`SFTCollator` derives its random numbers. The epoch comes with
     the index where the index is a pair (epoch, row), as :class:`EpochSampler` gives; else it is the one last set by
-    `set_epoch` (a DataLoader's persistent workers do not see that, so prefer the sampler).
+    ``set_epoch`` (a DataLoader's persistent workers do not see that, so prefer the sampler).
 
-    Examples
-    --------
-    >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2]))
-    >>> rows[1].row, rows[1].epoch, rows[(3, 1)].epoch
-    (1, 0, 3)
+    Example:
+        >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2]))
+        >>> rows[1].row, rows[1].epoch, rows[(3, 1)].epoch
+        (1, 0, 3)
     """
 
     def __init__(self, interactions: Interactions) -> None:
@@ -112,15 +110,14 @@ class InteractionDataset(Dataset[Interaction]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Every row once an epoch, as pairs (epoch, row), in an order that depends on (seed, epoch) alone.
 
-    Return it from a Trainer's ``_get_train_sampler``: the Trainer calls `set_epoch` before every epoch and, when it resumes,
+    Return it from a Trainer's ``_get_train_sampler``: the Trainer calls ``set_epoch`` before every epoch and, when it resumes,
     skips the batches already seen, so a killed run goes on with the batches that it would have had.
 
-    Examples
-    --------
-    >>> sampler = EpochSampler(3, seed=0)
-    >>> sampler.set_epoch(2)
-    >>> sorted(sampler)
-    [(2, 0), (2, 1), (2, 2)]
+    Example:
+        >>> sampler = EpochSampler(3, seed=0)
+        >>> sampler.set_epoch(2)
+        >>> sorted(sampler)
+        [(2, 0), (2, 1), (2, 2)]
     """
 
     def __init__(self, size: int, seed: int = 0, shuffle: bool = True) -> None:
@@ -154,17 +151,15 @@ def expand_prefixes(
     a history that ends with the new row's history: rows of a log are sliding windows over one sequence, so without that
     every event would come back once a window. New rows carry the timestamp of their source (theirs is not known and is not later).
 
-    Parameters
-    ----------
-    interactions : the rows
-    min_history : items that a new history has at least, >= 1
-    max_history : items that a new history keeps at most (the latest ones), None for all
+    Args:
+        interactions: the rows.
+        min_history: items that a new history has at least, >= 1.
+        max_history: items that a new history keeps at most (the latest ones), None for all.
 
-    Examples
-    --------
-    >>> rows = expand_prefixes(Interactions(["ann", "ann"], [[1, 2, 3], [2, 3, 4]], [4, 5]))
-    >>> [(row.history.tolist(), row.target) for row in rows]
-    [([1, 2, 3], 4), ([2, 3, 4], 5), ([1], 2), ([1, 2], 3)]
+    Example:
+        >>> rows = expand_prefixes(Interactions(["ann", "ann"], [[1, 2, 3], [2, 3, 4]], [4, 5]))
+        >>> [(row.history.tolist(), row.target) for row in rows]
+        [([1, 2, 3], 4), ([2, 3, 4], 5), ([1], 2), ([1, 2], 3)]
     """
     if min_history < 1:
         raise ValueError(f"min_history: expected at least 1, got {min_history}")
@@ -203,7 +198,7 @@ def _ends_another(
     """Whether a row ``values[start:end]`` is the ending of another row of its group (bool [rows]).
 
     Read backwards and sorted, a row that another one ends with begins its next neighbour. Of equal rows all but one count;
-    that one is marked in `last` if any is.
+    that one is marked in ``last`` if any is.
     """
     if len(starts) == 0:
         return np.zeros(0, bool)

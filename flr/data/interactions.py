@@ -22,9 +22,9 @@ _VERSION = 1
 
 
 class Interaction(NamedTuple):
-    """One prediction: after `history` (oldest first) the user chose `target`.
+    """One prediction: after ``history`` (oldest first) the user chose ``target``.
 
-    `row` and `epoch` say which draw of a data set this is; augmentation derives its random numbers from them
+    ``row`` and ``epoch`` say which draw of a data set this is; augmentation derives its random numbers from them
     (see :class:`flr.data.SFTCollator`). Row -1: not from a data set.
     """
 
@@ -67,11 +67,11 @@ class CSR(NamedTuple):
         return np.diff(self.offsets)
 
     def row(self, index: int) -> np.ndarray:
-        """Row `index`, a view."""
+        """Row ``index``, a view."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def take(self, indices: np.ndarray) -> CSR:
-        """The rows at `indices` (int64 [n]), in that order."""
+        """The rows at ``indices`` (int64 [n]), in that order."""
         return self.slice(self.offsets[indices], self.offsets[np.asarray(indices) + 1])
 
     def slice(self, starts: np.ndarray, ends: np.ndarray) -> CSR:
@@ -86,22 +86,19 @@ class CSR(NamedTuple):
 class Interactions:
     """Rows of (user, history, target, timestamp), held as arrays.
 
-    Parameters
-    ----------
-    users : external user id of every row, strings (a user may have many rows)
-    histories : :class:`CSR` of item indices, oldest first, or any sequence of integer sequences
-    targets : int32 [rows], the item that follows the history
-    timestamps : int64 [rows], seconds since 1970 of the target, or None
+    Args:
+        users: external user id of every row, strings (a user may have many rows).
+        histories: :class:`CSR` of item indices, oldest first, or any sequence of integer sequences.
+        targets: int32 [rows], the item that follows the history.
+        timestamps: int64 [rows], seconds since 1970 of the target, or None.
 
-    Raises
-    ------
-    ValueError : lengths that differ, offsets that do not ascend, negative indices
+    Raises:
+        ValueError: lengths that differ, offsets that do not ascend, negative indices.
 
-    Examples
-    --------
-    >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
-    >>> len(rows), rows[0].history.tolist(), rows[1].target
-    (2, [4, 2], 2)
+    Example:
+        >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
+        >>> len(rows), rows[0].history.tolist(), rows[1].target
+        (2, [4, 2], 2)
     """
 
     def __init__(
@@ -171,7 +168,7 @@ class Interactions:
         return int(max(self.targets.max(initial=-1), self.histories.values.max(initial=-1)))
 
     def select(self, indices: Any) -> Interactions:
-        """The rows at `indices` (integers, or a bool mask of every row), in that order."""
+        """The rows at ``indices`` (integers, or a bool mask of every row), in that order."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
@@ -233,7 +230,7 @@ class Interactions:
 class RecDataset:
     """A catalogue with its training, validation and test rows.
 
-    `report` says what was read, what was refused and what to know about the split. ValueError where a row names an
+    ``report`` says what was read, what was refused and what to know about the split. ValueError where a row names an
     item past the catalogue.
     """
 
@@ -284,7 +281,7 @@ class RecDataset:
 
 
 def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:
-    """`values` as a one-dimensional array of `dtype`; ValueError where that would change a value."""
+    """``values`` as a one-dimensional array of ``dtype``; ValueError where that would change a value."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")

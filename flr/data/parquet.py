@@ -32,7 +32,7 @@ def read_parquet_log(
 ) -> RecDataset:
     """Read a log with columns user, item and, for ``split="time"``, timestamp (also user_id, item_id, time).
 
-    `path` is the log or a folder with interactions.parquet and, where there is one, items.parquet: columns item, title, sid (text or
+    ``path`` is the log or a folder with interactions.parquet and, where there is one, items.parquet: columns item, title, sid (text or
     a list of codes), others (numbers, bools, text) become attributes of the catalogue. Ids may be text or integers. Timestamps
     are numbers in any unit, or Parquet timestamps (kept as seconds). A row with a null or a NaN is malformed; its line is the row's
     number from 1. ``split="leave_one_out"`` **leaks the future**: its training data contains events later than other users' test

@@ -4,8 +4,8 @@ Catalogue: every item belongs to one interest and, in it, to a series: "Amber Ch
 Chess". An interest's items form a ring: each volume is followed by the next, a series' last volume by the next series' first.
 
 Users have a few interests with a weight each, and a place in the ring of each. An event first chooses the interest: with
-probability `stay` that of the user's last event; else the one that has waited longest with probability `rotation`, else by
-weight. Then it chooses the item: with probability `follow` the one
+probability ``stay`` that of the user's last event; else the one that has waited longest with probability ``rotation``, else by
+weight. Then it chooses the item: with probability ``follow`` the one
 after the user's last item *of that interest*, else any item of the interest, low places in the ring more often.
 
 So histories interleave several chains. The last item alone says little: to predict, a model has to see when each interest was last
@@ -62,36 +62,34 @@ def planted_dataset(
 ) -> RecDataset:
     """Generate a data set with planted interests (see the module's text for how).
 
-    Parameters
-    ----------
-    num_items : at least num_interests * 2
-    num_users : at least 10
-    num_interests : of the catalogue
-    interests_per_user : interests that a user mixes, at most num_interests
-    follow : probability that an event continues its interest's chain, 0..1
-    rotation : probability that an event that does not stay serves the interest that has waited longest, 0..1
-    stay : probability that an event stays with the interest of the user's last event, 0..1; higher values make bursts, so that the
-        other interests' last items lie further back
-    series_length : volumes a series
-    min_events, max_events : events a user, uniform, both included; at least 2
-    max_history : items of a history
-    split : "user" (all rows of a user in one part, 8:1:1) or "time" (rows 8:1:1 by time)
-    seed : equal arguments give an equal data set on every machine; a user's events do not depend on num_users
+    Args:
+        num_items: at least num_interests * 2.
+        num_users: at least 10.
+        num_interests: of the catalogue.
+        interests_per_user: interests that a user mixes, at most num_interests.
+        follow: probability that an event continues its interest's chain, 0..1.
+        rotation: probability that an event that does not stay serves the interest that has waited longest, 0..1.
+        stay: probability that an event stays with the interest of the user's last event, 0..1; higher values make
+            bursts, so that the other interests' last items lie further back.
+        series_length: volumes a series.
+        min_events, max_events: events a user, uniform, both included; at least 2.
+        max_history: items of a history.
+        split: "user" (all rows of a user in one part, 8:1:1) or "time" (rows 8:1:1 by time).
+        seed: equal arguments give an equal data set on every machine; a user's events do not depend on num_users.
 
-    Returns
-    -------
-    RecDataset. ``catalogue.attributes`` (int64 [C] each): "interest" 0..num_interests - 1, "series", "volume" (from 1) and
-    "successor" (index of the item that follows in the interest's ring). ``catalogue.sids``: three codes, of which the first goes
-    with the interest for about four series in five, the second numbers the series and the third is the volume.
+    Returns:
+        RecDataset. ``catalogue.attributes`` (int64 [C] each): "interest" 0..num_interests - 1, "series", "volume" (from
+        1) and "successor" (index of the item that follows in the interest's ring). ``catalogue.sids``: three codes, of
+        which the first goes with the interest for about four series in five, the second numbers the series and the
+        third is the volume.
 
-    Examples
-    --------
-    >>> dataset = planted_dataset(num_items=40, num_users=100, seed=1)
-    >>> dataset
-    RecDataset('planted': 40 items; 682 train, 78 valid, 93 test rows)
-    >>> item = dataset.catalogue.find("Brave Jazz 1")[0]
-    >>> dataset.catalogue.titles[dataset.catalogue.attributes["successor"][item]]
-    'Brave Jazz 2'
+    Example:
+        >>> dataset = planted_dataset(num_items=40, num_users=100, seed=1)
+        >>> dataset
+        RecDataset('planted': 40 items; 682 train, 78 valid, 93 test rows)
+        >>> item = dataset.catalogue.find("Brave Jazz 1")[0]
+        >>> dataset.catalogue.titles[dataset.catalogue.attributes["successor"][item]]
+        'Brave Jazz 2'
     """
     for name, value, low in (
         ("num_interests", num_interests, 1),
@@ -249,7 +247,7 @@ def _times(users: np.ndarray, step: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _bounds(catalogue: Catalogue, rows: Interactions) -> list[str]:
-    """What can be predicted: of `rows`, targets that follow the last item of their interest, and of those the history's last."""
+    """What can be predicted: of ``rows``, targets that follow the last item of their interest, and of those the history's last."""
     if len(rows) == 0:
         return []
     interest, successor = catalogue.attributes["interest"], catalogue.attributes["successor"]

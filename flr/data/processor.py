@@ -35,16 +35,14 @@ _TEXT_PROMPT = (
 class PromptTemplate:
     """Text around a history.
 
-    Attributes
-    ----------
-    text : holds the placeholder ``{history}`` exactly once; every other character is taken as it is
-    separator : text between two items (an item's tokens already end or have a fixed number, so none is needed)
-    bos : begin with the tokenizer's bos token (its eos token where it has no bos)
+    Attributes:
+        text: holds the placeholder ``{history}`` exactly once; every other character is taken as it is.
+        separator: text between two items (an item's tokens already end or have a fixed number, so none is needed).
+        bos: begin with the tokenizer's bos token (its eos token where it has no bos).
 
-    Examples
-    --------
-    >>> PromptTemplate("Listened to: {history}.").parts
-    ('Listened to: ', '.')
+    Example:
+        >>> PromptTemplate("Listened to: {history}.").parts
+        ('Listened to: ', '.')
     """
 
     text: str = _HISTORY
@@ -71,10 +69,9 @@ class PromptTemplate:
 class HistoryViews:
     """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.views`).
 
-    Attributes
-    ----------
-    weight : of the one-item views together, 0..1; the whole prompt has the rest
-    decay : weight of an item relative to the next later one, in (0, 1]
+    Attributes:
+        weight: of the one-item views together, 0..1; the whole prompt has the rest.
+        decay: weight of an item relative to the next later one, in (0, 1].
     """
 
     weight: float = 0.5
@@ -98,42 +95,38 @@ class Segment:
 class RecProcessor:
     """Turns histories into model inputs.
 
-    Parameters
-    ----------
-    tokenizer : a fast Hugging Face tokenizer; the tokens that codec and thought need are added to it
-    catalogue : the items
-    codec : "title", "sid" or "id" (see :mod:`flr.data.codecs`)
-    template : prompt text; None takes :meth:`PromptTemplate.default` of the codec
-    max_history : items kept, the latest ones; at least 1
-    num_thoughts : thought tokens at the prompt's end; 0 for a model without a thought
-    thought_token : added to the tokenizer as a special token if it is missing and num_thoughts > 0
-    max_prompt_tokens : upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
-        It must leave room for the template and the longest item.
-    max_title_tokens : codec "title" only, cuts long titles
-    views : how evaluation and recommendation weigh several views of a history; None for the whole prompt alone
-    scoring : "full" or "catalogue", what the model's probabilities are normalised over unless the caller says otherwise
-        (see :mod:`flr.decode`); training sets it to its own normalisation
+    Args:
+        tokenizer: a fast Hugging Face tokenizer; the tokens that codec and thought need are added to it.
+        catalogue: the items.
+        codec: "title", "sid" or "id" (see :mod:`flr.data.codecs`).
+        template: prompt text; None takes :meth:`PromptTemplate.default` of the codec.
+        max_history: items kept, the latest ones; at least 1.
+        num_thoughts: thought tokens at the prompt's end; 0 for a model without a thought.
+        thought_token: added to the tokenizer as a special token if it is missing and num_thoughts > 0.
+        max_prompt_tokens: upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
+            It must leave room for the template and the longest item.
+        max_title_tokens: codec "title" only, cuts long titles.
+        views: how evaluation and recommendation weigh several views of a history; None for the whole prompt alone.
+        scoring: "full" or "catalogue", what the model's probabilities are normalised over unless the caller says
+            otherwise (see :mod:`flr.decode`); training sets it to its own normalisation.
 
-    Attributes
-    ----------
-    item_codec : the :class:`ItemCodec` (`codec` is its name)
-    thought_token_id : None where num_thoughts is 0
-    pad_token_id : the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does)
+    Attributes:
+        item_codec: the :class:`ItemCodec` (``codec`` is its name).
+        thought_token_id: None where num_thoughts is 0.
+        pad_token_id: the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does).
 
-    Raises
-    ------
-    ValueError : an unknown codec, sizes out of range, template text that the tokenizer cannot express
+    Raises:
+        ValueError: an unknown codec, sizes out of range, template text that the tokenizer cannot express.
 
-    Examples
-    --------
-    >>> from flr.data import build_tokenizer
-    >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
-    >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
-    >>> batch = processor([[0, 2], [1]])
-    >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
-    ['<|pad|>', '<|bos|>', '<|item_1|>', '<|thought|>']
-    >>> batch["item_positions"].tolist()
-    [[-1, 0, 1, -1], [-1, -1, 0, -1]]
+    Example:
+        >>> from flr.data import build_tokenizer
+        >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
+        >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+        >>> batch = processor([[0, 2], [1]])
+        >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
+        ['<|pad|>', '<|bos|>', '<|item_1|>', '<|thought|>']
+        >>> batch["item_positions"].tolist()
+        [[-1, 0, 1, -1], [-1, -1, 0, -1]]
     """
 
     def __init__(
@@ -206,16 +199,16 @@ class RecProcessor:
     def __call__(self, histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> dict[str, torch.Tensor]:
         """Prompts of a batch, left-padded to the longest one.
 
-        `histories` holds item indices, oldest first; a history may be empty (the prompt is then the template and the thought)
-        and of any length (the last `max_history` items count).
+        ``histories`` holds item indices, oldest first; a history may be empty (the prompt is then the template and the thought)
+        and of any length (the last ``max_history`` items count).
 
-        Returns
-        -------
-        input_ids : int64 [B, L], the last num_thoughts columns hold the thought token
-        attention_mask : int64 [B, L], 0 on padding
-        position_ids : int64 [B, L], counted from a row's first token, 0 on padding
-        reasoner_mask : bool [B, L], tokens of history items (all False for an empty history)
-        item_positions : int64 [B, L], which entry of the given history (0 = first given) a token belongs to, else -1
+        Returns:
+            input_ids: int64 [B, L], the last num_thoughts columns hold the thought token.
+            attention_mask: int64 [B, L], 0 on padding.
+            position_ids: int64 [B, L], counted from a row's first token, 0 on padding.
+            reasoner_mask: bool [B, L], tokens of history items (all False for an empty history).
+            item_positions: int64 [B, L], which entry of the given history (0 = first given) a token belongs to, else
+                -1.
 
         ValueError on an empty batch or an index out of the catalogue.
         """
@@ -269,7 +262,7 @@ class RecProcessor:
         return Segment(CSR(tokens, offsets), entries)
 
     def _bound(self, histories: CSR, max_prompt_tokens: int) -> CSR:
-        """Leave out the earliest items of the histories whose prompts would be longer than `max_prompt_tokens`."""
+        """Leave out the earliest items of the histories whose prompts would be longer than ``max_prompt_tokens``."""
         room = max_prompt_tokens - len(self._prefix) - len(self._suffix) - self.num_thoughts + len(self._separator)
         cumulative = np.zeros(len(histories.values) + 1, np.int64)
         offsets = self.item_codec.offsets
@@ -289,7 +282,7 @@ class RecProcessor:
         return tokens
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder `path`.
+        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder ``path``.
 
         The last file goes first and comes last, so that a save that was cut short is no processor rather than a mixed one.
         """
@@ -356,7 +349,7 @@ class RecProcessor:
 
 
 def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, np.ndarray]:
-    """input_ids, attention_mask, item_positions, int64 [B, L + extra] each: prompts end at column L, `extra` stays padding."""
+    """input_ids, attention_mask, item_positions, int64 [B, L + extra] each: prompts end at column L, ``extra`` stays padding."""
     lengths = prompts.tokens.lengths
     batch, width = len(lengths), int(lengths.max())
     rows = np.repeat(np.arange(batch), lengths)
@@ -373,7 +366,7 @@ def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, n
 
 
 def finish_batch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Tensors of `arrays` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
+    """Tensors of ``arrays`` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
     mask = arrays["attention_mask"]
     arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
     arrays["reasoner_mask"] = arrays["item_positions"] >= 0

@@ -27,7 +27,7 @@ _CODE = re.compile(r"<[^<>]+>")
 
 
 def is_published(folder: Path) -> bool:
-    """Whether `folder` holds this form."""
+    """Whether ``folder`` holds this form."""
     return (folder / "items.txt").is_file() and (folder / "test.csv").is_file()
 
 
@@ -35,7 +35,7 @@ def read_published(path: PathLike, *, max_bad_share: float = 0.01, name: str | N
     """Read a folder in the published CSV form.
 
     Malformed rows (wrong number of cells, no list literal, an id that items.txt lacks, an empty or too long cell) are
-    counted and shown in the report; past `max_bad_share` of all rows they are a ValueError.
+    counted and shown in the report; past ``max_bad_share`` of all rows they are a ValueError.
     """
     folder = Path(path)
     report = ReadReport(source=str(folder))

@@ -25,31 +25,28 @@ _READERS: dict[str, Callable[..., RecDataset]] = {
 def load_dataset(path: PathLike, format: str = "auto", **options: Any) -> RecDataset:
     """Read a data set.
 
-    Parameters
-    ----------
-    path : a folder, or a file for "recbole" (.inter) and "parquet" (the log)
-    format : "auto" looks at what is there, or one of
+    Args:
+        path : a folder, or a file for "recbole" (.inter) and "parquet" (the log)
+        format : "auto" looks at what is there, or one of
 
-        - "prepared": what :meth:`RecDataset.save` wrote
-        - "csv": the published CSV form (:func:`flr.data.published.read_published`)
-        - "recbole": atomic files (:func:`flr.data.recbole.read_recbole`)
-        - "parquet": a log and its items (:func:`flr.data.parquet.read_parquet_log`)
+            - "prepared": what :meth:`RecDataset.save` wrote
+            - "csv": the published CSV form (:func:`flr.data.published.read_published`)
+            - "recbole": atomic files (:func:`flr.data.recbole.read_recbole`)
+            - "parquet": a log and its items (:func:`flr.data.parquet.read_parquet_log`)
 
-        Raw Amazon reviews need a filter and a metadata file: see :func:`flr.data.prepare_amazon`.
-    options : of that reader, e.g. ``max_bad_share``, ``split``, ``max_history``, ``min_interactions``
+            Raw Amazon reviews need a filter and a metadata file: see :func:`flr.data.prepare_amazon`.
+        options : of that reader, e.g. ``max_bad_share``, ``split``, ``max_history``, ``min_interactions``
 
-    Raises
-    ------
-    ValueError : nothing readable at `path`, an option that the form does not have, malformed data
+    Raises:
+        ValueError: nothing readable at ``path``, an option that the form does not have, malformed data.
 
-    Examples
-    --------
-    >>> import tempfile
-    >>> from flr.data import planted_dataset
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     planted_dataset(num_items=40, num_users=50).save(folder + "/toy")
-    ...     load_dataset(folder + "/toy").name
-    'planted'
+    Example:
+        >>> import tempfile
+        >>> from flr.data import planted_dataset
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     planted_dataset(num_items=40, num_users=50).save(folder + "/toy")
+        ...     load_dataset(folder + "/toy").name
+        'planted'
     """
     place = Path(path)
     if not place.exists():

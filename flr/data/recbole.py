@@ -30,12 +30,12 @@ def read_recbole(
     max_bad_share: float = 0.01,
     name: str | None = None,
 ) -> RecDataset:
-    """Read RecBole atomic files: `path` is an .inter file or a folder with exactly one.
+    """Read RecBole atomic files: ``path`` is an .inter file or a folder with exactly one.
 
-    The header names fields as ``user_id:token``. The item file's title is `title_field`, or the one field whose name ends in
+    The header names fields as ``user_id:token``. The item file's title is ``title_field``, or the one field whose name ends in
     "title" or "name". Timestamps are kept in the file's unit. ``split="time"`` cuts rows 8:1:1 by time;
     ``split="leave_one_out"`` **leaks the future**: its training data contains events later than other users' test events
-    (see :func:`flr.data.splits.split_log`). Malformed rows are counted and refused past `max_bad_share`, in either file.
+    (see :func:`flr.data.splits.split_log`). Malformed rows are counted and refused past ``max_bad_share``, in either file.
     """
     file = _inter_file(Path(path))
     report = ReadReport(source=str(file))
@@ -85,7 +85,7 @@ def _inter_file(path: Path) -> Path:
 
 
 def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tuple[int, list[str]]]]:
-    """Field name → column, and the rows with the right number of cells; `report` counts all rows and notes the others."""
+    """Field name → column, and the rows with the right number of cells; ``report`` counts all rows and notes the others."""
     lines = _lines(file)
     _, header = next(lines, (1, None))
     if header is None:

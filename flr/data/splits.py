@@ -38,7 +38,7 @@ class LogBuilder:
         self.times.append(time)
 
     def build(self, timed: bool = True) -> InteractionLog:
-        """The events so far; `timed` False where the source has no times."""
+        """The events so far; ``timed`` False where the source has no times."""
         return InteractionLog(
             list(self.users),
             list(self.items),
@@ -62,13 +62,13 @@ class InteractionLog:
         return len(self.users)
 
     def select(self, keep: np.ndarray) -> InteractionLog:
-        """The events that `keep` (mask or indices) names; users and items keep their numbers."""
+        """The events that ``keep`` (mask or indices) names; users and items keep their numbers."""
         times = None if self.times is None else self.times[keep]
         return InteractionLog(self.user_names, self.item_ids, self.users[keep], self.items[keep], times)
 
 
 def k_core(log: InteractionLog, minimum: int) -> InteractionLog:
-    """The largest part of `log` in which every user and every item has at least `minimum` events.
+    """The largest part of ``log`` in which every user and every item has at least ``minimum`` events.
 
     >>> log = InteractionLog(["a", "b"], ["x", "y"], np.array([0, 0, 1]), np.array([0, 0, 1]), None)
     >>> len(k_core(log, 2))
@@ -94,22 +94,22 @@ def split_log(
     describe: Callable[[list[str]], Catalogue],
     time_scale: float = 1.0,
 ) -> RecDataset:
-    """Rows of `log`: every event with an earlier one of its user is a target, the up to `max_history` before it its history.
+    """Rows of ``log``: every event with an earlier one of its user is a target, the up to ``max_history`` before it its history.
 
     ``split="time"``: all rows in order of their target's time, cut 8:1:1 where the time changes, so that no training target is
     as late as a test target. ``split="leave_one_out"``: a user's last event is for test, the one before for validation, the others for
     training (users with fewer than three events: training only). **Leave-one-out leaks the future**: training data contains
     events later than other users' test events, which a model in use would not have; the report says by how much.
 
-    Parameters
-    ----------
-    log : the events
-    split : "time" or "leave_one_out"
-    max_history : items of a history, at least 1
-    min_interactions : k of the k-core filter, applied before anything else; 1 for none
-    name, report : of the data set; `report` gets counts and notes
-    describe : gives the catalogue of a list of item ids (those that are left, in order of first appearance in the source)
-    time_scale : what one unit of the log's times is in the unit of `timestamps`
+    Args:
+        log: the events.
+        split: "time" or "leave_one_out".
+        max_history: items of a history, at least 1.
+        min_interactions: k of the k-core filter, applied before anything else; 1 for none.
+        name, report: of the data set; ``report`` gets counts and notes.
+        describe: gives the catalogue of a list of item ids (those that are left, in order of first appearance in the
+            source).
+        time_scale: what one unit of the log's times is in the unit of ``timestamps``.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
@@ -166,7 +166,7 @@ def split_log(
 
 
 def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every event its user's first event and the end of its user's events, int64 [n] each; `users` ascends.
+    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
 
     >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
     [[0, 0, 2], [2, 2, 3]]
@@ -201,7 +201,7 @@ def _without_duplicates(log: InteractionLog, report: ReadReport) -> InteractionL
 
 
 def time_cuts(times: np.ndarray, shares: Sequence[float]) -> list[int]:
-    """Places in ascending `times` nearest to the shares at which the time changes."""
+    """Places in ascending ``times`` nearest to the shares at which the time changes."""
     changes = np.concatenate([[0], np.flatnonzero(np.diff(times)) + 1, [len(times)]])
     return [int(changes[np.abs(changes - share * len(times)).argmin()]) for share in shares]
 

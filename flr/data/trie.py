@@ -1,10 +1,10 @@
 """The catalogue as a trie in compressed sparse rows.
 
 Nodes are numbered breadth first, children of a node next to each other and ordered by token; node 0 is the root. A node
-other than the root has exactly one edge into it, so the edge *is* the child: the children of node `n` are the nodes
-`children[n] .. children[n + 1] - 1`, `tokens[child]` labels the edge. Items are leaves, numbered depth first ("leaf
-positions"), so that the items below a node are the contiguous range `leaf_begin[n] .. leaf_end[n] - 1`: how many of
-them a request allows is a difference of two prefix sums (see `filters`).
+other than the root has exactly one edge into it, so the edge *is* the child: the children of node ``n`` are the nodes
+``children[n] .. children[n + 1] - 1``, ``tokens[child]`` labels the edge. Items are leaves, numbered depth first ("leaf
+positions"), so that the items below a node are the contiguous range ``leaf_begin[n] .. leaf_end[n] - 1``: how many of
+them a request allows is a difference of two prefix sums (see ``filters``).
 
     children    int32 [M + 1]   first child of a node; a leaf has none
     tokens      int32 [M]       token on the edge into the node, -1 for the root
@@ -46,9 +46,9 @@ class Codec(Protocol):
 class CatalogueTrie:
     """Trie over the token sequences of C items; see the module's text for the arrays.
 
-    Build it with `from_codec` or `from_sequences`. `depth` is the number of tokens of the longest item, level `d` holds
-    the nodes reached by `d` tokens. Host-side numbers per level (`level_start`, `max_fanout`, `num_internal`,
-    `num_leaves`) let a decoder choose sizes without asking the device.
+    Build it with ``from_codec`` or ``from_sequences``. ``depth`` is the number of tokens of the longest item, level ``d`` holds
+    the nodes reached by ``d`` tokens. Host-side numbers per level (``level_start``, ``max_fanout``, ``num_internal``,
+    ``num_leaves``) let a decoder choose sizes without asking the device.
 
     >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
     >>> trie.num_items, trie.num_nodes, trie.num_edges, trie.depth
@@ -97,12 +97,12 @@ class CatalogueTrie:
 
     @classmethod
     def from_codec(cls, codec: Codec) -> CatalogueTrie:
-        """Trie of a codec: anything with `tokens` int [total] and `offsets` int [C + 1]."""
+        """Trie of a codec: anything with ``tokens`` int [total] and ``offsets`` int [C + 1]."""
         return cls.from_sequences(codec.tokens, codec.offsets)
 
     @classmethod
     def from_sequences(cls, tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> CatalogueTrie:
-        """Trie of the sequences `tokens[offsets[i]:offsets[i + 1]]`, item i = 0..C-1.
+        """Trie of the sequences ``tokens[offsets[i]:offsets[i + 1]]``, item i = 0..C-1.
 
         Sorts level by level (one stable sort of the items that have tokens left), vectorised: 10^6 items of 4 tokens take
         about a second. The result is on the CPU.
@@ -211,11 +211,11 @@ class CatalogueTrie:
         less than a second, and a merge with the old order took as long. On this trie's device.
 
         Args:
-            tokens, offsets: sequences of the new items, as for `from_sequences`; they get the indices behind the old ones.
+            tokens, offsets: sequences of the new items, as for ``from_sequences``; they get the indices behind the old ones.
             remove: indices of items to take out; those behind them move up.
 
         Raises:
-            ValueError: as `from_sequences`, an index out of range, or nothing left.
+            ValueError: as ``from_sequences``, an index out of range, or nothing left.
 
         >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
         >>> trie.updated([4, 9], [0, 2], remove=[1]).sequences()                   # items (5, 7), (6,), (4, 9)
@@ -257,7 +257,7 @@ class CatalogueTrie:
 
     @property
     def leaf_of_item(self) -> torch.Tensor:
-        """int64 [C]: item index -> leaf position (the inverse of `items`), made at first use."""
+        """int64 [C]: item index -> leaf position (the inverse of ``items``), made at first use."""
         if self._leaf_of_item is None:
             with torch.inference_mode(False):  # it outlives the call, which may be an evaluation's
                 inverse = torch.empty(self.num_items, dtype=torch.int64, device=self.device)
@@ -297,7 +297,7 @@ class CatalogueTrie:
         return self._ways
 
     def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-        """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
+        """Node ``depth`` tokens above the leaf at position ``leaf``, int64 of one shape; nothing synchronises.
 
         depth in 0 .. length of the leaf's item.
         """
@@ -310,7 +310,7 @@ class CatalogueTrie:
         return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
 
     def join(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-        """Depth, int64, of the deepest node that has both leaf positions `first` <= `last` below it; `above` is the depth of
+        """Depth, int64, of the deepest node that has both leaf positions ``first`` <= ``last`` below it; ``above`` is the depth of
         some node that does."""
         low, high = above, self.lengths[first.clamp_max(self.num_items - 1)].long()
         for _ in range(max(self.depth, 1).bit_length()):
@@ -328,7 +328,7 @@ class CatalogueTrie:
     # ---------------------------------------------------------------- walking, on the host
 
     def walk(self, tokens: Sequence[int]) -> int:
-        """Node reached from the root by `tokens`; ValueError where no item starts so. For callers outside the loop."""
+        """Node reached from the root by ``tokens``; ValueError where no item starts so. For callers outside the loop."""
         node = 0
         for token in tokens:
             begin, end = int(self.children[node]), int(self.children[node + 1])
@@ -339,7 +339,7 @@ class CatalogueTrie:
         return node
 
     def allowed_tokens(self, prefix: Sequence[int]) -> list[int]:
-        """Tokens that may follow `prefix`, ascending; empty for a complete item, ValueError for an impossible prefix."""
+        """Tokens that may follow ``prefix``, ascending; empty for a complete item, ValueError for an impossible prefix."""
         node = self.walk(prefix)
         return self.tokens[int(self.children[node]) : int(self.children[node + 1])].tolist()
 
@@ -352,7 +352,7 @@ class CatalogueTrie:
     # ---------------------------------------------------------------- moving and storing
 
     def to(self, device: torch.device | str) -> CatalogueTrie:
-        """The trie on `device`; itself when it is there already."""
+        """The trie on ``device``; itself when it is there already."""
         device = torch.device(device)
         if device == self.device or (device.index is None and device.type == self.device.type):
             return self
@@ -372,7 +372,7 @@ class CatalogueTrie:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CatalogueTrie:
-        """Read what `save` wrote (memory-mapped). ValueError if the file is something else or does not hang together."""
+        """Read what ``save`` wrote (memory-mapped). ValueError if the file is something else or does not hang together."""
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 found = (file.metadata() or {}).get("format")
