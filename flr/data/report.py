@@ -39,7 +39,7 @@ class ReadReport:
         >>> report.check(max_bad_share=0.001)
         Traceback (most recent call last):
         ...
-        ValueError: log.csv: 1 of 200 rows are malformed, more than max_bad_share 0.001 allows
+        ValueError: log.csv: expected malformed rows up to max_bad_share 0.001, got 1 of 200
           log.csv:12: expected 3 cells, got 2
     """
 
@@ -64,10 +64,8 @@ class ReadReport:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected 0..1, got {max_bad_share}")
         if self.rows_bad > max_bad_share * self.rows_read:
-            raise ValueError(
-                f"{self.source}: {self.rows_bad} of {self.rows_read} rows are malformed, "
-                f"more than max_bad_share {max_bad_share:g} allows{self._lines(self.examples)}"
-            )
+            got = f"{self.rows_bad} of {self.rows_read}{self._examples()}"
+            raise ValueError(f"{self.source}: expected malformed rows up to max_bad_share {max_bad_share:g}, got {got}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
@@ -75,14 +73,13 @@ class ReadReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`; unknown keys are ignored."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["examples"] = [BadRow(**example) for example in known.get("examples", [])]
         return cls(**known)
 
-    @staticmethod
-    def _lines(examples: list[BadRow]) -> str:
-        return "".join(f"\n  {bad.file}:{bad.line}: {bad.reason}" for bad in examples)
+    def _examples(self) -> str:
+        return "".join(f"\n  {bad.file}:{bad.line}: {bad.reason}" for bad in self.examples)
 
     def __str__(self) -> str:
         share = 100 * self.rows_bad / self.rows_read if self.rows_read else 0.0
@@ -90,4 +87,4 @@ class ReadReport:
             f"{self.source or 'data'}: {self.rows_read} rows read, {self.rows_kept} kept, "
             f"{self.rows_bad} malformed ({share:.2f} %); {self.users} users, {self.items} items"
         )
-        return head + self._lines(self.examples) + "".join(f"\n  note: {note}" for note in self.notes)
+        return head + self._examples() + "".join(f"\n  note: {note}" for note in self.notes)

@@ -10,14 +10,14 @@ from typing import Literal
 import numpy as np
 
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions, RecDataset
+from .interactions import CSR, PARTS, Interactions, RecDataset
 from .report import ReadReport
 
 Split = Literal["time", "leave_one_out"]
 SPLITS = ("time", "leave_one_out")
 LEAK_NOTE = (
-    "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events later "
-    "than other users' test events; use split='time' for figures that could be had in use"
+    "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events "
+    "later than other users' test events; use split='time' for figures that could be had in use"
 )
 
 
@@ -50,7 +50,7 @@ class LogBuilder:
 
 @dataclass
 class InteractionLog:
-    """n events: user and item numbers int64 [n], times float64 [n] or None (the order of the rows is then the order in time)."""
+    """n events: user and item numbers int64 [n], times float64 [n] or None (rows are then in the order of time)."""
 
     user_names: list[str]
     item_ids: list[str]
@@ -85,7 +85,6 @@ def k_core(log: InteractionLog, minimum: int) -> InteractionLog:
 
 def split_log(
     log: InteractionLog,
-    *,
     split: str,
     max_history: int,
     min_interactions: int,
@@ -94,12 +93,13 @@ def split_log(
     describe: Callable[[list[str]], Catalogue],
     time_scale: float = 1.0,
 ) -> RecDataset:
-    """Rows of ``log``: every event with an earlier one of its user is a target, the up to ``max_history`` before it its history.
+    """Rows of ``log``: every event with an earlier one of its user is a target, the latest before it are its history.
 
-    ``split="time"``: all rows in order of their target's time, cut 8:1:1 where the time changes, so that no training target is
-    as late as a test target. ``split="leave_one_out"``: a user's last event is for test, the one before for validation, the others for
-    training (users with fewer than three events: training only). **Leave-one-out leaks the future**: training data contains
-    events later than other users' test events, which a model in use would not have; the report says by how much.
+    ``split="time"``: all rows in order of their target's time, cut 8:1:1 where the time changes, so that no training
+    target is as late as a test target. ``split="leave_one_out"``: a user's last event is for test, the one before for
+    validation, the others for training (users with fewer than three events: training only). **Leave-one-out leaks the
+    future**: training data contains events later than other users' test events, which a model in use would not have;
+    the report says by how much.
 
     Args:
         log: the events.
@@ -113,21 +113,12 @@ def split_log(
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    if max_history < 1:
-        raise ValueError(f"max_history: expected at least 1, got {max_history}")
-    if min_interactions < 1:
-        raise ValueError(f"min_interactions: expected at least 1, got {min_interactions}")
+    for option, value in (("max_history", max_history), ("min_interactions", min_interactions)):
+        if value < 1:
+            raise ValueError(f"{option}: expected at least 1, got {value}")
     if split == "time" and log.times is None:
-        raise ValueError("split: 'time' needs a time for every event, got a log without; use split='leave_one_out'")
-    log = _without_duplicates(log, report)
-    read = len(log)
-    log = k_core(log, min_interactions)
-    if read > len(log):
-        report.notes.append(f"{read - len(log)} events left out by the {min_interactions}-core filter")
-    if len(log) == 0:
-        raise ValueError(
-            f"{report.source}: expected events after the {min_interactions}-core filter, got none of {read}"
-        )
+        raise ValueError("split: expected 'leave_one_out' for a log without times, got 'time'")
+    log = _filtered(log, min_interactions, report)
     used, items = np.unique(log.items, return_inverse=True)
     catalogue = describe([log.item_ids[code] for code in used.tolist()])
 
@@ -140,29 +131,38 @@ def split_log(
     rows = np.flatnonzero(np.arange(len(users)) > start)
 
     def interactions(chosen: np.ndarray) -> Interactions:
-        histories = CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
         names = [log.user_names[user] for user in users[chosen].tolist()]
+        histories = latest(items, start, chosen, max_history)
         return Interactions(names, histories, items[chosen], None if times is None else times[chosen])
 
     if split == "time":
         assert times is not None
         rows = rows[np.argsort(times[rows], kind="stable")]
-        cuts = time_cuts(times[rows], (0.8, 0.9))
-        parts = [interactions(part) for part in np.split(rows, cuts)]
+        parts = [interactions(part) for part in np.split(rows, time_cuts(times[rows], (0.8, 0.9)))]
     else:
         left = end[rows] - rows  # 1 for a user's last event
         enough = end[rows] - start[rows] >= 3
         masks = [~enough | (left > 2), enough & (left == 2), enough & (left == 1)]
         parts = [interactions(rows[mask]) for mask in masks]
         report.notes.append(LEAK_NOTE + _leak(parts[0], parts[2]))
-    for part_name, part in zip(("train", "valid", "test"), parts, strict=True):
+    for part_name, part in zip(PARTS, parts, strict=True):
         if len(part) == 0:
+            hint = "rows of one time stay together under 'time', and 'leave_one_out' needs users with three events"
             raise ValueError(
-                f"{report.source}: expected {part_name} rows from split={split!r}, got none of {len(rows)} ({num_users} users; "
-                "rows of one time stay together under 'time', and 'leave_one_out' needs users with three events)"
+                f"{report.source}: expected {part_name} rows from split={split!r}, got none of {len(rows)} "
+                f"({num_users} users; {hint})"
             )
     report.rows_kept, report.users, report.items = len(log), num_users, len(catalogue)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name, report)
+
+
+def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
+    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
+
+    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
+    [7, 8]
+    """
+    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
 
 
 def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,6 +183,18 @@ def titled_catalogue(item_ids: Sequence[str], titles: dict[str, str], report: Re
     if missing:
         report.notes.append(f"{missing} of {len(item_ids)} items have no title; their id stands in")
     return Catalogue(item_ids, [titles.get(item) or item for item in item_ids])
+
+
+def _filtered(log: InteractionLog, min_interactions: int, report: ReadReport) -> InteractionLog:
+    """The events of ``log`` without duplicates and in its k-core; ``report`` notes the others."""
+    log = _without_duplicates(log, report)
+    core = k_core(log, min_interactions)
+    if len(core) == 0:
+        wanted = f"events after the {min_interactions}-core filter"
+        raise ValueError(f"{report.source}: expected {wanted}, got none of {len(log)}")
+    if len(log) > len(core):
+        report.notes.append(f"{len(log) - len(core)} events left out by the {min_interactions}-core filter")
+    return core
 
 
 def _without_duplicates(log: InteractionLog, report: ReadReport) -> InteractionLog:

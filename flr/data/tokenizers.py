@@ -20,8 +20,9 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with pad, bos and eos for ``codec``, made from ``catalogue`` alone.
 
-    "id" and "sid" give a word-level tokenizer that holds exactly the items' or codes' tokens (it knows no other
-    text). "title" trains a byte-level BPE on the titles and on ``texts``; it encodes any text. Deterministic: the same catalogue gives the same tokenizer.
+    "id" and "sid" give a word-level tokenizer that holds exactly the items' or codes' tokens (it knows no other text).
+    "title" trains a byte-level BPE on the titles and on ``texts``; it encodes any text. The same catalogue gives the
+    same tokenizer.
 
     Args:
         catalogue: at least one item.
