@@ -1,4 +1,4 @@
-"""Atomic writes and checks shared by the modules of :mod:`flr.data`."""
+"""Files that are written whole or not at all, and JSON and Parquet read with checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it takes the place of `path` only when the block ends without error."""
+    """Yield a temporary name beside ``path``; it takes the place of ``path`` only when the block ends without error."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
@@ -27,9 +27,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp gives 0o600; a data file is shared like any other
+        _share(temporary, 0o666)
         os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,7 +35,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that is renamed to `path` when the block ends without error.
+    """Yield a temporary folder beside ``path`` that is renamed to ``path`` when the block ends without error.
 
     An older folder of that name is moved aside first and deleted last, so that no moment has a half-written one.
     """
@@ -46,9 +44,7 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
     if final.exists() and not final.is_dir():
         raise ValueError(f"path: expected a folder or a free name, got the file {final}")
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
+    _share(temporary, 0o777)
     aside: Path | None = None
     try:
         yield temporary
@@ -66,8 +62,15 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def _share(path: Path, mode: int) -> None:
+    """Give ``path`` the mode of any other new file: temporary ones are for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
+
+
 def write_json(path: PathLike, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, atomically."""
+    """Write ``value`` as indented UTF-8 JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -77,7 +80,7 @@ def read_json(path: PathLike) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"path: expected a JSON file at {path}, found none") from None
+        raise ValueError(f"path: expected a JSON file at {path}, got none") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
@@ -85,8 +88,19 @@ def read_json(path: PathLike) -> dict[str, Any]:
     return value
 
 
+def bounded_lines(stream: IO[AnyStr], limit: int) -> Iterator[tuple[int, AnyStr | None]]:
+    """(number from 1, line with its end) of every line of ``stream``; None for a line longer than ``limit``."""
+    number = 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        whole = len(line) <= limit
+        while line and not whole and line[-1:] not in ("\n", b"\n"):
+            line = stream.readline(limit + 1)
+        yield number, line if whole else None
+
+
 def write_parquet(path: PathLike, table: pa.Table) -> None:
-    """Write `table` as one Parquet file, atomically."""
+    """Write ``table`` as one Parquet file, atomically."""
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -94,7 +108,7 @@ def write_parquet(path: PathLike, table: pa.Table) -> None:
 def read_parquet(path: PathLike, columns: dict[str, Callable[[pa.DataType], bool]]) -> pa.Table:
     """Read a Parquet file and check that the named columns are there with a type that their test accepts."""
     if not Path(path).is_file():
-        raise ValueError(f"path: expected a Parquet file at {path}, found none")
+        raise ValueError(f"path: expected a Parquet file at {path}, got none")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -103,5 +117,5 @@ def read_parquet(path: PathLike, columns: dict[str, Callable[[pa.DataType], bool
         if name not in table.column_names:
             raise ValueError(f"{path}: expected a column {name!r}, got {table.column_names}")
         if not accepts(table.schema.field(name).type):
-            raise ValueError(f"{path}: column {name!r} has the unexpected type {table.schema.field(name).type}")
+            raise ValueError(f"{path}: column {name!r}: expected another type, got {table.schema.field(name).type}")
     return table

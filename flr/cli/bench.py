@@ -1,4 +1,4 @@
-"""``flr bench``: run the benchmark suite, render its results, compare two of them. Needs a checkout of the repository."""
+"""``flr bench``: run the benchmark suite, render its results, compare two of them; for a checkout of the repository."""
 
 from __future__ import annotations
 
@@ -41,17 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     baseline = commands.add_parser("baseline", help="the steady ratios of several runs, to compare later ones with")
     baseline.add_argument("output", type=Path, help="file to write")
     baseline.add_argument("results", type=Path, nargs="+", help="results files, three runs in all or more")
-    baseline.add_argument(
-        "--without",
-        nargs="+",
-        default=(),
-        metavar="VARIANT",
-        help="leave these out: variants of ours, that may become faster",
-    )
+    without = "leave these out: variants of ours, that may become faster"
+    baseline.add_argument("--without", nargs="+", default=(), metavar="VARIANT", help=without)
     compare = commands.add_parser("compare", help="ratios competitor / ours of two files; status 1 on a regression")
-    compare.add_argument(
-        "a", type=Path, metavar="A", help="results file, before, or a baseline: then B must have all of it"
-    )
+    before = "results file, before, or a baseline: then B must have all of it"
+    compare.add_argument("a", type=Path, metavar="A", help=before)
     compare.add_argument("b", type=Path, metavar="B", help="results file, after")
     compare.add_argument("--threshold", type=float, default=1.5, help="factor a ratio may fall by (default 1.5)")
     return parser
@@ -63,8 +57,7 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
         a, b = change["a"], change["b"]
         table.add_row(
             *change["key"],
-            f"{a['p50']:.3g} ({a['p20']:.3g} to {a['p80']:.3g})",
-            f"{b['p50']:.3g} ({b['p20']:.3g} to {b['p80']:.3g})",
+            *(f"{ratio['p50']:.3g} ({ratio['p20']:.3g} to {ratio['p80']:.3g})" for ratio in (a, b)),
             f"{change['change']:.2f}" + (" REGRESSION" if change["regression"] else ""),
             f"{a['ours_ms']:.3g} to {b['ours_ms']:.3g}",
         )
@@ -102,6 +95,5 @@ def main(argv: list[str]) -> int:
     for key in () if required else new:
         console.print(f"only in B: {' · '.join(key)}")
     console.print(f"{len(changes)} ratios, {len(regressions)} fell past a factor of {options.threshold:g}")
-    result = {"changes": changes, "regressions": regressions, "only_a": missing, "only_b": new}
-    emit(result, options.json)
+    emit({"changes": changes, "regressions": regressions, "only_a": missing, "only_b": new}, options.json)
     return 1 if regressions or (required and missing) else 0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from flr.files import write_json
 from flr.train import SFTConfig
 
 from .options import AugmentOptions, DataOptions, ModelOptions
-from .parsing import console, emit, parse
+from .parsing import console, emit, option, parse
 from .sft import train
 
 ABOUT = (
@@ -35,21 +35,21 @@ MODES = {
     "flr-plain": "K factors, regularisers off",
 }
 METRICS = ("hr@10", "ndcg@10")
+Parts = tuple[DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]
 
 
 @dataclass
 class CompareOptions:
     """What to compare."""
 
-    modes: str = field(default="none,anchor,latentr3,flr", metadata={"help": f"Some of {', '.join(MODES)}."})
-    seeds: int = field(default=3, metadata={"help": "Seeds a mode, 0 to N - 1."})
-    split: str = field(default="test", metadata={"help": "Split that is reported; models are chosen on valid."})
-    keep: bool = field(default=False, metadata={"help": "Keep the checkpoints of every run."})
+    modes: str = option("none,anchor,latentr3,flr", f"Some of {', '.join(MODES)}.")
+    seeds: int = option(3, "Seeds a mode, 0 to N - 1.")
+    split: str = option("test", "Split that is reported; models are chosen on valid.")
+    keep: bool = option(False, "Keep the checkpoints of every run.")
 
     def mode_list(self) -> list[str]:
         modes = [m.strip() for m in self.modes.split(",") if m.strip()]
-        odd = [m for m in modes if m not in MODES]
-        if odd or not modes:
+        if not modes or set(modes) - set(MODES):
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {self.modes!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
@@ -59,9 +59,8 @@ class CompareOptions:
 def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
     """The configuration of a mode: everything but the variant (and the regularisers) as given."""
     if mode == "flr-plain":
-        return dataclasses.replace(
-            config, variant="flr", orthogonality_weight=0.0, diversity_weight=0.0, sparsity_weight=0.0
-        )
+        off: Any = dict.fromkeys(("orthogonality_weight", "diversity_weight", "sparsity_weight"), 0.0)
+        return dataclasses.replace(config, variant="flr", **off)
     anchor = "token" if mode == "anchor" and config.anchor == "none" else config.anchor  # the control is its anchor
     return dataclasses.replace(config, variant=mode, anchor=anchor)
 
@@ -72,50 +71,41 @@ def _values(options: Any) -> dict[str, str]:
     return {f.name: str(getattr(options, f.name)) for f in dataclasses.fields(options) if f.name not in skipped}
 
 
+def run_row(mode: str, seed: int, result: EvalResult, started: float) -> dict[str, Any]:
+    """What the tables show of one run that began at ``started``."""
+    row = {"mode": mode, "seed": seed, "metrics": result.metrics["item"]}
+    row["intervals"] = {name: list(interval) for name, interval in result.intervals["item"].items()}
+    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+
+
 def run(
-    mode: str,
-    seed: int,
-    folder: Path,
-    data: DataOptions,
-    augment: AugmentOptions,
-    model_options: ModelOptions,
-    config: FLRConfig,
-    args: SFTConfig,
-    dataset: RecDataset,
-    split: str,
-    keep: bool,
+    options: CompareOptions, mode: str, seed: int, parts: Parts, dataset: RecDataset
 ) -> tuple[dict[str, Any], EvalResult]:
-    """Train and evaluate one mode with one seed; a finished run of the same settings is read from ``folder`` instead.
+    """Train and evaluate one mode with one seed; a finished run of the same settings is read from its folder instead.
 
     Raises:
         ValueError: the folder holds a run of other settings, which would be passed off as this one.
     """
-    result_folder = folder / split
+    data, augment, model_options, config, args = parts
+    folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
+    result_folder, config = folder / options.split, mode_config(mode, config)
     summary_file, settings_file = folder / "run.json", folder / "settings.json"
-    settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, mode_config(mode, config), args)}
+    settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}
     if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
-        raise ValueError(f"output_dir: {folder} holds a run of other settings; delete it or choose another output_dir")
+        wanted = "a folder without a run of other settings"
+        raise ValueError(f"output_dir: expected {wanted}, got {folder}; delete it or choose another output_dir")
     write_json(settings_file, settings)
     if (result_folder / "metrics.json").is_file() and summary_file.is_file():
         return json.loads(summary_file.read_text()), EvalResult.load(result_folder)
     started = time.perf_counter()
     run_args = dataclasses.replace(args, output_dir=str(folder), seed=seed, data_seed=seed)
-    model, processor, summary = train(data, augment, model_options, mode_config(mode, config), run_args, dataset)
-    result = evaluate(
-        model, processor, getattr(dataset, split), num_beams=args.eval_num_beams, output_dir=result_folder, name=mode
-    )
-    parameters = sum(p.numel() for p in model.parameters())
-    row = {
-        "mode": mode,
-        "seed": seed,
-        "metrics": result.metrics["item"],
-        "parameters": parameters,
-        "valid": summary["best_valid"],
-    }
-    row["intervals"] = {name: list(interval) for name, interval in result.intervals["item"].items()}
-    row["seconds"] = round(time.perf_counter() - started, 1)
+    model, processor, summary = train(data, augment, model_options, config, run_args, dataset)
+    rows, beams = getattr(dataset, options.split), args.eval_num_beams
+    result = evaluate(model, processor, rows, num_beams=beams, output_dir=result_folder, name=mode)
+    row = run_row(mode, seed, result, started)
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "valid": summary["best_valid"]}
     write_json(summary_file, row)
-    if not keep:
+    if not options.keep:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     return row, result
@@ -132,16 +122,12 @@ def compare(
     """All modes and seeds; rows, means, and differences to the control pooled over seeds."""
     dataset = data.load()
     console.print(dataset)
-    root = Path(str(args.output_dir))
     rows: list[dict[str, Any]] = []
     results: dict[str, list[EvalResult]] = {}
     for mode in options.mode_list():
         for seed in range(options.seeds):
             console.print(f"[bold]{mode}[/bold], seed {seed}: {MODES[mode]}")
-            folder = root / f"{mode}-{seed}"
-            row, result = run(
-                mode, seed, folder, data, augment, model_options, config, args, dataset, options.split, options.keep
-            )
+            row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset)
             rows.append(row)
             results.setdefault(mode, []).append(result)
     return {"split": options.split, "rows": rows, "differences": differences(results), "dataset": repr(dataset)}
@@ -165,12 +151,19 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
     return (d.mean, d.low, d.high)
 
 
+def mode_table(title: str, *columns: str) -> Table:
+    """A table of numbers with a row a mode."""
+    table = Table("mode", title=title)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
 def print_table(outcome: dict[str, Any]) -> None:
     """Means over seeds, the seeds' range, and the difference to the control."""
     seeds = len({r["seed"] for r in outcome["rows"]})
-    table = Table(title=f"{outcome['split']}, mean over {seeds} seed(s); difference to anchor with 95 % interval")
-    for name in ("mode", *METRICS, "seeds' ndcg@10", "Δ ndcg@10", "seconds"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
+    title = f"{outcome['split']}, mean over {seeds} seed(s); difference to anchor with 95 % interval"
+    table = mode_table(title, *METRICS, "seeds' ndcg@10", "Δ ndcg@10", "seconds")
     for mode in dict.fromkeys(r["mode"] for r in outcome["rows"]):
         rows = [r for r in outcome["rows"] if r["mode"] == mode]
         means = [f"{sum(r['metrics'][m] for r in rows) / len(rows):.4f}" for m in METRICS]

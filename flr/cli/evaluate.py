@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from flr.data import RecProcessor
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 
-from .options import DataOptions
-from .parsing import console, emit, parse
+from .options import DataOptions, load_trained
+from .parsing import console, emit, option, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
@@ -18,29 +17,23 @@ ABOUT = "Rank every target of a split over the whole catalogue; popularity and i
 class EvaluateOptions:
     """What to evaluate, and how."""
 
-    model: str = field(default="runs/sft", metadata={"help": "Folder that flr sft wrote."})
-    split: str = field(default="test", metadata={"help": "train, valid or test."})
-    output: str | None = field(default=None, metadata={"help": "Folder for metrics.json and per-user ranks.parquet."})
-    batch_size: int = field(default=64, metadata={"help": "Users at a time; no influence on results."})
-    num_beams: int = field(default=20, metadata={"help": "Beams, for codecs of several tokens an item."})
-    scoring: str = field(
-        default="auto", metadata={"help": "full, catalogue, or auto: what probabilities are normalised over."}
-    )
-    method: str = field(default="auto", metadata={"help": "auto, beam or exhaustive (every item scored)."})
-    exclude_seen: bool = field(default=False, metadata={"help": "Never recommend an item of the history."})
-    baselines: bool = field(default=True, metadata={"help": "Show popularity and item-kNN too."})
+    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    split: str = option("test", "train, valid or test.")
+    output: str | None = option(None, "Folder for metrics.json and per-user ranks.parquet.")
+    batch_size: int = option(64, "Users at a time; no influence on results.")
+    num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
+    scoring: str = option("auto", "full, catalogue, or auto: what probabilities are normalised over.")
+    method: str = option("auto", "auto, beam or exhaustive (every item scored).")
+    exclude_seen: bool = option(False, "Never recommend an item of the history.")
+    baselines: bool = option(True, "Show popularity and item-kNN too.")
 
 
 def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
-    from flr.model.checkpoint import from_pretrained
-
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
     dataset = data.load()
-    model, processor = from_pretrained(options.model), RecProcessor.from_pretrained(options.model)
-    if processor.catalogue.item_ids != dataset.catalogue.item_ids:
-        raise ValueError(f"data: expected the catalogue that {options.model} was trained on, got another one")
+    model, processor = load_trained(options.model, dataset)
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,
@@ -55,9 +48,8 @@ def main(argv: list[str]) -> int:
         views=data.views(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
-    scorers = (
-        [kind(dataset.train, len(dataset.catalogue)) for kind in (Popularity, ItemKNN)] if options.baselines else []
-    )
+    kinds = (Popularity, ItemKNN) if options.baselines else ()
+    scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     others = [evaluate_scorer(s, rows, dataset.catalogue, exclude_seen=options.exclude_seen) for s in scorers]
     for level in ("item", "title"):
         console.print(result.table(*others, level=level))

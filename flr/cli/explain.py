@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .parsing import console, emit, parse
+from .parsing import console, emit, option, parse
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
@@ -13,11 +13,11 @@ ABOUT = "Show which history items each factor attends to and what it contributed
 class ExplainOptions:
     """For which history, and where to."""
 
-    model: str = field(default="runs/sft", metadata={"help": "Folder that flr sft wrote."})
+    model: str = option("runs/sft", "Folder that flr sft wrote.")
     history: list[str] = field(default_factory=list, metadata={"help": "Item ids or titles, oldest first."})
-    k: int = field(default=5, metadata={"help": "Recommendations that are explained."})
-    png: str | None = field(default=None, metadata={"help": "Heat map to write."})
-    html: str | None = field(default=None, metadata={"help": "Self-contained page to write."})
+    k: int = option(5, "Recommendations that are explained.")
+    png: str | None = option(None, "Heat map to write.")
+    html: str | None = option(None, "Self-contained page to write.")
 
 
 def main(argv: list[str]) -> int:

@@ -1,9 +1,9 @@
-"""Options that commands share, and how they are read: flags over a YAML file over defaults."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +19,45 @@ from flr.data import (
     RecProcessor,
     build_tokenizer,
     load_dataset,
+    planted_dataset,
 )
 from flr.data import expand_prefixes as all_prefixes
+from flr.model.checkpoint import from_pretrained
 from flr.model.patch import patch_model
 from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
 from flr.train.features import INITS
 
+from .parsing import option
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+_SHAPE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "attention_dropout",
+    "initializer_range", "tie_word_embeddings",
+)  # fmt: skip
 
 
 @dataclass
 class DataOptions:
     """What to learn from."""
 
-    data: str = _option("planted", "Folder or file of interactions, or 'planted' for generated data.")
-    data_format: str = _option("auto", "auto, prepared, csv, recbole or parquet.")
-    codec: str = _option("id", "How an item is written: title, sid or id.")
-    template: str | None = _option(None, "Prompt text with the placeholder {history}. Default: by codec.")
-    max_history: int = _option(10, "Latest items of a history that enter the prompt.")
-    views_weight: float | None = _option(
-        None, "Weight of views of single items in the answer, 0..1 (see flr.views). Default: none, or as saved."
+    data: str = option("planted", "Folder or file of interactions, or 'planted' for generated data.")
+    data_format: str = option("auto", "auto, prepared, csv, recbole or parquet.")
+    codec: str = option("id", "How an item is written: title, sid or id.")
+    template: str | None = option(None, "Prompt text with the placeholder {history}. Default: by codec.")
+    max_history: int = option(10, "Latest items of a history that enter the prompt.")
+    views_weight: float | None = option(
+        None, "Weight of one-item views in the answer, 0..1 (see flr.decode.mixture). Default: none, or as saved."
     )
-    views_decay: float = _option(0.6, "Views: weight of an item relative to the next later one.")
-    max_title_tokens: int | None = _option(None, "Codec title: tokens kept of a title.")
-    vocab_size: int = _option(8192, "Codec title: size of the tokenizer trained from scratch.")
-    planted_items: int = _option(500, "Generated data: items.")
-    planted_users: int = _option(2000, "Generated data: users.")
+    views_decay: float = option(0.6, "Views: weight of an item relative to the next later one.")
+    max_title_tokens: int | None = option(None, "Codec title: tokens kept of a title.")
+    vocab_size: int = option(8192, "Codec title: size of the tokenizer trained from scratch.")
+    planted_items: int = option(500, "Generated data: items.")
+    planted_users: int = option(2000, "Generated data: users.")
 
     def views(self) -> HistoryViews | None:
         return None if self.views_weight is None else HistoryViews(self.views_weight, self.views_decay)
 
     def load(self) -> RecDataset:
         if self.data == "planted":
-            from flr.data import planted_dataset
-
             return planted_dataset(num_items=self.planted_items, num_users=self.planted_users)
         return load_dataset(self.data, self.data_format)
 
@@ -63,74 +66,68 @@ class DataOptions:
 class AugmentOptions:
     """How training histories are varied."""
 
-    expand_prefixes: bool = _option(False, "Train on every prefix of a history too.")
-    augment_prefix: float = _option(0.0, "Probability that a row is cut at a random place.")
-    augment_suffix: float = _option(0.0, "Probability that only a random number of the latest items is kept.")
-    augment_drop_item: float = _option(0.0, "Probability that an item of a history is left out.")
-    augment_shuffle: float = _option(0.0, "Probability that a history is shuffled locally.")
-    augment_single: float = _option(0.0, "Probability that a history is reduced to one of its items.")
-    augment_neighbour: float = _option(0.0, "Probability that the target is drawn from an item's neighbours instead.")
-    catalogue_rows: int = _option(0, "Rows added for every item of the catalogue: the item, then a drawn neighbour.")
-    neighbour_content: float = _option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
-    neighbour_temperature: float = _option(1.0, "Neighbours: below 1 sharpens.")
+    expand_prefixes: bool = option(False, "Train on every prefix of a history too.")
+    augment_prefix: float = option(0.0, "Probability that a row is cut at a random place.")
+    augment_suffix: float = option(0.0, "Probability that only a random number of the latest items is kept.")
+    augment_drop_item: float = option(0.0, "Probability that an item of a history is left out.")
+    augment_shuffle: float = option(0.0, "Probability that a history is shuffled locally.")
+    augment_single: float = option(0.0, "Probability that a history is reduced to one of its items.")
+    augment_neighbour: float = option(0.0, "Probability that the target is drawn from an item's neighbours instead.")
+    catalogue_rows: int = option(0, "Rows added for every item of the catalogue: the item, then a drawn neighbour.")
+    neighbour_content: float = option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
+    neighbour_temperature: float = option(1.0, "Neighbours: below 1 sharpens.")
 
     def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
         """Training rows, and how to vary them."""
-        names = {f.name for f in dataclasses.fields(Augment)}
-        given = {f.name[8:]: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.startswith("augment_")}
+        options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
+        chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
         rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
         table = None
         if self.augment_neighbour or self.catalogue_rows:
-            table = item_neighbours(
-                dataset.train,
-                dataset.catalogue,
-                content=self.neighbour_content,
-                temperature=self.neighbour_temperature,
-            )
+            content, temperature = self.neighbour_content, self.neighbour_temperature
+            table = item_neighbours(dataset.train, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
-        return rows, Augment(**{k: v for k, v in given.items() if k in names}, neighbours=table)
+        return rows, Augment(**chances, neighbours=table)
 
 
 @dataclass
 class ModelOptions:
     """The backbone: a pretrained causal LM, or a small one from scratch."""
 
-    model: str | None = _option(None, "Folder of a pretrained causal LM. Default: from scratch, by the options below.")
-    architecture: str = _option("llama", "From scratch: model type, e.g. llama, qwen2, gpt2.")
-    hidden_size: int = _option(128, "From scratch: D.")
-    intermediate_size: int = _option(256, "From scratch: size of the feed-forward layer.")
-    num_hidden_layers: int = _option(1, "From scratch: layers.")
-    num_attention_heads: int = _option(4, "From scratch: attention heads.")
-    attention_dropout: float = _option(0.0, "From scratch: dropout on attention weights.")
-    tie_word_embeddings: bool = _option(True, "From scratch: one table for input and output.")
-    initializer_range: float = _option(0.02, "From scratch: standard deviation of initial weights.")
-    embedding_scale: float | None = _option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
-    init_items: str = _option("random", f"From scratch: item embeddings, one of {', '.join(INITS)}.")
-    title_power: float = _option(0.5, "init_items title: weight of words that many titles share, see item_features.")
-    freeze_backbone: bool = _option(False, "Train the reasoner alone.")
+    model: str | None = option(None, "Folder of a pretrained causal LM. Default: from scratch, by the options below.")
+    architecture: str = option("llama", "From scratch: model type, e.g. llama, qwen2, gpt2.")
+    hidden_size: int = option(128, "From scratch: D.")
+    intermediate_size: int = option(256, "From scratch: size of the feed-forward layer.")
+    num_hidden_layers: int = option(1, "From scratch: layers.")
+    num_attention_heads: int = option(4, "From scratch: attention heads.")
+    attention_dropout: float = option(0.0, "From scratch: dropout on attention weights.")
+    tie_word_embeddings: bool = option(True, "From scratch: one table for input and output.")
+    initializer_range: float = option(0.02, "From scratch: standard deviation of initial weights.")
+    embedding_scale: float | None = option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
+    init_items: str = option("random", f"From scratch: item embeddings, one of {', '.join(INITS)}.")
+    title_power: float = option(0.5, "init_items title: weight of words that many titles share, see item_features.")
+    freeze_backbone: bool = option(False, "Train the reasoner alone.")
 
-    def build(
-        self, options: DataOptions, config: FLRConfig, dataset: RecDataset, seed: int
-    ) -> tuple[Any, RecProcessor]:
+    def build(self, data: DataOptions, config: FLRConfig, dataset: RecDataset, seed: int) -> tuple[Any, RecProcessor]:
         """A patched model and its processor."""
         if self.init_items not in INITS:
             raise ValueError(f"init_items: expected one of {', '.join(INITS)}, got {self.init_items!r}")
         torch.manual_seed(seed)
         tokenizer: Any
         if self.model is None:
-            tokenizer = build_tokenizer(dataset.catalogue, options.codec, vocab_size=options.vocab_size)
+            tokenizer = build_tokenizer(dataset.catalogue, data.codec, vocab_size=data.vocab_size)
         else:
             tokenizer = AutoTokenizer.from_pretrained(self.model)
         processor = RecProcessor(
             tokenizer,
             dataset.catalogue,
-            options.codec,
-            None if options.template is None else PromptTemplate(options.template),
-            options.max_history,
+            data.codec,
+            None if data.template is None else PromptTemplate(data.template),
+            data.max_history,
             config.thought_count,
             thought_token=config.thought_token,
-            max_title_tokens=options.max_title_tokens,
-            views=options.views(),
+            max_title_tokens=data.max_title_tokens,
+            views=data.views(),
         )
         model = self._scratch(tokenizer) if self.model is None else self._pretrained(tokenizer)
         if self.model is None and self.init_items == "title":
@@ -142,19 +139,9 @@ class ModelOptions:
         return model, processor
 
     def _scratch(self, tokenizer: Any) -> Any:
-        shape = {
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "intermediate_size": self.intermediate_size,
-            "attention_dropout": self.attention_dropout,
-            "initializer_range": self.initializer_range,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        shape = {name: getattr(self, name) for name in _SHAPE}
+        shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        shape["vocab_size"] = len(tokenizer)
         if self.architecture == "gpt2":
             shape |= {"n_inner": shape.pop("intermediate_size"), "attn_pdrop": shape.pop("attention_dropout")}
         elif self.architecture in ("llama", "qwen2", "qwen3", "mistral"):
@@ -167,3 +154,11 @@ class ModelOptions:
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
         return model
+
+
+def load_trained(folder: str, dataset: RecDataset) -> tuple[Any, RecProcessor]:
+    """Model and processor in ``folder``; ValueError where they were trained on another catalogue than the data's."""
+    model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
+    if processor.catalogue.item_ids != dataset.catalogue.item_ids:
+        raise ValueError(f"data: expected the catalogue that {folder} was trained on, got another one")
+    return model, processor

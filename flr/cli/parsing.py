@@ -20,6 +20,11 @@ from flr.config import FLRConfig
 console = Console(stderr=True)
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of an options class with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def _docstring_help(cls: type) -> dict[str, str]:
     """Help texts from a docstring's Attributes section: ``name: text`` and ``a, b: text``."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
@@ -43,7 +48,7 @@ def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) 
     parser = HfArgumentParser(classes, prog=f"flr {command}", description=about)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML file with values for the options below.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
-    documented = {k: v for cls in classes for k, v in _docstring_help(cls).items() if cls is FLRConfig}
+    documented = _docstring_help(FLRConfig) if FLRConfig in classes else {}
     for action in parser._actions:
         action.help = action.help or documented.get(action.dest)
     known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}

@@ -6,12 +6,11 @@ import dataclasses
 import logging
 import time
 import webbrowser
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from flr.config import FLRConfig
 from flr.data import RecDataset, RecProcessor
@@ -26,24 +25,32 @@ from flr.report.quickstart import quickstart_report
 from flr.train import LatentGRPOConfig, SFTConfig
 
 from . import rl
-from .compare import METRICS, MODES, CompareOptions, compare, print_table, seed_difference
+from .compare import METRICS, MODES, CompareOptions, compare, mode_table, print_table, run_row, seed_difference
 from .options import AugmentOptions, DataOptions, ModelOptions
-from .parsing import console, emit, parse
+from .parsing import console, emit, option, parse
 
 ABOUT = (
-    "Train five small models on generated data, reinforce one of them, compare, explain and report: about three minutes "
-    "on two CPU cores."
+    "Train five small models on generated data, reinforce one of them, compare, explain and report: about three "
+    "minutes on two CPU cores."
 )
+_TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+}
 
 
 @dataclass
 class QuickstartOptions:
     """How much of the tour."""
 
-    output_dir: str = field(default="quickstart", metadata={"help": "Folder for models, pictures and report.html."})
-    quick: bool = field(default=False, metadata={"help": "A tenth of the training: to see that everything runs."})
-    seeds: int = field(default=1, metadata={"help": "Seeds a mode."})
-    open: bool = field(default=False, metadata={"help": "Open the report in a browser at the end."})
+    output_dir: str = option("quickstart", "Folder for models, pictures and report.html.")
+    quick: bool = option(False, "A tenth of the training: to see that everything runs.")
+    seeds: int = option(1, "Seeds a mode.")
+    open: bool = option(False, "Open the report in a browser at the end.")
 
 
 def settings(options: QuickstartOptions) -> tuple[Any, ...]:
@@ -75,12 +82,7 @@ def settings(options: QuickstartOptions) -> tuple[Any, ...]:
         reasoner_learning_rate=3e-4,
         normalisation="catalogue",
         lr_scheduler_type="cosine",
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
+        **_TRAINING,
     )
     compared = CompareOptions(modes=",".join(MODES), seeds=options.seeds)
     return compared, data, AugmentOptions(), model, config, args
@@ -92,24 +94,13 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
     for seed in range(options.seeds):
         started = time.perf_counter()
         folder = root / f"flr + rl-{seed}"
-        args = LatentGRPOConfig(
-            output_dir=str(folder),
-            num_train_epochs=1 if options.quick else 2,
-            per_device_train_batch_size=64,
-            per_device_eval_batch_size=256,
-            seed=seed,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
+        epochs = 1 if options.quick else 2
+        args = LatentGRPOConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **_TRAINING)
         console.print(f"[bold]flr + rl[/bold], seed {seed}: latent GRPO on the model of mode flr")
         model, processor, _ = rl.train(rl.RLOptions(str(root / f"flr-{seed}")), data, args, dataset)
         result = evaluate(model, processor, dataset.test, output_dir=folder / "test", name="flr + rl")
         results.append(result)
-        row = {"mode": "flr + rl", "seed": seed, "metrics": result.metrics["item"]}
-        row["intervals"] = {name: list(interval) for name, interval in result.intervals["item"].items()}
-        outcome["rows"].append({**row, "seconds": round(time.perf_counter() - started, 1)})
+        outcome["rows"].append(run_row("flr + rl", seed, result, started))
     control = [EvalResult.load(root / f"anchor-{seed}" / outcome["split"]) for seed in range(options.seeds)]
     outcome["differences"]["flr + rl"] = {m: list(seed_difference(control, results, m)) for m in METRICS}
 
@@ -135,11 +126,9 @@ def main(argv: list[str]) -> int:
     print_table(outcome)
 
     nmi = {mode: recovery(runs, mode, dataset) for mode in ("flr", "flr-plain")}
-    table = Table(title="Factors against planted interests: normalised mutual information")
-    for name in ("mode", "NMI", "by chance"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    for mode, found in nmi.items():
-        table.add_row(MODES[mode], f"{found['nmi']:.3f}", f"{found['chance']:.3f}")
+    table = mode_table("Factors against planted interests: normalised mutual information", "NMI", "by chance")
+    for mode, agreement in nmi.items():
+        table.add_row(MODES[mode], f"{agreement['nmi']:.3f}", f"{agreement['chance']:.3f}")
     console.print(table)
 
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
@@ -158,10 +147,12 @@ def main(argv: list[str]) -> int:
         "flr sft --data <your folder> --codec id --anchor last --output_dir runs/mine",
         "flr evaluate --model runs/mine --data <your folder>",
     ]
+    parameters = causal_lm(recommender.model).num_parameters()
     report = {
         "title": "Factorized latent reasoning: quickstart",
-        "text": f"Five models of {causal_lm(recommender.model).num_parameters():,} parameters on generated data ({dataset!r}), the same budget for "
-        f"each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the interest of every item is known.",
+        "text": f"Five models of {parameters:,} parameters on generated data ({dataset!r}), the same budget for each, "
+        f"one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the "
+        "interest of every item is known.",
         "rows": outcome["rows"],
         "differences": outcome["differences"],
         "nmi": nmi,

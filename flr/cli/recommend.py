@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from .parsing import console, emit, parse
+from .parsing import console, emit, option, parse
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
@@ -16,14 +16,14 @@ ABOUT = "Recommend the next items for a history of item ids or titles, with each
 class RecommendOptions:
     """For whom, and how many."""
 
-    model: str = field(default="runs/sft", metadata={"help": "Folder that flr sft wrote."})
+    model: str = option("runs/sft", "Folder that flr sft wrote.")
     history: list[str] = field(
         default_factory=list, metadata={"help": "Item ids or titles, oldest first. None: one history a line on stdin."}
     )
-    k: int = field(default=10, metadata={"help": "Items to recommend."})
-    num_beams: int = field(default=20, metadata={"help": "Beams, for codecs of several tokens an item."})
-    exclude_seen: bool = field(default=False, metadata={"help": "Never recommend an item of the history."})
-    on_unknown: str = field(default="raise", metadata={"help": "raise or skip items that the catalogue lacks."})
+    k: int = option(10, "Items to recommend.")
+    num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
+    exclude_seen: bool = option(False, "Never recommend an item of the history.")
+    on_unknown: str = option("raise", "raise or skip items that the catalogue lacks.")
 
 
 def main(argv: list[str]) -> int:
@@ -34,20 +34,18 @@ def main(argv: list[str]) -> int:
     histories = [options.history]
     if not options.history:
         histories = [line.rstrip("\n").split("\t") for line in sys.stdin if line.strip()]
-    found = recommender.recommend(
+    recommended = recommender.recommend(
         histories,
         k=options.k,
         num_beams=options.num_beams,
         exclude_seen=options.exclude_seen,
         on_unknown=options.on_unknown,
     )
-    for history, items in zip(histories, found, strict=True):
-        table = Table(title=" → ".join(history[-3:]))
-        for name in ("item", "title", "log-probability", "factor shares"):
-            table.add_column(name)
+    for history, items in zip(histories, recommended, strict=True):
+        table = Table("item", "title", "log-probability", "factor shares", title=" → ".join(history[-3:]))
         for item in items:
             shares = " ".join(f"{share:.0%}" for share in item.factor_shares)
             table.add_row(item.item_id, item.title, f"{item.score:.3f}", shares)
         console.print(table)
-    emit({"recommendations": [[item.to_dict() for item in items] for items in found]}, rest.json)
+    emit({"recommendations": [[item.to_dict() for item in items] for items in recommended]}, rest.json)
     return 0

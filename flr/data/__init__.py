@@ -1,12 +1,12 @@
 """Data for sequential recommendation: catalogues, interaction logs, item codecs, prompts and training batches.
 
-    dataset = load_dataset("folder")                        # prepared folder, published CSV form, RecBole atomic, Parquet
+    dataset = load_dataset("folder")                        # prepared, published CSV form, RecBole atomic, Parquet
     tokenizer = build_tokenizer(dataset.catalogue, "id")    # or any fast Hugging Face tokenizer
     processor = RecProcessor(tokenizer, dataset.catalogue, codec="id")
     batch = SFTCollator(processor)([dataset.train[0], dataset.train[1]])
 
-An item is an index 0..C-1 into the :class:`Catalogue`; ids are strings. Errors are ValueErrors that name the argument, what
-was expected and what was given.
+An item is an index 0..C-1 into the :class:`Catalogue`; ids are strings. Errors are ValueErrors that name the argument,
+what was expected and what was given.
 """
 
 from .amazon import prepare_amazon

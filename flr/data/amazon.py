@@ -6,13 +6,14 @@ import datetime
 import gzip
 import html
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from flr.files import PathLike
+from flr.files import PathLike, bounded_lines
 
 from .catalogue import Catalogue
 from .interactions import RecDataset
@@ -53,50 +54,29 @@ def prepare_amazon(
 ) -> RecDataset:
     """Build a data set from raw Amazon reviews, streamed line by line.
 
-    Parameters
-    ----------
-    reviews, metadata : files of one category, .json, .jsonl or gzipped; without metadata an item's id stands in for its title
-    output : folder to save the data set in, None for none
-    release : "2018" (reviewerID, asin, unixReviewTime), "2023" (user_id, parent_asin, timestamp in ms) or "auto"
-    split : "time" (8:1:1 by time) or "leave_one_out"; **leave-one-out leaks the future**: its training data contains events
-        later than other users' test events (see :func:`flr.data.splits.split_log`)
-    max_history : items of a history
-    min_interactions : k of the k-core filter over users and items
-    since, until : keep reviews of since <= time < until; ISO dates (UTC) or seconds since 1970
-    max_bad_share : malformed lines allowed, 0..1, of each file
-    name : of the data set, the reviews file's name by default
+    Args:
+        reviews, metadata: files of one category, .json, .jsonl or gzipped; without metadata an item's id stands in for
+            its title.
+        output: folder to save the data set in, None for none.
+        release: "2018" (reviewerID, asin, unixReviewTime), "2023" (user_id, parent_asin, timestamp in ms) or "auto".
+        split: "time" (8:1:1 by time) or "leave_one_out"; **leave-one-out leaks the future**: its training data contains
+            events later than other users' test events (see :func:`flr.data.splits.split_log`).
+        max_history: items of a history.
+        min_interactions: k of the k-core filter over users and items.
+        since, until: keep reviews of since <= time < until; ISO dates (UTC) or seconds since 1970.
+        max_bad_share: malformed lines allowed, 0..1, of each file.
+        name: of the data set, the reviews file's name by default.
 
-    Returns
-    -------
-    RecDataset whose report counts lines read, kept, malformed and left out. Repeated (user, item, time) events count once.
+    Returns:
+        RecDataset whose report counts lines read, kept, malformed and left out. Repeated (user, item, time) events
+        count once.
     """
     file = Path(reviews)
     report = ReadReport(source=str(file))
-    begin, end = _seconds("since", since), _seconds("until", until)
+    begin, end = _seconds("since", since, -math.inf), _seconds("until", until, math.inf)
     if release != "auto" and release not in _RELEASES:
         raise ValueError(f"release: expected one of {['auto', *_RELEASES]}, got {release!r}")
-    fields = _RELEASES.get(release)
-    log = LogBuilder()
-    outside = 0
-    for line, record in _records(file, report):
-        if fields is None:
-            fields = next(
-                (known for known in _RELEASES.values() if known.user in record and known.item in record), None
-            )
-            if fields is None:
-                report.add_bad(
-                    file.name, line, f"expected the fields of a 2018 or 2023 review, got {sorted(record)[:8]}"
-                )
-                continue
-        user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
-        if not (_is_id(user) and _is_id(item)):
-            report.add_bad(file.name, line, f"expected text in {fields.user} and {fields.item}, got {user!r}, {item!r}")
-        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST / fields.scale:
-            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {time!r}")
-        elif (begin is not None and time * fields.scale < begin) or (end is not None and time * fields.scale >= end):
-            outside += 1
-        else:
-            log.add(cast(str, user), cast(str, item), time)
+    log, fields, outside = _reviews(file, _RELEASES.get(release), begin, end, report)
     report.check(max_bad_share)
     if fields is None:
         raise ValueError(f"{file}: expected reviews, got an empty file")
@@ -108,23 +88,39 @@ def prepare_amazon(
         titles = {} if metadata is None else _titles(Path(metadata), item_field, set(item_ids), max_bad_share, report)
         return titled_catalogue(item_ids, titles, report)
 
+    name = name or file.name.split(".")[0]
     dataset = split_log(
-        log.build(),
-        split=split,
-        max_history=max_history,
-        min_interactions=min_interactions,
-        name=name or file.name.split(".")[0],
-        report=report,
-        describe=describe,
-        time_scale=fields.scale,
+        log.build(), split, max_history, min_interactions, name, report, describe, time_scale=fields.scale
     )
     if output is not None:
         dataset.save(output)
     return dataset
 
 
+def _reviews(
+    file: Path, fields: _Release | None, begin: float, end: float, report: ReadReport
+) -> tuple[LogBuilder, _Release | None, int]:
+    """Events of begin <= time < end, the release (of the first good line where not given), number of other events."""
+    log, outside = LogBuilder(), 0
+    for line, record in _records(file, report):
+        fields = fields or next((r for r in _RELEASES.values() if r.user in record and r.item in record), None)
+        if fields is None:
+            report.add_bad(file.name, line, f"expected fields of a 2018 or 2023 review, got {sorted(record)[:8]}")
+            continue
+        user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
+        if not (_is_id(user) and _is_id(item)):
+            report.add_bad(file.name, line, f"expected text in {fields.user} and {fields.item}, got {user!r}, {item!r}")
+        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST / fields.scale:
+            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {time!r}")
+        elif begin <= time * fields.scale < end:
+            log.add(cast(str, user), cast(str, item), time)
+        else:
+            outside += 1
+    return log, fields, outside
+
+
 def clean_title(text: str) -> str:
-    """A title without HTML tags and entities, control characters, line breaks and page scripts; "" where nothing is left.
+    """A title without HTML tags and entities, control characters, line breaks and page scripts; "" for nothing left.
 
     >>> clean_title("Rock &amp; <b>Roll</b>\\n"), clean_title('<span class="a-size-medium')
     ('Rock & Roll', '')
@@ -145,58 +141,45 @@ def _titles(file: Path, item_field: str, wanted: set[str], max_bad_share: float,
         elif item in wanted and isinstance(title, str) and not titles.get(item):
             titles[item] = clean_title(title)
     own.check(max_bad_share)
-    for bad in own.examples:
-        report.notes.append(f"malformed metadata: {bad.file}:{bad.line}: {bad.reason}")
+    report.notes.extend(f"malformed metadata: {bad.file}:{bad.line}: {bad.reason}" for bad in own.examples)
     return titles
 
 
 def _records(file: Path, report: ReadReport) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every good line; `report` counts all lines and notes the others."""
+    """(line number, object) of every good line; ``report`` counts all lines and notes the others."""
     if not file.is_file():
-        raise ValueError(f"path: expected a file at {file}, found none")
+        raise ValueError(f"path: expected a file at {file}, got none")
     number = 0
-    opener: Callable[[Path, str], Any] = gzip.open if _is_gzip(file) else open
+    with open(file, "rb") as beginning:
+        opener: Callable[[Path, str], Any] = gzip.open if beginning.read(2) == b"\x1f\x8b" else open
     with opener(file, "rb") as stream:
-        while True:
-            try:
-                line = stream.readline(_MAX_LINE + 1)
-                whole = len(line) <= _MAX_LINE
-                while line and not whole and not line.endswith(b"\n"):
-                    line = stream.readline(_MAX_LINE + 1)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{file}: expected a whole gzip file, got {error} after line {number}") from error
-            if not line:
-                return
-            number += 1
-            if whole and line.isspace():
-                continue
-            report.rows_read += 1
-            if not whole:
-                report.add_bad(file.name, number, f"expected at most {_MAX_LINE} bytes")
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                report.add_bad(file.name, number, f"expected JSON, got {error}")
-                continue
-            if isinstance(record, dict):
-                yield number, record
-            else:
-                report.add_bad(file.name, number, f"expected a JSON object, got {type(record).__name__}")
-
-
-def _is_gzip(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
+        try:
+            for number, line in bounded_lines(stream, _MAX_LINE):
+                if line is not None and line.isspace():
+                    continue
+                report.rows_read += 1
+                try:
+                    record = None if line is None else json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    report.add_bad(file.name, number, f"expected JSON, got {error}")
+                    continue
+                if line is None:
+                    report.add_bad(file.name, number, f"expected at most {_MAX_LINE} bytes, got more")
+                elif isinstance(record, dict):
+                    yield number, record
+                else:
+                    report.add_bad(file.name, number, f"expected a JSON object, got {type(record).__name__}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{file}: expected a whole gzip file, got {error} after line {number}") from error
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and value.isprintable()  # a lone surrogate is not printable
 
 
-def _seconds(name: str, value: str | int | None) -> float | None:
+def _seconds(name: str, value: str | int | None, default: float) -> float:
     if value is None or isinstance(value, int):
-        return value
+        return default if value is None else value
     try:
         moment = datetime.datetime.fromisoformat(value)
     except ValueError:

@@ -1,8 +1,7 @@
 """Training-time changes to histories, as a pure function of (seed, epoch, row).
 
-No generator is kept: every random number is a hash of the seed, the epoch, the row and a counter. So the same
-draw of the same row is changed in the same way whatever the batch, the worker process or the step at which training was
-resumed.
+No generator is kept: every random number is a hash of the seed, the epoch, the row and a counter. So the same draw of
+the same row is changed in the same way whatever the batch, the worker process or the step of a resumed training.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .interactions import CSR, Interaction
+from .interactions import CSR, Interaction, offsets_of, places_within
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR = 1, 2, 3, 4, 6, 7  # streams of random numbers of one row
@@ -34,28 +33,28 @@ class Neighbours(NamedTuple):
 class Augment:
     """What may be changed in a training row; everything is off by default. Applied in the order listed here.
 
-    Attributes
-    ----------
-    prefix : probability that a row is cut at a random place: the item there becomes the target, those before it the history
-    suffix : probability that only a random number of the latest items is kept
-    drop_item : probability that an item of the history is left out (where all would be, the last one stays)
-    shuffle : probability that a history is shuffled locally
-    shuffle_window : how far: items that are this many places apart or more keep their order
-    single : probability that one item of the history is all that is kept, drawn with weight decay^age
-    neighbour : probability that the target is replaced: by a neighbour, drawn by weight, of an item of the prompt, which is drawn with
-        weight decay^age. Soft targets, one sample at a time, for any codec. Rows of CATALOGUE_USER are always replaced.
-    decay : of the two above, 0..1
-    neighbours : needed by `neighbour`
+    Attributes:
+        prefix: probability that a row is cut at a random place: the item there becomes the target, those before it the
+            history.
+        suffix: probability that only a random number of the latest items is kept.
+        drop_item: probability that an item of the history is left out (where all would be, the last one stays).
+        shuffle: probability that a history is shuffled locally.
+        shuffle_window: how far: items that are this many places apart or more keep their order.
+        single: probability that one item of the history is all that is kept, drawn with weight decay^age.
+        neighbour: probability that the target is replaced: by a neighbour, drawn by weight, of an item of the prompt,
+            which is drawn with weight decay^age. Soft targets, one sample at a time, for any codec. Rows of
+            CATALOGUE_USER are always replaced.
+        decay: of the two above, 0..1.
+        neighbours: needed by ``neighbour``.
 
     A history never becomes empty by this. Probabilities are in 0..1.
 
-    Examples
-    --------
-    >>> row = Interaction("ann", np.arange(6, dtype=np.int32), 9, row=3, epoch=0)
-    >>> histories, targets = Augment(drop_item=0.5)([row], seed=1)
-    >>> again, _ = Augment(drop_item=0.5)([row], seed=1)
-    >>> histories.values.tolist() == again.values.tolist(), targets.tolist()
-    (True, [9])
+    Example:
+        >>> row = Interaction("ann", np.arange(6, dtype=np.int32), 9, row=3, epoch=0)
+        >>> histories, targets = Augment(drop_item=0.5)([row], seed=1)
+        >>> again, _ = Augment(drop_item=0.5)([row], seed=1)
+        >>> histories.values.tolist() == again.values.tolist(), targets.tolist()
+        (True, [9])
     """
 
     prefix: float = 0.0
@@ -85,11 +84,11 @@ class Augment:
         return max(chances) > 0 or self.neighbours is not None
 
     def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
-        """Changed histories and targets (int32 [B]) of `rows`."""
+        """Changed histories and targets (int32 [B]) of ``rows``."""
         return self.with_sources(rows, seed)[:2]
 
     def with_sources(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray, np.ndarray]:
-        """Histories, targets, and for each replaced target the item whose neighbour it is, -1 for the others (int64 [B])."""
+        """Histories, targets, and of each replaced target the item whose neighbour it is, else -1 (int64 [B])."""
         histories = CSR.from_rows([row.history for row in rows])
         targets = np.array([row.target for row in rows], np.int32)
         sources = np.full(len(rows), -1, np.int64)
@@ -125,7 +124,7 @@ class Augment:
         return histories, targets, sources
 
     def _draw(self, histories: CSR, place: np.ndarray) -> np.ndarray:
-        """An index into ``histories.values`` for each row, int64 [B], with weight decay^age; a row's start if it is empty."""
+        """An index into ``histories.values`` of each row, int64 [B], with weight decay^age; an empty row's start."""
         lengths = histories.lengths
         age = np.arange(int(lengths.max(initial=1)))
         share = np.cumsum(self.decay**age)
@@ -151,9 +150,7 @@ class Augment:
         keep = uniforms(keys, _DROP, width)[row, column] >= self.drop_item
         none_left = np.bincount(row, keep, minlength=len(lengths)) == 0
         keep[histories.offsets[1:][none_left & (lengths > 0)] - 1] = True
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(np.bincount(row[keep], minlength=len(lengths)), out=offsets[1:])
-        return CSR(histories.values[keep], offsets)
+        return CSR(histories.values[keep], offsets_of(np.bincount(row[keep], minlength=len(lengths))))
 
     def _shuffle(self, histories: CSR, keys: np.ndarray) -> CSR:
         _, width, row, column = _cells(histories)
@@ -164,7 +161,7 @@ class Augment:
 
 
 def row_keys(rows: Sequence[Interaction], seed: int) -> np.ndarray:
-    """One 64-bit key a row, uint64 [B], from (seed, epoch, row); a row that no data set gave (row -1) is known by its content."""
+    """One 64-bit key a row, uint64 [B], from (seed, epoch, row); a row of no data set (-1) is known by its content."""
     epochs = np.array([row.epoch for row in rows], np.uint64)
     numbers = np.array([row.row if row.row >= 0 else _content(row) for row in rows], np.uint64)
     return _mix(_mix(_mix(np.full(len(rows), seed % 2**64, np.uint64)) + epochs) + numbers)
@@ -193,4 +190,4 @@ def _cells(histories: CSR) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
     """Lengths, the longest, and row and column of every value."""
     lengths = histories.lengths
     row = np.repeat(np.arange(len(lengths)), lengths)
-    return lengths, int(lengths.max()), row, np.arange(len(histories.values)) - histories.offsets[row]
+    return lengths, int(lengths.max()), row, places_within(lengths)

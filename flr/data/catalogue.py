@@ -25,24 +25,22 @@ _SUGGESTION_POOL = 5000  # difflib is quadratic in the titles' length, so it see
 class Catalogue:
     """Items of a recommendation problem, in a fixed order.
 
-    Parameters
-    ----------
-    item_ids : external ids, one an item, strings, all different, none empty
-    titles : one an item; titles may repeat and may be empty
-    sids : semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None
-    attributes : one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or str
+    Args:
+        item_ids: external ids, one an item, strings, all different, none empty.
+        titles: one an item; titles may repeat and may be empty.
+        sids: semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None.
+        attributes: one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or
+            str.
 
-    Raises
-    ------
-    ValueError : lengths that differ, ids that repeat, or text that is not valid Unicode
+    Raises:
+        ValueError: lengths that differ, ids that repeat, or text that is not valid Unicode.
 
-    Examples
-    --------
-    >>> catalogue = Catalogue(["a1", "a2", "a3"], ["Kind of Blue", "Blue Train", "Blue Train"])
-    >>> len(catalogue), catalogue.index("a2")
-    (3, 1)
-    >>> catalogue.find("a1"), catalogue.find("Blue Train"), catalogue.find("kind of blue")
-    ([0], [1, 2], [0])
+    Example:
+        >>> catalogue = Catalogue(["a1", "a2", "a3"], ["Kind of Blue", "Blue Train", "Blue Train"])
+        >>> len(catalogue), catalogue.index("a2")
+        (3, 1)
+        >>> catalogue.find("a1"), catalogue.find("Blue Train"), catalogue.find("kind of blue")
+        ([0], [1, 2], [0])
     """
 
     def __init__(
@@ -58,20 +56,18 @@ class Catalogue:
         self.attributes: dict[str, np.ndarray] = {}
         size = len(self.item_ids)
         _check_text("item_ids", self.item_ids, empty=False)
-        if len(self.titles) != size:
-            raise ValueError(f"titles: expected one an item ({size}), got {len(self.titles)}")
+        for name, given in (("titles", self.titles), ("sids", self.sids)):
+            if given is not None and len(given) != size:
+                raise ValueError(f"{name}: expected one an item ({size}), got {len(given)}")
         _check_text("titles", self.titles, empty=True)
         if self.sids is not None:
-            if len(self.sids) != size:
-                raise ValueError(f"sids: expected one an item ({size}), got {len(self.sids)}")
             for position, sid in enumerate(self.sids):
                 if not sid:
                     raise ValueError(f"sids: expected at least one code an item, got none at {position}")
             _check_text("sids", sorted({code for sid in self.sids for code in sid}), empty=False)
         self._index = {item_id: position for position, item_id in enumerate(self.item_ids)}
         if len(self._index) != size:
-            seen: set[str] = set()
-            twice = next(item_id for item_id in self.item_ids if item_id in seen or seen.add(item_id))  # type: ignore[func-returns-value]
+            twice = next(item_id for place, item_id in enumerate(self.item_ids) if self._index[item_id] != place)
             raise ValueError(f"item_ids: expected {size} different ids, got {len(self._index)} ({twice!r} repeats)")
         for name, values in (attributes or {}).items():
             self.attributes[name] = _attribute(name, values, size)
@@ -107,22 +103,23 @@ class Catalogue:
         """Index 0..C-1 of an id; ValueError naming the id (and near ones) where the catalogue has no such item."""
         position = self._index.get(item_id)
         if position is None:
-            raise ValueError(f"item_id: {item_id!r} is not in the catalogue{_hint(item_id, self.item_ids)}")
+            near = _hint(item_id, self.item_ids)
+            raise ValueError(f"item_id: expected an id of the catalogue, got {item_id!r}{near}")
         return position
 
     def find(self, text: str) -> list[int]:
-        """Indices of the items that `text` names: by id, else by exact title, else by title ignoring case and spaces.
+        """Indices of the items that ``text`` names: by id, else by exact title, else by title ignoring case and spaces.
 
         Several items can share a title, so the answer may hold several indices (in catalogue order).
         ValueError with the nearest titles where nothing matches.
         """
-        found = self.lookup(text)
-        if found:
-            return found
-        raise ValueError(f"text: {text!r} is no id and no title of the catalogue{_hint(text, self.titles)}")
+        if indices := self.lookup(text):
+            return indices
+        near = _hint(text, self.titles)
+        raise ValueError(f"text: expected an id or a title of the catalogue, got {text!r}{near}")
 
     def lookup(self, text: str) -> list[int]:
-        """As :meth:`find`, with an empty list where nothing matches: no time goes into suggestions. Safe from several threads."""
+        """As :meth:`find`, but an empty list and no search for suggestions where nothing matches. Safe in threads."""
         if text in self._index:
             return [self._index[text]]
         if self._by_title is None:
@@ -134,7 +131,7 @@ class Catalogue:
         return list(self._by_folded.get(_fold(text), []))
 
     def suggest(self, text: str) -> str:
-        """The end of an error about an unknown id or title: "; did you mean …?" with near ids and titles, or nothing."""
+        """The end of an error about an unknown id or title: "; did you mean …?" with near ids and titles, or ""."""
         return _hint(text, self.item_ids, self.titles)
 
     def save(self, path: PathLike) -> None:
@@ -190,10 +187,10 @@ def _attribute(name: str, values: Any, size: int) -> np.ndarray:
 
 
 def _positions(titles: Iterable[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for position, title in enumerate(titles):
-        found.setdefault(title, []).append(position)
-    return found
+        positions.setdefault(title, []).append(position)
+    return positions
 
 
 def _fold(text: str) -> str:

@@ -7,8 +7,8 @@ sequence begins another's, so a decoder knows where an item ends and the probabi
     sid     codes of the semantic ID [same_n]     plus end, for every item, where IDs of different lengths need it
     id      one token
 
-Codes, ids, same_n and end are single tokens of the tokenizer. The missing ones are added in one fixed order that
-depends on the catalogue alone, so that building again with the saved tokenizer adds nothing and gives the same sequences.
+Codes, ids, same_n and end are single tokens of the tokenizer. The missing ones are added in one order that depends on
+the catalogue alone, so that building again with the saved tokenizer adds nothing and gives the same sequences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from .catalogue import Catalogue
-from .interactions import CSR
+from .interactions import CSR, places_within
 
 CodecName = Literal["title", "sid", "id"]
 CODEC_NAMES: tuple[CodecName, ...] = ("title", "sid", "id")
@@ -35,25 +35,22 @@ _CHUNK = 16384  # titles a tokenizer call
 class ItemCodec:
     """Token sequences of every item of a catalogue, as CSR.
 
-    Attributes
-    ----------
-    name : "title", "sid" or "id"
-    tokens : int32 [total], token ids
-    offsets : int64 [C + 1]; item i is ``tokens[offsets[i]:offsets[i + 1]]``, terminator included
+    Attributes:
+        name: "title", "sid" or "id".
+        tokens: int32 [total], token ids.
+        offsets: int64 [C + 1]; item i is ``tokens[offsets[i]:offsets[i + 1]]``, terminator included.
 
-    Raises
-    ------
-    ValueError : two items with the same sequence, a sequence that begins another, or an empty one
+    Raises:
+        ValueError: two items with the same sequence, a sequence that begins another, or an empty one.
 
-    Examples
-    --------
-    >>> codec = ItemCodec("sid", np.array([7, 8, 7, 9], np.int32), np.array([0, 2, 4]))
-    >>> codec.encode(1), codec.decode([7, 8])
-    ([7, 9], 0)
-    >>> ItemCodec("sid", np.array([7, 7, 9], np.int32), np.array([0, 1, 3]))
-    Traceback (most recent call last):
-    ...
-    ValueError: sequences: expected no item's tokens to begin another's, but item 0 [7] begins item 1 [7, 9]
+    Example:
+        >>> codec = ItemCodec("sid", np.array([7, 8, 7, 9], np.int32), np.array([0, 2, 4]))
+        >>> codec.encode(1), codec.decode([7, 8])
+        ([7, 9], 0)
+        >>> ItemCodec("sid", np.array([7, 7, 9], np.int32), np.array([0, 1, 3]))
+        Traceback (most recent call last):
+        ...
+        ValueError: sequences: expected no item's tokens to begin another's, got item 0 [7] that begins item 1 [7, 9]
     """
 
     name: CodecName
@@ -68,11 +65,8 @@ class ItemCodec:
             raise ValueError(f"name: expected one of {CODEC_NAMES}, got {self.name!r}")
         clash = find_prefix(CSR(self.tokens, self.offsets))
         if clash is not None:
-            short, long = clash
-            raise ValueError(
-                f"sequences: expected no item's tokens to begin another's, "
-                f"but item {short} {self.encode(short)} begins item {long} {self.encode(long)}"
-            )
+            short, long = (f"item {item} {self.encode(item)}" for item in clash)
+            raise ValueError(f"sequences: expected no item's tokens to begin another's, got {short} that begins {long}")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -83,37 +77,36 @@ class ItemCodec:
         return np.diff(self.offsets)
 
     def encode(self, item: int) -> list[int]:
-        """Token ids of item index `item`."""
+        """Token ids of item index ``item``."""
         if not 0 <= item < len(self):
             raise ValueError(f"item: expected an index in 0..{len(self) - 1}, got {item}")
         return self.tokens[self.offsets[item] : self.offsets[item + 1]].tolist()
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> int:
-        """Item index of a complete sequence; ValueError where `tokens` is no item's."""
+        """Item index of a complete sequence; ValueError where ``tokens`` is no item's."""
         if not self._index:
             self._index.update((key, item) for item, key in enumerate(_keys(CSR(self.tokens, self.offsets))))
         array = np.asarray(tokens)
         item = self._index.get(array.astype(">i4").tobytes()) if array.ndim == 1 and array.size else None
         if item is None:
-            raise ValueError(f"tokens: {array.tolist()} is the sequence of no item")
+            raise ValueError(f"tokens: expected the sequence of an item, got {array.tolist()}")
         return item
 
 
 def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_tokens: int | None = None) -> ItemCodec:
-    """Token sequences of `catalogue` in the form `name` ("title", "sid" or "id").
+    """Token sequences of ``catalogue`` in the form ``name`` ("title", "sid" or "id").
 
-    Adds the tokens it needs to `tokenizer` (a fast Hugging Face tokenizer) in at most one call a kind; calling again with the
-    same or the saved tokenizer adds nothing and gives the same codec. `max_title_tokens` (title only) cuts long titles;
-    titles that become equal by the cut are told apart like equal titles.
+    Adds the tokens it needs to ``tokenizer`` (a fast Hugging Face tokenizer) in at most one call a kind; calling again
+    with the same or the saved tokenizer adds nothing and gives the same codec. ``max_title_tokens`` (title only) cuts
+    long titles; titles that become equal by the cut are told apart like equal titles.
 
-    Examples
-    --------
-    >>> from flr.data import Catalogue, build_tokenizer
-    >>> catalogue = Catalogue(["x", "y"], ["Blue", "Blue"])
-    >>> tokenizer = build_tokenizer(catalogue, "title", vocab_size=300)
-    >>> codec = build_codec("title", catalogue, tokenizer)
-    >>> tokenizer.decode(codec.encode(1))
-    'Blue<|same_1|><|item_end|>'
+    Example:
+        >>> from flr.data import Catalogue, build_tokenizer
+        >>> catalogue = Catalogue(["x", "y"], ["Blue", "Blue"])
+        >>> tokenizer = build_tokenizer(catalogue, "title", vocab_size=300)
+        >>> codec = build_codec("title", catalogue, tokenizer)
+        >>> tokenizer.decode(codec.encode(1))
+        'Blue<|same_1|><|item_end|>'
     """
     if len(catalogue) == 0:
         raise ValueError("catalogue: expected at least one item, got none")
@@ -122,19 +115,16 @@ def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_to
             f"max_title_tokens: expected None, or >= 1 with codec 'title', got {max_title_tokens}, {name!r}"
         )
     if name == "id":
-        sequences = CSR(
-            token_ids(tokenizer, item_tokens(len(catalogue)), special=False),
-            np.arange(len(catalogue) + 1, dtype=np.int64),
-        )
+        tokens = token_ids(tokenizer, item_tokens(len(catalogue)), special=False)
+        sequences = CSR(tokens, np.arange(len(catalogue) + 1, dtype=np.int64))
     elif name == "sid":
         sequences = _sid_sequences(catalogue, tokenizer)
     elif name == "title":
         end = int(token_ids(tokenizer, [END_TOKEN], special=True)[0])
         bodies = _title_tokens(catalogue.titles, tokenizer)
         if max_title_tokens is not None:
-            bodies = bodies.slice(
-                bodies.offsets[:-1], np.minimum(bodies.offsets[1:], bodies.offsets[:-1] + max_title_tokens)
-            )
+            starts, ends = bodies.offsets[:-1], bodies.offsets[1:]
+            bodies = bodies.slice(starts, np.minimum(ends, starts + max_title_tokens))
         sequences = _append(_disambiguate(bodies, tokenizer), end)
     else:
         raise ValueError(f"name: expected one of {CODEC_NAMES}, got {name!r}")
@@ -154,7 +144,7 @@ def sid_tokens(catalogue: Catalogue) -> list[str]:
 
 
 def token_ids(tokenizer: Any, names: Sequence[str], special: bool) -> np.ndarray:
-    """Ids of the tokens `names`, int32 [len(names)]; the missing ones are added, in that order, in one call."""
+    """Ids of the tokens ``names``, int32 [len(names)]; the missing ones are added, in that order, in one call."""
     vocabulary = tokenizer.get_vocab()
     missing = [name for name in names if name not in vocabulary]
     if missing:
@@ -163,12 +153,12 @@ def token_ids(tokenizer: Any, names: Sequence[str], special: bool) -> np.ndarray
         vocabulary = tokenizer.get_vocab()
     lost = [name for name in names if name not in vocabulary]
     if lost:
-        raise ValueError(f"tokenizer: expected to hold {lost[0]!r} after adding it ({len(lost)} such tokens)")
+        raise ValueError(f"tokenizer: expected to hold {lost[0]!r} after adding it, got {len(lost)} such tokens lost")
     return np.fromiter((vocabulary[name] for name in names), np.int32, len(names))
 
 
 def find_prefix(sequences: CSR) -> tuple[int, int] | None:
-    """A pair (i, j) of rows where row i is equal to the beginning of row j, or None where `sequences` is prefix-free.
+    """A pair (i, j) of rows where row i is equal to the beginning of row j, or None where ``sequences`` is prefix-free.
 
     Sorted, a row that begins another also begins its next neighbour, so one sort and C comparisons are enough
     (10^6 rows take a few seconds). An empty row begins every other one.
@@ -178,9 +168,7 @@ def find_prefix(sequences: CSR) -> tuple[int, int] | None:
     for short, long in pairwise(order):
         if keys[long].startswith(keys[short]):
             return short, long
-    if len(keys) == 1 and not keys[0]:
-        return 0, 0
-    return None
+    return (0, 0) if len(keys) == 1 and not keys[0] else None
 
 
 def _keys(sequences: CSR) -> list[bytes]:
@@ -195,10 +183,8 @@ def _groups(sequences: CSR) -> tuple[np.ndarray, np.ndarray]:
     keys = _keys(sequences)
     numbers: dict[bytes, int] = {}
     group = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
-    order = np.argsort(group, kind="stable")
-    sizes = np.bincount(group, minlength=len(numbers))
     rank = np.empty(len(keys), np.int64)
-    rank[order] = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rank[np.argsort(group, kind="stable")] = places_within(np.bincount(group, minlength=len(numbers)))
     return group, rank
 
 
@@ -208,13 +194,12 @@ def _disambiguate(sequences: CSR, tokenizer: Any) -> CSR:
     shared = np.bincount(group)[group] > 1
     if not shared.any():
         return sequences
-    names = [f"<|same_{n}|>" for n in range(int(rank.max()) + 1)]
-    extra = token_ids(tokenizer, names, special=True)
+    extra = token_ids(tokenizer, [f"<|same_{n}|>" for n in range(int(rank.max()) + 1)], special=True)
     return _append(sequences, extra[rank], shared)
 
 
 def _append(sequences: CSR, tokens: np.ndarray | int, where: np.ndarray | None = None) -> CSR:
-    """One more token at the end of the rows that `where` (bool [rows], default all) marks."""
+    """One more token at the end of the rows that ``where`` (bool [rows], default all) marks."""
     rows = len(sequences.offsets) - 1
     mask = np.ones(rows, bool) if where is None else where
     places = sequences.offsets[1:][mask]
@@ -228,7 +213,7 @@ def _sid_sequences(catalogue: Catalogue, tokenizer: Any) -> CSR:
     names = sid_tokens(catalogue)
     ids = dict(zip(names, token_ids(tokenizer, names, special=False).tolist(), strict=True))
     if len(set(ids.values())) != len(ids):
-        raise ValueError("tokenizer: expected different ids for different codes of the semantic IDs")
+        raise ValueError("tokenizer: expected different ids for different codes of the semantic IDs, got equal ones")
     sequences = CSR.from_rows([[ids[code] for code in sid] for sid in cast(list[tuple[str, ...]], catalogue.sids)])
     sequences = _disambiguate(sequences, tokenizer)
     if find_prefix(sequences) is not None:  # IDs of different lengths
@@ -240,8 +225,8 @@ def _title_tokens(titles: list[str], tokenizer: Any) -> CSR:
     """Titles as plain text. Text that looks like a token of the tokenizer (as "<|item_end|>") never becomes that token.
 
     Our own tokens all begin with "<|", so such titles are tokenised in pieces cut between "<" and "|", whether or not
-    the tokens have been added yet; that keeps the result the same before and after they are. Other special tokens are caught
-    afterwards, by tokenising such a title one character at a time.
+    the tokens have been added yet; that keeps the result the same before and after they are. Other special tokens are
+    caught afterwards, by tokenising such a title one character at a time.
     """
     rows = _encode_text(titles, tokenizer)
     for index, title in enumerate(titles):
@@ -252,7 +237,7 @@ def _title_tokens(titles: list[str], tokenizer: Any) -> CSR:
     reserved = reserved[reserved != (-1 if unknown is None else unknown)]
     sequences = CSR.from_rows(rows)
     if unknown is not None and np.count_nonzero(sequences.values == unknown) > len(sequences.values) // 2:
-        raise ValueError("tokenizer: cannot express the titles (most tokens are unknown); build it for codec 'title'")
+        raise ValueError("tokenizer: expected one built for codec 'title', got mostly unknown tokens for the titles")
     hits = np.flatnonzero(np.isin(sequences.values, reserved))
     guilty = np.unique(np.searchsorted(sequences.offsets, hits, side="right") - 1)
     for index in guilty.tolist():
@@ -267,13 +252,8 @@ def _encode_pieces(pieces: Iterable[str], tokenizer: Any) -> list[int]:
 def _encode_text(texts: list[str], tokenizer: Any) -> list[list[int]]:
     rows: list[list[int]] = []
     for start in range(0, len(texts), _CHUNK):
-        batch = tokenizer(
-            texts[start : start + _CHUNK],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        rows.extend(batch["input_ids"])
+        chunk, plain = texts[start : start + _CHUNK], {"return_attention_mask": False, "return_token_type_ids": False}
+        rows.extend(tokenizer(chunk, add_special_tokens=False, **plain)["input_ids"])
     return rows
 
 

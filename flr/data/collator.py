@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from flr.config import IGNORE
 
 from .augment import Augment, uniforms
-from .interactions import CSR, Interaction, Interactions
+from .interactions import CSR, Interaction, Interactions, places_within
 from .processor import RecProcessor, finish_batch, left_pad
 
 _ORDER = 5  # stream of random numbers of the sampler
@@ -21,25 +21,24 @@ _ORDER = 5  # stream of random numbers of the sampler
 class SFTCollator:
     """Joins interactions to a training batch: prompts on the left, target tokens on the right.
 
-    A row is [padding | prompt | thoughts | target | padding]; prompts end and targets begin in the same column of every row.
+    A row is [padding | prompt | thoughts | target | padding]; in every row the target begins in the same column.
 
-    Parameters
-    ----------
-    processor : makes the prompts
-    augment : what to change in histories, nothing by default; use none for validation
-    seed : of the augmentation. A row's random numbers depend on (seed, epoch, row) alone, which :class:`InteractionDataset`
-        writes into its rows; they do not depend on the batch, the worker or the step, so a resumed run sees the same batches.
+    Args:
+        processor: makes the prompts.
+        augment: what to change in histories, nothing by default; use none for validation.
+        seed: of the augmentation; with the epoch and the number that :class:`InteractionDataset` writes into a row it
+            decides how that row is changed, so a resumed run sees the same batches.
 
-    Examples
-    --------
-    >>> from flr.data import Catalogue, build_tokenizer
-    >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
-    >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
-    >>> batch = SFTCollator(processor)([Interaction("ann", np.array([0, 1]), 2), Interaction("bob", np.array([2]), 0)])
-    >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
-    ['<|pad|>', '<|bos|>', '<|item_2|>', '<|thought|>', '<|item_0|>']
-    >>> batch["labels"].tolist()
-    [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
+    Example:
+        >>> from flr.data import Catalogue, build_tokenizer
+        >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
+        >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+        >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[0, 1], [2]], [2, 0]))
+        >>> batch = SFTCollator(processor)([rows[0], rows[1]])
+        >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
+        ['<|pad|>', '<|bos|>', '<|item_2|>', '<|thought|>', '<|item_0|>']
+        >>> batch["labels"].tolist()
+        [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
     """
 
     def __init__(self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0) -> None:
@@ -48,12 +47,14 @@ class SFTCollator:
         self.seed = seed
 
     def __call__(self, rows: Sequence[Interaction]) -> dict[str, torch.Tensor]:
-        """What the processor returns (input_ids, attention_mask, position_ids, item_positions int64, reasoner_mask bool), now
-        [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a target's token, -100 elsewhere.
+        """A batch of ``rows``.
 
-        Where targets are drawn from neighbours and every item is one token: soft_targets int64 and soft_weights float32
-        [B, n], the tokens and weights that a replaced target was drawn from (weights 0 in the other rows). Then the
-        exact expectation can stand for the draw."""
+        Returns:
+            What the processor returns, now [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a
+            target's token, -100 elsewhere. Where targets are drawn from neighbours and every item is one token, also
+            soft_targets int64 and soft_weights float32 [B, n]: the tokens and weights that a replaced target was drawn
+            from (weights 0 in the other rows), so that the exact expectation can stand for the draw.
+        """
         if not rows:
             raise ValueError("rows: expected at least one interaction, got none")
         histories, targets, sources = self.augment.with_sources(rows, self.seed)
@@ -62,16 +63,16 @@ class SFTCollator:
             raise ValueError(f"rows: expected targets in 0..{len(codec) - 1}, got {targets.min()}..{targets.max()}")
         sequences = CSR(codec.tokens, codec.offsets).take(targets)
         lengths = sequences.lengths
-        arrays = left_pad(self.processor.prompts(histories), self.processor.pad_token_id, extra=int(lengths.max()))
-        width = arrays["input_ids"].shape[1] - int(lengths.max())
+        longest = int(lengths.max())
+        arrays = left_pad(self.processor.prompts(histories), self.processor.pad_token_id, extra=longest)
         row = np.repeat(np.arange(len(rows)), lengths)
-        column = width + np.arange(len(row)) - np.repeat(sequences.offsets[:-1], lengths)
+        column = arrays["input_ids"].shape[1] - longest + places_within(lengths)
         labels = np.full_like(arrays["input_ids"], IGNORE)
         arrays["input_ids"][row, column] = labels[row, column] = sequences.values
         arrays["attention_mask"][row, column] = 1
         batch = finish_batch({**arrays, "labels": labels})
         table = self.augment.neighbours
-        if table is not None and int(lengths.max()) == 1:
+        if table is not None and longest == 1:
             known = np.maximum(sources, 0)
             weights = np.diff(table.cumulative[known], prepend=0.0, axis=1) * (sources >= 0)[:, None]
             batch["soft_targets"] = torch.from_numpy(codec.tokens[table.items[known]].astype(np.int64))
@@ -82,15 +83,14 @@ class SFTCollator:
 class InteractionDataset(Dataset[Interaction]):
     """Interactions for a DataLoader or ``transformers.Trainer``.
 
-    Rows carry their number and the epoch, from which :class:`SFTCollator` derives its random numbers. The epoch comes with
-    the index where the index is a pair (epoch, row), as :class:`EpochSampler` gives; else it is the one last set by
-    `set_epoch` (a DataLoader's persistent workers do not see that, so prefer the sampler).
+    Rows carry their number and the epoch, from which :class:`SFTCollator` derives its random numbers. The epoch comes
+    with the index where that is a pair (epoch, row), as :class:`EpochSampler` gives; else it is the one last set by
+    ``set_epoch`` (a DataLoader's persistent workers do not see that, so prefer the sampler).
 
-    Examples
-    --------
-    >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2]))
-    >>> rows[1].row, rows[1].epoch, rows[(3, 1)].epoch
-    (1, 0, 3)
+    Example:
+        >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2]))
+        >>> rows[1].row, rows[1].epoch, rows[(3, 1)].epoch
+        (1, 0, 3)
     """
 
     def __init__(self, interactions: Interactions) -> None:
@@ -112,15 +112,14 @@ class InteractionDataset(Dataset[Interaction]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Every row once an epoch, as pairs (epoch, row), in an order that depends on (seed, epoch) alone.
 
-    Return it from a Trainer's ``_get_train_sampler``: the Trainer calls `set_epoch` before every epoch and, when it resumes,
-    skips the batches already seen, so a killed run goes on with the batches that it would have had.
+    Return it from a Trainer's ``_get_train_sampler``: the Trainer calls ``set_epoch`` before every epoch and, when it
+    resumes, skips the batches already seen, so a killed run goes on with the batches that it would have had.
 
-    Examples
-    --------
-    >>> sampler = EpochSampler(3, seed=0)
-    >>> sampler.set_epoch(2)
-    >>> sorted(sampler)
-    [(2, 0), (2, 1), (2, 2)]
+    Example:
+        >>> sampler = EpochSampler(3, seed=0)
+        >>> sampler.set_epoch(2)
+        >>> sorted(sampler)
+        [(2, 0), (2, 1), (2, 2)]
     """
 
     def __init__(self, size: int, seed: int = 0, shuffle: bool = True) -> None:
@@ -150,21 +149,20 @@ def expand_prefixes(
 ) -> Interactions:
     """All prefixes of the histories as further rows: after [a, b], c also after [a], b.
 
-    The given rows come first, unchanged. A new row is left out where another row of the same user has the same target and
-    a history that ends with the new row's history: rows of a log are sliding windows over one sequence, so without that
-    every event would come back once a window. New rows carry the timestamp of their source (theirs is not known and is not later).
+    The given rows come first, unchanged. A new row is left out where another row of the same user has the same target
+    and a history that ends with the new row's history: rows of a log are sliding windows over one sequence, so without
+    that every event would come back once a window. New rows carry the timestamp of their source: theirs, which is not
+    known, is not later.
 
-    Parameters
-    ----------
-    interactions : the rows
-    min_history : items that a new history has at least, >= 1
-    max_history : items that a new history keeps at most (the latest ones), None for all
+    Args:
+        interactions: the rows.
+        min_history: items that a new history has at least, >= 1.
+        max_history: items that a new history keeps at most (the latest ones), None for all.
 
-    Examples
-    --------
-    >>> rows = expand_prefixes(Interactions(["ann", "ann"], [[1, 2, 3], [2, 3, 4]], [4, 5]))
-    >>> [(row.history.tolist(), row.target) for row in rows]
-    [([1, 2, 3], 4), ([2, 3, 4], 5), ([1], 2), ([1, 2], 3)]
+    Example:
+        >>> rows = expand_prefixes(Interactions(["ann", "ann"], [[1, 2, 3], [2, 3, 4]], [4, 5]))
+        >>> [(row.history.tolist(), row.target) for row in rows]
+        [([1, 2, 3], 4), ([2, 3, 4], 5), ([1], 2), ([1, 2], 3)]
     """
     if min_history < 1:
         raise ValueError(f"min_history: expected at least 1, got {min_history}")
@@ -174,8 +172,7 @@ def expand_prefixes(
     given = len(interactions)
     extra = np.maximum(np.diff(offsets) - min_history, 0)  # new rows of every row
     source = np.repeat(np.arange(given), extra)
-    within = np.arange(len(source)) - np.repeat(np.cumsum(extra) - extra, extra)
-    starts, ends = offsets[:-1][source], offsets[:-1][source] + min_history + within
+    starts, ends = offsets[:-1][source], offsets[:-1][source] + min_history + places_within(extra)
     targets = values[ends] if len(ends) else np.zeros(0, np.int32)
     if max_history is not None:
         starts = np.maximum(starts, ends - max_history)
@@ -184,13 +181,12 @@ def expand_prefixes(
     all_targets = np.concatenate([interactions.targets, targets])
     numbers: dict[str, int] = {}
     user = np.array([numbers.setdefault(name, len(numbers)) for name in interactions.users], np.int64)[rows]
-    dominated = _ends_another(
-        values, all_starts, all_ends, [user, all_targets.astype(np.int64)], np.arange(len(rows)) < given
-    )
+    groups = [user, all_targets.astype(np.int64)]
+    dominated = _ends_another(values, all_starts, all_ends, groups, np.arange(len(rows)) < given)
     chosen = np.concatenate([np.arange(given), given + np.flatnonzero(~dominated[given:])])
     times = interactions.timestamps
     return Interactions(
-        [interactions.users[index] for index in rows[chosen].tolist()],
+        [interactions.users[row] for row in rows[chosen].tolist()],
         interactions.histories.slice(all_starts[chosen], all_ends[chosen]),
         all_targets[chosen],
         None if times is None else times[rows[chosen]],
@@ -202,8 +198,8 @@ def _ends_another(
 ) -> np.ndarray:
     """Whether a row ``values[start:end]`` is the ending of another row of its group (bool [rows]).
 
-    Read backwards and sorted, a row that another one ends with begins its next neighbour. Of equal rows all but one count;
-    that one is marked in `last` if any is.
+    Read backwards and sorted, a row that another one ends with begins its next neighbour. Of equal rows all but one
+    count; that one is marked in ``last`` if any is.
     """
     if len(starts) == 0:
         return np.zeros(0, bool)

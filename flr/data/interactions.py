@@ -17,14 +17,15 @@ from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_js
 from .catalogue import Catalogue
 from .report import ReadReport
 
+PARTS = ("train", "valid", "test")
 _FORMAT = "flr-dataset"
 _VERSION = 1
 
 
 class Interaction(NamedTuple):
-    """One prediction: after `history` (oldest first) the user chose `target`.
+    """One prediction: after ``history`` (oldest first) the user chose ``target``.
 
-    `row` and `epoch` say which draw of a data set this is; augmentation derives its random numbers from them
+    ``row`` and ``epoch`` say which draw of a data set this is; augmentation derives its random numbers from them
     (see :class:`flr.data.SFTCollator`). Row -1: not from a data set.
     """
 
@@ -52,14 +53,10 @@ class CSR(NamedTuple):
         arrays = [np.asarray(row) for row in rows]
         for position, array in enumerate(arrays):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                raise ValueError(
-                    f"rows[{position}]: expected integers in one dimension, got shape {array.shape}, dtype {array.dtype}"
-                )
-        offsets = np.zeros(len(arrays) + 1, np.int64)
-        np.cumsum([len(array) for array in arrays], out=offsets[1:])
+                raise ValueError(f"rows[{position}]: expected integers [n], got {array.dtype} {list(array.shape)}")
         filled = [array for array in arrays if array.size]
         joined = np.concatenate(filled) if filled else np.zeros(0, np.int32)
-        return cls(_as_int("rows", joined, np.int32), offsets)
+        return cls(_as_int("rows", joined, np.int32), offsets_of([len(array) for array in arrays]))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,18 +64,17 @@ class CSR(NamedTuple):
         return np.diff(self.offsets)
 
     def row(self, index: int) -> np.ndarray:
-        """Row `index`, a view."""
+        """Row ``index``, a view."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def take(self, indices: np.ndarray) -> CSR:
-        """The rows at `indices` (int64 [n]), in that order."""
+        """The rows at ``indices`` (int64 [n]), in that order."""
         return self.slice(self.offsets[indices], self.offsets[np.asarray(indices) + 1])
 
     def slice(self, starts: np.ndarray, ends: np.ndarray) -> CSR:
         """Rows ``values[starts[i]:ends[i]]`` copied side by side; starts, ends int64 [n]."""
         lengths = ends - starts
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = offsets_of(lengths)
         source = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
         return CSR(self.values[source], offsets)
 
@@ -86,22 +82,19 @@ class CSR(NamedTuple):
 class Interactions:
     """Rows of (user, history, target, timestamp), held as arrays.
 
-    Parameters
-    ----------
-    users : external user id of every row, strings (a user may have many rows)
-    histories : :class:`CSR` of item indices, oldest first, or any sequence of integer sequences
-    targets : int32 [rows], the item that follows the history
-    timestamps : int64 [rows], seconds since 1970 of the target, or None
+    Args:
+        users: external user id of every row, strings (a user may have many rows).
+        histories: :class:`CSR` of item indices, oldest first, or any sequence of integer sequences.
+        targets: int32 [rows], the item that follows the history.
+        timestamps: int64 [rows], seconds since 1970 of the target, or None.
 
-    Raises
-    ------
-    ValueError : lengths that differ, offsets that do not ascend, negative indices
+    Raises:
+        ValueError: lengths that differ, offsets that do not ascend, negative indices.
 
-    Examples
-    --------
-    >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
-    >>> len(rows), rows[0].history.tolist(), rows[1].target
-    (2, [4, 2], 2)
+    Example:
+        >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
+        >>> len(rows), rows[0].history.tolist(), rows[1].target
+        (2, [4, 2], 2)
     """
 
     def __init__(
@@ -119,17 +112,16 @@ class Interactions:
         self.targets: np.ndarray = _as_int("targets", targets, np.int32)
         self.timestamps: np.ndarray | None = None if timestamps is None else _as_int("timestamps", timestamps, np.int64)
         rows, offsets = len(self.users), self.histories.offsets
-        for name, size in (("targets", len(self.targets)), ("histories", len(offsets) - 1)):
+        sizes = {"targets": len(self.targets), "histories": len(offsets) - 1}
+        if self.timestamps is not None:
+            sizes["timestamps"] = len(self.timestamps)
+        for name, size in sizes.items():
             if size != rows:
                 raise ValueError(f"{name}: expected one a user row ({rows}), got {size}")
-        if self.timestamps is not None and len(self.timestamps) != rows:
-            raise ValueError(f"timestamps: expected one a user row ({rows}), got {len(self.timestamps)}")
         if offsets[0] != 0 or offsets[-1] != len(self.histories.values) or (np.diff(offsets) < 0).any():
-            raise ValueError(
-                f"histories.offsets: expected ascending from 0 to {len(self.histories.values)}, "
-                f"got {int(offsets[0])} to {int(offsets[-1])}"
-            )
-        if rows and (min(self.targets.min(), self.histories.values.min(initial=0)) < 0):
+            wanted = f"ascending from 0 to {len(self.histories.values)}"
+            raise ValueError(f"histories.offsets: expected {wanted}, got {offsets[0]} to {offsets[-1]}")
+        if rows and min(self.targets.min(), self.histories.values.min(initial=0)) < 0:
             raise ValueError("histories, targets: expected item indices >= 0, got a negative one")
 
     def __len__(self) -> int:
@@ -171,7 +163,7 @@ class Interactions:
         return int(max(self.targets.max(initial=-1), self.histories.values.max(initial=-1)))
 
     def select(self, indices: Any) -> Interactions:
-        """The rows at `indices` (integers, or a bool mask of every row), in that order."""
+        """The rows at ``indices`` (integers, or a bool mask of every row), in that order."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
@@ -215,7 +207,7 @@ class Interactions:
         )
         for name in table.column_names:
             if table[name].null_count:
-                raise ValueError(f"{path}: column {name!r} has {table[name].null_count} nulls, expected none")
+                raise ValueError(f"{path}: column {name!r}: expected no nulls, got {table[name].null_count}")
         history = table["history"].combine_chunks()
         if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
             history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
@@ -233,8 +225,11 @@ class Interactions:
 class RecDataset:
     """A catalogue with its training, validation and test rows.
 
-    `report` says what was read, what was refused and what to know about the split. ValueError where a row names an
-    item past the catalogue.
+    Attributes:
+        report: what was read, what was refused and what to know about the split.
+
+    Raises:
+        ValueError: a row names an item past the catalogue.
     """
 
     catalogue: Catalogue
@@ -245,7 +240,7 @@ class RecDataset:
     report: ReadReport = field(default_factory=ReadReport)
 
     def __post_init__(self) -> None:
-        for part in ("train", "valid", "test"):
+        for part in PARTS:
             highest = getattr(self, part).max_index
             if highest >= len(self.catalogue):
                 raise ValueError(f"{part}: expected item indices below {len(self.catalogue)}, got {highest}")
@@ -258,7 +253,7 @@ class RecDataset:
         """Write a prepared folder (items, train, valid, test as Parquet; meta.json), whole or not at all."""
         with atomic_folder(path) as folder:
             self.catalogue.save(folder / "items.parquet")
-            for part in ("train", "valid", "test"):
+            for part in PARTS:
                 getattr(self, part).save(folder / f"{part}.parquet")
             meta = {"format": _FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
             write_json(folder / "meta.json", meta)
@@ -269,22 +264,29 @@ class RecDataset:
         folder = Path(path)
         meta = read_json(folder / "meta.json")
         if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
-            raise ValueError(
-                f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, "
-                f"got {meta.get('format')!r} version {meta.get('version')!r}"
-            )
-        return cls(
-            Catalogue.load(folder / "items.parquet"),
-            Interactions.load(folder / "train.parquet"),
-            Interactions.load(folder / "valid.parquet"),
-            Interactions.load(folder / "test.parquet"),
-            name=str(meta.get("name", "")),
-            report=ReadReport.from_dict(meta.get("report", {})),
-        )
+            got = f"{meta.get('format')!r} version {meta.get('version')!r}"
+            raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, got {got}")
+        catalogue, report = Catalogue.load(folder / "items.parquet"), ReadReport.from_dict(meta.get("report", {}))
+        train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
+        return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where rows of these lengths begin and end when they stand side by side, int64 [rows + 1]."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+
+def places_within(lengths: np.ndarray) -> np.ndarray:
+    """The place in its row of every value of rows of these lengths (int64 [rows]), int64 [total].
+
+    >>> places_within(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:
-    """`values` as a one-dimensional array of `dtype`; ValueError where that would change a value."""
+    """``values`` as a one-dimensional array of ``dtype``; ValueError where that would change a value."""
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")

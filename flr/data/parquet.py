@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .report import ReadReport
 from .splits import InteractionLog, split_log, titled_catalogue
 
 LOG_NAME, ITEMS_NAME = "interactions.parquet", "items.parquet"
+_PLAIN = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
 _ALIASES = {"user": ("user", "user_id"), "item": ("item", "item_id"), "timestamp": ("timestamp", "time")}
 
 
@@ -32,22 +34,20 @@ def read_parquet_log(
 ) -> RecDataset:
     """Read a log with columns user, item and, for ``split="time"``, timestamp (also user_id, item_id, time).
 
-    `path` is the log or a folder with interactions.parquet and, where there is one, items.parquet: columns item, title, sid (text or
-    a list of codes), others (numbers, bools, text) become attributes of the catalogue. Ids may be text or integers. Timestamps
-    are numbers in any unit, or Parquet timestamps (kept as seconds). A row with a null or a NaN is malformed; its line is the row's
-    number from 1. ``split="leave_one_out"`` **leaks the future**: its training data contains events later than other users' test
-    events (see :func:`flr.data.splits.split_log`).
+    ``path`` is the log or a folder with interactions.parquet and, where there is one, items.parquet: columns item,
+    title, sid (text or a list of codes), others (numbers, bools, text) become attributes of the catalogue. Ids may be
+    text or integers. Timestamps are numbers in any unit, or Parquet timestamps (kept as seconds). A row with a null or
+    a NaN is malformed; its line is the row's number from 1. ``split="leave_one_out"`` **leaks the future** (see
+    :func:`flr.data.splits.split_log`).
     """
-    file = Path(path)
-    items_file = None if items is None else Path(items)
+    file, items_file = Path(path), None if items is None else Path(items)
     if file.is_dir():
         if items_file is None and (file / ITEMS_NAME).is_file():
             items_file = file / ITEMS_NAME
         file = file / LOG_NAME
     table = read_parquet(file, {})
     report = ReadReport(source=str(file), rows_read=table.num_rows)
-    users, items_column = _ids(table, "user", file), _ids(table, "item", file)
-    columns: dict[str, pa.Array] = {"user": users, "item": items_column}
+    columns: dict[str, pa.Array] = {name: _ids(table, name, file) for name in ("user", "item")}
     times, scale = _times(table, file)
     if times is not None:
         columns["timestamp"] = times
@@ -59,25 +59,13 @@ def read_parquet_log(
         bad |= missing
     report.check(max_bad_share)
     good = np.flatnonzero(~bad)
-    user_codes, user_names = _codes(users, good)
-    item_codes, item_ids = _codes(items_column, good)
-    log = InteractionLog(
-        user_names,
-        item_ids,
-        user_codes,
-        item_codes,
-        None if times is None else times.to_numpy(zero_copy_only=False)[good].astype(np.float64),
-    )
-    return split_log(
-        log,
-        split=split,
-        max_history=max_history,
-        min_interactions=min_interactions,
-        name=name or (file.parent.name if file.name == LOG_NAME else file.stem),
-        report=report,
-        describe=lambda wanted: _catalogue(wanted, items_file, report),
-        time_scale=scale,
-    )
+    user_codes, user_names = _codes(columns["user"], good)
+    item_codes, item_ids = _codes(columns["item"], good)
+    moments = None if times is None else times.to_numpy(zero_copy_only=False)[good].astype(np.float64)
+    log = InteractionLog(user_names, item_ids, user_codes, item_codes, moments)
+    name = name or (file.parent.name if file.name == LOG_NAME else file.stem)
+    describe = partial(_catalogue, file=items_file, report=report)
+    return split_log(log, split, max_history, min_interactions, name, report, describe, scale)
 
 
 def _column(table: pa.Table, name: str) -> str | None:
@@ -91,9 +79,7 @@ def _ids(table: pa.Table, name: str, file: Path) -> pa.Array:
     values = _flat(table[column])
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if not (
-        pa.types.is_integer(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    ):
+    if not (pa.types.is_integer(values.type) or _is_text(values.type)):
         raise ValueError(f"{file}: column {column!r}: expected text or integers, got {values.type}")
     return values.cast(pa.string())
 
@@ -141,15 +127,14 @@ def _catalogue(item_ids: list[str], file: Path | None, report: ReadReport) -> Ca
     titles: dict[str, str] = {}
     if "title" in table.column_names:
         kind = table.schema.field("title").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_text(kind):
             raise ValueError(f"{file}: column 'title': expected text, got {kind}")
         titles = {item: title or "" for item, title in zip(ids, table["title"].to_pylist(), strict=True)}
     described = titled_catalogue(item_ids, titles, report)
     unknown = [item for item in item_ids if item not in place]
     if unknown:
-        report.notes.append(
-            f"{len(unknown)} items of the log are not in {file.name} (as {unknown[0]!r}): no sid, no attributes"
-        )
+        lacking = f"{len(unknown)} items of the log are not in {file.name} (as {unknown[0]!r})"
+        report.notes.append(f"{lacking}: no sid, no attributes")
         return described
     rows = pa.array([place[item] for item in item_ids])
     sids: list[tuple[str, ...]] | None = None
@@ -160,26 +145,16 @@ def _catalogue(item_ids: list[str], file: Path | None, report: ReadReport) -> Ca
         values = _flat(table[column]).take(rows)
         if column == "sid":
             if values.null_count:
-                raise ValueError(
-                    f"{file}: column 'sid': expected a semantic ID for every item, got {values.null_count} nulls"
-                )
+                raise ValueError(f"{file}: column 'sid': expected one for every item, got {values.null_count} nulls")
             sids = [(sid,) if isinstance(sid, str) else tuple(sid) for sid in values.to_pylist()]
-        elif values.null_count == 0 and _is_plain(values.type):
+        elif values.null_count == 0 and any(test(values.type) for test in _PLAIN):
             listed = values.to_pylist()
             attributes[column] = np.array(listed, str) if isinstance(listed[0], str) else np.array(listed)
         else:
-            report.notes.append(
-                f"{file.name}: column {column!r} ({values.type}, {values.null_count} nulls) is left out"
-            )
+            left_out = f"column {column!r} ({values.type}, {values.null_count} nulls)"
+            report.notes.append(f"{file.name}: {left_out} is left out")
     return Catalogue(described.item_ids, described.titles, sids, attributes)
 
 
-def _is_plain(kind: pa.DataType) -> bool:
-    tests = (
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-        pa.types.is_string,
-        pa.types.is_large_string,
-    )
-    return any(test(kind) for test in tests)
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -1,44 +1,41 @@
 """A generated data set with planted interests, whose true factors are known.
 
 Catalogue: every item belongs to one interest and, in it, to a series: "Amber Chess 3" is volume 3 of the series "Amber
-Chess". An interest's items form a ring: each volume is followed by the next, a series' last volume by the next series' first.
+Chess". An interest's items form a ring: each volume is followed by the next, a series' last by the next series' first.
 
-Users have a few interests with a weight each, and a place in the ring of each. An event first chooses the interest: with
-probability `stay` that of the user's last event; else the one that has waited longest with probability `rotation`, else by
-weight. Then it chooses the item: with probability `follow` the one
-after the user's last item *of that interest*, else any item of the interest, low places in the ring more often.
+Users have a few interests with a weight each, and a place in the ring of each. An event first chooses the interest:
+with probability ``stay`` that of the user's last event; else the one that has waited longest with probability
+``rotation``, else by weight. Then it chooses the item: with probability ``follow`` the one after the user's last item
+*of that interest*, else any item of the interest, low places in the ring more often.
 
-So histories interleave several chains. The last item alone says little: to predict, a model has to see when each interest was last
-served (which interest is due) and to recall the last item of each, which may lie many places back, and its best answer
-is a mixture of one continuation an interest. The report gives the two shares that bound what is possible.
+So histories interleave several chains. The last item alone says little: to predict, a model has to see when each
+interest was last served (which interest is due) and to recall the last item of each, which may lie many places back,
+and its best answer is a mixture of one continuation an interest. The report gives the two shares that bound what is
+possible.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
 from .augment import uniforms
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions, RecDataset
+from .interactions import Interactions, RecDataset, places_within
 from .report import ReadReport
-from .splits import time_cuts, user_bounds
+from .splits import latest, time_cuts, user_bounds
 
 _NOUN_TEXT = (
     "Jazz Chess Garden Ocean Robot Kitchen Mystery Mountain Theatre Camera Horse Dragon Bicycle Planet Poetry "
     "Football Castle Forest Opera Sewing Railway Puppet Coffee Desert"
 )
-_NOUNS = _NOUN_TEXT.split()
 _ADJECTIVE_TEXT = (
     "Amber Brave Calm Daring Early Faded Gentle Hidden Inner Jolly Keen Lonely Mellow Narrow Open Proud Quiet Rapid "
     "Silent Tender Urban Vivid Warm Young Bitter Clever Distant Eager Frozen Golden Humble Ivory Little Modern Noble "
     "Olive Plain Royal Simple Wild"
 )
-_ADJECTIVES = _ADJECTIVE_TEXT.split()
-_STREAMS = {
-    name: 16 + place for place, name in enumerate(("items", "interests", "users", "start", "which", "what", "time"))
-}
+_NOUNS, _ADJECTIVES = _NOUN_TEXT.split(), _ADJECTIVE_TEXT.split()
+_STREAM_NAMES = ("items", "interests", "users", "start", "which", "what", "time")
+_STREAMS = {name: 16 + place for place, name in enumerate(_STREAM_NAMES)}
 _DAY = 86400
 _SPAN = 1000  # days in which users begin
 _EPOCH = 1_500_000_000  # time of the first possible event, seconds since 1970
@@ -62,36 +59,34 @@ def planted_dataset(
 ) -> RecDataset:
     """Generate a data set with planted interests (see the module's text for how).
 
-    Parameters
-    ----------
-    num_items : at least num_interests * 2
-    num_users : at least 10
-    num_interests : of the catalogue
-    interests_per_user : interests that a user mixes, at most num_interests
-    follow : probability that an event continues its interest's chain, 0..1
-    rotation : probability that an event that does not stay serves the interest that has waited longest, 0..1
-    stay : probability that an event stays with the interest of the user's last event, 0..1; higher values make bursts, so that the
-        other interests' last items lie further back
-    series_length : volumes a series
-    min_events, max_events : events a user, uniform, both included; at least 2
-    max_history : items of a history
-    split : "user" (all rows of a user in one part, 8:1:1) or "time" (rows 8:1:1 by time)
-    seed : equal arguments give an equal data set on every machine; a user's events do not depend on num_users
+    Args:
+        num_items: at least num_interests * 2.
+        num_users: at least 10.
+        num_interests: of the catalogue.
+        interests_per_user: interests that a user mixes, at most num_interests.
+        follow: probability that an event continues its interest's chain, 0..1.
+        rotation: probability that an event that does not stay serves the interest that has waited longest, 0..1.
+        stay: probability that an event stays with the interest of the user's last event, 0..1; higher values make
+            bursts, so that the other interests' last items lie further back.
+        series_length: volumes a series.
+        min_events, max_events: events a user, uniform, both included; at least 2.
+        max_history: items of a history.
+        split: "user" (all rows of a user in one part, 8:1:1) or "time" (rows 8:1:1 by time).
+        seed: equal arguments give an equal data set on every machine; a user's events do not depend on num_users.
 
-    Returns
-    -------
-    RecDataset. ``catalogue.attributes`` (int64 [C] each): "interest" 0..num_interests - 1, "series", "volume" (from 1) and
-    "successor" (index of the item that follows in the interest's ring). ``catalogue.sids``: three codes, of which the first goes
-    with the interest for about four series in five, the second numbers the series and the third is the volume.
+    Returns:
+        RecDataset. ``catalogue.attributes`` (int64 [C] each): "interest" 0..num_interests - 1, "series", "volume" (from
+        1) and "successor" (index of the item that follows in the interest's ring). ``catalogue.sids``: three codes, of
+        which the first goes with the interest for about four series in five, the second numbers the series and the
+        third is the volume.
 
-    Examples
-    --------
-    >>> dataset = planted_dataset(num_items=40, num_users=100, seed=1)
-    >>> dataset
-    RecDataset('planted': 40 items; 682 train, 78 valid, 93 test rows)
-    >>> item = dataset.catalogue.find("Brave Jazz 1")[0]
-    >>> dataset.catalogue.titles[dataset.catalogue.attributes["successor"][item]]
-    'Brave Jazz 2'
+    Example:
+        >>> dataset = planted_dataset(num_items=40, num_users=100, seed=1)
+        >>> dataset
+        RecDataset('planted': 40 items; 682 train, 78 valid, 93 test rows)
+        >>> item = dataset.catalogue.find("Brave Jazz 1")[0]
+        >>> dataset.catalogue.titles[dataset.catalogue.attributes["successor"][item]]
+        'Brave Jazz 2'
     """
     for name, value, low in (
         ("num_interests", num_interests, 1),
@@ -112,7 +107,7 @@ def planted_dataset(
     if split not in ("user", "time"):
         raise ValueError(f"split: expected 'user' or 'time', got {split!r}")
     catalogue, rings = _catalogue(num_items, num_interests, series_length, seed)
-    chances = _Chances(follow, rotation, stay)
+    chances = (follow, rotation, stay)
     lengths, events = _events(rings, num_users, interests_per_user, chances, min_events, max_events, seed)
     users = np.repeat(np.arange(num_users), lengths)
     items = events[np.arange(max_events) < lengths[:, None]]
@@ -127,8 +122,8 @@ def planted_dataset(
         cuts = np.searchsorted(users[rows], [num_users * 8 // 10, num_users * 9 // 10]).tolist()
     parts: list[Interactions] = []
     for chosen in np.split(rows, cuts):
-        histories = CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
         names = [f"user_{user}" for user in users[chosen].tolist()]
+        histories = latest(items, start, chosen, max_history)
         parts.append(Interactions(names, histories, items[chosen], times[chosen]))
     report = ReadReport("planted_dataset", len(users), len(users), 0, num_users, num_items)
     report.notes.extend(_bounds(catalogue, parts[2]))
@@ -137,6 +132,10 @@ def planted_dataset(
 
 def _key(seed: int) -> np.ndarray:
     return np.array([seed % 2**64], np.uint64)
+
+
+def _user_keys(users: np.ndarray, seed: int) -> np.ndarray:
+    return users.astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + _key(seed)
 
 
 def _catalogue(num_items: int, num_interests: int, series_length: int, seed: int) -> tuple[Catalogue, list[np.ndarray]]:
@@ -155,25 +154,20 @@ def _catalogue(num_items: int, num_interests: int, series_length: int, seed: int
     of_series = np.zeros(first_series, np.int64)
     of_series[series] = interest
     begins = np.searchsorted(of_series, np.arange(num_interests))  # first series of every interest
-    names = [
-        f"{_adjectives(number - int(begins[topic]))} {_noun(topic)}" for number, topic in enumerate(of_series.tolist())
-    ]
+    topics = enumerate(of_series.tolist())
+    names = [f"{_adjectives(number - int(begins[topic]))} {_noun(topic)}" for number, topic in topics]
     strays, other = uniforms(_key(seed), _STREAMS["interests"], 2 * first_series).reshape(2, first_series)
     coarse = np.where(strays < 0.8, of_series, (other * num_interests).astype(np.int64))
-    grouped = np.argsort(coarse, kind="stable")
-    sizes = np.bincount(coarse, minlength=num_interests)
     fine = np.empty(first_series, np.int64)
-    fine[grouped] = np.arange(first_series) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    fine[np.argsort(coarse, kind="stable")] = places_within(np.bincount(coarse, minlength=num_interests))
     pairs = list(zip(series.tolist(), volume.tolist(), strict=True))
-    return (
-        Catalogue(
-            [f"item_{index}" for index in range(num_items)],
-            [f"{names[number]} {part}" for number, part in pairs],
-            [(f"<a_{coarse[number]}>", f"<b_{fine[number]}>", f"<c_{part}>") for number, part in pairs],
-            {"interest": interest, "series": series, "volume": volume, "successor": successor},
-        ),
-        rings,
+    catalogue = Catalogue(
+        [f"item_{index}" for index in range(num_items)],
+        [f"{names[number]} {part}" for number, part in pairs],
+        [(f"<a_{coarse[number]}>", f"<b_{fine[number]}>", f"<c_{part}>") for number, part in pairs],
+        {"interest": interest, "series": series, "volume": volume, "successor": successor},
     )
+    return catalogue, rings
 
 
 def _adjectives(number: int) -> str:
@@ -188,24 +182,21 @@ def _noun(interest: int) -> str:
     return _NOUNS[place] + (f"-{again + 1}" if again else "")
 
 
-class _Chances(NamedTuple):
-    follow: float
-    rotation: float
-    stay: float
-
-
 def _events(
     rings: list[np.ndarray],
     num_users: int,
     interests_per_user: int,
-    chances: _Chances,
+    chances: tuple[float, float, float],
     min_events: int,
     max_events: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Number of events int64 [U] and item of every event int32 [U, max_events] (past the number: unused)."""
-    users = np.arange(num_users, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95) + _key(seed)
-    slots = interests_per_user
+    """Number of events int64 [U] and item of every event int32 [U, max_events] (past the number: unused).
+
+    ``chances``: the probabilities follow, rotation and stay.
+    """
+    users = _user_keys(np.arange(num_users), seed)
+    slots, (follow, rotation, stay) = interests_per_user, chances
     draws = uniforms(users, _STREAMS["users"], len(rings) + slots + 1)
     interests = np.argsort(draws[:, : len(rings)], axis=1, kind="stable")[:, :slots]  # [U, slots]
     weights = np.cumsum(-np.log1p(-draws[:, len(rings) : -1]), axis=1)  # exponentials: a uniform mix once divided
@@ -215,9 +206,7 @@ def _events(
     bases = np.cumsum([0, *map(len, rings[:-1])])[interests]
     joined = np.concatenate(rings)
     begin = uniforms(users, _STREAMS["start"], 2 * slots)
-    place = (begin[:, :slots] ** 2 * sizes).astype(
-        np.int64
-    ) - 1  # one before the first item, so that it can be "followed"
+    place = (begin[:, :slots] ** 2 * sizes).astype(np.int64) - 1  # one before the first item, which "follows" it
     waiting = begin[:, slots:].copy()  # steps since an interest was served; at the beginning a random order
     which = uniforms(users, _STREAMS["which"], 3 * max_events).reshape(num_users, max_events, 3)
     what = uniforms(users, _STREAMS["what"], 2 * max_events).reshape(num_users, max_events, 2)
@@ -226,11 +215,11 @@ def _events(
     events = np.empty((num_users, max_events), np.int32)
     for step in range(max_events):
         drawn = (which[:, step, :1] >= weights).sum(axis=1).clip(max=slots - 1)
-        moved = np.where(which[:, step, 1] < chances.rotation, waiting.argmax(axis=1), drawn)
-        slot = np.where((which[:, step, 2] < chances.stay) & (step > 0), slot, moved)
+        moved = np.where(which[:, step, 1] < rotation, waiting.argmax(axis=1), drawn)
+        slot = np.where((which[:, step, 2] < stay) & (step > 0), slot, moved)
         size = sizes[rows, slot]
         anywhere = (what[:, step, 0] ** 2 * size).astype(np.int64)
-        now = np.where(what[:, step, 1] < chances.follow, (place[rows, slot] + 1) % size, anywhere)
+        now = np.where(what[:, step, 1] < follow, (place[rows, slot] + 1) % size, anywhere)
         place[rows, slot] = now
         events[:, step] = joined[bases[rows, slot] + now]
         waiting += 1
@@ -239,17 +228,16 @@ def _events(
 
 
 def _times(users: np.ndarray, step: np.ndarray, seed: int) -> np.ndarray:
-    """A user begins somewhere in the span and has an event every one to three days; seconds, int64 [n], ascending for a user."""
-    keys = users.astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + _key(seed)
+    """Seconds, int64 [n], ascending for a user: a beginning in the span, then an event every one to three days."""
+    keys = _user_keys(users, seed)
     begin = (uniforms(keys, _STREAMS["time"], 1)[:, 0] * _SPAN * _DAY).astype(np.int64)
-    jitter = (uniforms(keys + (step.astype(np.uint64) << np.uint64(48)), _STREAMS["time"] + 1, 1)[:, 0] * _DAY).astype(
-        np.int64
-    )
+    keys += step.astype(np.uint64) << np.uint64(48)
+    jitter = (uniforms(keys, _STREAMS["time"] + 1, 1)[:, 0] * _DAY).astype(np.int64)
     return _EPOCH + begin + 2 * _DAY * step + jitter
 
 
 def _bounds(catalogue: Catalogue, rows: Interactions) -> list[str]:
-    """What can be predicted: of `rows`, targets that follow the last item of their interest, and of those the history's last."""
+    """What can be predicted of ``rows``: targets that follow their interest's last item, and the history's last."""
     if len(rows) == 0:
         return []
     interest, successor = catalogue.attributes["interest"], catalogue.attributes["successor"]

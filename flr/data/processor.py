@@ -18,7 +18,7 @@ from flr.files import PathLike, read_json, write_json
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
-from .interactions import CSR, Interactions
+from .interactions import CSR, Interactions, offsets_of, places_within
 
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"
@@ -29,22 +29,21 @@ SCORINGS = ("full", "catalogue")
 _TEXT_PROMPT = (
     "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
 )
+_SETTINGS = ("max_history", "num_thoughts", "thought_token", "max_prompt_tokens", "max_title_tokens")
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
     """Text around a history.
 
-    Attributes
-    ----------
-    text : holds the placeholder ``{history}`` exactly once; every other character is taken as it is
-    separator : text between two items (an item's tokens already end or have a fixed number, so none is needed)
-    bos : begin with the tokenizer's bos token (its eos token where it has no bos)
+    Attributes:
+        text: holds the placeholder ``{history}`` exactly once; every other character is taken as it is.
+        separator: text between two items (an item's tokens already end or have a fixed number, so none is needed).
+        bos: begin with the tokenizer's bos token (its eos token where it has no bos).
 
-    Examples
-    --------
-    >>> PromptTemplate("Listened to: {history}.").parts
-    ('Listened to: ', '.')
+    Example:
+        >>> PromptTemplate("Listened to: {history}.").parts
+        ('Listened to: ', '.')
     """
 
     text: str = _HISTORY
@@ -69,12 +68,11 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class HistoryViews:
-    """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.views`).
+    """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.decode.mixture`).
 
-    Attributes
-    ----------
-    weight : of the one-item views together, 0..1; the whole prompt has the rest
-    decay : weight of an item relative to the next later one, in (0, 1]
+    Attributes:
+        weight: of the one-item views together, 0..1; the whole prompt has the rest.
+        decay: weight of an item relative to the next later one, in (0, 1].
     """
 
     weight: float = 0.5
@@ -89,7 +87,7 @@ class HistoryViews:
 
 @dataclass(frozen=True)
 class Segment:
-    """Prompts of a batch before padding: one flat array of tokens and, for each, the history entry that it belongs to."""
+    """Prompts of a batch before padding: a flat array of tokens and, for each, the history entry it belongs to."""
 
     tokens: CSR  # int32 values, int64 offsets [B + 1]
     entries: np.ndarray  # int64 [total], -1 outside the history's items
@@ -98,42 +96,38 @@ class Segment:
 class RecProcessor:
     """Turns histories into model inputs.
 
-    Parameters
-    ----------
-    tokenizer : a fast Hugging Face tokenizer; the tokens that codec and thought need are added to it
-    catalogue : the items
-    codec : "title", "sid" or "id" (see :mod:`flr.data.codecs`)
-    template : prompt text; None takes :meth:`PromptTemplate.default` of the codec
-    max_history : items kept, the latest ones; at least 1
-    num_thoughts : thought tokens at the prompt's end; 0 for a model without a thought
-    thought_token : added to the tokenizer as a special token if it is missing and num_thoughts > 0
-    max_prompt_tokens : upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
-        It must leave room for the template and the longest item.
-    max_title_tokens : codec "title" only, cuts long titles
-    views : how evaluation and recommendation weigh several views of a history; None for the whole prompt alone
-    scoring : "full" or "catalogue", what the model's probabilities are normalised over unless the caller says otherwise
-        (see :mod:`flr.decode`); training sets it to its own normalisation
+    Args:
+        tokenizer: a fast Hugging Face tokenizer; the tokens that codec and thought need are added to it.
+        catalogue: the items.
+        codec: "title", "sid" or "id" (see :mod:`flr.data.codecs`).
+        template: prompt text; None takes :meth:`PromptTemplate.default` of the codec.
+        max_history: items kept, the latest ones; at least 1.
+        num_thoughts: thought tokens at the prompt's end; 0 for a model without a thought.
+        thought_token: added to the tokenizer as a special token if it is missing and num_thoughts > 0.
+        max_prompt_tokens: upper bound on prompt tokens, thoughts included; the earliest items are left out to keep it.
+            It must leave room for the template and the longest item.
+        max_title_tokens: codec "title" only, cuts long titles.
+        views: how evaluation and recommendation weigh several views of a history; None for the whole prompt alone.
+        scoring: "full" or "catalogue", what the model's probabilities are normalised over unless the caller says
+            otherwise (see :mod:`flr.decode`); training sets it to its own normalisation.
 
-    Attributes
-    ----------
-    item_codec : the :class:`ItemCodec` (`codec` is its name)
-    thought_token_id : None where num_thoughts is 0
-    pad_token_id : the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does)
+    Attributes:
+        item_codec: the :class:`ItemCodec` (``codec`` is its name).
+        thought_token_id: None where num_thoughts is 0.
+        pad_token_id: the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does).
 
-    Raises
-    ------
-    ValueError : an unknown codec, sizes out of range, template text that the tokenizer cannot express
+    Raises:
+        ValueError: an unknown codec, sizes out of range, template text that the tokenizer cannot express.
 
-    Examples
-    --------
-    >>> from flr.data import build_tokenizer
-    >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
-    >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
-    >>> batch = processor([[0, 2], [1]])
-    >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
-    ['<|pad|>', '<|bos|>', '<|item_1|>', '<|thought|>']
-    >>> batch["item_positions"].tolist()
-    [[-1, 0, 1, -1], [-1, -1, 0, -1]]
+    Example:
+        >>> from flr.data import build_tokenizer
+        >>> catalogue = Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"])
+        >>> processor = RecProcessor(build_tokenizer(catalogue, "id"), catalogue)
+        >>> batch = processor([[0, 2], [1]])
+        >>> processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][1])
+        ['<|pad|>', '<|bos|>', '<|item_1|>', '<|thought|>']
+        >>> batch["item_positions"].tolist()
+        [[-1, 0, 1, -1], [-1, -1, 0, -1]]
     """
 
     def __init__(
@@ -181,15 +175,14 @@ class RecProcessor:
         self._suffix = self._text_tokens(after)
         self._separator = self._text_tokens(self.template.separator)
         if not self._prefix and not self._suffix:
-            raise ValueError(
-                "template: expected a bos token or text, so that the prompt of an empty history has a token; got none"
-            )
+            wanted = "a bos token or text, so that the prompt of an empty history has a token"
+            raise ValueError(f"template: expected {wanted}, got none")
         fixed = len(self._prefix) + len(self._suffix) + num_thoughts
         longest = int(self.item_codec.lengths.max())
         if max_prompt_tokens is not None and max_prompt_tokens < fixed + longest:
+            parts = f"{fixed} for template and thoughts, {longest} for the longest item"
             raise ValueError(
-                f"max_prompt_tokens: expected at least {fixed + longest} ({fixed} for template and thoughts, "
-                f"{longest} for the longest item), got {max_prompt_tokens}"
+                f"max_prompt_tokens: expected at least {fixed + longest} ({parts}), got {max_prompt_tokens}"
             )
 
     @property
@@ -206,18 +199,19 @@ class RecProcessor:
     def __call__(self, histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> dict[str, torch.Tensor]:
         """Prompts of a batch, left-padded to the longest one.
 
-        `histories` holds item indices, oldest first; a history may be empty (the prompt is then the template and the thought)
-        and of any length (the last `max_history` items count).
+        Args:
+            histories: item indices, oldest first; a history may be empty (the prompt is then the template and the
+                thought) and of any length (the last ``max_history`` items count).
 
-        Returns
-        -------
-        input_ids : int64 [B, L], the last num_thoughts columns hold the thought token
-        attention_mask : int64 [B, L], 0 on padding
-        position_ids : int64 [B, L], counted from a row's first token, 0 on padding
-        reasoner_mask : bool [B, L], tokens of history items (all False for an empty history)
-        item_positions : int64 [B, L], which entry of the given history (0 = first given) a token belongs to, else -1
+        Returns:
+            input_ids: int64 [B, L], the last num_thoughts columns hold the thought token.
+            attention_mask: int64 [B, L], 0 on padding.
+            position_ids: int64 [B, L], counted from a row's first token, 0 on padding.
+            reasoner_mask: bool [B, L], tokens of history items (all False for an empty history).
+            item_positions: int64 [B, L], the entry of the given history (0 = first) that a token belongs to, else -1.
 
-        ValueError on an empty batch or an index out of the catalogue.
+        Raises:
+            ValueError: an empty batch or an index out of the catalogue.
         """
         prompts = self.prompts(_as_csr(histories))
         if len(prompts.tokens.offsets) == 1:
@@ -226,16 +220,11 @@ class RecProcessor:
 
     def prompts(self, histories: CSR) -> Segment:
         """Tokens of every prompt, thoughts included, without padding."""
-        size = len(self.catalogue)
-        if histories.values.size and not (histories.values.min() >= 0 and histories.values.max() < size):
-            raise ValueError(
-                f"histories: expected item indices in 0..{size - 1}, "
-                f"got {histories.values.min()}..{histories.values.max()}"
-            )
-        given = histories.lengths
-        kept = histories.slice(
-            np.maximum(histories.offsets[:-1], histories.offsets[1:] - self.max_history), histories.offsets[1:]
-        )
+        size, items = len(self.catalogue), histories.values
+        if items.size and not (items.min() >= 0 and items.max() < size):
+            raise ValueError(f"histories: expected item indices in 0..{size - 1}, got {items.min()}..{items.max()}")
+        given, ends = histories.lengths, histories.offsets[1:]
+        kept = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
         if self.max_prompt_tokens is not None:
             kept = self._bound(kept, self.max_prompt_tokens)
         codec, gap = self.item_codec, len(self._separator)
@@ -245,12 +234,10 @@ class RecProcessor:
         is_first[first] = True  # rows without an item mark a place that another row's first item marks, or the end
         gaps = np.where(is_first[:-1], 0, gap)
         sizes = codec.offsets[kept.values + 1] - codec.offsets[kept.values]  # tokens of every item
-        item_ends = np.zeros(len(kept.values) + 1, np.int64)
-        np.cumsum(sizes + gaps, out=item_ends[1:])
+        item_ends = offsets_of(sizes + gaps)
         history_tokens = item_ends[kept.offsets[1:]] - item_ends[first]
         head, tail = len(self._prefix), [*self._suffix, *([self.thought_token_id] * self.num_thoughts)]
-        offsets = np.zeros(batch + 1, np.int64)
-        np.cumsum(head + history_tokens + len(tail), out=offsets[1:])
+        offsets = offsets_of(head + history_tokens + len(tail))
         tokens = np.empty(offsets[-1], np.int32)
         entries = np.full(offsets[-1], -1, np.int64)
         tokens[offsets[:-1, None] + np.arange(head)] = self._prefix
@@ -261,20 +248,18 @@ class RecProcessor:
         if gap:
             separated = starts[~is_first[:-1]]
             tokens[separated[:, None] - gap + np.arange(gap)] = self._separator
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        within = places_within(sizes)
         places = np.repeat(starts, sizes) + within
         tokens[places] = codec.tokens[np.repeat(codec.offsets[kept.values], sizes) + within]
-        entry = np.arange(len(kept.values)) - kept.offsets[item_rows] + (given - counts)[item_rows]
-        entries[places] = np.repeat(entry, sizes)
+        entries[places] = np.repeat(places_within(counts) + (given - counts)[item_rows], sizes)
         return Segment(CSR(tokens, offsets), entries)
 
     def _bound(self, histories: CSR, max_prompt_tokens: int) -> CSR:
-        """Leave out the earliest items of the histories whose prompts would be longer than `max_prompt_tokens`."""
+        """Leave out the earliest items of the histories whose prompts would be longer than ``max_prompt_tokens``."""
         room = max_prompt_tokens - len(self._prefix) - len(self._suffix) - self.num_thoughts + len(self._separator)
-        cumulative = np.zeros(len(histories.values) + 1, np.int64)
         offsets = self.item_codec.offsets
         sizes = offsets[histories.values + 1] - offsets[histories.values]
-        np.cumsum(sizes + len(self._separator), out=cumulative[1:])
+        cumulative = offsets_of(sizes + len(self._separator))
         starts = np.searchsorted(cumulative, cumulative[histories.offsets[1:]] - room, side="left")
         return histories.slice(np.maximum(starts, histories.offsets[:-1]), histories.offsets[1:])
 
@@ -283,15 +268,14 @@ class RecProcessor:
             return []
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in tokens:
-            raise ValueError(
-                f"template: the tokenizer cannot express {text!r}; a tokenizer built for codec {self.codec!r} holds items only"
-            )
+            reason = f"a tokenizer built for codec {self.codec!r} holds items only"
+            raise ValueError(f"template: expected text that the tokenizer can express, got {text!r}; {reason}")
         return tokens
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder `path`.
+        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder ``path``.
 
-        The last file goes first and comes last, so that a save that was cut short is no processor rather than a mixed one.
+        The last file goes first and comes last: a save that was cut short is no processor rather than a mixed one.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,12 +292,8 @@ class RecProcessor:
                 "tokenizer_class": type(self.tokenizer).__name__,
                 "codec": self.codec,
                 "template": asdict(self.template),
-                "max_history": self.max_history,
-                "num_thoughts": self.num_thoughts,
-                "thought_token": self.thought_token,
+                **{name: getattr(self, name) for name in _SETTINGS},
                 "thought_token_id": self.thought_token_id,
-                "max_prompt_tokens": self.max_prompt_tokens,
-                "max_title_tokens": self.max_title_tokens,
                 "views": None if self.views is None else asdict(self.views),
                 "scoring": self.scoring,
                 "vocabulary_size": len(self.tokenizer),
@@ -337,43 +317,39 @@ class RecProcessor:
             Catalogue.load(folder / CATALOGUE_NAME),
             config["codec"],
             PromptTemplate(**config["template"]),
-            config["max_history"],
-            config["num_thoughts"],
-            thought_token=config["thought_token"],
-            max_prompt_tokens=config["max_prompt_tokens"],
-            max_title_tokens=config["max_title_tokens"],
+            **{name: config[name] for name in _SETTINGS},
             views=None if config.get("views") is None else HistoryViews(**config["views"]),
             scoring=config.get("scoring", "full"),  # absent before there was a choice
         )
-        found = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
+        rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
         saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
-        if found != saved:
+        if rebuilt != saved:
             raise ValueError(
-                f"{folder}: tokenizer and catalogue do not belong to this {CONFIG_NAME}: expected (vocabulary, the same "
-                f"after rebuilding the codec, thought token id, item tokens) {saved}, got {found}"
+                f"{folder}: expected tokenizer and catalogue of this {CONFIG_NAME}: (vocabulary, the same after "
+                f"rebuilding the codec, thought token id, item tokens) {saved}, got {rebuilt}"
             )
         return processor
 
 
 def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, np.ndarray]:
-    """input_ids, attention_mask, item_positions, int64 [B, L + extra] each: prompts end at column L, `extra` stays padding."""
+    """input_ids, attention_mask, item_positions, int64 [B, L + extra]: prompts end at column L, the rest is padding."""
     lengths = prompts.tokens.lengths
     batch, width = len(lengths), int(lengths.max())
     rows = np.repeat(np.arange(batch), lengths)
     columns = np.arange(len(prompts.entries)) + np.repeat(width - prompts.tokens.offsets[1:], lengths)
-    arrays = {
-        "input_ids": np.full((batch, width + extra), pad_token_id, np.int64),
-        "attention_mask": np.zeros((batch, width + extra), np.int64),
-        "item_positions": np.full((batch, width + extra), -1, np.int64),
-    }
-    arrays["input_ids"][rows, columns] = prompts.tokens.values
-    arrays["attention_mask"][rows, columns] = 1
-    arrays["item_positions"][rows, columns] = prompts.entries
+    arrays = {}
+    for name, padding, values in (
+        ("input_ids", pad_token_id, prompts.tokens.values),
+        ("attention_mask", 0, 1),
+        ("item_positions", -1, prompts.entries),
+    ):
+        arrays[name] = np.full((batch, width + extra), padding, np.int64)
+        arrays[name][rows, columns] = values
     return arrays
 
 
 def finish_batch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Tensors of `arrays` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
+    """Tensors of ``arrays`` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
     mask = arrays["attention_mask"]
     arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
     arrays["reasoner_mask"] = arrays["item_positions"] >= 0

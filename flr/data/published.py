@@ -1,7 +1,7 @@
 """The CSV form in which this field's papers publish Amazon data: train, valid, test.csv and items.txt in a folder.
 
-One CSV row is one prediction. Columns user_id, history_item_id (a Python list literal) and item_id are needed; timestamp is
-used where there is one; other columns are not parsed. items.txt is tab-separated: ``title, id`` or ``sid, title, id``.
+One CSV row is one prediction. Columns user_id, history_item_id (a Python list literal) and item_id are needed,
+timestamp is optional, others are not parsed. items.txt is tab-separated: ``title, id`` or ``sid, title, id``.
 sid.index.json, where present, gives the codes of every id's semantic ID.
 """
 
@@ -17,17 +17,16 @@ from typing import Any
 from flr.files import PathLike, read_json
 
 from .catalogue import Catalogue
-from .interactions import Interactions, RecDataset
+from .interactions import PARTS, Interactions, RecDataset
 from .report import ReadReport
 
-PARTS = ("train", "valid", "test")
 _NEEDED = ("user_id", "history_item_id", "item_id")
 _MAX_CELL = 1 << 17  # characters of a list cell; csv's own limit is the same
 _CODE = re.compile(r"<[^<>]+>")
 
 
 def is_published(folder: Path) -> bool:
-    """Whether `folder` holds this form."""
+    """Whether ``folder`` holds this form."""
     return (folder / "items.txt").is_file() and (folder / "test.csv").is_file()
 
 
@@ -35,13 +34,13 @@ def read_published(path: PathLike, *, max_bad_share: float = 0.01, name: str | N
     """Read a folder in the published CSV form.
 
     Malformed rows (wrong number of cells, no list literal, an id that items.txt lacks, an empty or too long cell) are
-    counted and shown in the report; past `max_bad_share` of all rows they are a ValueError.
+    counted and shown in the report; past ``max_bad_share`` of all rows they are a ValueError.
     """
     folder = Path(path)
     report = ReadReport(source=str(folder))
     for needed in ("items.txt", *(f"{part}.csv" for part in PARTS)):
         if not (folder / needed).is_file():
-            raise ValueError(f"path: expected {needed} in {folder}, found none")
+            raise ValueError(f"path: expected {needed} in {folder}, got none")
     catalogue = _read_items(folder, report)
     parts = [_read_rows(folder / f"{part}.csv", catalogue, report) for part in PARTS]
     report.check(max_bad_share)
@@ -75,8 +74,7 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
                 ids[cells[-1]] = None
                 titles.append(cells[-2])
                 sids.append(cells[0] if len(cells) == 3 else None)
-    if bad.rows_bad:  # an item lost would turn up as many bad rows, so none is
-        bad.check(0.0)
+    bad.check(0.0)  # an item lost would turn up as many bad rows, so none is
     index_file = folder / "sid.index.json"
     index: dict[str, Any] = read_json(index_file) if index_file.is_file() else {}
     if not index and None in sids:
@@ -88,15 +86,14 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
         if listed is not None and not (isinstance(listed, list) and all(isinstance(code, str) for code in listed)):
             raise ValueError(f"{index_file}: expected a list of codes for id {item_id!r}, got {listed!r}")
         parsed = _split_sid(sid) if sid else ()
-        found = tuple(listed) if listed else parsed
-        if not found:
+        chosen = tuple(listed) if listed else parsed
+        if not chosen:
             raise ValueError(f"{folder}: expected a semantic ID for every item, got none for id {item_id!r}")
         differing += bool(listed and parsed and tuple(listed) != parsed)
-        codes.append(found)
+        codes.append(chosen)
     if differing:
-        report.notes.append(
-            f"{differing} semantic IDs differ between items.txt and sid.index.json; the latter's are used"
-        )
+        rule = "differ between items.txt and sid.index.json; the latter's are used"
+        report.notes.append(f"{differing} semantic IDs {rule}")
     repeated = len(codes) - len(set(codes))
     if repeated:
         report.notes.append(f"{repeated} items have a semantic ID that an earlier item has too")

@@ -25,35 +25,29 @@ _READERS: dict[str, Callable[..., RecDataset]] = {
 def load_dataset(path: PathLike, format: str = "auto", **options: Any) -> RecDataset:
     """Read a data set.
 
-    Parameters
-    ----------
-    path : a folder, or a file for "recbole" (.inter) and "parquet" (the log)
-    format : "auto" looks at what is there, or one of
+    Args:
+        path: a folder, or a file for "recbole" (.inter) and "parquet" (the log).
+        format: "auto" looks at what is there; "prepared" is what :meth:`RecDataset.save` wrote, "csv" the published CSV
+            form (:func:`flr.data.published.read_published`), "recbole" atomic files
+            (:func:`flr.data.recbole.read_recbole`), "parquet" a log and its items
+            (:func:`flr.data.parquet.read_parquet_log`). Raw Amazon reviews need a filter and a metadata file: see
+            :func:`flr.data.prepare_amazon`.
+        options: of that reader, e.g. ``max_bad_share``, ``split``, ``max_history``, ``min_interactions``.
 
-        - "prepared": what :meth:`RecDataset.save` wrote
-        - "csv": the published CSV form (:func:`flr.data.published.read_published`)
-        - "recbole": atomic files (:func:`flr.data.recbole.read_recbole`)
-        - "parquet": a log and its items (:func:`flr.data.parquet.read_parquet_log`)
+    Raises:
+        ValueError: nothing readable at ``path``, an option that the form does not have, malformed data.
 
-        Raw Amazon reviews need a filter and a metadata file: see :func:`flr.data.prepare_amazon`.
-    options : of that reader, e.g. ``max_bad_share``, ``split``, ``max_history``, ``min_interactions``
-
-    Raises
-    ------
-    ValueError : nothing readable at `path`, an option that the form does not have, malformed data
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from flr.data import planted_dataset
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     planted_dataset(num_items=40, num_users=50).save(folder + "/toy")
-    ...     load_dataset(folder + "/toy").name
-    'planted'
+    Example:
+        >>> import tempfile
+        >>> from flr.data import planted_dataset
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     planted_dataset(num_items=40, num_users=50).save(folder + "/toy")
+        ...     load_dataset(folder + "/toy").name
+        'planted'
     """
     place = Path(path)
     if not place.exists():
-        raise ValueError(f"path: expected a folder or a file, found nothing at {place}")
+        raise ValueError(f"path: expected a folder or a file, got nothing at {place}")
     if format == "auto":
         format = _detect(place)
     if format not in _READERS:
@@ -62,7 +56,7 @@ def load_dataset(path: PathLike, format: str = "auto", **options: Any) -> RecDat
     known = list(inspect.signature(reader).parameters)[1:]
     for option in options:
         if option not in known:
-            raise ValueError(f"options: format {format!r} has {known or 'none'}, got {option!r}")
+            raise ValueError(f"options: expected {known or 'none'} for format {format!r}, got {option!r}")
     return reader(place, **options)
 
 
@@ -75,8 +69,8 @@ def _detect(place: Path) -> str:
         return "recbole"
     if place.suffix == ".parquet" or (place / LOG_NAME).is_file():
         return "parquet"
-    found = sorted(file.name for file in place.iterdir())[:10] if place.is_dir() else place.name
+    names = sorted(file.name for file in place.iterdir())[:10] if place.is_dir() else place.name
     raise ValueError(
         f"path: expected meta.json (prepared), items.txt and test.csv (published CSV), one .inter file (RecBole) or "
-        f"{LOG_NAME} (Parquet) in {place}, found {found}"
+        f"{LOG_NAME} (Parquet) in {place}, got {names}"
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from flr.files import PathLike
+from flr.files import PathLike, bounded_lines
 
 from .interactions import RecDataset
 from .report import ReadReport
@@ -30,12 +31,11 @@ def read_recbole(
     max_bad_share: float = 0.01,
     name: str | None = None,
 ) -> RecDataset:
-    """Read RecBole atomic files: `path` is an .inter file or a folder with exactly one.
+    """Read RecBole atomic files: ``path`` is an .inter file or a folder with exactly one.
 
-    The header names fields as ``user_id:token``. The item file's title is `title_field`, or the one field whose name ends in
-    "title" or "name". Timestamps are kept in the file's unit. ``split="time"`` cuts rows 8:1:1 by time;
-    ``split="leave_one_out"`` **leaks the future**: its training data contains events later than other users' test events
-    (see :func:`flr.data.splits.split_log`). Malformed rows are counted and refused past `max_bad_share`, in either file.
+    The header names fields as ``user_id:token``. The item file's title is ``title_field``, or the one field whose name
+    ends in "title" or "name". Timestamps are kept in the file's unit. ``split="leave_one_out"`` **leaks the future**
+    (see :func:`flr.data.splits.split_log`). Malformed rows are counted and refused past ``max_bad_share``.
     """
     file = _inter_file(Path(path))
     report = ReadReport(source=str(file))
@@ -57,15 +57,9 @@ def read_recbole(
     report.check(max_bad_share)
     items = file.with_suffix(".item")
     titles = _titles(items, item_field, title_field, max_bad_share, report) if items.is_file() else {}
-    return split_log(
-        log.build(timed),
-        split=split,
-        max_history=max_history,
-        min_interactions=min_interactions,
-        name=name or file.stem,
-        report=report,
-        describe=lambda item_ids: titled_catalogue(item_ids, titles, report),
-    )
+
+    describe = partial(titled_catalogue, titles=titles, report=report)
+    return split_log(log.build(timed), split, max_history, min_interactions, name or file.stem, report, describe)
 
 
 def inter_files(folder: Path) -> list[Path]:
@@ -76,16 +70,15 @@ def inter_files(folder: Path) -> list[Path]:
 def _inter_file(path: Path) -> Path:
     if path.is_file():
         return path
-    found = inter_files(path)
-    if len(found) != 1:
-        raise ValueError(
-            f"path: expected an .inter file or a folder with exactly one, got {[file.name for file in found]}"
-        )
-    return found[0]
+    files = inter_files(path)
+    if len(files) != 1:
+        names = [file.name for file in files]
+        raise ValueError(f"path: expected an .inter file or a folder with exactly one, got {names}")
+    return files[0]
 
 
 def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tuple[int, list[str]]]]:
-    """Field name → column, and the rows with the right number of cells; `report` counts all rows and notes the others."""
+    """Columns by field name, and the rows with one cell a field; ``report`` counts all rows and notes the others."""
     lines = _lines(file)
     _, header = next(lines, (1, None))
     if header is None:
@@ -94,9 +87,8 @@ def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tupl
     for column, cell in enumerate(header.lstrip("\ufeff").split("\t")):
         field, colon, kind = cell.rpartition(":")
         if not colon or kind not in _TYPES or field in fields:
-            raise ValueError(
-                f"{file}: expected a header of different NAME:TYPE cells (types {_TYPES}), got {cell[:80]!r}"
-            )
+            wanted = f"a header of different NAME:TYPE cells (types {_TYPES})"
+            raise ValueError(f"{file}: expected {wanted}, got {cell[:80]!r}")
         fields[field] = column
 
     def rows() -> Iterator[tuple[int, list[str]]]:
@@ -114,16 +106,10 @@ def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tupl
 
 def _lines(file: Path) -> Iterator[tuple[int, str | None]]:
     """(number, text) of every line that is not empty, without its end; None for one past the size bound."""
-    number = 0
     with open(file, encoding="utf-8", errors="replace", newline="\n") as stream:
-        while line := stream.readline(_MAX_LINE + 1):
-            number += 1
-            whole = len(line) <= _MAX_LINE
-            while line and not line.endswith("\n") and not whole:
-                line = stream.readline(_MAX_LINE + 1)
-            if not whole:
-                yield number, None
-            elif text := line.rstrip("\r\n"):
+        for number, line in bounded_lines(stream, _MAX_LINE):
+            text = None if line is None else line.rstrip("\r\n")
+            if text != "":
                 yield number, text
 
 
@@ -143,13 +129,12 @@ def _titles(
     if item_field not in fields:
         raise ValueError(f"{file}: expected a field {item_field!r}, got {list(fields)}")
     if title_field is None:
-        found = [field for field in fields if field != item_field and field.lower().endswith(_TITLES)]
-        if len(found) != 1:
-            report.notes.append(
-                f"{file.name}: no single field for titles among {list(fields)}; name it with title_field"
-            )
+        candidates = [field for field in fields if field != item_field and field.lower().endswith(_TITLES)]
+        if len(candidates) != 1:
+            lacking = f"no single field for titles among {list(fields)}"
+            report.notes.append(f"{file.name}: {lacking}; name it with title_field")
             return {}
-        title_field = found[0]
+        title_field = candidates[0]
     if title_field not in fields:
         raise ValueError(f"title_field: expected one of {list(fields)}, got {title_field!r}")
     titles: dict[str, str] = {}

@@ -22,26 +22,25 @@ class BadRow(NamedTuple):
 class ReadReport:
     """Counts of one reading and the first malformed rows.
 
-    Attributes
-    ----------
-    source : what was read
-    rows_read, rows_kept, rows_bad : rows of the source; read = kept + bad + those that a filter named in `notes` left out
-    users, items : users with at least one row, items of the catalogue
-    examples : the first malformed rows
-    notes : what else the reader or the split has to say
+    Attributes:
+        source: what was read.
+        rows_read, rows_kept, rows_bad: rows of the source; read = kept + bad + those that a filter named in ``notes``
+            left out.
+        users, items: users with at least one row, items of the catalogue.
+        examples: the first malformed rows.
+        notes: what else the reader or the split has to say.
 
-    Examples
-    --------
-    >>> report = ReadReport(source="log.csv", rows_read=200, rows_kept=199, users=3, items=7)
-    >>> report.add_bad("log.csv", 12, "expected 3 cells, got 2")
-    >>> print(report)
-    log.csv: 200 rows read, 199 kept, 1 malformed (0.50 %); 3 users, 7 items
-      log.csv:12: expected 3 cells, got 2
-    >>> report.check(max_bad_share=0.001)
-    Traceback (most recent call last):
-    ...
-    ValueError: log.csv: 1 of 200 rows are malformed, more than max_bad_share 0.001 allows
-      log.csv:12: expected 3 cells, got 2
+    Example:
+        >>> report = ReadReport(source="log.csv", rows_read=200, rows_kept=199, users=3, items=7)
+        >>> report.add_bad("log.csv", 12, "expected 3 cells, got 2")
+        >>> print(report)
+        log.csv: 200 rows read, 199 kept, 1 malformed (0.50 %); 3 users, 7 items
+          log.csv:12: expected 3 cells, got 2
+        >>> report.check(max_bad_share=0.001)
+        Traceback (most recent call last):
+        ...
+        ValueError: log.csv: expected malformed rows up to max_bad_share 0.001, got 1 of 200
+          log.csv:12: expected 3 cells, got 2
     """
 
     source: str = ""
@@ -54,21 +53,19 @@ class ReadReport:
     notes: list[str] = field(default_factory=list)
 
     def add_bad(self, file: str, line: int, reason: str, rows: int = 1) -> None:
-        """Count `rows` malformed rows; the first few are kept with where and why."""
+        """Count ``rows`` malformed rows; the first few are kept with where and why."""
         self.rows_bad += rows
         if len(self.examples) < MAX_EXAMPLES:
             reason = reason if len(reason) <= _REASON_LENGTH else reason[:_REASON_LENGTH] + "…"
             self.examples.append(BadRow(file, line, reason))
 
     def check(self, max_bad_share: float) -> None:
-        """ValueError where more than `max_bad_share` (0..1) of the rows read are malformed."""
+        """ValueError where more than ``max_bad_share`` (0..1) of the rows read are malformed."""
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share: expected 0..1, got {max_bad_share}")
         if self.rows_bad > max_bad_share * self.rows_read:
-            raise ValueError(
-                f"{self.source}: {self.rows_bad} of {self.rows_read} rows are malformed, "
-                f"more than max_bad_share {max_bad_share:g} allows{self._lines(self.examples)}"
-            )
+            got = f"{self.rows_bad} of {self.rows_read}{self._examples()}"
+            raise ValueError(f"{self.source}: expected malformed rows up to max_bad_share {max_bad_share:g}, got {got}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
@@ -76,14 +73,13 @@ class ReadReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`; unknown keys are ignored."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         known["examples"] = [BadRow(**example) for example in known.get("examples", [])]
         return cls(**known)
 
-    @staticmethod
-    def _lines(examples: list[BadRow]) -> str:
-        return "".join(f"\n  {bad.file}:{bad.line}: {bad.reason}" for bad in examples)
+    def _examples(self) -> str:
+        return "".join(f"\n  {bad.file}:{bad.line}: {bad.reason}" for bad in self.examples)
 
     def __str__(self) -> str:
         share = 100 * self.rows_bad / self.rows_read if self.rows_read else 0.0
@@ -91,4 +87,4 @@ class ReadReport:
             f"{self.source or 'data'}: {self.rows_read} rows read, {self.rows_kept} kept, "
             f"{self.rows_bad} malformed ({share:.2f} %); {self.users} users, {self.items} items"
         )
-        return head + self._lines(self.examples) + "".join(f"\n  note: {note}" for note in self.notes)
+        return head + self._examples() + "".join(f"\n  note: {note}" for note in self.notes)

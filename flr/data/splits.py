@@ -10,14 +10,14 @@ from typing import Literal
 import numpy as np
 
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions, RecDataset
+from .interactions import CSR, PARTS, Interactions, RecDataset
 from .report import ReadReport
 
 Split = Literal["time", "leave_one_out"]
 SPLITS = ("time", "leave_one_out")
 LEAK_NOTE = (
-    "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events later "
-    "than other users' test events; use split='time' for figures that could be had in use"
+    "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events "
+    "later than other users' test events; use split='time' for figures that could be had in use"
 )
 
 
@@ -38,7 +38,7 @@ class LogBuilder:
         self.times.append(time)
 
     def build(self, timed: bool = True) -> InteractionLog:
-        """The events so far; `timed` False where the source has no times."""
+        """The events so far; ``timed`` False where the source has no times."""
         return InteractionLog(
             list(self.users),
             list(self.items),
@@ -50,7 +50,7 @@ class LogBuilder:
 
 @dataclass
 class InteractionLog:
-    """n events: user and item numbers int64 [n], times float64 [n] or None (the order of the rows is then the order in time)."""
+    """n events: user and item numbers int64 [n], times float64 [n] or None (rows are then in the order of time)."""
 
     user_names: list[str]
     item_ids: list[str]
@@ -62,13 +62,13 @@ class InteractionLog:
         return len(self.users)
 
     def select(self, keep: np.ndarray) -> InteractionLog:
-        """The events that `keep` (mask or indices) names; users and items keep their numbers."""
+        """The events that ``keep`` (mask or indices) names; users and items keep their numbers."""
         times = None if self.times is None else self.times[keep]
         return InteractionLog(self.user_names, self.item_ids, self.users[keep], self.items[keep], times)
 
 
 def k_core(log: InteractionLog, minimum: int) -> InteractionLog:
-    """The largest part of `log` in which every user and every item has at least `minimum` events.
+    """The largest part of ``log`` in which every user and every item has at least ``minimum`` events.
 
     >>> log = InteractionLog(["a", "b"], ["x", "y"], np.array([0, 0, 1]), np.array([0, 0, 1]), None)
     >>> len(k_core(log, 2))
@@ -85,7 +85,6 @@ def k_core(log: InteractionLog, minimum: int) -> InteractionLog:
 
 def split_log(
     log: InteractionLog,
-    *,
     split: str,
     max_history: int,
     min_interactions: int,
@@ -94,40 +93,32 @@ def split_log(
     describe: Callable[[list[str]], Catalogue],
     time_scale: float = 1.0,
 ) -> RecDataset:
-    """Rows of `log`: every event with an earlier one of its user is a target, the up to `max_history` before it its history.
+    """Rows of ``log``: every event with an earlier one of its user is a target, the latest before it are its history.
 
-    ``split="time"``: all rows in order of their target's time, cut 8:1:1 where the time changes, so that no training target is
-    as late as a test target. ``split="leave_one_out"``: a user's last event is for test, the one before for validation, the others for
-    training (users with fewer than three events: training only). **Leave-one-out leaks the future**: training data contains
-    events later than other users' test events, which a model in use would not have; the report says by how much.
+    ``split="time"``: all rows in order of their target's time, cut 8:1:1 where the time changes, so that no training
+    target is as late as a test target. ``split="leave_one_out"``: a user's last event is for test, the one before for
+    validation, the others for training (users with fewer than three events: training only). **Leave-one-out leaks the
+    future**: training data contains events later than other users' test events, which a model in use would not have;
+    the report says by how much.
 
-    Parameters
-    ----------
-    log : the events
-    split : "time" or "leave_one_out"
-    max_history : items of a history, at least 1
-    min_interactions : k of the k-core filter, applied before anything else; 1 for none
-    name, report : of the data set; `report` gets counts and notes
-    describe : gives the catalogue of a list of item ids (those that are left, in order of first appearance in the source)
-    time_scale : what one unit of the log's times is in the unit of `timestamps`
+    Args:
+        log: the events.
+        split: "time" or "leave_one_out".
+        max_history: items of a history, at least 1.
+        min_interactions: k of the k-core filter, applied before anything else; 1 for none.
+        name, report: of the data set; ``report`` gets counts and notes.
+        describe: gives the catalogue of a list of item ids (those that are left, in order of first appearance in the
+            source).
+        time_scale: what one unit of the log's times is in the unit of ``timestamps``.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    if max_history < 1:
-        raise ValueError(f"max_history: expected at least 1, got {max_history}")
-    if min_interactions < 1:
-        raise ValueError(f"min_interactions: expected at least 1, got {min_interactions}")
+    for option, value in (("max_history", max_history), ("min_interactions", min_interactions)):
+        if value < 1:
+            raise ValueError(f"{option}: expected at least 1, got {value}")
     if split == "time" and log.times is None:
-        raise ValueError("split: 'time' needs a time for every event, got a log without; use split='leave_one_out'")
-    log = _without_duplicates(log, report)
-    read = len(log)
-    log = k_core(log, min_interactions)
-    if read > len(log):
-        report.notes.append(f"{read - len(log)} events left out by the {min_interactions}-core filter")
-    if len(log) == 0:
-        raise ValueError(
-            f"{report.source}: expected events after the {min_interactions}-core filter, got none of {read}"
-        )
+        raise ValueError("split: expected 'leave_one_out' for a log without times, got 'time'")
+    log = _filtered(log, min_interactions, report)
     used, items = np.unique(log.items, return_inverse=True)
     catalogue = describe([log.item_ids[code] for code in used.tolist()])
 
@@ -140,33 +131,42 @@ def split_log(
     rows = np.flatnonzero(np.arange(len(users)) > start)
 
     def interactions(chosen: np.ndarray) -> Interactions:
-        histories = CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
         names = [log.user_names[user] for user in users[chosen].tolist()]
+        histories = latest(items, start, chosen, max_history)
         return Interactions(names, histories, items[chosen], None if times is None else times[chosen])
 
     if split == "time":
         assert times is not None
         rows = rows[np.argsort(times[rows], kind="stable")]
-        cuts = time_cuts(times[rows], (0.8, 0.9))
-        parts = [interactions(part) for part in np.split(rows, cuts)]
+        parts = [interactions(part) for part in np.split(rows, time_cuts(times[rows], (0.8, 0.9)))]
     else:
         left = end[rows] - rows  # 1 for a user's last event
         enough = end[rows] - start[rows] >= 3
         masks = [~enough | (left > 2), enough & (left == 2), enough & (left == 1)]
         parts = [interactions(rows[mask]) for mask in masks]
         report.notes.append(LEAK_NOTE + _leak(parts[0], parts[2]))
-    for part_name, part in zip(("train", "valid", "test"), parts, strict=True):
+    for part_name, part in zip(PARTS, parts, strict=True):
         if len(part) == 0:
+            hint = "rows of one time stay together under 'time', and 'leave_one_out' needs users with three events"
             raise ValueError(
-                f"{report.source}: expected {part_name} rows from split={split!r}, got none of {len(rows)} ({num_users} users; "
-                "rows of one time stay together under 'time', and 'leave_one_out' needs users with three events)"
+                f"{report.source}: expected {part_name} rows from split={split!r}, got none of {len(rows)} "
+                f"({num_users} users; {hint})"
             )
     report.rows_kept, report.users, report.items = len(log), num_users, len(catalogue)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name, report)
 
 
+def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
+    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
+
+    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
+    [7, 8]
+    """
+    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
+
+
 def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every event its user's first event and the end of its user's events, int64 [n] each; `users` ascends.
+    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
 
     >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
     [[0, 0, 2], [2, 2, 3]]
@@ -185,6 +185,18 @@ def titled_catalogue(item_ids: Sequence[str], titles: dict[str, str], report: Re
     return Catalogue(item_ids, [titles.get(item) or item for item in item_ids])
 
 
+def _filtered(log: InteractionLog, min_interactions: int, report: ReadReport) -> InteractionLog:
+    """The events of ``log`` without duplicates and in its k-core; ``report`` notes the others."""
+    log = _without_duplicates(log, report)
+    core = k_core(log, min_interactions)
+    if len(core) == 0:
+        wanted = f"events after the {min_interactions}-core filter"
+        raise ValueError(f"{report.source}: expected {wanted}, got none of {len(log)}")
+    if len(log) > len(core):
+        report.notes.append(f"{len(log) - len(core)} events left out by the {min_interactions}-core filter")
+    return core
+
+
 def _without_duplicates(log: InteractionLog, report: ReadReport) -> InteractionLog:
     if log.times is None or len(log) == 0:
         return log
@@ -201,7 +213,7 @@ def _without_duplicates(log: InteractionLog, report: ReadReport) -> InteractionL
 
 
 def time_cuts(times: np.ndarray, shares: Sequence[float]) -> list[int]:
-    """Places in ascending `times` nearest to the shares at which the time changes."""
+    """Places in ascending ``times`` nearest to the shares at which the time changes."""
     changes = np.concatenate([[0], np.flatnonzero(np.diff(times)) + 1, [len(times)]])
     return [int(changes[np.abs(changes - share * len(times)).argmin()]) for share in shares]
 

@@ -18,24 +18,23 @@ _BYTES = 256
 def build_tokenizer(
     catalogue: Catalogue, codec: str = "id", *, vocab_size: int = 8192, texts: Iterable[str] | None = None
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer with pad, bos and eos for `codec`, made from `catalogue` alone.
+    """A tokenizer with pad, bos and eos for ``codec``, made from ``catalogue`` alone.
 
-    "id" and "sid" give a word-level tokenizer that holds exactly the items' or codes' tokens (it knows no other
-    text). "title" trains a byte-level BPE on the titles and on `texts`; it encodes any text. Deterministic: the same catalogue gives the same tokenizer.
+    "id" and "sid" give a word-level tokenizer that holds exactly the items' or codes' tokens (it knows no other text).
+    "title" trains a byte-level BPE on the titles and on ``texts``; it encodes any text. The same catalogue gives the
+    same tokenizer.
 
-    Parameters
-    ----------
-    catalogue : at least one item
-    codec : "title", "sid" or "id"
-    vocab_size : upper bound for "title", at least 259 (256 bytes and three special tokens); unused otherwise
-    texts : the prompt template's text for "title", None for the default template; counted once for every 100 titles, so
-        that its words become single tokens
+    Args:
+        catalogue: at least one item.
+        codec: "title", "sid" or "id".
+        vocab_size: upper bound for "title", at least 259 (256 bytes and three special tokens); unused otherwise.
+        texts: the prompt template's text for "title", None for the default template; counted once for every 100 titles,
+            so that its words become single tokens.
 
-    Examples
-    --------
-    >>> tokenizer = build_tokenizer(Catalogue(["x", "y"], ["Blue Train", "Giant Steps"]), "id")
-    >>> tokenizer.convert_ids_to_tokens([0, 1, 2, 4, 5])
-    ['<|pad|>', '<|bos|>', '<|eos|>', '<|item_0|>', '<|item_1|>']
+    Example:
+        >>> tokenizer = build_tokenizer(Catalogue(["x", "y"], ["Blue Train", "Giant Steps"]), "id")
+        >>> tokenizer.convert_ids_to_tokens([0, 1, 2, 4, 5])
+        ['<|pad|>', '<|bos|>', '<|eos|>', '<|item_0|>', '<|item_1|>']
     """
     if len(catalogue) == 0:
         raise ValueError("catalogue: expected at least one item, got none")

@@ -1,10 +1,10 @@
 """The catalogue as a trie in compressed sparse rows.
 
 Nodes are numbered breadth first, children of a node next to each other and ordered by token; node 0 is the root. A node
-other than the root has exactly one edge into it, so the edge *is* the child: the children of node `n` are the nodes
-`children[n] .. children[n + 1] - 1`, `tokens[child]` labels the edge. Items are leaves, numbered depth first ("leaf
-positions"), so that the items below a node are the contiguous range `leaf_begin[n] .. leaf_end[n] - 1`: how many of
-them a request allows is a difference of two prefix sums (see `filters`).
+other than the root has exactly one edge into it, so the edge *is* the child: the children of node ``n`` are the nodes
+``children[n] .. children[n + 1] - 1``, ``tokens[child]`` labels the edge. Items are leaves, numbered depth first ("leaf
+positions"), so that the items below a node are the contiguous range ``leaf_begin[n] .. leaf_end[n] - 1``: how many of
+them a request allows is a difference of two prefix sums (see ``filters``).
 
     children    int32 [M + 1]   first child of a node; a leaf has none
     tokens      int32 [M]       token on the edge into the node, -1 for the root
@@ -29,6 +29,8 @@ from safetensors.torch import save_file
 
 from flr.files import atomic_file
 
+from .interactions import offsets_of, places_within
+
 _FORMAT = "flr-catalogue-trie-1"
 _ARRAYS = ("children", "tokens", "leaf_begin", "leaf_end", "items", "lengths")
 
@@ -46,19 +48,20 @@ class Codec(Protocol):
 class CatalogueTrie:
     """Trie over the token sequences of C items; see the module's text for the arrays.
 
-    Build it with `from_codec` or `from_sequences`. `depth` is the number of tokens of the longest item, level `d` holds
-    the nodes reached by `d` tokens. Host-side numbers per level (`level_start`, `max_fanout`, `num_internal`,
-    `num_leaves`) let a decoder choose sizes without asking the device.
+    Build it with ``from_codec`` or ``from_sequences``. Level ``d`` holds the nodes reached by ``d`` tokens. Host-side
+    numbers per level (``level_start``, ``max_fanout``, ``num_internal``, ``num_leaves``) let a decoder choose sizes
+    without asking the device.
 
-    >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
-    >>> trie.num_items, trie.num_nodes, trie.num_edges, trie.depth
-    (3, 5, 4, 2)
-    >>> trie.walk([5]), trie.allowed_tokens([5]), trie.item_at(trie.walk([5, 8]))
-    (1, [7, 8], 1)
-    >>> trie.walk([9])
-    Traceback (most recent call last):
-        ...
-    ValueError: no item of the catalogue starts with tokens [9]
+    Example:
+        >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
+        >>> trie.num_items, trie.num_nodes, trie.num_edges, trie.depth
+        (3, 5, 4, 2)
+        >>> trie.walk([5]), trie.allowed_tokens([5]), trie.item_at(trie.walk([5, 8]))
+        (1, [7, 8], 1)
+        >>> trie.walk([9])
+        Traceback (most recent call last):
+            ...
+        ValueError: tokens: expected the beginning of an item, got [9]
     """
 
     def __init__(
@@ -93,42 +96,24 @@ class CatalogueTrie:
         self._node_key: torch.Tensor | None = None
         self._columns: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    # ---------------------------------------------------------------- building
-
     @classmethod
     def from_codec(cls, codec: Codec) -> CatalogueTrie:
-        """Trie of a codec: anything with `tokens` int [total] and `offsets` int [C + 1]."""
+        """Trie of a codec: anything with ``tokens`` int [total] and ``offsets`` int [C + 1]."""
         return cls.from_sequences(codec.tokens, codec.offsets)
 
     @classmethod
     def from_sequences(cls, tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> CatalogueTrie:
-        """Trie of the sequences `tokens[offsets[i]:offsets[i + 1]]`, item i = 0..C-1.
+        """Trie of the sequences ``tokens[offsets[i]:offsets[i + 1]]``, item i = 0..C-1.
 
-        Sorts level by level (one stable sort of the items that have tokens left), vectorised: 10^6 items of 4 tokens take
-        about a second. The result is on the CPU.
+        Sorts level by level (one stable sort of the items that have tokens left), vectorised: 10^6 items of 4 tokens
+        take about a second. The result is on the CPU.
 
         Raises:
             ValueError: no items, an empty or negative-token sequence, malformed offsets, or two items of which one's
                 sequence equals or is a prefix of the other's (both are named).
         """
-        tokens = np.ascontiguousarray(tokens)
-        offsets = np.ascontiguousarray(offsets, dtype=np.int64)
-        if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-            raise ValueError(f"tokens must be integers [total], got {tokens.dtype} {list(tokens.shape)}")
-        if offsets.ndim != 1 or len(offsets) < 2:
-            raise ValueError(f"offsets must be [C + 1] with at least one item, got shape {list(offsets.shape)}")
+        tokens, offsets = _checked(tokens, offsets)
         length = np.diff(offsets)
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (length < 0).any():
-            raise ValueError(
-                f"offsets must rise from 0 to len(tokens) = {len(tokens)}, got {offsets[0]}..{offsets[-1]}"
-            )
-        if (length == 0).any():
-            raise ValueError(f"item {int(np.argmin(length))} has no tokens")
-        if tokens.min() < 0 or tokens.max() >= 2**31:
-            raise ValueError(f"tokens must be in [0, 2**31), got {tokens.min()}..{tokens.max()}")
-        if len(tokens) >= 2**31 - 1:
-            raise ValueError(f"at most 2**31 - 2 tokens in all, got {len(tokens)}")
-        tokens = tokens.astype(np.int64, copy=False)
         start, num_items = offsets[:-1], len(length)
         order = np.arange(num_items)  # leaf position -> item; refined level by level
         slots = np.arange(num_items)  # positions whose item has tokens left
@@ -151,38 +136,26 @@ class CatalogueTrie:
             node_begin.append(begin)
             node_end.append(begin + size)
             level_start.append(level_start[-1] + len(first))
-
             ends = length[order[slots]] == level + 1
             rank = np.repeat(np.arange(len(first)), size)
             clash = np.flatnonzero(ends & (size[rank] > 1))
             if clash.size:
-                at = begin[rank[clash[0]]]
-                pair = [int(i) for i in order[at : at + size[rank[clash[0]]]][:2]]
-                ending = int(order[slots[clash[0]]])
-                other = pair[0] if pair[0] != ending else pair[1]
-                raise ValueError(
-                    f"item sequences must be unique and prefix-free: that of item {ending} equals or is a prefix of "
-                    f"that of item {other}"
-                )
+                at, short = begin[rank[clash[0]]], order[slots[clash[0]]]
+                got = f"item {short} that begins item {next(item for item in order[at : at + 2] if item != short)}"
+                raise ValueError(f"sequences: expected no item's tokens to begin another's, got {got}")
             # an internal node's rank counts leaves too: every node of the level is numbered
             slots, group = slots[~ends], rank[~ends]
         fanout.append(np.zeros(level_start[-1] - level_start[-2], dtype=np.int64))
-        children = np.cumsum(np.concatenate(([1], *fanout)))
-
-        def tensor(x: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(x.astype(np.int32))
-
-        return cls(
-            children=tensor(children),
-            tokens=tensor(np.concatenate(node_token)),
-            leaf_begin=tensor(np.concatenate(node_begin)),
-            leaf_end=tensor(np.concatenate(node_end)),
-            items=tensor(order),
-            lengths=tensor(length[order]),
-            level_start=level_start,
-        )
-
-    # ---------------------------------------------------------------- changing
+        arrays = {
+            "children": np.cumsum(np.concatenate(([1], *fanout))),
+            "tokens": np.concatenate(node_token),
+            "leaf_begin": np.concatenate(node_begin),
+            "leaf_end": np.concatenate(node_end),
+            "items": order,
+            "lengths": length[order],
+        }
+        tensors = {name: torch.from_numpy(array.astype(np.int32)) for name, array in arrays.items()}
+        return cls(**tensors, level_start=level_start)
 
     def sequences(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [total] and offsets int64 [C + 1] of the items by index: what the trie was built from."""
@@ -190,12 +163,12 @@ class CatalogueTrie:
         items, begin, end = (x.cpu().numpy() for x in (self.items, self.leaf_begin, self.leaf_end))
         by_item = np.empty(self.num_items, np.int64)
         by_item[items] = lengths
-        offsets = np.concatenate(([0], np.cumsum(by_item)))
+        offsets = offsets_of(by_item)
         start = offsets[items]  # by leaf position
         out = np.empty(offsets[-1], np.int32)
         for level, (first, last) in enumerate(zip(self.level_start[1:], self.level_start[2:], strict=False)):
             size = end[first:last] - begin[first:last]
-            leaf = np.arange(size.sum()) + np.repeat(begin[first:last] - (np.cumsum(size) - size), size)
+            leaf = np.repeat(begin[first:last], size) + places_within(size)
             out[start[leaf] + level] = np.repeat(tokens[first:last], size)
         return out, offsets
 
@@ -205,21 +178,22 @@ class CatalogueTrie:
         offsets: np.ndarray | Sequence[int] = (0,),
         remove: np.ndarray | Sequence[int] = (),
     ) -> CatalogueTrie:
-        """The trie after a change of the catalogue; this one stays as it is, so that it serves until the new one is there.
+        """The trie after a change of the catalogue; this one stays as it is and serves until the new one is there.
 
         The trie built anew from the items that stay, in their order, and then the new ones: 10^6 items of 4 tokens take
         less than a second, and a merge with the old order took as long. On this trie's device.
 
         Args:
-            tokens, offsets: sequences of the new items, as for `from_sequences`; they get the indices behind the old ones.
+            tokens, offsets: sequences of the new items, as for ``from_sequences``; their indices follow the old ones.
             remove: indices of items to take out; those behind them move up.
 
         Raises:
-            ValueError: as `from_sequences`, an index out of range, or nothing left.
+            ValueError: as ``from_sequences``, an index out of range, or nothing left.
 
-        >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
-        >>> trie.updated([4, 9], [0, 2], remove=[1]).sequences()                   # items (5, 7), (6,), (4, 9)
-        (array([5, 7, 6, 4, 9], dtype=int32), array([0, 2, 3, 5]))
+        Example:
+            >>> trie = CatalogueTrie.from_sequences([5, 7, 5, 8, 6], [0, 2, 4, 5])     # items (5, 7), (5, 8), (6,)
+            >>> trie.updated([4, 9], [0, 2], remove=[1]).sequences()                   # items (5, 7), (6,), (4, 9)
+            (array([5, 7, 6, 4, 9], dtype=int32), array([0, 2, 3, 5]))
         """
         gone = np.unique(np.asarray(remove, np.int64))
         if gone.size and not (gone[0] >= 0 and gone[-1] < self.num_items):
@@ -230,9 +204,7 @@ class CatalogueTrie:
         lengths = np.concatenate((np.diff(old_offsets)[stays], np.diff(np.asarray(offsets, np.int64))))
         new = np.asarray(tokens) if len(tokens) else old_tokens[:0]
         every = np.concatenate((old_tokens[np.repeat(stays, np.diff(old_offsets))], new))
-        return self.from_sequences(every, np.concatenate(([0], np.cumsum(lengths)))).to(self.device)
-
-    # ---------------------------------------------------------------- numbers
+        return self.from_sequences(every, offsets_of(lengths)).to(self.device)
 
     @property
     def num_items(self) -> int:
@@ -257,7 +229,7 @@ class CatalogueTrie:
 
     @property
     def leaf_of_item(self) -> torch.Tensor:
-        """int64 [C]: item index -> leaf position (the inverse of `items`), made at first use."""
+        """int64 [C]: item index -> leaf position (the inverse of ``items``), made at first use."""
         if self._leaf_of_item is None:
             with torch.inference_mode(False):  # it outlives the call, which may be an evaluation's
                 inverse = torch.empty(self.num_items, dtype=torch.int64, device=self.device)
@@ -266,8 +238,8 @@ class CatalogueTrie:
         return self._leaf_of_item
 
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The different tokens, int64 [U] ascending, and which of them leads into each node, int32 [M] (0 for the root);
-        made at first use."""
+        """The different tokens, int64 [U] ascending, and the one that leads into each node, int32 [M]: its place among
+        them (0 for the root). Made at first use."""
         if self._columns is None:
             with torch.inference_mode(False):
                 different, column = self.tokens[1:].unique(return_inverse=True)
@@ -275,29 +247,33 @@ class CatalogueTrie:
         return self._columns
 
     def longest_forced_runs(self) -> list[int]:
-        """[depth]: the most tokens from one branching to the next, the (n + 1)-th at least, tokens of the first choice included and
-        ways to single items not; for n = 0 from the root to the first branching. Made at first use.
+        """[depth]: the most tokens from one branching to the next, from the (n + 1)-th branching on.
 
-        >>> CatalogueTrie.from_sequences([5, 7, 8, 5, 7, 9, 6], [0, 3, 6, 7]).longest_forced_runs()    # (5, 7, 8), (5, 7, 9), (6,)
-        [0, 2, 1]
+        The token chosen at the first of them counts, runs to single items do not; for n = 0 from the root to the first
+        branching. Made at first use.
+
+        Example:
+            >>> trie = CatalogueTrie.from_sequences([5, 7, 8, 5, 7, 9, 6], [0, 3, 6, 7])    # (5, 7, 8), (5, 7, 9), (6,)
+            >>> trie.longest_forced_runs()
+            [0, 2, 1]
         """
         if self._longest_forced_runs is None:
             children = self.children.cpu().numpy()
             several = (self.leaf_end - self.leaf_begin).cpu().numpy() > 1
-            fanout, way = np.diff(children), np.zeros(self.num_nodes, np.int64)
-            ways, deepest = [], 0
+            fanout, run = np.diff(children), np.zeros(self.num_nodes, np.int64)
+            longest, so_far = [], 0
             for first, last in reversed(list(zip(self.level_start, self.level_start[1:], strict=False))[:-1]):
                 chain = np.flatnonzero((fanout[first:last] == 1) & several[first:last]) + first
-                way[chain] = 1 + way[children[chain]]
+                run[chain] = 1 + run[children[chain]]
                 if several[first:last].any():
-                    deepest = max(deepest, 1 + int(way[first:last][several[first:last]].max()))
-                ways.append(deepest)
-            ways[-1] = int(way[0])
-            self._longest_forced_runs = ways[::-1]
+                    so_far = max(so_far, 1 + int(run[first:last][several[first:last]].max()))
+                longest.append(so_far)
+            longest[-1] = int(run[0])
+            self._longest_forced_runs = longest[::-1]
         return self._longest_forced_runs
 
     def ancestor(self, leaf: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-        """Node `depth` tokens above the leaf at position `leaf`, int64 of one shape; nothing synchronises.
+        """Node ``depth`` tokens above the leaf at position ``leaf``, int64 of one shape; nothing synchronises.
 
         depth in 0 .. length of the leaf's item.
         """
@@ -310,8 +286,7 @@ class CatalogueTrie:
         return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
 
     def common_depth(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
-        """Depth, int64, of the deepest node that has both leaf positions `first` <= `last` below it; `above` is the depth of
-        some node that does."""
+        """Depth, int64, of the deepest node above both leaf positions ``first`` <= ``last``; ``above``: of any such."""
         low, high = above, self.lengths[first.clamp_max(self.num_items - 1)].long()
         for _ in range(max(self.depth, 1).bit_length()):
             middle = (low + high + 1) // 2
@@ -321,25 +296,22 @@ class CatalogueTrie:
         return low
 
     def __repr__(self) -> str:
-        return (
-            f"CatalogueTrie(items={self.num_items}, nodes={self.num_nodes}, depth={self.depth}, device={self.device})"
-        )
-
-    # ---------------------------------------------------------------- walking, on the host
+        sizes = f"items={self.num_items}, nodes={self.num_nodes}, depth={self.depth}"
+        return f"CatalogueTrie({sizes}, device={self.device})"
 
     def walk(self, tokens: Sequence[int]) -> int:
-        """Node reached from the root by `tokens`; ValueError where no item starts so. For callers outside the loop."""
+        """Node reached from the root by ``tokens``; ValueError where no item begins so. Slow: it asks the device."""
         node = 0
         for token in tokens:
             begin, end = int(self.children[node]), int(self.children[node + 1])
             at = begin + int(torch.searchsorted(self.tokens[begin:end], int(token)))
             if at >= end or int(self.tokens[at]) != int(token):
-                raise ValueError(f"no item of the catalogue starts with tokens {[int(t) for t in tokens]}")
+                raise ValueError(f"tokens: expected the beginning of an item, got {[int(t) for t in tokens]}")
             node = at
         return node
 
     def allowed_tokens(self, prefix: Sequence[int]) -> list[int]:
-        """Tokens that may follow `prefix`, ascending; empty for a complete item, ValueError for an impossible prefix."""
+        """Tokens that may follow ``prefix``, ascending; none after an item, ValueError for an impossible prefix."""
         node = self.walk(prefix)
         return self.tokens[int(self.children[node]) : int(self.children[node + 1])].tolist()
 
@@ -349,10 +321,8 @@ class CatalogueTrie:
             return -1
         return int(self.items[int(self.leaf_begin[node])])
 
-    # ---------------------------------------------------------------- moving and storing
-
     def to(self, device: torch.device | str) -> CatalogueTrie:
-        """The trie on `device`; itself when it is there already."""
+        """The trie on ``device``; itself when it is there already."""
         device = torch.device(device)
         if device == self.device or (device.index is None and device.type == self.device.type):
             return self
@@ -372,28 +342,43 @@ class CatalogueTrie:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CatalogueTrie:
-        """Read what `save` wrote (memory-mapped). ValueError if the file is something else or does not hang together."""
+        """Read what ``save`` wrote (memory-mapped); ValueError where the file is something else or damaged."""
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
-                found = (file.metadata() or {}).get("format")
-                if found != _FORMAT:
-                    raise ValueError(f"{path} is not a catalogue trie: format {found!r}, expected {_FORMAT!r}")
+                form = (file.metadata() or {}).get("format")
+                if form != _FORMAT:
+                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {form!r}")
                 arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "level_start")}
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable catalogue trie: {error}") from error
+            raise ValueError(f"{path}: expected a catalogue trie, got {error}") from error
         level_start = arrays.pop("level_start").tolist()
         nodes, items = len(arrays["tokens"]), len(arrays["items"])
         sizes = {"children": nodes + 1, "leaf_begin": nodes, "leaf_end": nodes, "lengths": items}
         wrong = [name for name, size in sizes.items() if len(arrays[name]) != size]
         children = arrays["children"]
-        if (
-            wrong
-            or len(level_start) < 3
-            or level_start[:2] != [0, 1]
-            or level_start[-1] != nodes
-            or int(children[0]) != 1
-            or int(children[-1]) != nodes
-            or bool((children[1:] < children[:-1]).any())
-        ):
-            raise ValueError(f"{path} is a damaged catalogue trie ({', '.join(wrong) or 'levels or children'})")
+        whole = not wrong and len(level_start) > 2 and level_start[:2] == [0, 1] and level_start[-1] == nodes
+        whole = whole and children[0] == 1 and children[-1] == nodes and bool((children[1:] >= children[:-1]).all())
+        if not whole:
+            raise ValueError(f"{path}: expected a whole trie, got damaged {', '.join(wrong) or 'levels or children'}")
         return cls(**arrays, level_start=level_start)
+
+
+def _checked(tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Both as int64 arrays of at least one item without an empty one; ValueError where they are not that."""
+    tokens = np.ascontiguousarray(tokens)
+    offsets = np.ascontiguousarray(offsets, dtype=np.int64)
+    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(f"tokens: expected integers [total], got {tokens.dtype} {list(tokens.shape)}")
+    if offsets.ndim != 1 or len(offsets) < 2:
+        raise ValueError(f"offsets: expected [C + 1] with at least one item, got shape {list(offsets.shape)}")
+    length = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or (length < 0).any():
+        wanted = f"to rise from 0 to len(tokens) = {len(tokens)}"
+        raise ValueError(f"offsets: expected {wanted}, got {offsets[0]}..{offsets[-1]}")
+    if (length == 0).any():
+        raise ValueError(f"offsets: expected at least one token an item, got none for item {int(np.argmin(length))}")
+    if tokens.min() < 0 or tokens.max() >= 2**31:
+        raise ValueError(f"tokens: expected ids in [0, 2**31), got {tokens.min()}..{tokens.max()}")
+    if len(tokens) >= 2**31 - 1:
+        raise ValueError(f"tokens: expected at most 2**31 - 2 in all, got {len(tokens)}")
+    return tokens.astype(np.int64, copy=False), offsets
