@@ -1,8 +1,9 @@
 """Builds ``flr_kernels._C`` from csrc/: CUDA kernels and host twin where nvcc is, the host twin alone where only a C++
 compiler is, nothing where neither is. Metadata is in pyproject.toml. See docs/extension.md.
 
-Never imports torch, downloads or looks for a GPU. Environment: ``FLR_CUDA_ARCH_LIST`` (e.g. "8.0;9.0+PTX"), ``MAX_JOBS``,
-``CUDA_HOME``, ``CXX``, ``CXXFLAGS``, ``FLR_REQUIRE_EXTENSION=1`` (fail instead of going without, or without the CUDA half).
+Never imports torch, downloads or looks for a GPU. Environment: ``FLR_CUDA_ARCH_LIST`` (e.g. "8.0;9.0+PTX"),
+``MAX_JOBS``, ``CUDA_HOME``, ``CXX``, ``CXXFLAGS``, ``FLR_REQUIRE_EXTENSION=1`` (fail instead of going without, or
+without the CUDA half).
 """
 
 import os
@@ -52,7 +53,7 @@ def architectures(nvcc):
 
 
 def run_all(commands, folder, jobs):
-    """Run ``{output: (command, inputs)}``, the last one after the others; with ninja what is up to date is left alone."""
+    """Run ``{output: (command, inputs)}``, the last one after the others; with ninja only what is out of date."""
     ninja = shutil.which("ninja")
     if ninja is None:
         *first, last = [command for command, _ in commands.values()]

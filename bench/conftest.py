@@ -37,7 +37,7 @@ def pytest_addoption(parser) -> None:
     group.addoption(
         "--results",
         type=Path,
-        help="folder for <device>/<commit>.json (default: bench/results, or out/bench with --quick or uncommitted code)",
+        help="folder for <device>/<commit>.json (default: bench/results; out/bench with --quick or uncommitted code)",
     )
 
 
@@ -194,9 +194,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as text; a column is blank where nothing was measured."""
     width = max(len(f"{row['suite']} {row['case']}") for row in rows)
     names = max(len("variant"), *(len(row["variant"]) for row in rows))
-    lines = [
-        f"{'case':{width}} {'variant':{names}} {'p50 ms':>10} {'GB/s':>7} {'TFLOP/s':>8} {'ceiling':>8} {'peak MB':>8} ratio"
-    ]
+    lines = [f"{'case':{width}} {'variant':{names}}     p50 ms    GB/s  TFLOP/s  ceiling  peak MB ratio"]
 
     def column(row: dict[str, Any], key: str, form: str, size: int) -> str:
         return f"{row[key]:{size}{form}}" if key in row else " " * size

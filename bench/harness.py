@@ -174,7 +174,7 @@ def default_clock() -> str:
 
 
 def seconds(call: Callable, calls: int, clock: str | None = None) -> float:
-    """Seconds a call, mean of ``calls`` in a row, by CUDA events, the CPU time of this process, or the monotonic clock."""
+    """Seconds a call, mean of ``calls``, by CUDA events, the CPU time of this process, or the monotonic clock."""
     clock = clock or default_clock()
     if clock == "events":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

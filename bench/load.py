@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """Of one request: status (0: the connection failed), headers (lower case), body, seconds, and which request it was."""
+    """Of one request: status (0: no connection), headers (lower case), body, seconds, and which request it was."""
 
     status: int
     headers: dict[str, str]

@@ -116,7 +116,7 @@ def test_step(shape, race, tier):
     + [step_of("1000000", depth, 151_936) | {"D": 512} for depth in (0, 1, 2)],
 )
 def test_scorings(shape, race):
-    """From the hidden states of B·W beams (B at the root) to the best W: `catalogue` against `full`, lm_head included."""
+    """From hidden states of B·W beams (B at the root) to the best W: `catalogue` against `full`, with the lm_head."""
     users, beams, vocabulary, depth, size = (shape[x] for x in ("B", "W", "V", "depth", "D"))
     items = catalogue(shape["items"])
     shape = shape | {"items": items.name}

@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
     results = _suite("results")
     if options.command == "report":
         changed = _suite("report").report(options.results or results.RESULTS)
-        console.print("\n".join(f"wrote {path}" for path in changed) or "nothing changed")
+        lines = [f"{'wrote' if path.exists() else 'removed'} {path}" for path in changed]
+        console.print("\n".join(lines) or "nothing changed")
         emit({"changed": [str(path) for path in changed]}, options.json)
         return 0
     if options.command == "baseline":

@@ -17,7 +17,9 @@ from .reasoner import LOSSES, ReasonerOutput
 class Encoder:
     """Runs the base model over the pieces of one batch and makes the thoughts between them."""
 
-    def __init__(self, model: Any, config: FLRConfig, inputs: Pieces, cache, use_cache: bool, kwargs):
+    def __init__(
+        self, model: Any, config: FLRConfig, inputs: Pieces, cache: Any, use_cache: bool, kwargs: dict[str, Any]
+    ) -> None:
         self.model, self.config, self.inputs = model, config, inputs
         self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
         self.hidden: list[Tensor] = []  # last layer, piece by piece

@@ -32,13 +32,13 @@ def flr_forward(
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values=None,
+    past_key_values: Any = None,
     inputs_embeds: Tensor | None = None,
     labels: Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
     group: GroupInputs | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> Any:
     """Forward of a patched model: that of the model it was, plus
 

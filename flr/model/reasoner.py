@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Reasoner(nn.Module):
         self.hidden_size = hidden_size
         self.config = config
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def keep_precision(t: Tensor) -> Tensor:
             new = fn(t)
             low = new.is_floating_point() and new.dtype.itemsize < 4

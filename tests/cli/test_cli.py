@@ -163,4 +163,4 @@ def test_compare_reuses_a_run_of_the_same_settings_only(tmp_path, capsys):
     assert (tmp_path / "none-0" / "run.json").stat().st_mtime_ns == made
     capsys.readouterr()
     assert main([*words, "2"]) == 1
-    assert "holds a run of other settings" in capsys.readouterr().err
+    assert "expected a folder without a run of other settings" in capsys.readouterr().err

@@ -115,10 +115,10 @@ def test_amazon_malformed_lines(tmp_path):
     assert [example.line for example in dataset.report.examples] == [7, 8, 9, 10, 11]
     clean = prepare_amazon(write(tmp_path / "clean.json.gz", good))
     assert dataset.train == clean.train
-    with pytest.raises(ValueError, match=r"10 of 82 rows are malformed.*\n  r.json.gz:7: expected JSON"):
+    with pytest.raises(ValueError, match=r"got 10 of 82.*\n  r.json.gz:7: expected JSON"):
         prepare_amazon(file)
     half = write(tmp_path / "meta.json.gz", [*metadata_2018(), *["{"] * 8])
-    with pytest.raises(ValueError, match="8 of 16 rows are malformed"):
+    with pytest.raises(ValueError, match="got 8 of 16"):
         prepare_amazon(tmp_path / "clean.json.gz", half)
 
 

@@ -150,7 +150,7 @@ def test_errors():
         build_codec("ids", catalogue, tokenizer)
     with pytest.raises(ValueError, match="expected semantic IDs"):
         build_codec("sid", catalogue, tokenizer)
-    with pytest.raises(ValueError, match="cannot express the titles"):
+    with pytest.raises(ValueError, match="expected one built for codec 'title'"):
         build_codec("title", catalogue, tokenizer)
     with pytest.raises(ValueError, match="max_title_tokens"):
         build_codec("id", catalogue, tokenizer, max_title_tokens=3)
@@ -164,7 +164,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"item: expected an index in 0\.\.1, got 2"):
         codec.encode(2)
     for tokens in ([], [0], [99, 98], 7):
-        with pytest.raises(ValueError, match="the sequence of no item"):
+        with pytest.raises(ValueError, match="expected the sequence of an item"):
             codec.decode(tokens)
     for tokens, offsets in (([1, 1], [0, 1, 2]), ([1, 1, 2], [0, 1, 3]), ([1], [0, 1, 1])):
         with pytest.raises(ValueError, match="expected no item's tokens to begin another's"):

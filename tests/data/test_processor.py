@@ -208,7 +208,7 @@ def test_save_and_load(tmp_path, name, model):
 def test_loading_refuses_files_that_do_not_belong_together(tmp_path):
     PROCESSORS["title"].save_pretrained(tmp_path)
     Catalogue(["x"], ["Other"]).save(tmp_path / "catalogue.parquet")
-    with pytest.raises(ValueError, match="do not belong"):
+    with pytest.raises(ValueError, match="expected tokenizer and catalogue of this"):
         RecProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a JSON file"):
         RecProcessor.from_pretrained(tmp_path / "nowhere")
@@ -230,7 +230,7 @@ def test_errors():
         make("id", num_thoughts=-1)
     with pytest.raises(ValueError, match=r"max_prompt_tokens: expected at least 3 .* got 2"):
         make("id", max_prompt_tokens=2)
-    with pytest.raises(ValueError, match="template: the tokenizer cannot express 'Next'"):
+    with pytest.raises(ValueError, match="template: expected text that the tokenizer can express, got 'Next'"):
         make("id", template=PromptTemplate("{history}Next"))
     collator = SFTCollator(processor)
     with pytest.raises(ValueError, match="rows: expected at least one"):

@@ -59,7 +59,7 @@ def test_published_malformed_rows(tmp_path, row, reason):
     bad = dataset.report.examples[0]
     assert (bad.file, bad.line) == ("train.csv", 2)
     with pytest.raises(
-        ValueError, match=f"1 of 203 rows are malformed, more than max_bad_share 0 allows\n  train.csv:2: .*{reason}"
+        ValueError, match=f"expected malformed rows up to max_bad_share 0, got 1 of 203\n  train.csv:2: .*{reason}"
     ):
         load_dataset(tmp_path / "set", max_bad_share=0)
 
@@ -70,7 +70,7 @@ def test_published_open_quote_counts_the_lines_that_it_swallows(tmp_path):
     assert (dataset.report.rows_read, dataset.report.rows_bad, dataset.report.rows_kept) == (203, 2, 201)
     plain = "".join(f"u{n},Blue,Red,[1],2,{n}\n" for n in range(100))
     published(folder, plain + 'u,"Blue,Red,[0],2,5\n' + plain, good=0)  # never closed
-    with pytest.raises(ValueError, match=r"101 of 203 rows are malformed.*\n  train.csv:102"):
+    with pytest.raises(ValueError, match=r"got 101 of 203.*\n  train.csv:102"):
         load_dataset(folder)
 
 

@@ -6,12 +6,12 @@ from flr.data import load_dataset
 
 
 def test_load_dataset_errors(tmp_path):
-    with pytest.raises(ValueError, match="found nothing"):
+    with pytest.raises(ValueError, match="got nothing"):
         load_dataset(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"found \['notes.txt'\]"):
+    with pytest.raises(ValueError, match=r"got \['notes.txt'\]"):
         load_dataset(tmp_path)
     with pytest.raises(ValueError, match=r"format: expected one of .* got 'xml'"):
         load_dataset(tmp_path, format="xml")
-    with pytest.raises(ValueError, match="options: format 'prepared' has none, got 'split'"):
+    with pytest.raises(ValueError, match="options: expected none for format 'prepared', got 'split'"):
         load_dataset(tmp_path, format="prepared", split="time")

@@ -13,7 +13,7 @@ def test_report_counts_and_refuses():
     assert len(report.examples) == 5
     assert len(report.examples[0].reason) < 250
     report.check(0.01)
-    with pytest.raises(ValueError, match=r"8 of 1000 rows are malformed, more than max_bad_share 0\.001"):
+    with pytest.raises(ValueError, match=r"expected malformed rows up to max_bad_share 0\.001, got 8 of 1000"):
         report.check(0.001)
     with pytest.raises(ValueError, match=r"max_bad_share: expected 0\.\.1, got 2"):
         report.check(2)

@@ -266,7 +266,7 @@ def test_a_client_that_leaves_is_not_computed(recommender):
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"23")]
         scope = {"type": "http", "method": "POST", "path": "/v1/recommend", "headers": headers, "query_string": b""}
-        gate.engine.expect(1)  # another one is on its way, so this one waits
+        gate.engine.announce(1)  # another one is on its way, so this one waits
         await gate(scope, receive, send)
         assert sent == []
         await asyncio.sleep(0.6)

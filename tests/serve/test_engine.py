@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from flr.serve.engine import Busy, Engine, Job, Late, Loaded
+from flr.serve.engine import DeadlineExceeded, Engine, Job, Loaded, QueueFull
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender
 from tests.helpers.serving import Settings
@@ -98,7 +98,7 @@ def test_patience(recommender):
     async def test(engine):
         alone = await engine.submit(job(engine, [5], seconds=60))
         assert alone.waited < 0.5  # nobody else is on the way
-        engine.expect(1)
+        engine.announce(1)
         expecting = await engine.submit(job(engine, [5], seconds=60))
         assert 1 <= expecting.waited < 5
         full = await asyncio.gather(*(engine.submit(job(engine, [i])) for i in range(4)))
@@ -106,7 +106,7 @@ def test_patience(recommender):
         assert all(answer.waited < 0.5 for answer in full)
         task = asyncio.create_task(engine.submit(job(engine, [5], seconds=60)))
         await asyncio.sleep(0.1)
-        engine.expect(-1)  # it was refused
+        engine.announce(-1)  # it was refused
         assert (await task).waited < 0.9
 
     run(recommender, test, max_batch_size=4, max_wait_ms=1000)
@@ -124,11 +124,11 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(gated):
         await until(lambda: len(calls) == 2)
         tasks += [asyncio.create_task(engine.submit(job(engine, [i]))) for i in range(5)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Busy) as busy:
+        with pytest.raises(QueueFull) as busy:
             await engine.submit(job(engine, [9]))
         assert busy.value.retry_after == 12  # five wait, one is computed, a request takes two seconds
         engine._rate = 1e-9
-        with pytest.raises(Busy) as busy:
+        with pytest.raises(QueueFull) as busy:
             engine.check_room()
         assert busy.value.retry_after == 60
         opened.set()
@@ -151,11 +151,11 @@ def test_deadlines(gated):
             asyncio.create_task(engine.submit(job(engine, [i], seconds=s))) for i, s in ((1, 0.1), (2, 30))
         )
         started = time.monotonic()
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await late
         assert time.monotonic() - started < 5
         assert len(calls) == 1  # the model is still at the first
-        with pytest.raises(Late):
+        with pytest.raises(DeadlineExceeded):
             await engine.submit(job(engine, [3], seconds=-1))
         await asyncio.sleep(0.2)
         opened.set()
