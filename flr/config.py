@@ -14,6 +14,13 @@ SPARSITY_TARGETS = ("gate", "attention", "both")
 IGNORE = -100
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of an options class with its help text; a list as default is copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 @dataclass
 class FLRConfig:
     """How a model makes its latent thought.

@@ -63,7 +63,7 @@ ROOMS = (
         "supervised training, latent GRPO",
         ("kernels", "config", "data", "model", "decode", "evaluate"),
     ),
-    Room("serve", "flr/serve/", "recommendations over HTTP", ("data", "decode", "recommend", "flr")),
+    Room("serve", "flr/serve/", "recommendations over HTTP", ("config", "data", "decode", "recommend", "flr")),
     Room("cli", "flr/cli/", "the commands; bench/ by its name alone", EVERYTHING),
     Room("bench", "bench/", "speed and memory beside competitors", EVERYTHING),
     Room("scripts", "scripts/", "experiments, tuning, pictures", EVERYTHING),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from flr.config import FLRConfig
+from flr.config import FLRConfig, option
 from flr.data import RecDataset
 from flr.evaluate import EvalResult, evaluate
 from flr.evaluate.metrics import paired_difference, row_metrics
@@ -21,7 +21,7 @@ from flr.files import write_json
 from flr.train import SFTConfig
 
 from .options import AugmentOptions, DataOptions, ModelOptions
-from .parsing import console, emit, option, parse
+from .parsing import console, emit, parse
 from .sft import train
 
 ABOUT = (

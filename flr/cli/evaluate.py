@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flr.config import option
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, option, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .parsing import console, emit, option, parse
+from flr.config import option
+
+from .parsing import console, emit, parse
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
@@ -14,7 +16,7 @@ class ExplainOptions:
     """For which history, and where to."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote.")
-    history: list[str] = field(default_factory=list, metadata={"help": "Item ids or titles, oldest first."})
+    history: list[str] = option([], "Item ids or titles, oldest first.")
     k: int = option(5, "Recommendations that are explained.")
     png: str | None = option(None, "Heat map to write.")
     html: str | None = option(None, "Self-contained page to write.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from flr.config import FLRConfig
+from flr.config import FLRConfig, option
 from flr.data import (
     Augment,
     HistoryViews,
@@ -26,8 +26,6 @@ from flr.model.checkpoint import from_pretrained
 from flr.model.patch import patch_model
 from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
 from flr.train.features import INITS
-
-from .parsing import option
 
 _SHAPE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "attention_dropout",

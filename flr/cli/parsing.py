@@ -20,11 +20,6 @@ from flr.config import FLRConfig
 console = Console(stderr=True)
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of an options class with its help text."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 def _docstring_help(cls: type) -> dict[str, str]:
     """Help texts from a docstring's Attributes section: ``name: text`` and ``a, b: text``."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]

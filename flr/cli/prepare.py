@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flr.config import option
 from flr.data import load_dataset, prepare_amazon
 
-from .parsing import console, emit, option, parse
+from .parsing import console, emit, parse
 
 ABOUT = "Turn raw logs into a prepared folder: flr prepare amazon | recbole | parquet | csv --source … --output …"
 KINDS = ("amazon", "recbole", "parquet", "csv")

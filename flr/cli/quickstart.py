@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flr.config import FLRConfig
+from flr.config import FLRConfig, option
 from flr.data import RecDataset, RecProcessor
 from flr.evaluate import EvalResult, evaluate
 from flr.explain import factor_interest
@@ -27,7 +27,7 @@ from flr.train import LatentGRPOConfig, SFTConfig
 from . import rl
 from .compare import METRICS, MODES, CompareOptions, compare, mode_table, print_table, run_row, seed_difference
 from .options import AugmentOptions, DataOptions, ModelOptions
-from .parsing import console, emit, option, parse
+from .parsing import console, emit, parse
 
 ABOUT = (
     "Train five small models on generated data, reinforce one of them, compare, explain and report: about three "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich.table import Table
 
-from .parsing import console, emit, option, parse
+from flr.config import option
+
+from .parsing import console, emit, parse
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
@@ -17,9 +19,7 @@ class RecommendOptions:
     """For whom, and how many."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote.")
-    history: list[str] = field(
-        default_factory=list, metadata={"help": "Item ids or titles, oldest first. None: one history a line on stdin."}
-    )
+    history: list[str] = option([], "Item ids or titles, oldest first. None: one history a line on stdin.")
     k: int = option(10, "Items to recommend.")
     num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")

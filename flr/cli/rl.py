@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import set_seed
 
+from flr.config import option
 from flr.data import RecDataset, RecProcessor
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, option, parse
+from .parsing import console, emit, parse
 from .training import resumes, summarise, training_run
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."

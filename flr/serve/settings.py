@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from flr.config import option
 from flr.decode.scoring import resolve_scoring
 from flr.recommend.query import MAX_BEAMS, MAX_ENTRIES, MAX_K
 
@@ -18,61 +17,54 @@ _SHORTEST_TOKEN = 16
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def _option(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Settings:
     """What to serve, where, and within which limits. ValueError for a value out of range."""
 
-    model: str = _option("runs/sft", "Folder that flr sft wrote; read again at a reload, so it may be a symbolic link.")
-    host: str = _option("127.0.0.1", "Address to bind to; 0.0.0.0 for every interface.")
-    port: int = _option(8000, "Port; 0 for any free one (the first log line tells which).")
-    device: str | None = _option(None, "Where the model runs, e.g. cuda. Default: cuda where there is one.")
-    dtype: str | None = _option(None, "Backbone's dtype, e.g. bfloat16. Default: as saved.")
-    threads: int = _option(0, "CPU threads of the model; 0 leaves it to PyTorch.")
+    model: str = option("runs/sft", "Folder that flr sft wrote; read again at a reload, so it may be a symbolic link.")
+    host: str = option("127.0.0.1", "Address to bind to; 0.0.0.0 for every interface.")
+    port: int = option(8000, "Port; 0 for any free one (the first log line tells which).")
+    device: str | None = option(None, "Where the model runs, e.g. cuda. Default: cuda where there is one.")
+    dtype: str | None = option(None, "Backbone's dtype, e.g. bfloat16. Default: as saved.")
+    threads: int = option(0, "CPU threads of the model; 0 leaves it to PyTorch.")
 
-    max_batch_size: int = _option(32, "Requests that are computed together.")
-    max_wait_ms: float = _option(5.0, "How long a request waits for others that are on their way.")
-    max_queue: int = _option(256, "Requests that may wait; one more is answered 429.")
-    timeout_ms: int = _option(
+    max_batch_size: int = option(32, "Requests that are computed together.")
+    max_wait_ms: float = option(5.0, "How long a request waits for others that are on their way.")
+    max_queue: int = option(256, "Requests that may wait; one more is answered 429.")
+    timeout_ms: int = option(
         10_000, "Deadline of a request, and the longest it may ask for; 504 when it passes in the queue."
     )
 
-    max_k: int = _option(100, f"Largest k, up to {MAX_K}.")
-    num_beams: int = _option(20, "Beams where a request does not say.")
-    max_num_beams: int = _option(100, f"Most beams, up to {MAX_BEAMS}.")
-    scoring: str = _option("auto", "Scoring where a request does not say: full, catalogue, or auto: that of training.")
-    max_history: int = _option(500, f"Longest history, up to {MAX_ENTRIES} entries.")
-    max_filter: int = _option(1000, f"Longest allow- or deny-list, up to {MAX_ENTRIES} entries.")
-    max_text: int = _option(1000, "Longest id or title, in characters.")
-    max_body_bytes: int = _option(262_144, "Longest body; 413 beyond.")
-    body_timeout_s: float = _option(10.0, "How long a body may take to arrive; 408 after that.")
-    keep_alive_s: int = _option(20, "How long an idle connection stays open.")
+    max_k: int = option(100, f"Largest k, up to {MAX_K}.")
+    num_beams: int = option(20, "Beams where a request does not say.")
+    max_num_beams: int = option(100, f"Most beams, up to {MAX_BEAMS}.")
+    scoring: str = option("auto", "Scoring where a request does not say: full, catalogue, or auto: that of training.")
+    max_history: int = option(500, f"Longest history, up to {MAX_ENTRIES} entries.")
+    max_filter: int = option(1000, f"Longest allow- or deny-list, up to {MAX_ENTRIES} entries.")
+    max_text: int = option(1000, "Longest id or title, in characters.")
+    max_body_bytes: int = option(262_144, "Longest body; 413 beyond.")
+    body_timeout_s: float = option(10.0, "How long a body may take to arrive; 408 after that.")
+    keep_alive_s: int = option(20, "How long an idle connection stays open.")
 
-    token_file: str | None = _option(
+    token_file: str | None = option(
         None,
         f"File with the bearer token that /v1 and /metrics ask for. Or set {TOKEN_VARIABLE}. Default: none asked for.",
     )
-    admin_token_file: str | None = _option(
+    admin_token_file: str | None = option(
         None,
         f"File with the bearer token for POST /v1/reload. Or set {ADMIN_TOKEN_VARIABLE}. "
         "Without one only SIGHUP reloads.",
     )
-    allowed_hosts: list[str] = dataclasses.field(
-        default_factory=list,
-        metadata={
-            "help": "Host names that requests may be addressed to. "
-            "Default: this machine's own when bound to it alone, else any."
-        },
+    allowed_hosts: list[str] = option(
+        [],
+        "Host names that requests may be addressed to. Default: this machine's own when bound to it alone, else any.",
     )
-    drain_delay_s: float = _option(1.0, "After SIGTERM: how long /ready says 503 before connections are refused.")
-    drain_timeout_s: int = _option(30, "After SIGTERM: how long requests in flight may take.")
-    examples: str | None = _option(
+    drain_delay_s: float = option(1.0, "After SIGTERM: how long /ready says 503 before connections are refused.")
+    drain_timeout_s: int = option(30, "After SIGTERM: how long requests in flight may take.")
+    examples: str | None = option(
         None, "Example histories for the page: a line each, ids or titles separated by tabs. Default: random items."
     )
-    log_histories: bool = _option(False, "Write histories into the log.")
+    log_histories: bool = option(False, "Write histories into the log.")
 
     def __post_init__(self) -> None:
         for name, least, most in (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from flr.config import option
 from flr.decode.scoring import check_scoring
 from flr_kernels.ops.group_advantage.op import KINDS
 
@@ -18,22 +19,16 @@ POLICIES = ("thoughts", "tokens")
 class RecTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of a recommender: the best model on the valid split is kept."""
 
-    eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation after every epoch."})
-    eval_max_users: int | None = field(
-        default=None, metadata={"help": "Evaluate on that many users only, evenly spread. Default: all."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are interactions."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to rank the valid split: no, steps, epoch."})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to write a checkpoint: no, steps, epoch, best."}
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one included."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best model on the valid split."})
-    metric_for_best_model: str | None = field(default="ndcg@10", metadata={"help": "What best means."})
-    greater_is_better: bool | None = field(default=True, metadata={"help": "Whether a larger metric is better."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036 — HfArgumentParser expects None first
-        default="tensorboard", metadata={"help": "Where to log."}
-    )
+    eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
+    eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
+    remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")
+    eval_strategy: str = option("epoch", "When to rank the valid split: no, steps, epoch.")
+    save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch, best.")
+    save_total_limit: int | None = option(2, "Checkpoints kept, the best one included.")
+    load_best_model_at_end: bool = option(True, "End with the best model on the valid split.")
+    metric_for_best_model: str | None = option("ndcg@10", "What best means.")
+    greater_is_better: bool | None = option(True, "Whether a larger metric is better.")
+    report_to: None | str | list[str] = option("tensorboard", "Where to log.")  # noqa: RUF036 - HfArgumentParser expects None first
 
     def __post_init__(self) -> None:
         if self.remove_unused_columns:
@@ -48,26 +43,19 @@ class SFTConfig(RecTrainingArguments):
     The reasoner is a small module on a large or a well-tuned one: it learns slowly, with decay of its own.
     """
 
-    output_dir: str | None = field(default="runs/sft", metadata={"help": "Checkpoints, and at the end the best model."})
-    reasoner_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the reasoner. Default: a tenth of --learning_rate."}
+    output_dir: str | None = option("runs/sft", "Checkpoints, and at the end the best model.")
+    reasoner_learning_rate: float | None = option(
+        None, "Learning rate of the reasoner. Default: a tenth of --learning_rate."
     )
-    reasoner_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the reasoner."})
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the token tables. Default: --learning_rate."}
+    reasoner_weight_decay: float = option(0.0, "Weight decay of the reasoner.")
+    embedding_learning_rate: float | None = option(None, "Learning rate of the token tables. Default: --learning_rate.")
+    embedding_weight_decay: float | None = option(None, "Weight decay of the token tables. Default: --weight_decay.")
+    normalisation: str = option(
+        "full", "What a target token competes with: full (the vocabulary) or catalogue (what continues an item)."
     )
-    embedding_weight_decay: float | None = field(
-        default=None, metadata={"help": "Weight decay of the token tables. Default: --weight_decay."}
-    )
-    normalisation: str = field(
-        default="full",
-        metadata={
-            "help": "What a target token competes with: full (the vocabulary) or catalogue (what continues an item)."
-        },
-    )
-    embedding_dropout: float = field(default=0.0, metadata={"help": "Dropout on input embeddings, in [0, 1)."})
-    output_dropout: float = field(default=0.0, metadata={"help": "Dropout on the lm_head's input, in [0, 1)."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    embedding_dropout: float = option(0.0, "Dropout on input embeddings, in [0, 1).")
+    output_dropout: float = option(0.0, "Dropout on the lm_head's input, in [0, 1).")
+    logging_steps: float = option(50, "Steps between two lines of the log.")
 
     def __post_init__(self) -> None:
         check_scoring(self.normalisation, "normalisation")
@@ -81,41 +69,36 @@ class SFTConfig(RecTrainingArguments):
 class LatentGRPOConfig(RecTrainingArguments):
     """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
 
-    output_dir: str | None = field(default="runs/rl", metadata={"help": "Checkpoints, and at the end the best model."})
-    group_size: int = field(default=16, metadata={"help": "G, thoughts a user: one as it is, the others with noise."})
-    noise_scale: float = field(default=0.3, metadata={"help": "Deviation of the noise on a thought."})
-    noise_relative: bool = field(default=True, metadata={"help": "noise_scale is in units of the thought's RMS."})
-    policy: str = field(default="thoughts", metadata={"help": f"What the ratio is of: {' or '.join(POLICIES)}."})
-    advantage: str = field(default="grpo", metadata={"help": f"One of {', '.join(KINDS)}."})
-    advantage_epsilon: float = field(
-        default=1.0,
-        metadata={"help": "Added to the spread that grpo divides by (and to latentr3's norm), in units of the reward."},
+    output_dir: str | None = option("runs/rl", "Checkpoints, and at the end the best model.")
+    group_size: int = option(16, "G, thoughts a user: one as it is, the others with noise.")
+    noise_scale: float = option(0.3, "Deviation of the noise on a thought.")
+    noise_relative: bool = option(True, "noise_scale is in units of the thought's RMS.")
+    policy: str = option("thoughts", f"What the ratio is of: {' or '.join(POLICIES)}.")
+    advantage: str = option("grpo", f"One of {', '.join(KINDS)}.")
+    advantage_epsilon: float = option(
+        1.0, "Added to the spread that grpo divides by (and to latentr3's norm), in units of the reward."
     )
-    advantage_from_clean: bool = field(
-        default=True,
-        metadata={
-            "help": "latentr3: compare with the group's own unperturbed member, not with the batch's mean of them."
-        },
+    advantage_from_clean: bool = option(
+        True, "latentr3: compare with the group's own unperturbed member, not with the batch's mean of them."
     )
-    reward: str = field(
-        default="log_likelihood",
-        metadata={"help": "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."},
+    reward: str = option(
+        "log_likelihood", "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."
     )
-    reward_beams: int = field(default=20, metadata={"help": "Beams of the rewards that decode (hit@k, ndcg@k, mrr)."})
-    epsilon_low: float = field(default=0.2, metadata={"help": "The ratio is clipped below 1 minus this."})
-    epsilon_high: float = field(default=0.2, metadata={"help": "The ratio is clipped above 1 plus this."})
-    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on a batch, with its noise and rewards."})
-    kl_weight: float = field(default=0.0, metadata={"help": "Weight of the KL from the thoughts of the model given."})
-    regularise: bool = field(default=False, metadata={"help": "Add the reasoner's regularisers, as in SFT."})
-    train_backbone: bool = field(default=False, metadata={"help": "Train the backbone too (policy tokens)."})
-    backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the backbone. Default: a tenth of --learning_rate."}
+    reward_beams: int = option(20, "Beams of the rewards that decode (hit@k, ndcg@k, mrr).")
+    epsilon_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
+    epsilon_high: float = option(0.2, "The ratio is clipped above 1 plus this.")
+    num_iterations: int = option(1, "Optimizer steps on a batch, with its noise and rewards.")
+    kl_weight: float = option(0.0, "Weight of the KL from the thoughts of the model given.")
+    regularise: bool = option(False, "Add the reasoner's regularisers, as in SFT.")
+    train_backbone: bool = option(False, "Train the backbone too (policy tokens).")
+    backbone_learning_rate: float | None = option(
+        None, "Learning rate of the backbone. Default: a tenth of --learning_rate."
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reasoner."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last incomplete batch of an epoch; the next one has another."}
+    learning_rate: float = option(1e-4, "Learning rate of the reasoner.")
+    dataloader_drop_last: bool = option(
+        True, "Leave out the last incomplete batch of an epoch; the next one has another."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    logging_steps: float = option(10, "Steps between two lines of the log.")
 
     def __post_init__(self) -> None:
         for name, allowed in (("policy", POLICIES), ("advantage", KINDS)):
