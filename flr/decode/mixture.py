@@ -88,10 +88,10 @@ class ViewMixture:
             if self.trie.depth == 1:
                 parts.append(rank_one_token(self.model, inputs, self.trie, self.scoring).exp().cpu().numpy())
                 continue
-            found = beam_search(self.model, inputs, self.trie, self.num_beams, self.num_beams, self.scoring)
-            row, column = (found.items >= 0).nonzero(as_tuple=True)
-            values = found.scores[row, column].exp().cpu().numpy()
-            place = (row.cpu().numpy(), found.items[row, column].cpu().numpy())
+            best = beam_search(self.model, inputs, self.trie, self.num_beams, self.num_beams, self.scoring)
+            row, column = (best.items >= 0).nonzero(as_tuple=True)
+            values = best.scores[row, column].exp().cpu().numpy()
+            place = (row.cpu().numpy(), best.items[row, column].cpu().numpy())
             parts.append(sp.csr_matrix((values, place), shape=(len(rows), self.trie.num_items)))
         return np.concatenate(parts) if self.trie.depth == 1 else sp.vstack(parts, format="csr")
 
@@ -161,8 +161,8 @@ class ViewMixture:
         weight = torch.where(torch.from_numpy(histories.lengths > 0), 1.0 - self.views.weight, 1.0).double()[:, None]
         rest = (chosen.double() - weight * alone).clamp_min(0.0)
         log_weight = torch.where(alone > 0, weight, 0.0).log()
-        found = torch.where(chosen > 0, items, -1)
-        return Mixed(found.numpy(), chosen.log().numpy(), (log_weight.numpy(), rest.log().numpy()))
+        items = torch.where(chosen > 0, items, -1)
+        return Mixed(items.numpy(), chosen.log().numpy(), (log_weight.numpy(), rest.log().numpy()))
 
 
 def _dense(x: Any) -> np.ndarray:

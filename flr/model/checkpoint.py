@@ -32,12 +32,12 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _read(directory: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors whose name starts with ``prefix``, without it."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in _weight_files(directory):
         with safe_open(file, framework="pt") as weights:
             names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
-            found.update({name[len(prefix) :]: weights.get_tensor(name) for name in names})
-    return found
+            tensors.update({name[len(prefix) :]: weights.get_tensor(name) for name in names})
+    return tensors
 
 
 class _Quiet(logging.Filter):
@@ -48,7 +48,7 @@ class _Quiet(logging.Filter):
 
 
 def _load_backbone(directory: Path, prefix: str, **kwargs: Any) -> Any:
-    """The causal LM in ``directory``; raises unless the only strangers among its weights are ``prefix``'s."""
+    """The causal LM in ``directory``; raises unless the only unexpected ones among its weights are ``prefix``'s."""
     reports = logging.getLogger("transformers.modeling_utils")
     quiet = _Quiet()
     reports.addFilter(quiet)
@@ -59,8 +59,8 @@ def _load_backbone(directory: Path, prefix: str, **kwargs: Any) -> Any:
     finally:
         reports.removeFilter(quiet)
     model, info = loaded
-    strangers = [key for key in info["unexpected_keys"] if not key.startswith(prefix)]
-    for name, keys in (("missing", info["missing_keys"]), ("unexpected", strangers)):
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(prefix)]
+    for name, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if keys:
             raise ValueError(f"directory: {len(keys)} {name} weights in {directory}, e.g. {sorted(keys)[0]!r}")
     return model

@@ -118,10 +118,10 @@ def _thoughts_among(
     if past and (input_ids.device.type != "cpu" or input_ids.shape[1] == 1):
         return None  # a look would wait for the device, and a decoding step has nothing to look at
     is_thought: Any = input_ids == config.thought_token_id
-    found = (thought_start is not None and not past) or bool(is_thought.any())
-    if past and found:
+    thinks = (thought_start is not None and not past) or bool(is_thought.any())
+    if past and thinks:
         raise ValueError("input_ids: expected no thought token after the prefill, got one; pass it with the prompt")
-    return is_thought if found else None
+    return is_thought if thinks else None
 
 
 def _pieces(

@@ -114,8 +114,8 @@ class Rewards:
             return group_advantage(inputs.logprobs.flatten(0, 1), mask, members, kind, str(alone), eps, process_group)
         total = self.of(inputs)
         given = total - total[:, :1] if shifted else total
-        found = group_advantage(given.flatten(), None, members, kind, "given", eps, process_group)
-        return found._replace(rewards=total, mean=total.mean(1))
+        result = group_advantage(given.flatten(), None, members, kind, "given", eps, process_group)
+        return result._replace(rewards=total, mean=total.mean(1))
 
 
 def _check_name(name: str) -> None:
@@ -134,9 +134,9 @@ def ranking_reward(ranks: Tensor, name: str) -> Tensor:
         [1.0, 0.5, 0.0, 0.0]
     """
     metric, _, cutoff = name.partition("@")
-    found = ranks > 0
+    is_ranked = ranks > 0
     place = ranks.clamp_min(1).float()
     if metric == "mrr":
-        return found / place
-    inside = (found & (ranks <= int(cutoff))).float()
+        return is_ranked / place
+    inside = (is_ranked & (ranks <= int(cutoff))).float()
     return inside if metric == "hit" else inside / (place + 1).log2()
