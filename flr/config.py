@@ -113,5 +113,5 @@ class FLRConfig:
         """The inverse of :meth:`to_dict`; an unknown key raises ValueError."""
         unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
-            raise ValueError(f"FLRConfig: unknown option {', '.join(sorted(unknown))}")
+            raise ValueError(f"values: expected options of FLRConfig, got {', '.join(sorted(unknown))}")
         return cls(**values)

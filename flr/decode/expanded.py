@@ -95,7 +95,7 @@ class ExpandedSession:
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         kept = copy.deepcopy(self.cache), self.mask, self.depth, self.paths
         if self.depth.any():
-            raise ValueError("tree() continues the prompt: the session has already made steps")
+            raise ValueError("tree: expected a session without steps, got one that has made some")
         states, start_of_level = [], 0
         for level in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(depths)) + 1):
             within = np.maximum(parents[level] - start_of_level, 0)  # column of the parent among the previous level

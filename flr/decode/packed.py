@@ -118,7 +118,7 @@ class PackedSession:
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         if self.sees.shape[-1]:
-            raise ValueError("tree() continues the prompt: the session has already made steps")
+            raise ValueError("tree: expected a session without steps, got one that has made some")
         sees = np.eye(len(tokens), dtype=bool)
         for level in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(depths)) + 1):
             if depths[level[0]] > 1:

@@ -62,7 +62,9 @@ def _load_backbone(directory: Path, prefix: str, **kwargs: Any) -> Any:
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(prefix)]
     for name, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if keys:
-            raise ValueError(f"directory: {len(keys)} {name} weights in {directory}, e.g. {sorted(keys)[0]!r}")
+            raise ValueError(
+                f"directory: expected a whole model in {directory}, got {len(keys)} {name} weights, e.g. {min(keys)!r}"
+            )
     return model
 
 
@@ -116,4 +118,4 @@ def _load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], director
     try:
         module.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"directory: the reasoner's weights in {directory} do not fit: {error}") from error
+        raise ValueError(f"directory: expected weights that fit the reasoner in {directory}, got {error}") from error

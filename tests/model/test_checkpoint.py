@@ -39,7 +39,7 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     weights = load_file(tmp_path / "ours" / "model.safetensors")
     del weights["flr.gate"]
     save_file(weights, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit(.|\n)*gate"):
+    with pytest.raises(ValueError, match=r"expected weights that fit the reasoner(.|\n)*gate"):
         flr.from_pretrained(tmp_path / "ours")
 
 

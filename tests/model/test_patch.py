@@ -192,7 +192,7 @@ def test_trainer_as_it_is(tmp_path, accumulation):
         (lambda: flr.FLRConfig(variant="cot"), "variant: expected one of flr, latentr3, anchor, none"),
         (lambda: flr.FLRConfig(num_factors=17), "num_factors: expected 1 to 16, got 17"),
         (lambda: flr.FLRConfig(dropout=1.0), "dropout"),
-        (lambda: flr.FLRConfig.from_dict({"k": 4}), "unknown option k"),
+        (lambda: flr.FLRConfig.from_dict({"k": 4}), "expected options of FLRConfig, got k"),
         (lambda: patched_model().eval().flr(torch.zeros(1, 2, 3)), "hidden_states: expected"),
         (lambda: patched_model().eval().flr(torch.zeros(1, 2, 32), torch.ones(1, 3)), "mask: expected shape"),
         (
