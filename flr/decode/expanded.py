@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class ExpandedSession:
         self.cache.reorder_cache(cast(torch.LongTensor, source))
         self.mask = torch.cat([self.mask[source], self.mask.new_ones(rows * width, 1)], dim=1)
         self.depth, self.paths = self.depth.gather(1, parents) + 1, None
-        states, self.cache = self._run(self.cache, self.mask, tokens.reshape(-1, 1), self.depth.flatten() - 1)
+        user = torch.arange(rows, device=tokens.device).repeat_interleave(width)
+        states, self.cache = self._run(self.cache, self.mask, tokens.reshape(-1, 1), self.depth.flatten() - 1, user)
         return states.view(rows, width, -1)
 
     def _again(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -75,22 +76,14 @@ class ExpandedSession:
         return out
 
     def _run(
-        self,
-        cache: Cache,
-        mask: torch.Tensor,
-        tokens: torch.Tensor,
-        depth: torch.Tensor,
-        user: torch.Tensor | None = None,
+        self, cache: Cache, mask: torch.Tensor, tokens: torch.Tensor, depth: torch.Tensor, user: torch.Tensor
     ) -> tuple[torch.Tensor, Cache]:
-        """States of tokens [R, n] whose first stands ``depth`` [R] behind the prompt."""
-        start = (
-            self.next_position.repeat_interleave(len(tokens) // self.rows) if user is None else self.next_position[user]
-        )
-        positions = (start + depth)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        arguments = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
-        return model_states(
-            self.model, self.hidden, arguments | ({"position_ids": positions} if self.positioned else {})
-        )
+        """States of tokens [R, n] of the users [R], whose first stands ``depth`` [R] behind the prompt."""
+        positions = (self.next_position[user] + depth)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
+        if self.positioned:
+            arguments["position_ids"] = positions
+        return model_states(self.model, self.hidden, arguments)
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         kept = copy.deepcopy(self.cache), self.mask, self.depth, self.paths
@@ -100,12 +93,8 @@ class ExpandedSession:
         for level in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(depths)) + 1):
             within = np.maximum(parents[level] - start_of_level, 0)  # column of the parent among the previous level
             start_of_level = int(level[0])
-            states.append(
-                self.step(
-                    torch.as_tensor(tokens[level], device=self.mask.device, dtype=torch.int64).expand(self.rows, -1),
-                    torch.as_tensor(within, device=self.mask.device).expand(self.rows, -1),
-                )
-            )
+            both = (torch.as_tensor(x.astype(np.int64), device=self.mask.device) for x in (tokens[level], within))
+            states.append(self.step(*(x.expand(self.rows, -1) for x in both)))
         self.cache, self.mask, self.depth, self.paths = kept
         return torch.cat(states, dim=1)
 

@@ -121,9 +121,8 @@ class _Mask(ItemFilter):
         before = torch.zeros(rows, stride, dtype=dtype, device=trie.device)
         torch.cumsum(allowed[:, trie.items.long()], dim=1, dtype=dtype, out=before[:, 1:])
         before += torch.arange(0, rows * stride, stride, dtype=dtype, device=trie.device)[:, None]
-        return cls(
-            before.view(-1), torch.zeros(1, 1, dtype=torch.int64, device=trie.device) if row is None else row, stride
-        )
+        row = torch.zeros(1, 1, dtype=torch.int64, device=trie.device) if row is None else row
+        return cls(before.view(-1), row, stride)
 
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         offset = self._offset(begin)
@@ -208,10 +207,8 @@ class _Exclusion(_Listed):
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         super().__init__(listed, num_items)
         column = torch.arange(listed.shape[1], device=listed.device)
-        gap = (
-            listed - column
-        )  # allowed positions before each entry: never falls, and stays while entries are neighbours
-        self.gap = gap.masked_fill(listed == num_items, num_items + 1).contiguous()
+        # allowed positions before each entry: never falls, and stays while entries are neighbours
+        self.gap = (listed - column).masked_fill(listed == num_items, num_items + 1).contiguous()
 
     def count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         return end - begin - (self._rank(end) - self._rank(begin))
@@ -325,9 +322,8 @@ def _category_mask(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Mask bool [U, C] for the U different requests, and which row serves a user, [B, 1] or None for the only one."""
     if categories.dtype != torch.int64 or categories.shape != (trie.num_items,):
-        raise ValueError(
-            f"categories: expected int64 [{trie.num_items}], got {categories.dtype} {list(categories.shape)}"
-        )
+        got = f"{categories.dtype} {list(categories.shape)}"
+        raise ValueError(f"categories: expected int64 [{trie.num_items}], got {got}")
     if not isinstance(wanted, torch.Tensor):
         number = int(wanted or 0)
         wanted = torch.full((batch_size,), number - (number >> 63 << 64), dtype=torch.int64)  # as int64 reads the bits

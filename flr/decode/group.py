@@ -35,9 +35,8 @@ class _Members:
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         members, width = self.shape[1], parents.shape[1]
-        first = (
-            torch.arange(members, device=tokens.device)[:, None] * self.width
-        )  # hypotheses of a user: member by member
+        # hypotheses of a user: member by member
+        first = torch.arange(members, device=tokens.device)[:, None] * self.width
         side_by_side = (self._everyone(parents).unflatten(0, self.shape) + first).flatten(1)  # [B, G·w]
         everyone = self._everyone(tokens)
         if lengths is None:

@@ -33,9 +33,7 @@ class Mixed(NamedTuple):
 
     items: np.ndarray  # int64 [B, k], best first, -1 past the end
     scores: np.ndarray  # float32 [B, k], log-probabilities
-    parts: tuple[
-        np.ndarray, np.ndarray
-    ]  # float64 [B, k] each: log of the whole prompt's weight, and of what the others give
+    parts: tuple[np.ndarray, np.ndarray]  # float64 [B, k]: log weight of the whole prompt, log of the rest
 
 
 class ViewMixture:

@@ -103,9 +103,8 @@ class PackedSession:
             self.depth = depth + 1
             return self._forward(tokens, self.next_position + depth, sees)
         owner, offset = slots(lengths, count)
-        mine = (owner[:, None] == torch.arange(lengths.shape[1], device=tokens.device)[:, None]) & (offset >= 0)[
-            :, None
-        ]
+        hypothesis = torch.arange(lengths.shape[1], device=tokens.device)[:, None]
+        mine = (owner[:, None] == hypothesis) & (offset >= 0)[:, None]
         before = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
         own = mine.gather(1, owner[..., None].expand(-1, -1, count)) & before
         own = own | torch.eye(count, dtype=torch.bool, device=tokens.device)  # padding sees itself
@@ -125,11 +124,8 @@ class PackedSession:
                 sees[level] |= sees[parents[level]]
         rows, device = len(self.prompt_seen), self.prompt_seen.device
         positions = self.next_position + torch.as_tensor(depths - 1, device=device)
-        states = self._forward(
-            torch.as_tensor(tokens, device=device, dtype=torch.int64).expand(rows, -1),
-            positions,
-            torch.as_tensor(sees, device=device).expand(rows, -1, -1),
-        )
+        ids = torch.as_tensor(tokens, device=device, dtype=torch.int64).expand(rows, -1)
+        states = self._forward(ids, positions, torch.as_tensor(sees, device=device).expand(rows, -1, -1))
         for layer in self.layers:
             layer.truncate(self.length)
         return states
@@ -148,10 +144,8 @@ class PackedSession:
         new.next_position = self.next_position.new_zeros(users, 1)
         new.layers = []
         for layer in self.layers:
-            keys, values = (
-                x.new_zeros(users, x.shape[1], columns, x.shape[3]) for x in (layer.key_buffer, layer.value_buffer)
-            )
-            new.layers.append(_AppendLayer(keys, values))
+            buffers = (layer.key_buffer, layer.value_buffer)
+            new.layers.append(_AppendLayer(*(x.new_zeros(users, x.shape[1], columns, x.shape[3]) for x in buffers)))
         new.cache = Cache(layers=[*new.layers])
         new.reset()
         return new
@@ -178,10 +172,5 @@ class PackedSession:
         if self.additive:
             dtype = self.layers[0].dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        arguments = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": self.cache,
-        }
-        return model_states(self.model, self.hidden, arguments)[0]
+        arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return model_states(self.model, self.hidden, {**arguments, "past_key_values": self.cache})[0]

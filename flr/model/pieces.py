@@ -56,9 +56,9 @@ class Pieces:
         source = None if prepared else shift_rows(self.is_thought, mask)
         if source is None:
             return self, None
-        positions = (
-            torch.arange(self.is_thought.shape[1], device=source.device) if self.positions is None else self.positions
-        )
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.is_thought.shape[1], device=source.device)
         narrowed = self.reasoner_mask
         pieces = Pieces(
             embeds=take_columns(self.embeds, source, 0),
