@@ -39,7 +39,7 @@ _OP.register("host", extension.log_normaliser, check=_host_check, on_cpu=True)
 
 @dispatch.forward_op("log_normaliser")
 def _forward(logits: Tensor) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=checks.accumulation_dtype(logits.dtype))
+    return checks.empty_results(logits, (len(logits),))[0]
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
