@@ -1,10 +1,10 @@
 """Triton kernels of :func:`flr_kernels.factor_attention`: one read of H from device memory, forward and backward.
 
-Forward, for a tile of tokens (split s of user b), p relative to the tile's own maximum m:
+The formulas and symbols are those of ``op.py``. Each kernel walks over D twice, the second time backwards: the end of
+the tile is still in the caches. Forward, for a tile of tokens (split s of user b), p relative to its own maximum m:
 
-    s_kl = u_k · h_l                       first walk over D
-    p_kl = exp(s_kl - m_k),  l_k = Σ_l p_kl,  e_k = Σ_l p_kl (s_kl - m_k),  O_jk = Σ_l p_jl p_kl
-    c_kd = Σ_l p_kl h_ld                   second walk over D, backwards: the tile's end is still in the caches
+    p_kl = exp(s_kl - m_k),  l_k = Σ_l p_kl,  e_k = Σ_l p_kl (s_kl - m_k),  O_jk = Σ_l p_jl p_kl      after the first
+    c_kd = Σ_l p_kl h_ld                                                                              on the second
 
 Combination of the splits, with M_k = max_s m_sk and w_sk = exp(m_sk - M_k):
 
@@ -12,12 +12,8 @@ Combination of the splits, with M_k = max_s m_sk and w_sk = exp(m_sk - M_k):
     c_k = Σ_s w_sk c_sk / l_k,             O_jk = Σ_s w_sj w_sk O_sjk / (l_j l_k)
     E_k = log l_k - Σ_s w_sk (e_sk + (m_sk - M_k) l_sk) / l_k      no difference of large numbers: exact for |s| = 1e4
 
-Backward, with S = dO + dOᵀ; Δ by a small kernel, du summed over the splits in fixed order:
-
-    Δ_k   = dc_k · c_k + Σ_j S_kj O_kj + dE_k E_k - dlse_k
-    α_kl  = exp(s_kl - lse_k),  dp_kl = dc_k · h_l + Σ_j S_kj α_jl - dE_k log α_kl          first walk over D
-    ds_kl = α_kl (dp_kl - Δ_k)
-    dh_l  = Σ_k α_kl dc_k + ds_kl u_k,     du_k = Σ_l ds_kl h_l                             second walk over D
+Backward, from α_kl = exp(s_kl - lse_k): Δ by a small kernel, s and dp on the first walk, dh and du on the second; du is
+summed over the splits in fixed order.
 
 Shapes: ``KP`` = K padded to 16 rows for the tensor cores, ``BLOCK_L`` tokens and ``BLOCK_D`` columns a step; per-factor
 values are [KP, BLOCK_L] with tokens along the columns. A tile without a valid token reads nothing and costs nothing;
