@@ -1,7 +1,7 @@
 """Rewards and group-relative advantages of G sampled sequences a user, in one op.
 
     mean_i = Σ_s m_is logp_is / max(Σ_s m_is, 1)          cut below at -30
-    R_i    = -exp(-mean_i)  ("neg_perplexity")   or   mean_i  ("log_likelihood")   or   as passed  ("given")
+    R_i    = -exp(-mean_i) ("neg_perplexity")  or  mean_i ("log_likelihood")  or  as passed, cut at ±exp(30) ("given")
 
     "grpo"      (R - mean) / (std + ε)     mean and sample standard deviation of the group
     "dr_grpo"   R - mean
