@@ -41,6 +41,15 @@ def _valid_rows(mask_ptr, mask_length, mask_stride_l, rows, length):
     return (rows < length) & (tl.load(mask_ptr + offsets, mask=rows < mask_length, other=1) != 0)
 
 
+@triton.jit
+def _combination(K, D, BLOCK_D: tl.constexpr):
+    """Of a combination's program: row of the result, its user and factor, block of columns and the columns."""
+    column_blocks = tl.cdiv(D, BLOCK_D)
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // column_blocks, program % column_blocks
+    return row, row // K, row % K, block, block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     h_ptr,  # [B, L, D]
@@ -139,11 +148,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(D, BLOCK_D)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // column_blocks  # user and factor
-    b, k = row // K, row % K
-    d = (program % column_blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, b, k, block, d = _combination(K, D, BLOCK_D)
     s = tl.arange(0, BLOCK_S)
     j = tl.arange(0, KP)
 
@@ -170,7 +175,7 @@ def combine_kernel(
         total += tl.sum(weights * tl.load(part_sum_ptr + at, mask=here, other=0.0), 0)
         own_max = tl.load(part_max_ptr + split * K + k, mask=inside, other=-float("inf"))
         weight = tl.exp(own_max - own)
-        if program % column_blocks == 0:
+        if block == 0:
             pairs = tl.load(part_overlap_ptr + (split * K + k)[:, None] * K + j[None, :], mask=here, other=0.0)
             overlap += tl.sum(weights * weight[:, None] * pairs, 0)
             part_sum = tl.load(part_sum_ptr + split * K + k, mask=inside, other=0.0)
@@ -186,7 +191,7 @@ def combine_kernel(
     some = own_total > 0
     inverse = tl.where(some, 1.0 / own_total, 0.0)
     tl.store(context_ptr + row * D + d, context * inverse, mask=d < D)
-    if program % column_blocks == 0:
+    if block == 0:
         tl.store(lse_ptr + row, tl.where(some, own + tl.log(own_total), -float("inf")))
         tl.store(entropy_ptr + row, tl.where(some, tl.log(own_total) - entropy * inverse, 0.0))
         others = tl.where(total > 0, 1.0 / total, 0.0)
@@ -330,11 +335,7 @@ def combine_du_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(D, BLOCK_D)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // column_blocks  # user and factor
-    b, k = row // K, row % K
-    d = (program % column_blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, b, k, _, d = _combination(K, D, BLOCK_D)
     s = tl.arange(0, BLOCK_S)
     du = tl.zeros([BLOCK_D], ACC)
     for start in range(0, splits, BLOCK_S):
