@@ -1,5 +1,5 @@
-// Python's way in. No torch headers: a tensor comes as a tuple (address, dtype, device, shape, strides, bytes), with -1 for
-// the CPU's device and `bytes` what its storage holds from the address on. Everything is checked before it is read.
+// Python's way in. No torch headers: a tensor comes as a tuple (address, dtype, device, shape, strides, bytes), with -1
+// for the CPU's device and `bytes` what its storage holds from the address on. Everything is checked before it is read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,7 +33,8 @@ std::string text(const Sizes& sizes) {
 
 int64_t times(const std::string& name, int64_t a, int64_t b) {
   int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) refuse(name, "sizes below 2^63", std::to_string(a) + " x " + std::to_string(b));
+  if (__builtin_mul_overflow(a, b, &product))
+    refuse(name, "sizes below 2^63", std::to_string(a) + " x " + std::to_string(b));
   return product;
 }
 
@@ -70,7 +71,8 @@ Array check(const std::string& name, const View& view, int device, const Sizes& 
   }
   if (!is_empty) {
     if (last == std::numeric_limits<int64_t>::max() || times(name, last + 1, item) > bytes)
-      refuse(name, std::to_string(last) + " elements and one more within its storage", std::to_string(bytes) + " bytes");
+      refuse(name, std::to_string(last) + " elements and one more within its storage",
+             std::to_string(bytes) + " bytes");
     if (address == 0 || address % uintptr_t(item)) refuse(name, "an aligned address", std::to_string(address));
   }
   return {reinterpret_cast<void*>(address), actual, item, sizes, strides};
@@ -80,7 +82,8 @@ Array contiguous(const std::string& name, const View& view, int device, const Si
   Array array = check(name, view, device, shape, dtype);
   int64_t expected = 1;
   for (size_t i = shape.size(); i-- > 0;) {
-    if (shape[i] > 1 && array.strides[i] != expected) refuse(name, "a contiguous tensor", "strides " + text(array.strides));
+    if (shape[i] > 1 && array.strides[i] != expected)
+      refuse(name, "a contiguous tensor", "strides " + text(array.strides));
     expected = times(name, expected, shape[i] > 0 ? shape[i] : 1);
   }
   return array;
@@ -118,7 +121,8 @@ void group_advantage(const View& token_logprobs, const std::optional<View>& mask
   if (sizes.size() != (given ? 1u : 2u)) refuse("token_logprobs", given ? "[BG]" : "[BG, S]", text(sizes));
   const Array logprobs = check("token_logprobs", token_logprobs, device, sizes);
   p.dtype = choose<Dtype>("token_logprobs", logprobs.dtype, {"float32", "float64", "bfloat16", "float16"});
-  if (sizes[0] % group_size) refuse("group_size", "a divisor of " + std::to_string(sizes[0]), std::to_string(group_size));
+  if (sizes[0] % group_size)
+    refuse("group_size", "a divisor of " + std::to_string(sizes[0]), std::to_string(group_size));
   p.groups = sizes[0] / group_size, p.size = group_size, p.length = given ? 1 : sizes[1], p.eps = eps;
   times("token_logprobs", times("token_logprobs", sizes[0], p.length > 0 ? p.length : 1), 16);
   p.token_logprobs = logprobs.data, p.row_stride = logprobs.strides[0];
@@ -174,7 +178,8 @@ void log_normaliser(const View& logits, const View& out, int device, uintptr_t) 
   const Sizes& sizes = std::get<3>(logits);
   if (sizes.size() != 2 || sizes[1] < 1) refuse("logits", "[R, V] with V >= 1", text(sizes));
   const Array rows = check("logits", logits, device, sizes, "float32");
-  if (sizes[1] > 1 && rows.strides[1] != 1) refuse("logits", "a contiguous last dimension", "strides " + text(rows.strides));
+  if (sizes[1] > 1 && rows.strides[1] != 1)
+    refuse("logits", "a contiguous last dimension", "strides " + text(rows.strides));
   float* result = static_cast<float*>(contiguous("out", out, device, {sizes[0]}, "float32").data);
   log_normaliser_host(static_cast<const float*>(rows.data), sizes[0], sizes[1], rows.strides[0], result);
 }

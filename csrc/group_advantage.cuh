@@ -1,15 +1,11 @@
-// Rewards and group-relative advantages: the arithmetic, shared by the CUDA kernel and its host twin.
+// Rewards and group-relative advantages: the arithmetic, shared by the CUDA kernel and its host twin. The formulas are
+// in flr_kernels/ops/group_advantage/op.py, the definition in reference.py beside it. Shapes: B groups, G members
+// (size), S tokens (length). Every sum is taken in double, of differences to one of the summed values where values can
+// be large and close.
 //
-//   mean_i = sum_s m_is logp_is / max(sum_s m_is, 1), cut below at -30
-//   R_i    = -exp(-mean_i)  |  mean_i  |  as given, cut at +-exp(30)
-//   grpo (R - mean) / (std + eps)   dr_grpo R - mean   rloo (R - mean) G / (G - 1)
-//   latentr3 (R - m) / (norm + eps), m the mean of members 0 and norm that of R - m, over the whole batch
-//
-// Every sum is taken in double, of differences to one of the summed values where values can be large and close. The
-// definition is flr_kernels/reference.py. Shapes: B groups, G members (size), S tokens (length).
-//
-// A Team is the threads that work on one group: a warp, a block, or on the host one thread. It has a rank and a size, is
-// cut into segments of `width` threads (one sequence each at a time), and sums over a segment or over all, in fixed order.
+// A Team is the threads that work on one group: a warp, a block, or on the host one thread. It has a rank and a size,
+// is cut into segments of `width` threads (one sequence each at a time), and sums over a segment or over all, in fixed
+// order.
 #pragma once
 
 #include <cmath>
@@ -152,7 +148,7 @@ FLR_HD void group(const Team& team, const Problem& p, int64_t b) {
   }
 }
 
-// Of all groups: their number, the mean of members 0, the mean of all, the sum of (R - that mean)^2. Same on every thread.
+// Of all groups: number, mean of members 0, mean of all, sum of (R - mean of all)^2. The same on every thread.
 struct Partial { double groups, baseline, overall, squares; };
 
 template <class T, class Team>

@@ -1,6 +1,6 @@
-// One read of memory: a block of a row is looked at twice, for its largest value and for the sum of exponentials relative to the
-// largest so far, the second time in the L1 cache. Written with GCC's vector types, compiled for several instruction sets; the
-// loader picks one. Sums of blocks are kept in double.
+// One read of memory: a block of a row is looked at twice, for its largest value and for the sum of exponentials
+// relative to the largest so far, the second time in the L1 cache. Written with GCC's vector types, compiled for
+// several instruction sets; the loader picks one. Sums of blocks are kept in double.
 #include "log_normaliser.h"
 
 #include <cmath>
@@ -31,8 +31,8 @@ FLR_INLINE Floats load(const float* from) {
   return x;
 }
 
-// exp(x) for x <= 0, 2^-126 below -87.3, NaN for NaN: 2^t = 2^n p(t - n), n = round(t), p the Taylor polynomial of degree 6,
-// relative error 1.2e-7 at the ends of [-1/2, 1/2], beside rounding.
+// exp(x) for x <= 0, 2^-126 below -87.3, NaN for NaN: 2^t = 2^n p(t - n), n = round(t), p the Taylor polynomial of
+// degree 6, relative error 1.2e-7 at the ends of [-1/2, 1/2], beside rounding.
 FLR_INLINE Floats exp_of(const Floats& x) {
   Floats t = x * 1.44269504088896341f;
   t = t < -126.0f ? Floats{} - 126.0f : t;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -10,6 +12,11 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 input, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_results(x: torch.Tensor, *shapes: tuple[int, ...]) -> Any:
+    """A tuple of tensors of ``shapes`` to write results of ``x`` into: on its device, in its accumulation dtype."""
+    return tuple(x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for shape in shapes)
 
 
 def tensor(name: str, x: object, shape: str, *, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:

@@ -18,10 +18,11 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch.library import CustomOpDef
 
 logger = logging.getLogger("flr_kernels")
 
@@ -163,3 +164,27 @@ def backward(name: str, tensor: torch.Tensor, *args):
     """Run the backward that belongs to :func:`forward`: the same device and shapes, the same choice."""
     with torch.autocast(tensor.device.type, enabled=False):
         return OPS[name].backward[select(name, tensor, *args)](tensor, *args)
+
+
+def forward_op(name: str) -> Callable[[Callable], CustomOpDef]:
+    """Decorates the function that makes an op's empty results: it becomes ``flr::name``, which runs :func:`forward`.
+
+    The annotations of the function are the operator's schema, and the function itself is its fake implementation. The
+    backends are called without the arguments that are equal to the function's defaults, and need the same ones.
+    """
+    return _operator(f"flr::{name}", name, forward)
+
+
+def backward_op(name: str) -> Callable[[Callable], CustomOpDef]:
+    """As :func:`forward_op`, for ``flr::name_backward``, which runs :func:`backward`."""
+    return _operator(f"flr::{name}_backward", name, backward)
+
+
+def _operator(qualified_name: str, name: str, run: Callable) -> Callable[[Callable], CustomOpDef]:
+    def declare(empty_results: Callable) -> CustomOpDef:
+        schema = torch.library.infer_schema(empty_results, mutates_args=())
+        operator = torch.library.custom_op(qualified_name, partial(run, name), mutates_args=(), schema=schema)
+        operator.register_fake(empty_results)
+        return operator
+
+    return declare

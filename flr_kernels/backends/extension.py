@@ -125,10 +125,8 @@ def group_advantage(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the reference; one launch (csrc/group_advantage.cu)."""
     groups = token_logprobs.shape[0] // group_size
-    acc = checks.accumulation_dtype(token_logprobs.dtype)
-    rewards = token_logprobs.new_empty((groups, group_size), dtype=acc)
-    mean = token_logprobs.new_empty(groups, dtype=acc)
-    advantages, std = torch.empty_like(rewards), torch.empty_like(mean)
+    shapes = (groups, group_size), (groups, group_size), (groups,), (groups,)
+    rewards, advantages, mean, std = checks.empty_results(token_logprobs, *shapes)
     whole_batch = kind == "latentr3"
     batch = token_logprobs.new_empty(4 if whole_batch else 0, dtype=torch.float64)
     scratch = batch.new_empty(2 * groups + 1) if whole_batch else None

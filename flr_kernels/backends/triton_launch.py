@@ -60,6 +60,22 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @triton.jit
+def add_exponentials(m, s, x):
+    """Every lane's largest value and Σ exp(value - largest), with one more value ``x`` [BLOCK] each."""
+    larger = tl.where(x > m, x, m)
+    base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
+    return larger, s * tl.exp(m - base) + tl.exp(x - base)  # NaN and inf - inf stay NaN
+
+
+@triton.jit
+def log_sum(m, s):
+    """The lanes of :func:`add_exponentials` together: log Σ exp of all values, in a fixed order."""
+    top = tl.max(m, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    return base + tl.log(tl.sum(s * tl.exp(m - base), 0))
+
+
+@triton.jit
 def dot_inputs(a, b, acc, WIDE: tl.constexpr, ACC: tl.constexpr):
     """acc + a @ b, both in the input dtype (products of 16-bit numbers are exact in float32)."""
     if WIDE:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ... import checks, dispatch
@@ -44,45 +43,27 @@ _OP.register("reference", reference.factor_aggregate, reference.factor_aggregate
 _OP.register("triton", dispatch.on_use(_TRITON, "forward"), dispatch.on_use(_TRITON, "backward"), _triton_check)
 
 
-@torch.library.custom_op("flr::factor_aggregate", mutates_args=())
+@dispatch.forward_op("factor_aggregate")
 def _forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_aggregate", f, gate_logits, eps)
-
-
-@_forward.register_fake
-def _(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, factors, size = f.shape
-    acc = checks.accumulation_dtype(f.dtype)
-    return (
-        f.new_empty((batch, size), dtype=acc),
-        f.new_empty((batch, factors), dtype=acc),
-        f.new_empty((batch,), dtype=acc),
-        f.new_empty((batch,), dtype=acc),
-    )
+    return checks.empty_results(f, (batch, size), (batch, factors), (batch,), (batch,))
 
 
-@torch.library.custom_op("flr::factor_aggregate_backward", mutates_args=())
+@dispatch.backward_op("factor_aggregate")
 def _backward(
     f: Tensor, gates: Tensor, d_thought: Tensor, d_gates: Tensor, d_orth: Tensor, d_entropy: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.backward("factor_aggregate", f, gates, d_thought, d_gates, d_orth, d_entropy, eps)
-
-
-@_backward.register_fake
-def _(f, gates, d_thought, d_gates, d_orth, d_entropy, eps):
     return f.new_empty(f.shape), gates.new_empty(gates.shape)
 
 
 def _setup_context(ctx, inputs, output):
     f, gate_logits, ctx.eps = inputs
     ctx.logits_dtype = gate_logits.dtype
-    ctx.save_for_backward(f, *output)
+    ctx.save_for_backward(f, output[1])
 
 
 def _autograd(ctx, *grads):
-    f, *outputs = ctx.saved_tensors
-    filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
-    d_f, d_logits = _backward(f, outputs[1], *filled, ctx.eps)
+    d_f, d_logits = _backward(*ctx.saved_tensors, *grads, ctx.eps)
     return d_f, d_logits.to(ctx.logits_dtype), None
 
 

@@ -1,15 +1,9 @@
 """Triton kernels of :func:`flr_kernels.factor_aggregate`: one launch forward, one backward, one program a user.
 
-    g = softmax(gate_logits),  r = Σ_k g_k f_k,  H = -Σ_k g_k log g_k
-    G_jk = f_j · f_k,  n_k = √(G_kk + ε²),  P_jk = G_jk / (n_j n_k) off the diagonal, 0 on it
-    orthogonality = Σ_jk P_jk² / (K (K - 1))
+The formulas and symbols are those of ``op.py``, with P and n from the Gram matrix f_j · f_k. In the backward the unit
+vectors are written out, so that one K x K matrix A holds everything that the orthogonality sends back:
 
-Backward, c = 4 dorth / (K (K - 1)); the formulas of ``op.py`` with the unit vectors written out,
-so that one K x K matrix A holds everything that the orthogonality sends back:
-
-    A_kj = c P_kj / (n_k n_j)  for j ≠ k,     A_kk = -c Σ_j P_kj² / n_k²
-    df_k = g_k dr + Σ_j A_kj f_j
-    dg_k = dgates_k + dr · f_k - dH (log g_k + 1),     dlogits_k = g_k (dg_k - Σ_j g_j dg_j)
+    A_kj = c P_kj / (n_k n_j)  for j ≠ k,     A_kk = -c Σ_j P_kj² / n_k²,     df_k = g_k dr + Σ_j A_kj f_j
 
 Shapes: ``KP`` = K padded to 16 rows, ``BLOCK_D`` columns a step. K·D numbers are few: a program reads them from device
 memory once and then, K + 1 times, from the caches.
@@ -30,30 +24,21 @@ from ...backends.triton_launch import dot_wide, launch, precision
 
 
 @triton.jit
-def _gram(f_rows, row_stride, K, D, k, KP: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
-    """G_jk = f_j · f_k, a column at a time from the caches: a product over D would be repeated in each warp."""
+def _gram(f_rows, row_stride, eps, K, D, k, KP: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """The Gram matrix, a column at a time from the caches (each warp would repeat a product over D), and 1 / n."""
     columns = tl.arange(0, BLOCK_D)
     gram = tl.zeros([KP, KP], ACC)
     for j in range(K):
         products = tl.zeros([KP, BLOCK_D], ACC)
         for start in range(0, D, BLOCK_D):
             d = start + columns
-            f = tl.load(
-                f_rows + k.to(tl.int64)[:, None] * row_stride + d[None, :],
-                mask=(k < K)[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
+            inside = (k < K)[:, None] & (d < D)[None, :]
+            f = tl.load(f_rows + k.to(tl.int64)[:, None] * row_stride + d[None, :], mask=inside, other=0.0)
             f_j = tl.load(f_rows + tl.cast(j, tl.int64) * row_stride + d, mask=d < D, other=0.0)
             products += f.to(ACC) * f_j.to(ACC)[None, :]
         gram = tl.where(k[None, :] == j, tl.sum(products, 1)[:, None], gram)
-    return gram
-
-
-@triton.jit
-def _inverse_norms(gram, eps, k):
-    """1 / √(‖f_k‖² + ε²) from the diagonal of the Gram matrix."""
     squares = tl.sum(tl.where(k[:, None] == k[None, :], gram, 0.0), 1)
-    return tl.rsqrt(squares + eps * eps)
+    return gram, tl.rsqrt(squares + eps * eps)
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -90,8 +75,7 @@ def forward_kernel(
         at = k.to(tl.int64)[:, None] * f_stride_k + d[None, :]
         f = tl.load(f_rows + at, mask=real[:, None] & (d < D)[None, :], other=0.0).to(ACC)
         tl.store(thought_ptr + b * D + d, tl.sum(gates[:, None] * f, 0), mask=d < D)
-    gram = _gram(f_rows, f_stride_k, K, D, k, KP, BLOCK_D, ACC)
-    inverse = _inverse_norms(gram, eps, k)
+    gram, inverse = _gram(f_rows, f_stride_k, eps, K, D, k, KP, BLOCK_D, ACC)
     cosines = tl.where(k[:, None] == k[None, :], 0.0, gram * inverse[:, None] * inverse[None, :])
     pairs = tl.maximum(K * (K - 1), 1).to(ACC)
     tl.store(gates_ptr + b * K + k, gates, mask=real)
@@ -138,8 +122,7 @@ def backward_kernel(
     d_logits = gates * (d_gates - tl.sum(gates * d_gates, 0))
     tl.store(d_logits_ptr + b * K + k, d_logits, mask=real)
 
-    gram = _gram(f_rows, f_stride_k, K, D, k, KP, BLOCK_D, ACC)
-    inverse = _inverse_norms(gram, eps, k)
+    gram, inverse = _gram(f_rows, f_stride_k, eps, K, D, k, KP, BLOCK_D, ACC)
     scale = inverse[:, None] * inverse[None, :]
     same = k[:, None] == k[None, :]
     cosines = tl.where(same, 0.0, gram * scale)
@@ -155,17 +138,18 @@ def backward_kernel(
         tl.store(df_ptr + (b * K + k)[:, None] * D + d[None, :], df, mask=inside)
 
 
-def _constants(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "KP": triton_config.FACTOR_BLOCK,
-        "BLOCK_D": triton_config.aggregate_block(),
-        "ACC": precision(dtype)["ACC"],
-    }
-
-
 def _check(f: Tensor) -> None:
     triton_config.check_shape("f", f, f.shape[1])
     triton_config.check_rows("f", f)
+
+
+def _launch(kernel: Any, f: Tensor, eps: float, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
+    """A program a user, with what both kernels take besides ``arguments`` and ``constants``."""
+    batch, factors, size = f.shape
+    both = {"f_ptr": f, "f_stride_b": f.stride(0), "f_stride_k": f.stride(1), "eps": eps, "D": size, "K": factors}
+    blocks = {"KP": triton_config.FACTOR_BLOCK, "BLOCK_D": triton_config.aggregate_block()}
+    constants = {**blocks, "ACC": precision(f.dtype)["ACC"], **constants}
+    launch(kernel, batch, {**both, **arguments}, constants, num_warps=4)
 
 
 def forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,31 +160,19 @@ def forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor,
     """
     _check(f)
     batch, factors, size = f.shape
-    acc = checks.accumulation_dtype(f.dtype)
-    thought, gates = f.new_empty((batch, size), dtype=acc), f.new_empty((batch, factors), dtype=acc)
-    orthogonality, entropy = f.new_empty((batch,), dtype=acc), f.new_empty((batch,), dtype=acc)
-    launch(
-        forward_kernel,
-        batch,
-        {
-            "f_ptr": f,
-            "logits_ptr": gate_logits,
-            "thought_ptr": thought,
-            "gates_ptr": gates,
-            "orthogonality_ptr": orthogonality,
-            "entropy_ptr": entropy,
-            "f_stride_b": f.stride(0),
-            "f_stride_k": f.stride(1),
-            "logits_stride_b": gate_logits.stride(0),
-            "logits_stride_k": gate_logits.stride(1),
-            "eps": eps,
-            "D": size,
-            "K": factors,
-        },
-        _constants(f.dtype),
-        num_warps=4,
-    )
-    return thought, gates, orthogonality, entropy
+    results = checks.empty_results(f, (batch, size), (batch, factors), (batch,), (batch,))
+    thought, gates, orthogonality, entropy = results
+    arguments = {
+        "logits_ptr": gate_logits,
+        "thought_ptr": thought,
+        "gates_ptr": gates,
+        "orthogonality_ptr": orthogonality,
+        "entropy_ptr": entropy,
+        "logits_stride_b": gate_logits.stride(0),
+        "logits_stride_k": gate_logits.stride(1),
+    }
+    _launch(forward_kernel, f, eps, arguments, {})
+    return results
 
 
 def backward(
@@ -211,29 +183,17 @@ def backward(
     The incoming gradients are small, so those that autograd expanded are copied to contiguous memory.
     """
     _check(f)
-    batch, factors, size = f.shape
     df = f.new_empty(f.shape)
     d_logits = gates.new_empty(gates.shape)
-    launch(
-        backward_kernel,
-        batch,
-        {
-            "f_ptr": f,
-            "gates_ptr": gates.contiguous(),
-            "d_thought_ptr": d_thought.contiguous(),
-            "d_gates_ptr": d_gates.contiguous(),
-            "d_orthogonality_ptr": d_orth.contiguous(),
-            "d_entropy_ptr": d_entropy.contiguous(),
-            "df_ptr": df,
-            "d_logits_ptr": d_logits,
-            "f_stride_b": f.stride(0),
-            "f_stride_k": f.stride(1),
-            "eps": eps,
-            "D": size,
-            "K": factors,
-        },
-        # K products a number, on the tensor cores at nearly float32 precision
-        {**_constants(f.dtype), "PRECISION": "ieee" if f.dtype == torch.float64 else "tf32x3"},
-        num_warps=4,
-    )
+    arguments = {
+        "gates_ptr": gates.contiguous(),
+        "d_thought_ptr": d_thought.contiguous(),
+        "d_gates_ptr": d_gates.contiguous(),
+        "d_orthogonality_ptr": d_orth.contiguous(),
+        "d_entropy_ptr": d_entropy.contiguous(),
+        "df_ptr": df,
+        "d_logits_ptr": d_logits,
+    }
+    # K products a number, on the tensor cores at nearly float32 precision
+    _launch(backward_kernel, f, eps, arguments, {"PRECISION": "ieee" if f.dtype == torch.float64 else "tf32x3"})
     return df, d_logits

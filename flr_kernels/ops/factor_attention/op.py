@@ -17,6 +17,7 @@ Backward, with S = dO + dOᵀ, from saved [B, K, ·] tensors and one more read o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,57 +42,36 @@ def _triton_check(h: Tensor, u: Tensor, *_) -> None:
     triton_config.check_shape("h", h, u.shape[1])
 
 
-def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool):
+def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False):
     return reference.factor_attention(h, u, mask)
+
+
+def _grouped(backward: Callable) -> Callable:
+    """The backward of a backend, called with the flat arguments of the operator."""
+    return lambda h, u, mask, *rest: backward(h, u, mask, rest[:4], rest[4:8], rest[8])
 
 
 _OP = dispatch.op("factor_attention")
 _TRITON = f"{__package__}.triton_host"
-_OP.register("reference", _reference_forward, reference.factor_attention_backward)
-_OP.register("triton", dispatch.on_use(_TRITON, "forward"), dispatch.on_use(_TRITON, "backward"), _triton_check)
+_TRITON_BACKWARD = _grouped(dispatch.on_use(_TRITON, "backward"))
+_OP.register("reference", _reference_forward, _grouped(reference.factor_attention_backward))
+_OP.register("triton", dispatch.on_use(_TRITON, "forward"), _TRITON_BACKWARD, _triton_check)
 
 
-@torch.library.custom_op("flr::factor_attention", mutates_args=())
+@dispatch.forward_op("factor_attention")
 def _forward(
     h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("factor_attention", h, u, mask, last_first)
-
-
-@_forward.register_fake
-def _(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, factors, size = u.shape
-    acc = checks.accumulation_dtype(h.dtype)
-    return (
-        h.new_empty((batch, factors, size), dtype=acc),
-        h.new_empty((batch, factors), dtype=acc),
-        h.new_empty((batch, factors, factors), dtype=acc),
-        h.new_empty((batch, factors), dtype=acc),
-    )
+    scalars = (batch, factors)
+    return checks.empty_results(h, (*scalars, size), scalars, (*scalars, factors), scalars)
 
 
-@torch.library.custom_op("flr::factor_attention_backward", mutates_args=())
+@dispatch.backward_op("factor_attention")
 def _backward(
-    h: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    context: Tensor,
-    lse: Tensor,
-    overlap: Tensor,
-    entropy: Tensor,
-    d_context: Tensor,
-    d_lse: Tensor,
-    d_overlap: Tensor,
-    d_entropy: Tensor,
-    needs_dh: bool,
-) -> tuple[Tensor, Tensor]:
-    saved = (context, lse, overlap, entropy)
-    grads = (d_context, d_lse, d_overlap, d_entropy)
-    return dispatch.backward("factor_attention", h, u, mask, saved, grads, needs_dh)
-
-
-@_backward.register_fake
-def _(h, u, mask, context, lse, overlap, entropy, d_context, d_lse, d_overlap, d_entropy, needs_dh):
+    h: Tensor, u: Tensor, mask: Tensor | None, context: Tensor, lse: Tensor, overlap: Tensor, entropy: Tensor,
+    d_context: Tensor, d_lse: Tensor, d_overlap: Tensor, d_entropy: Tensor, needs_dh: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return h.new_empty(h.shape if needs_dh else (0,)), u.new_empty(u.shape)
 
 
@@ -100,9 +80,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, *grads):
-    h, u, mask, *outputs = ctx.saved_tensors
-    filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True)]
-    dh, du = _backward(h, u, mask, *outputs, *filled, ctx.needs_input_grad[0])
+    dh, du = _backward(*ctx.saved_tensors, *grads, ctx.needs_input_grad[0])
     return (dh if ctx.needs_input_grad[0] else None), du, None, None
 
 

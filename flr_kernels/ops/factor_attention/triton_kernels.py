@@ -1,10 +1,10 @@
 """Triton kernels of :func:`flr_kernels.factor_attention`: one read of H from device memory, forward and backward.
 
-Forward, for a tile of tokens (split s of user b), p relative to the tile's own maximum m:
+The formulas and symbols are those of ``op.py``. Each kernel walks over D twice, the second time backwards: the end of
+the tile is still in the caches. Forward, for a tile of tokens (split s of user b), p relative to its own maximum m:
 
-    s_kl = u_k · h_l                       first walk over D
-    p_kl = exp(s_kl - m_k),  l_k = Σ_l p_kl,  e_k = Σ_l p_kl (s_kl - m_k),  O_jk = Σ_l p_jl p_kl
-    c_kd = Σ_l p_kl h_ld                   second walk over D, backwards: the tile's end is still in the caches
+    p_kl = exp(s_kl - m_k),  l_k = Σ_l p_kl,  e_k = Σ_l p_kl (s_kl - m_k),  O_jk = Σ_l p_jl p_kl      after the first
+    c_kd = Σ_l p_kl h_ld                                                                              on the second
 
 Combination of the splits, with M_k = max_s m_sk and w_sk = exp(m_sk - M_k):
 
@@ -12,12 +12,8 @@ Combination of the splits, with M_k = max_s m_sk and w_sk = exp(m_sk - M_k):
     c_k = Σ_s w_sk c_sk / l_k,             O_jk = Σ_s w_sj w_sk O_sjk / (l_j l_k)
     E_k = log l_k - Σ_s w_sk (e_sk + (m_sk - M_k) l_sk) / l_k      no difference of large numbers: exact for |s| = 1e4
 
-Backward, with S = dO + dOᵀ; Δ by a small kernel, du summed over the splits in fixed order:
-
-    Δ_k   = dc_k · c_k + Σ_j S_kj O_kj + dE_k E_k - dlse_k
-    α_kl  = exp(s_kl - lse_k),  dp_kl = dc_k · h_l + Σ_j S_kj α_jl - dE_k log α_kl          first walk over D
-    ds_kl = α_kl (dp_kl - Δ_k)
-    dh_l  = Σ_k α_kl dc_k + ds_kl u_k,     du_k = Σ_l ds_kl h_l                             second walk over D
+Backward, from α_kl = exp(s_kl - lse_k): Δ by a small kernel, s and dp on the first walk, dh and du on the second; du is
+summed over the splits in fixed order.
 
 Shapes: ``KP`` = K padded to 16 rows for the tensor cores, ``BLOCK_L`` tokens and ``BLOCK_D`` columns a step; per-factor
 values are [KP, BLOCK_L] with tokens along the columns. A tile without a valid token reads nothing and costs nothing;
@@ -43,6 +39,15 @@ def _valid_rows(mask_ptr, mask_length, mask_stride_l, rows, length):
     """Which of ``rows`` are tokens of the history; ``mask_length`` is L, or 0 where there is no mask to read."""
     offsets = rows.to(tl.int64) * mask_stride_l
     return (rows < length) & (tl.load(mask_ptr + offsets, mask=rows < mask_length, other=1) != 0)
+
+
+@triton.jit
+def _combination(K, D, BLOCK_D: tl.constexpr):
+    """Of a combination's program: row of the result, its user and factor, block of columns and the columns."""
+    column_blocks = tl.cdiv(D, BLOCK_D)
+    program = tl.program_id(0).to(tl.int64)
+    row, block = program // column_blocks, program % column_blocks
+    return row, row // K, row % K, block, block.to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -143,11 +148,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(D, BLOCK_D)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // column_blocks  # user and factor
-    b, k = row // K, row % K
-    d = (program % column_blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, b, k, block, d = _combination(K, D, BLOCK_D)
     s = tl.arange(0, BLOCK_S)
     j = tl.arange(0, KP)
 
@@ -174,7 +175,7 @@ def combine_kernel(
         total += tl.sum(weights * tl.load(part_sum_ptr + at, mask=here, other=0.0), 0)
         own_max = tl.load(part_max_ptr + split * K + k, mask=inside, other=-float("inf"))
         weight = tl.exp(own_max - own)
-        if program % column_blocks == 0:
+        if block == 0:
             pairs = tl.load(part_overlap_ptr + (split * K + k)[:, None] * K + j[None, :], mask=here, other=0.0)
             overlap += tl.sum(weights * weight[:, None] * pairs, 0)
             part_sum = tl.load(part_sum_ptr + split * K + k, mask=inside, other=0.0)
@@ -190,7 +191,7 @@ def combine_kernel(
     some = own_total > 0
     inverse = tl.where(some, 1.0 / own_total, 0.0)
     tl.store(context_ptr + row * D + d, context * inverse, mask=d < D)
-    if program % column_blocks == 0:
+    if block == 0:
         tl.store(lse_ptr + row, tl.where(some, own + tl.log(own_total), -float("inf")))
         tl.store(entropy_ptr + row, tl.where(some, tl.log(own_total) - entropy * inverse, 0.0))
         others = tl.where(total > 0, 1.0 / total, 0.0)
@@ -334,11 +335,7 @@ def combine_du_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(D, BLOCK_D)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // column_blocks  # user and factor
-    b, k = row // K, row % K
-    d = (program % column_blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, b, k, _, d = _combination(K, D, BLOCK_D)
     s = tl.arange(0, BLOCK_S)
     du = tl.zeros([BLOCK_D], ACC)
     for start in range(0, splits, BLOCK_S):

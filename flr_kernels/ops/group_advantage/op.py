@@ -1,7 +1,7 @@
 """Rewards and group-relative advantages of G sampled sequences a user, in one op.
 
     mean_i = Σ_s m_is logp_is / max(Σ_s m_is, 1)          cut below at -30
-    R_i    = -exp(-mean_i)  ("neg_perplexity")   or   mean_i  ("log_likelihood")   or   as passed  ("given")
+    R_i    = -exp(-mean_i) ("neg_perplexity")  or  mean_i ("log_likelihood")  or  as passed, cut at ±exp(30) ("given")
 
     "grpo"      (R - mean) / (std + ε)     mean and sample standard deviation of the group
     "dr_grpo"   R - mean
@@ -39,42 +39,32 @@ class GroupAdvantage(NamedTuple):
     std: Tensor  # [B], their sample standard deviation; 0 for G = 1
 
 
-dispatch.op("group_advantage").register("reference", reference.group_advantage, reference.group_advantage_backward)
-dispatch.op("batch_advantage").register("reference", reference.batch_advantages)
+_OP, _BATCH_OP = dispatch.op("group_advantage"), dispatch.op("batch_advantage")
+_OP.register("reference", reference.group_advantage, reference.group_advantage_backward)
+_BATCH_OP.register("reference", reference.batch_advantages)
 for _backend, _check in (("cuda", extension.check_cuda), ("host", extension.check_host)):
-    dispatch.op("group_advantage").register(
-        _backend, extension.group_advantage, reference.group_advantage_backward, _check
-    )
-    dispatch.op("batch_advantage").register(_backend, extension.batch_advantage, check=_check)
+    _OP.register(_backend, extension.group_advantage, reference.group_advantage_backward, _check)
+    _BATCH_OP.register(_backend, extension.batch_advantage, check=_check)
 
 
-@torch.library.custom_op("flr::group_advantage", mutates_args=())
+@dispatch.forward_op("group_advantage")
 def _forward(
     token_logprobs: Tensor, mask: Tensor | None, group_size: int, kind: str, reward: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.forward("group_advantage", token_logprobs, mask, group_size, kind, reward, eps)
-
-
-@_forward.register_fake
-def _(token_logprobs, mask, group_size, kind, reward, eps):
     groups = token_logprobs.shape[0] // group_size
-    acc = checks.accumulation_dtype(token_logprobs.dtype)
-
-    def empty(*shape, dtype=acc):
-        return token_logprobs.new_empty(shape, dtype=dtype)
-
-    batch = empty(4 if kind == "latentr3" else 0, dtype=torch.float64)
-    return empty(groups, group_size), empty(groups, group_size), empty(groups), empty(groups), batch
+    shapes = (groups, group_size), (groups, group_size), (groups,), (groups,)
+    batch = token_logprobs.new_empty(4 if kind == "latentr3" else 0, dtype=torch.float64)
+    return *checks.empty_results(token_logprobs, *shapes), batch
 
 
-@torch.library.custom_op("flr::group_advantage_backward", mutates_args=())
+@dispatch.backward_op("group_advantage")
 def _backward(token_logprobs: Tensor, mask: Tensor | None, rewards: Tensor, d_rewards: Tensor, reward: str) -> Tensor:
-    return dispatch.backward("group_advantage", token_logprobs, mask, rewards, d_rewards, reward)
-
-
-@_backward.register_fake
-def _(token_logprobs, mask, rewards, d_rewards, reward):
     return torch.empty_like(token_logprobs)
+
+
+@dispatch.forward_op("batch_advantage")
+def _batch_advantage(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(rewards)
 
 
 def _setup_context(ctx, inputs, output):
@@ -85,21 +75,10 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, d_rewards, *_):
     token_logprobs, mask, rewards = ctx.saved_tensors
-    grad = None if d_rewards is None else _backward(token_logprobs, mask, rewards, d_rewards, ctx.reward)
-    return grad, None, None, None, None, None
+    return _backward(token_logprobs, mask, rewards, d_rewards, ctx.reward), None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-
-
-@torch.library.custom_op("flr::batch_advantage", mutates_args=())
-def _batch_advantage(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
-    return dispatch.forward("batch_advantage", rewards, partials, eps)
-
-
-@_batch_advantage.register_fake
-def _(rewards, partials, eps):
-    return torch.empty_like(rewards)
 
 
 def _gather(batch: Tensor, process_group: Any) -> Tensor:

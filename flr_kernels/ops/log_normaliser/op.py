@@ -37,14 +37,9 @@ _OP.register("triton", dispatch.on_use(_TRITON, "forward"), check=_triton_check)
 _OP.register("host", extension.log_normaliser, check=_host_check, on_cpu=True)
 
 
-@torch.library.custom_op("flr::log_normaliser", mutates_args=())
+@dispatch.forward_op("log_normaliser")
 def _forward(logits: Tensor) -> Tensor:
-    return dispatch.forward("log_normaliser", logits)
-
-
-@_forward.register_fake
-def _(logits: Tensor) -> Tensor:
-    return logits.new_empty((logits.shape[0],), dtype=checks.accumulation_dtype(logits.dtype))
+    return checks.empty_results(logits, (len(logits),))[0]
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

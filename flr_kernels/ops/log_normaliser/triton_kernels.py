@@ -1,8 +1,7 @@
 """Triton kernel of :func:`flr_kernels.log_normaliser`: an online log-sum-exp, every logit read once.
 
-A program reads one of S parts of a row and keeps, for each of its ``BLOCK`` lanes, the largest logit m and the sum s of
-exponentials relative to it; a new block with largest m' rescales s by exp(m - max(m, m')). The lanes are combined at
-the end, in a fixed order. S > 1, so that few rows fill the device: the parts' results are combined by the reference.
+A program reads one of S parts of a row in blocks of ``BLOCK`` lanes (:func:`add_exponentials`, :func:`log_sum`). S > 1,
+so that few rows fill the device: the parts' results are combined by the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ... import checks, reference
 from ...backends import triton_config
-from ...backends.triton_launch import arch, launch, precision
+from ...backends.triton_launch import add_exponentials, arch, launch, log_sum, precision
 
 #: Programs of a multiprocessor that are worth starting; 4 warps with 16 loads a thread in flight each.
 PROGRAMS = 4
@@ -40,14 +39,8 @@ def forward_kernel(
     for start in range(first, last, BLOCK):
         at = start + lanes
         x = tl.load(logits_ptr + row * row_stride + at, mask=at < last, other=-float("inf")).to(ACC)
-        larger = tl.where(x > m, x, m)
-        base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
-        s = s * tl.exp(m - base) + tl.exp(x - base)  # NaN and inf - inf stay NaN
-        m = larger
-    top = tl.max(m, 0)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(s * tl.exp(m - base), 0)
-    tl.store(out_ptr + program, base + tl.log(total))
+        m, s = add_exponentials(m, s, x)
+    tl.store(out_ptr + program, log_sum(m, s))
 
 
 def _block() -> int:
@@ -66,7 +59,7 @@ def forward(logits: Tensor) -> Tensor:
     splits = max(1, min(-(-vocabulary // (4 * block)), arch(logits).sms * PROGRAMS // max(rows, 1)))
     part = -(-vocabulary // (splits * block)) * block
     splits = -(-vocabulary // part)  # none is empty
-    out = logits.new_empty((rows, splits), dtype=checks.accumulation_dtype(logits.dtype))
+    (out,) = checks.empty_results(logits, (rows, splits))
     launch(
         forward_kernel,
         rows * splits,

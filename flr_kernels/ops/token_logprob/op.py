@@ -37,35 +37,22 @@ def _cce_check(hidden: Tensor, *_: Any) -> None:
         raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
 
 
-dispatch.op("token_logprob").register("reference", reference.chunked, reference.chunked_backward)
-dispatch.op("token_logprob").register(
-    "cce", _cce, reference.chunked_backward, _cce_check
-)  # backward: in compiled graphs
+_OP = dispatch.op("token_logprob")
+_OP.register("reference", reference.chunked, reference.chunked_backward)
+_OP.register("cce", _cce, reference.chunked_backward, _cce_check)  # backward: in compiled graphs
 
 
-@torch.library.custom_op("flr::token_logprob", mutates_args=())
+@dispatch.forward_op("token_logprob")
 def _forward(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return dispatch.forward("token_logprob", hidden, weight, target)
-
-
-@_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=checks.accumulation_dtype(hidden.dtype))
 
 
-@torch.library.custom_op("flr::token_logprob_backward", mutates_args=())
+@dispatch.backward_op("token_logprob")
 def _backward(
     hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    return dispatch.backward("token_logprob", hidden, weight, target, grad, needs_dh, needs_dw)
-
-
-@_backward.register_fake
-def _(hidden, weight, target, grad, needs_dh, needs_dw):
-    return (
-        hidden.new_empty(hidden.shape if needs_dh else (0,)),
-        weight.new_empty(weight.shape if needs_dw else (0,)),
-    )
+    d_hidden = hidden.new_empty(hidden.shape if needs_dh else (0,))
+    return d_hidden, weight.new_empty(weight.shape if needs_dw else (0,))
 
 
 def _setup_context(ctx, inputs, output):

@@ -67,23 +67,15 @@ _OP.register("reference", reference.trie_step)
 _OP.register("triton", dispatch.on_use(_TRITON, "forward"), check=_triton_check)
 
 
-@torch.library.custom_op("flr::trie_step", mutates_args=())
+@dispatch.forward_op("trie_step")
 def _forward(
     logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None, children: Tensor, tokens: Tensor,
     leaf_begin: Tensor, leaf_end: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int,
     num_unfinished: int, num_all: int, widest: int, unique: bool, filter: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return dispatch.forward(
-        "trie_step", logits, score, node, norm, children, tokens, leaf_begin, leaf_end, listed, offset, entries,
-        num_unfinished, num_all, widest, unique, filter,
-    )  # fmt: skip
-
-
-@_forward.register_fake
-def _(logits, score, node, norm, children, tokens, begin, end, listed, offset, entries, num_unfinished, num_all, *rest):
-    def some(width: int) -> tuple[Tensor, ...]:
-        shape = (len(node), width)
-        return score.new_empty(shape), *(node.new_empty(shape) for _ in range(3))
+    def some(width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        number = node.new_empty((len(node), width))
+        return torch.empty_like(number, dtype=score.dtype), number, torch.empty_like(number), torch.empty_like(number)
 
     return *some(num_unfinished), *some(num_all), node.new_empty((len(node),), dtype=torch.bool)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import triton_config
-from ...backends.triton_launch import launch
+from ...backends.triton_launch import add_exponentials, launch, log_sum
 
 #: Keys that a program sorts at a time, and that it keeps: few sizes, so few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)
@@ -91,13 +91,8 @@ def normaliser_kernel(
         child = start + lanes
         x, _, _ = _children(child, child < last, row, user, logits_ptr, row_stride, tokens_ptr, begin_ptr, end_ptr,
                             filter_ptr, offset_ptr, E, STEPS, FILTER)  # fmt: skip
-        larger = tl.where(x > m, x, m)
-        base = tl.where(larger == -float("inf"), 0.0, larger)  # -inf - -inf would be NaN
-        s = s * tl.exp(m - base) + tl.exp(x - base)
-        m = larger
-    top = tl.max(m, 0)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    tl.store(norm_ptr + row, base + tl.log(tl.sum(s * tl.exp(m - base), 0)))
+        m, s = add_exponentials(m, s, x)
+    tl.store(norm_ptr + row, log_sum(m, s))
 
 
 @triton.jit(do_not_specialize=["E", "STEPS", "hypotheses", "blocks"])
