@@ -71,7 +71,7 @@ class Op:
 
 
 def on_use(module: str, function: str) -> Callable:
-    """A function of a module that is imported at its first call: triton is needed where a kernel runs alone."""
+    """A function of a module that is imported at its first call, so that only running a kernel needs triton."""
 
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from .catalogue import Catalogue
 from .interactions import CSR, PARTS, Interactions, RecDataset
 from .report import ReadReport
 
-Split = Literal["time", "leave_one_out"]
 SPLITS = ("time", "leave_one_out")
 LEAK_NOTE = (
     "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events "

@@ -40,7 +40,7 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
     for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if x.shape != input_ids.shape:
             raise ValueError(f"{name}: expected shape {tuple(input_ids.shape)}, got {tuple(x.shape)}")
-    targets, mask, noise = group.targets, group.target_mask, group.noise
+    targets, mask, noise, nodes = group.targets, group.target_mask, group.noise, group.target_nodes
     if targets.dim() != 2 or len(targets) != batch or targets.shape[1] == 0:
         raise ValueError(f"targets: expected [{batch}, S] with S >= 1, got shape {tuple(targets.shape)}")
     if mask.shape != targets.shape or mask.dtype != torch.bool:
@@ -51,9 +51,7 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"policy: expected tokens or thoughts, got {group.policy!r}")
     if group.policy == "thoughts" and torch.is_grad_enabled() and backbone_trains(model):
         raise ValueError("policy: expected tokens for a backbone that trains, got thoughts, which do not reach it")
-    if (group.catalogue_loss is None) != (group.target_nodes is None) or (
-        group.target_nodes is not None and group.target_nodes.shape != mask.shape
-    ):
+    if (group.catalogue_loss is None) != (nodes is None) or (nodes is not None and nodes.shape != mask.shape):
         raise ValueError(
             f"target_nodes: expected {tuple(mask.shape)} with a catalogue_loss and none without, got another"
         )
@@ -207,9 +205,8 @@ def group_forward(
             embeddings = torch.cat([embedding[:, :, None], target_tokens.to(embedding.dtype)], 2)
             hidden = suffix.run(embeddings)  # [B, G, S, D]
             target_ids = group.targets if group.target_nodes is None else group.target_nodes
-            logprobs = target_logprobs(
-                model, hidden, target_ids[:, None], group.target_mask[:, None], group.catalogue_loss
-            )
+            mask = group.target_mask[:, None]
+            logprobs = target_logprobs(model, hidden, target_ids[:, None], mask, group.catalogue_loss)
         if group.decodable and suffix.packed:
             prompts = suffix.prompts(thoughts, steps, hidden[:, :, 0], position_ids[:, :length])
 

@@ -134,17 +134,15 @@ def unpatch_model(model: Any) -> Any:
     if not is_patched(model):
         raise ValueError("model: expected a patched model, got an unpatched one")
     patch: Patch = model.__dict__["_flr_patch"]
-    if patch.had_forward is None:
-        del model.forward
-    else:
+    del model.forward
+    if patch.had_forward is not None:
         model.forward = patch.had_forward
     del model.__dict__["_flr_patch"]
     if hasattr(model, "flr"):
         del model.flr
     model.generation_config = patch.generation_config
-    if patch.ignored_keys is None:
-        del model.config.keys_to_ignore_at_inference
-    else:
+    del model.config.keys_to_ignore_at_inference
+    if patch.ignored_keys is not None:
         model.config.keys_to_ignore_at_inference = patch.ignored_keys
     if hasattr(model.config, "flr"):
         del model.config.flr

@@ -175,9 +175,7 @@ class FactorizedReasoner(Reasoner):
         nn.init.zeros_(self.query)
         for weight in (self.key, self.value):
             nn.init.normal_(weight, std=size**-0.5)
-        nn.init.orthogonal_(
-            self.factor_query, gain=2 * head**0.5
-        )  # scores of deviation 2: factors differ from the start
+        nn.init.orthogonal_(self.factor_query, gain=2 * head**0.5)  # scores of deviation 2, so that factors differ
         nn.init.normal_(self.output, std=head**-0.5)
         nn.init.zeros_(self.gate)
         nn.init.zeros_(self.gate_factor)
