@@ -140,18 +140,40 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
 
 
 def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The ratios of several runs that are steady enough to fail a build by, see STEADY.
+    """The ratios that are steady enough to fail a build by, see STEADY, on every device that the documents are of.
 
-    Those to the variants ``without`` are left out.
+    A ratio may differ between processors (products against bandwidth): of several devices the lowest counts. Documents
+    are results of several runs, or earlier baselines of other devices. Ratios to the variants ``without`` are left out.
 
     Raises:
-        ValueError: several devices, too few runs, or no steady ratio in them.
+        ValueError: too few runs of a device, or no ratio that is steady on all.
     """
-    runs = [run for document in documents for run in document.get("runs", [])]
-    devices = sorted({run["device"] for run in runs})
-    if len(runs) < STEADY["runs"] or len(devices) != 1:
-        raise ValueError(f"expected at least {STEADY['runs']} runs of one device, got {len(runs)} of {devices}")
-    pooled = ratios({"runs": runs})
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        for run in document.get("runs", []):
+            runs.setdefault(run["device"], []).append(run)
+    few = {device: len(own) for device, own in runs.items() if len(own) < STEADY["runs"]}
+    if few:
+        raise ValueError(f"expected at least {STEADY['runs']} runs of a device, got {few}")
+    parts = [document for document in documents if "baseline" in document and document["device"] not in runs]
+    parts += [_steady(device, own) for device, own in sorted(runs.items())]
+    each = [{key: ratio for key, ratio in ratios(part).items() if key[2] not in without} for part in parts]
+    keys = sorted(set.intersection(*(set(part) for part in each))) if each else []
+    if not keys:
+        raise ValueError(f"expected a steady ratio ({STEADY}), got none")
+    lowest = {key: min((part[key] for part in each), key=lambda ratio: ratio["p50"]) for key in keys}
+    return {
+        "device": ", ".join(part["device"] for part in parts),
+        "commit": ", ".join(dict.fromkeys(part["commit"] for part in parts)),
+        "tier": parts[0]["tier"],
+        "baseline": [
+            dict(zip(("suite", "case", "variant"), key, strict=True)) | {"ratio": lowest[key]} for key in keys
+        ],
+    }
+
+
+def _steady(device: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A baseline of one device."""
     waits = {(row["suite"], row["case"]) for run in runs for row in run["rows"] if row.get("clock") == "wall"}
     rows = [
         {
@@ -160,18 +182,15 @@ def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> 
             "variant": key[2],
             "ratio": {k: v if k == "runs" else float(f"{v:.4g}") for k, v in ratio.items()},
         }
-        for key, ratio in sorted(pooled.items())
+        for key, ratio in ratios({"runs": runs}).items()
         if ratio["runs"] == len(runs)
         and key[:2] not in waits
-        and key[2] not in without
         and ratio["p50"] >= STEADY["p50"]
         and ratio["spread"] <= STEADY["spread"]
         and ratio["p80"] / ratio["p20"] <= STEADY["width"]
     ]
-    if not rows:
-        raise ValueError(f"expected a steady ratio ({STEADY}), got none of {len(pooled)}")
     commits = sorted({run["commit"] for run in runs})
-    return {"device": devices[0], "commit": ", ".join(commits), "tier": runs[0]["tier"], "baseline": rows}
+    return {"device": device, "commit": ", ".join(commits), "tier": runs[0]["tier"], "baseline": rows}
 
 
 def compare(

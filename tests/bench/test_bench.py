@@ -86,9 +86,21 @@ def test_a_baseline_has_the_steady_ratios_alone(tmp_path, capsys):
     assert row["ratio"] == pytest.approx({"p20": 9.091, "p50": 10, "p80": 13.2, "spread": 1.2, "ours_ms": 2, "runs": 3})
     assert main(["bench", "baseline", str(out), str(study), "--without", "eager"]) == 1
     assert main(["bench", "baseline", str(out), str(studied(tmp_path / "few", *runs))]) == 1
-    assert "expected at least 3 runs of one device, got 2" in capsys.readouterr().err
+    assert "expected at least 3 runs of a device, got {'CPU Some 3.0': 2}" in capsys.readouterr().err
     assert main(["bench", "baseline", str(out), str(studied(tmp_path / "none", *[{"level": level}] * 3))]) == 1
     assert "expected a steady ratio" in capsys.readouterr().err
+
+
+def test_of_several_processors_the_lowest_ratio_counts(tmp_path):
+    steady, level = {"both": (10.0, 1.1), "one": (10.0, 1.1)}, {"both": (4.0, 1.1), "one": (1.2, 1.01)}
+    first, second = (tmp_path / f"{name}.json" for name in ("first", "second"))
+    assert main(["bench", "baseline", str(first), str(studied(tmp_path, *[steady] * 3))]) == 0
+    runs = [{**planted(*how, tier="quick", case=case), "device": "CPU Other"} for case, how in level.items()]
+    other = saved(tmp_path / "other", *[{**runs[0], "rows": [row for run in runs for row in run["rows"]]}] * 3)
+    assert main(["bench", "baseline", str(second), str(first), str(other)]) == 0
+    document = results.load(second)
+    assert document["device"] == "CPU Some 3.0, CPU Other"
+    assert [(row["case"], row["ratio"]["p50"]) for row in document["baseline"]] == [("both", 4.0)]
 
 
 @pytest.mark.parametrize(("slower", "status"), [(1, 0), (1.4, 0), (3, 1)])
