@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 VARIANTS = ("flr", "latentr3", "anchor", "none")
 ANCHORS = ("token", "last", "none")
 SPARSITY_TARGETS = ("gate", "attention", "both")
 
+#: What a token competes with, the vocabulary or its siblings: ``scoring`` of decoding, ``normalisation`` of training.
+Normalisation: TypeAlias = Literal["full", "catalogue"]
+
 #: The label of a position that carries no loss, as everywhere in transformers.
 IGNORE = -100
+
+
+def check_normalisation(name: str, value: str, *others: str) -> Any:
+    """``value``, if it is a :data:`Normalisation` or one of ``others``; else ValueError, which calls it ``name``."""
+    allowed = (*others, *get_args(Normalisation))
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
 
 
 def option(default: Any, text: str) -> Any:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from flr.config import check_normalisation
 from flr.files import PathLike, read_json, write_json
 
 from .catalogue import Catalogue
@@ -25,7 +26,6 @@ CONFIG_NAME = "processor_config.json"
 CATALOGUE_NAME = "catalogue.parquet"
 _HISTORY = "{history}"
 _VERSION = 1
-SCORINGS = ("full", "catalogue")
 _TEXT_PROMPT = (
     "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
 )
@@ -149,8 +149,6 @@ class RecProcessor:
             raise ValueError(f"max_history: expected at least 1, got {max_history}")
         if num_thoughts < 0:
             raise ValueError(f"num_thoughts: expected 0 or more, got {num_thoughts}")
-        if scoring not in SCORINGS:
-            raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
         if not thought_token:
             raise ValueError("thought_token: expected text, got an empty string")
         self.tokenizer = tokenizer
@@ -162,7 +160,7 @@ class RecProcessor:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_title_tokens = max_title_tokens
         self.views = views
-        self.scoring: Any = scoring
+        self.scoring = check_normalisation("scoring", scoring)
         self.thought_token_id: int | None = None
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])

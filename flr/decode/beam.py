@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flr.config import check_normalisation
 from flr.data.trie import CatalogueTrie
 from flr.model.backbone import evaluating
 from flr_kernels.ops.trie_step.op import runs_as_kernel
@@ -35,7 +36,7 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 from . import graphs
 from .filters import item_filter
 from .prompts import num_prompts, prefill
-from .scoring import Scoring, check_scoring, check_vocabulary
+from .scoring import Scoring, check_vocabulary
 from .search import BeamResult, Search, nothing_found
 
 
@@ -87,7 +88,7 @@ def beam_search(
     >>> sorted(found.items[0].tolist())
     [-1, 0, 1, 2]
     """
-    check_scoring(scoring)
+    check_normalisation("scoring", scoring)
     if num_beams < 1 or k < 1:
         raise ValueError(f"num_beams, k: expected at least 1, got {num_beams} and {k}")
     if num_prompts(inputs) == 0:

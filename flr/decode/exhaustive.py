@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from flr.config import check_normalisation
 from flr.data.trie import CatalogueTrie, Codec
 from flr.model.backbone import evaluating
 from flr.model.head import HeadRows
 
 from .filters import ItemFilter, item_filter
 from .prompts import num_prompts, prefill
-from .scoring import Scoring, check_scoring, check_vocabulary, log_normaliser
+from .scoring import Scoring, check_vocabulary, log_normaliser
 
 
 class _Block(NamedTuple):
@@ -63,7 +64,7 @@ def score_all_items(
         ValueError: as ``beam_search``.
         FloatingPointError: a score came out NaN.
     """
-    check_scoring(scoring)
+    check_normalisation("scoring", scoring)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     trie = trie if isinstance(trie, CatalogueTrie) else CatalogueTrie.from_codec(trie)
@@ -106,7 +107,7 @@ def rank_one_token(
         ValueError: an item has several tokens, and as ``beam_search``.
         FloatingPointError: a score came out NaN.
     """
-    check_scoring(scoring)
+    check_normalisation("scoring", scoring)
     if trie.depth != 1:
         raise ValueError(f"trie: expected items of one token, got one of {trie.depth}")
     if num_prompts(inputs) == 0:

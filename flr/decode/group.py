@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flr.config import check_normalisation
 from flr.data.trie import CatalogueTrie
 from flr.model.backbone import evaluating
 from flr.model.head import HeadRows, head
@@ -21,7 +22,7 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 from .filters import item_filter
 from .packed import PackedSession, obstacle
 from .prompts import Prompts
-from .scoring import Scoring, check_scoring, check_vocabulary, rank_by_scores, rank_in_list
+from .scoring import Scoring, check_vocabulary, rank_by_scores, rank_in_list
 from .search import Search
 from .session import slots
 
@@ -87,7 +88,7 @@ def group_ranks(
     Raises:
         ValueError: as ``beam_search``. FloatingPointError: logits are NaN or infinite.
     """
-    check_scoring(scoring)
+    check_normalisation("scoring", scoring)
     if num_beams < 1:
         raise ValueError(f"num_beams: expected an integer >= 1, got {num_beams}")
     batch, members, size = prompts.hidden.shape

@@ -1,32 +1,21 @@
-"""What beam search and exhaustive scoring share: the two scorings, the normaliser over the vocabulary, a sort key, and
-logits of a few tokens without those of the whole vocabulary."""
+"""What beam search and exhaustive scoring share: the normaliser, logits of a few tokens, the rank of a target."""
 
 from __future__ import annotations
-
-from typing import Literal, cast, get_args
 
 import torch
 
 import flr_kernels
+from flr.config import Normalisation, check_normalisation
 from flr.data.trie import CatalogueTrie
 from flr.model.head import HeadRows
 from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 
-Scoring = Literal["full", "catalogue"]
-
-
-def check_scoring(scoring: str, name: str = "scoring") -> None:
-    if scoring not in get_args(Scoring):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(Scoring))}, got {scoring!r}")
+Scoring = Normalisation
 
 
 def resolve_scoring(scoring: str, trained: Scoring) -> Scoring:
     """``scoring``; for "auto" the one that the model was trained for (a processor's ``scoring``)."""
-    if scoring == "auto":
-        return trained
-    if scoring not in get_args(Scoring):
-        raise ValueError(f"scoring: expected one of auto, {', '.join(get_args(Scoring))}, got {scoring!r}")
-    return cast(Scoring, scoring)
+    return trained if scoring == "auto" else check_normalisation("scoring", scoring, "auto")
 
 
 def check_vocabulary(trie: CatalogueTrie, vocabulary: int) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from flr.config import option
-from flr.decode.scoring import check_scoring
+from flr.config import check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
 
 from .rewards import Rewards
@@ -58,7 +57,7 @@ class SFTConfig(RecTrainingArguments):
     logging_steps: float = option(50, "Steps between two lines of the log.")
 
     def __post_init__(self) -> None:
-        check_scoring(self.normalisation, "normalisation")
+        check_normalisation("normalisation", self.normalisation)
         for name in ("embedding_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
