@@ -90,7 +90,7 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
     prepared = prepare_inputs(model, inputs)
     if not takes_positions(model):
         del prepared["position_ids"]
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(causal_lm(model)) else {}
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(type(causal_lm(model)).forward) else {}
     with lm_head_inputs(model, skip=False) as hidden:
         out = model(**prepared, use_cache=True, **extra)
     past, states, head_rows = out.past_key_values, out.logits[:, -1], None

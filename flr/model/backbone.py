@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -55,15 +55,16 @@ def is_checkpointing(model: Any) -> bool:
     return getattr(model, name) if hasattr(type(model), name) else model.is_gradient_checkpointing
 
 
-def forward_parameters(module: nn.Module) -> frozenset[str]:
-    """Arguments of the class's forward: an instance's own may hide them behind ``**kwargs``."""
-    return frozenset(inspect.signature(type(module).forward).parameters)
+@functools.cache
+def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Arguments of a module class's forward: an instance's own may hide them behind ``**kwargs``."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def takes_positions(model: nn.Module) -> bool:
     """Whether position_ids may be given to the causal LM and to its base model."""
     lm = causal_lm(model)
-    return all("position_ids" in forward_parameters(module) for module in (lm, lm.base_model))
+    return all("position_ids" in forward_parameters(type(module).forward) for module in (lm, lm.base_model))
 
 
 def attention_types(config: Any) -> set[str]:
