@@ -9,6 +9,7 @@ from .config import FLRConfig
 from .model.checkpoint import from_pretrained, load_latentr3
 from .model.patch import is_patched, patch_model, reasoner_parameters, unpatch_model
 from .model.reasoner import FactorizedReasoner, ReasonerOutput
+from .model.vocabulary import add_thought_token
 from .recommend.recommender import Recommender
 from .recommend.results import Recommendation
 
@@ -18,6 +19,7 @@ __all__ = [
     "ReasonerOutput",
     "Recommendation",
     "Recommender",
+    "add_thought_token",
     "from_pretrained",
     "is_patched",
     "load_latentr3",
