@@ -62,12 +62,13 @@ def flr_forward(
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
     config = self._flr_patch.config
+    self._flr_patch.pending = None  # the call has come to us: see flr.model.bypass
     given: Any = input_ids if inputs_embeds is None else inputs_embeds
     attention_mask, position_ids = follow(past_key_values, given, attention_mask, position_ids)
-    is_thought = _thoughts_among(config, input_ids, inputs_embeds, past_key_values, own.thought_start)
+    is_thought = thoughts_among(config, input_ids, inputs_embeds, past_key_values, own.thought_start)
     made = None
-    if is_thought is None and not _goes_on(past_key_values):
-        made = _insertion(self, own, given, attention_mask, position_ids, labels, kwargs)
+    if is_thought is None and not goes_on(past_key_values):
+        made = place_of_thoughts(self, own, given, attention_mask, position_ids, labels, kwargs)
     if is_thought is None and made is None and labels is None:  # nothing of ours: the model as it was
         return self._flr_patch.original(self)(
             input_ids=input_ids,
@@ -85,19 +86,36 @@ def flr_forward(
         raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
     if inputs_embeds is None:
         inputs_embeds = self.get_input_embeddings()(input_ids)
+    keep_cache = _keeps_cache(self, use_cache, past_key_values, labels)
     if made is None:
-        pieces = _pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
+        pieces = plain_pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
+        batch = Batch(pieces, labels, None, past_key_values, keep_cache)
     else:
-        token = embedding_of(self, config.thought_token_id, inputs_embeds.device)
-        pieces = made.pieces(inputs_embeds, attention_mask, position_ids, own.reasoner_mask, token)
-        labels = None if labels is None else take_columns(labels, made.source(), IGNORE)
-    batch = _Batch(pieces, labels, made, past_key_values, _keeps_cache(self, use_cache, past_key_values, labels))
-    out = _encode(self, batch, own, logits_to_keep, kwargs)
+        pieces = with_thoughts(self, made, inputs_embeds, attention_mask, position_ids, own.reasoner_mask)
+        moved = None if labels is None else take_columns(labels, made.source(), IGNORE)
+        batch = Batch(pieces, moved, made, past_key_values, keep_cache)
+    skip_logits = own.skip_logits
+    if skip_logits is None:
+        skip_logits = self.training and labels is not None and made is None
+    encoded = encode(self, batch, own, kwargs, only_loss=skip_logits)
+    loss = weights = None
+    if encoded.labels is not None:
+        loss, weights = _loss(self, encoded.encoder, encoded.labels, own)
+    thoughts = encoded.encoder.output(weights)
+    if loss is not None and thoughts is not None:
+        loss = loss + thoughts.loss
+    out = FLRCausalLMOutput(
+        loss=loss,
+        logits=None if skip_logits else _logits(self, encoded, logits_to_keep),
+        past_key_values=encoded.encoder.cache if batch.keep_cache else None,
+        hidden_states=encoded.encoder.all_layers(encoded.inverse),
+        flr=thoughts,
+    )
     return out.to_tuple() if return_dict is False else out
 
 
 @dataclass
-class _Batch:
+class Batch:
     """A batch as the base model will see it."""
 
     pieces: Pieces
@@ -107,52 +125,50 @@ class _Batch:
     keep_cache: bool
 
 
-def _encode(
-    self: Any, batch: _Batch, own: ThoughtInputs, logits_to_keep: int | Tensor, kwargs: dict[str, Any]
-) -> FLRCausalLMOutput:
-    """Run the pieces with the thoughts between them; the outputs are in the caller's columns."""
-    pieces, targets, made, config = batch.pieces, batch.labels, batch.made, self._flr_patch.config
-    training, length = self.training and targets is not None, pieces.embeds.shape[1]
-    checkpointing = self.training and is_checkpointing(self)
-    source, columns = None, []
+@dataclass
+class Encoded:
+    """A batch that has been encoded."""
+
+    encoder: Encoder
+    labels: Tensor | None  # in the encoder's columns
+    inverse: Tensor | None  # int64 [B, L], the encoder's column of each of the caller's; None where they are the same
+
+    def states(self) -> Tensor:
+        """Last hidden states [B, L, D] in the caller's columns."""
+        hidden = self.encoder.last_hidden()
+        return hidden if self.inverse is None else take_columns(hidden, self.inverse, 0)
+
+
+def encode(model: Any, batch: Batch, own: ThoughtInputs, kwargs: dict[str, Any], only_loss: bool = False) -> Encoded:
+    """Run the pieces of a batch with the thoughts between them; ``only_loss``: the last column may be left out."""
+    pieces, labels, made, config = batch.pieces, batch.labels, batch.made, model._flr_patch.config
+    checkpointing = model.training and is_checkpointing(model)
+    source, columns, length = None, [], pieces.embeds.shape[1]
     if own.thought_start is not None and pieces.thinks:
         columns = list(range(own.thought_start, own.thought_start + config.num_thoughts))
     elif pieces.thinks:
         if not batch.keep_cache:
             pieces, source = pieces.shifted()
-        if source is not None and targets is not None:
-            targets = take_columns(targets, source, IGNORE)
+        if source is not None and labels is not None:
+            labels = take_columns(labels, source, IGNORE)
         columns = thought_columns(pieces.is_thought)
     if checkpointing and columns:
         warn_once("gradient checkpointing excludes the KV cache: the prompt is encoded once more for every thought")
-    skip_logits = training and made is None if own.skip_logits is None else own.skip_logits
     stop = pieces.embeds.shape[1]
-    if skip_logits and not batch.keep_cache and stop > 1 and (not columns or columns[-1] < stop - 1):
+    if only_loss and not batch.keep_cache and stop > 1 and (not columns or columns[-1] < stop - 1):
         stop -= 1  # the last token predicts nothing: it needs no forward when only the loss is wanted
-
-    encoder = Encoder(self, config, pieces, batch.past, not checkpointing, kwargs)
+    encoder = Encoder(model, config, pieces, batch.past, not checkpointing, kwargs)
     encoder.run(columns, stop, own.thoughts)
-    loss = weights = None
-    if targets is not None:
-        loss, weights = _loss(self, encoder, targets, own)
-    thoughts = encoder.output(weights)
-    if loss is not None and thoughts is not None:
-        loss = loss + thoughts.loss
     inverse = None if source is None else inverse_columns(source, length)
     if made is not None:
         inverse = made.inverse() if inverse is None else inverse.gather(1, made.inverse())
         if batch.keep_cache:
             remember(encoder.cache, made)
-    return FLRCausalLMOutput(
-        loss=loss,
-        logits=None if skip_logits else _logits(self, encoder, inverse, logits_to_keep),
-        past_key_values=encoder.cache if batch.keep_cache else None,
-        hidden_states=encoder.all_layers(inverse),
-        flr=thoughts,
-    )
+    return Encoded(encoder, labels, inverse)
 
 
-def _goes_on(past_key_values: Any) -> bool:
+def goes_on(past_key_values: Any) -> bool:
+    """Whether there is a prompt before the batch."""
     return past_key_values is not None and past_key_values.get_seq_length() > 0
 
 
@@ -166,13 +182,13 @@ def _keeps_cache(model: Any, use_cache: bool | None, past_key_values: Any, label
     return use_cache
 
 
-def _thoughts_among(
+def thoughts_among(
     config: FLRConfig, input_ids: Tensor | None, embeds: Tensor | None, past_key_values: Any, start: int | None
 ) -> Tensor | None:
     """bool [B, L], where thought tokens stand; None for a batch without any."""
     if config.thought_count == 0:
         return None
-    past = _goes_on(past_key_values)
+    past = goes_on(past_key_values)
     if input_ids is None:
         if embeds is None or start is None or past:
             return None
@@ -192,7 +208,7 @@ def _thoughts_among(
     return is_thought if thinks else None
 
 
-def _insertion(
+def place_of_thoughts(
     model: Any,
     own: ThoughtInputs,
     given: Tensor | None,
@@ -224,7 +240,15 @@ def _insertion(
     return made
 
 
-def _pieces(
+def with_thoughts(
+    model: Any, made: Insertion, embeds: Tensor, mask: Any, positions: Tensor | None, reasoner_mask: Tensor | None
+) -> Pieces:
+    """A batch [B, L, D] that gets the thoughts ``made``."""
+    token = embedding_of(model, model._flr_patch.config.thought_token_id, embeds.device)
+    return made.pieces(embeds, mask, positions, reasoner_mask, token)
+
+
+def plain_pieces(
     embeds: Tensor,
     attention_mask: Any,
     position_ids: Tensor | None,
@@ -239,11 +263,9 @@ def _pieces(
     return Pieces(embeds, attention_mask, position_ids, is_thought, reasoner_mask, thinks)
 
 
-def _logits(model: Any, encoder: Encoder, inverse: Tensor | None, keep: int | Tensor) -> Tensor:
+def _logits(model: Any, encoded: Encoded, keep: int | Tensor) -> Tensor:
     """Logits of the columns asked for, in the caller's order of columns."""
-    hidden = encoder.last_hidden()
-    if inverse is not None:
-        hidden = take_columns(hidden, inverse, 0)
+    hidden = encoded.states()
     if isinstance(keep, Tensor):
         hidden = hidden[:, keep]
     elif keep:

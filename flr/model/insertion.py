@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flr.config import IGNORE
+from flr.config import IGNORE, FLRConfig
 
 from .backbone import warn_once
 from .pieces import Pieces, take_columns
 
 _HOW = "bring thought tokens, or turn insertion off with insert_thought=False"
+#: The inputs of a prompt that :func:`append_thoughts` makes longer.
+_APPENDED = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
 
 
 @dataclass
@@ -174,3 +177,23 @@ def follow(cache: Any, given: Tensor | None, mask: Any, positions: Tensor | None
     if positions is not None and mask is None and bool((positions < past).any()):
         positions = positions + made.count
     return mask, positions
+
+
+def append_thoughts(config: FLRConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Prompts padded on the left, with thought tokens behind them if they bring none and are to have them.
+
+    Args:
+        config: of the patched model.
+        inputs: input_ids, attention_mask, position_ids [B, L], and reasoner_mask [B, L] if there is one.
+    """
+    ids = inputs["input_ids"]
+    if not (config.insert_thought and config.thought_count) or inputs.get("thought_start") is not None:
+        return inputs
+    if bool((ids == config.thought_token_id).any()):
+        return inputs
+    _refuse_packing({k: v for k, v in inputs.items() if k not in _APPENDED}, ids.shape)
+    fill = {"input_ids": config.thought_token_id, "attention_mask": 1, "reasoner_mask": False}
+    longer = {k: pad(inputs[k], (0, config.num_thoughts), value=v) for k, v in fill.items() if k in inputs}
+    behind = torch.arange(1, config.num_thoughts + 1, device=ids.device)
+    positions = inputs["position_ids"]
+    return {**inputs, **longer, "position_ids": torch.cat([positions, positions[:, -1:] + behind], 1)}

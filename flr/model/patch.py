@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flr.config import FLRConfig
 
+from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
 from .generate import flr_generate
 from .head import head
+from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
 from .vocabulary import Tables, grow, teach, thought_id
 
@@ -30,36 +31,27 @@ _REPLACED = ("forward", "generate")
 _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
 
 
-class Method:
-    """A function bound to a model as an attribute of that instance; unlike a bound method it pickles and copies."""
-
-    def __init__(self, function: Callable[..., Any], model: Any) -> None:
-        self.__func__, self.__self__ = function, model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # what Trainer and generate look at
-        signature = inspect.signature(self.__func__)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
 @dataclass
 class Patch:
     """What ``unpatch_model`` needs to put things back."""
 
     config: FLRConfig
-    had: dict[str, Any]  # instance attributes of somebody else's that ours hide: forward, generate
+    had: dict[str, Any]  # instance attributes of somebody else's that ours hide: forward, generate, base.forward
     generation_config: GenerationConfig | None
     ignored_keys: Any  # the config instance's own keys_to_ignore_at_inference, or None
     vocab_size: int | None  # rows of the embedding before it grew, else None
     own_vocab_size: bool  # whether the model had an attribute of that name before
+    hooks: list[int]  # ids of ours
+    pending: Any = None  # see flr.model.bypass
     checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
         """The model's own ``forward`` or ``generate``."""
         return self.had[name] if name in self.had else getattr(type(model), name).__get__(model)
+
+    def base_forward(self, base: Any) -> Callable[..., Any]:
+        """The base model's own ``forward``."""
+        return self.had.get("base.forward") or type(base).forward.__get__(base)
 
 
 def patch_model(
@@ -144,17 +136,24 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     reasoner = build_reasoner(model.config.get_text_config().hidden_size, config)
     if reasoner is not None:
         model.flr = reasoner.to(embedding.device, torch.promote_types(embedding.dtype, torch.float32))
+    base = model.base_model
+    had = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
+    if "forward" in base.__dict__:
+        had["base.forward"] = base.__dict__["forward"]
     patch = Patch(
         config=config,
-        had={name: model.__dict__[name] for name in _REPLACED if name in model.__dict__},
+        had=had,
         generation_config=model.generation_config,
         ignored_keys=model.config.__dict__.get("keys_to_ignore_at_inference"),
         vocab_size=old_size,
         own_vocab_size=own_vocab_size,
+        hooks=add_hooks(model, note_call, finish_call),
     )
     model.__dict__["_flr_patch"] = patch
     model.forward = Method(flr_forward, model)
     model.generate = Method(flr_generate, model)
+    base.forward = Method(flr_base_forward, base, like=type(base).forward)
+    base.__dict__["_flr_owner"] = model  # not as a submodule
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.
     ignored = getattr(model.config, "keys_to_ignore_at_inference", None) or []
     model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
@@ -171,11 +170,20 @@ class _Before:
         self.model, self.tables = model, Tables(model)
         self.attributes, self.options = dict(model.__dict__), dict(model.config.__dict__)
         self.modules = dict(model._modules)
+        self.base, self.base_attributes = model.base_model, dict(model.base_model.__dict__)
+        self.hooks = {name: dict(hooks) for name, hooks in model.__dict__.items() if "_hooks" in name}
 
     def restore(self) -> None:
         model = self.model
         self.tables.restore()
-        for mine, theirs in ((model.__dict__, self.attributes), (model.config.__dict__, self.options)):
+        for name, hooks in self.hooks.items():
+            model.__dict__[name].clear()
+            model.__dict__[name].update(hooks)
+        for mine, theirs in (
+            (model.__dict__, self.attributes),
+            (model.config.__dict__, self.options),
+            (self.base.__dict__, self.base_attributes),
+        ):
             for name in set(mine) - set(theirs):
                 del mine[name]
             mine.update(theirs)
@@ -196,7 +204,12 @@ def unpatch_model(model: Any) -> Any:
     patch: Patch = model.__dict__["_flr_patch"]
     for name in _REPLACED:
         model.__dict__.pop(name, None)
-    model.__dict__.update(patch.had)
+    remove_hooks(model, patch.hooks)
+    for name in ("forward", "_flr_owner"):
+        model.base_model.__dict__.pop(name, None)
+    for name, value in patch.had.items():
+        owner = model.base_model if name.startswith("base.") else model
+        owner.__dict__[name.removeprefix("base.")] = value
     del model.__dict__["_flr_patch"]
     if hasattr(model, "flr"):
         del model.flr
