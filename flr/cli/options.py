@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
-from flr.data import (
-    Augment,
-    HistoryViews,
-    Interactions,
-    PromptTemplate,
-    RecDataset,
-    RecProcessor,
-    build_tokenizer,
-    load_dataset,
-    planted_dataset,
-)
-from flr.data import expand_prefixes as all_prefixes
-from flr.model.checkpoint import from_pretrained
-from flr.model.patch import patch_model
-from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
-from flr.train.features import INITS
 
+if TYPE_CHECKING:  # a command's --help waits for none of these
+    from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
+
+INITS = ("random", "title")
 _SHAPE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "attention_dropout",
     "initializer_range", "tie_word_embeddings",
@@ -52,9 +37,13 @@ class DataOptions:
     planted_users: int = option(2000, "Generated data: users.")
 
     def views(self) -> HistoryViews | None:
+        from flr.data import HistoryViews
+
         return None if self.views_weight is None else HistoryViews(self.views_weight, self.views_decay)
 
     def load(self) -> RecDataset:
+        from flr.data import load_dataset, planted_dataset
+
         if self.data == "planted":
             return planted_dataset(num_items=self.planted_items, num_users=self.planted_users)
         return load_dataset(self.data, self.data_format)
@@ -77,6 +66,10 @@ class AugmentOptions:
 
     def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
         """Training rows, and how to vary them."""
+        from flr.data import Augment
+        from flr.data import expand_prefixes as all_prefixes
+        from flr.train import item_neighbours, with_catalogue_rows
+
         options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
         chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
         rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
@@ -110,6 +103,13 @@ class ModelOptions:
         """A patched model and its processor."""
         if self.init_items not in INITS:
             raise ValueError(f"init_items: expected one of {', '.join(INITS)}, got {self.init_items!r}")
+        import torch
+        from transformers import AutoTokenizer
+
+        from flr.data import PromptTemplate, RecProcessor, build_tokenizer
+        from flr.model.patch import patch_model
+        from flr.train import init_item_embeddings
+
         torch.manual_seed(seed)
         tokenizer: Any
         if self.model is None:
@@ -137,6 +137,8 @@ class ModelOptions:
         return model, processor
 
     def _scratch(self, tokenizer: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         shape = {name: getattr(self, name) for name in _SHAPE}
         shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         shape["vocab_size"] = len(tokenizer)
@@ -147,6 +149,8 @@ class ModelOptions:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(self.architecture, **shape))
 
     def _pretrained(self, tokenizer: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
         assert self.model is not None
         model: Any = AutoModelForCausalLM.from_pretrained(self.model, use_safetensors=True)
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -156,6 +160,9 @@ class ModelOptions:
 
 def load_trained(folder: str, dataset: RecDataset) -> tuple[Any, RecProcessor]:
     """Model and processor in ``folder``; ValueError where they were trained on another catalogue than the data's."""
+    from flr.data import RecProcessor
+    from flr.model.checkpoint import from_pretrained
+
     model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
     if processor.catalogue.item_ids != dataset.catalogue.item_ids:
         raise ValueError(f"data: expected the catalogue that {folder} was trained on, got another one")

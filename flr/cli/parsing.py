@@ -11,9 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
-from transformers import HfArgumentParser
 
 from flr.config import FLRConfig
 
@@ -40,6 +38,8 @@ def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) 
 
     ``--config FILE.yaml`` gives values by option name, flags override them. An unknown name raises ValueError.
     """
+    from transformers import HfArgumentParser
+
     parser = HfArgumentParser(classes, prog=f"flr {command}", description=about)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML file with values for the options below.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
@@ -49,6 +49,8 @@ def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) 
     known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
     config = _config_file(argv)
     if config is not None:
+        import yaml
+
         values = yaml.safe_load(config.read_text()) or {}
         if not isinstance(values, dict) or set(values) - known:
             odd = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
