@@ -60,6 +60,9 @@ def when_imported(name: str, callback: Callable[[ModuleType], object]) -> None:
     Nothing is imported on behalf of the callback. One that raises is reported as a RuntimeWarning, so that it does not
     break an import which has nothing to do with it. If the import itself fails, the callback goes on waiting.
 
+    The import may be part of a longer one, whose other modules are half there: a callback should import little, and
+    leave the rest to the functions that it registers.
+
     Args:
         name: full name of a module, such as ``"transformers.models.auto.modeling_auto"``.
         callback: takes the module.

@@ -46,13 +46,18 @@ class CompareOptions:
     split: str = option("test", "Split that is reported; models are chosen on valid.")
     keep: bool = option(False, "Keep the checkpoints of every run.")
 
-    def mode_list(self) -> list[str]:
-        modes = [m.strip() for m in self.modes.split(",") if m.strip()]
+    def __post_init__(self) -> None:
+        modes = self.mode_list()
+        if self.split not in ("valid", "test"):
+            raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not modes or set(modes) - set(MODES):
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {self.modes!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
-        return modes
+
+    def mode_list(self) -> list[str]:
+        """The modes by name."""
+        return [mode.strip() for mode in self.modes.split(",") if mode.strip()]
 
 
 def mode_config(mode: str, config: FLRConfig) -> FLRConfig:

@@ -11,10 +11,6 @@ def main(argv: list[str]) -> int:
     from flr.serve.settings import Settings
 
     settings, _ = parse("serve", ABOUT, (Settings,), argv)
-    try:
-        from flr.serve.server import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
-            raise
-        raise ValueError(f'this command needs {error.name}: pip install "flr[serve]"') from None
+    from flr.serve.server import run
+
     return run(settings)

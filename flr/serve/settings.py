@@ -12,6 +12,7 @@ from flr.config import MAX_BEAMS, MAX_ENTRIES, MAX_K, check_normalisation, optio
 
 TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE = "FLR_SERVE_TOKEN", "FLR_SERVE_ADMIN_TOKEN"
 _SHORTEST_TOKEN = 16
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -88,6 +89,8 @@ class Settings:
             if not least <= value <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {value!r}")
         check_normalisation("scoring", self.scoring, "auto")
+        if self.dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
     @property
     def loopback(self) -> bool:
