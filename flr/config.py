@@ -17,6 +17,10 @@ Normalisation: TypeAlias = Literal["full", "catalogue"]
 IGNORE = -100
 
 
+#: The most that one request may ask for: items, beams, and entries of a history or a list of values.
+MAX_K, MAX_BEAMS, MAX_ENTRIES = 1000, 1000, 10_000
+
+
 def check_normalisation(name: str, value: str, *others: str) -> Any:
     """``value``, if it is a :data:`Normalisation` or one of ``others``; else ValueError, which calls it ``name``."""
     allowed = (*others, *get_args(Normalisation))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flr.config import option
-from flr.evaluate import evaluate, evaluate_scorer
-from flr.evaluate.baselines import ItemKNN, Popularity
 
 from .options import DataOptions, load_trained
 from .parsing import console, emit, parse
@@ -33,6 +31,9 @@ def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
+    from flr.evaluate import evaluate, evaluate_scorer
+    from flr.evaluate.baselines import ItemKNN, Popularity
+
     dataset = data.load()
     model, processor = load_trained(options.model, dataset)
     rows = getattr(dataset, options.split)
