@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, cast
 from flr.files import PathLike, bounded_lines
 
 from .catalogue import Catalogue
+from .events import LogBuilder
 from .interactions import RecDataset
 from .report import ReadReport
-from .splits import LogBuilder, split_log, titled_catalogue
+from .splits import split_log, titled_catalogue
 
 _MAX_LINE = 1 << 24  # bytes; the longest metadata lines of the releases take about 1 MB
 _LATEST = 4102444800  # 2100-01-01, in seconds
@@ -29,12 +30,12 @@ class _Release(NamedTuple):
     user: str
     item: str
     time: str
-    scale: float  # seconds a unit of time
+    per_second: int  # units of time
 
 
 _RELEASES = {
-    "2018": _Release("reviewerID", "asin", "unixReviewTime", 1.0),
-    "2023": _Release("user_id", "parent_asin", "timestamp", 1e-3),
+    "2018": _Release("reviewerID", "asin", "unixReviewTime", 1),
+    "2023": _Release("user_id", "parent_asin", "timestamp", 1000),
 }
 
 
@@ -89,9 +90,8 @@ def prepare_amazon(
         return titled_catalogue(item_ids, titles, report)
 
     name = name or file.name.split(".")[0]
-    dataset = split_log(
-        log.build(), split, max_history, min_interactions, name, report, describe, time_scale=fields.scale
-    )
+    events = log.build(per_second=fields.per_second)
+    dataset = split_log(events, split, max_history, min_interactions, name, report, describe)
     if output is not None:
         dataset.save(output)
     return dataset
@@ -110,9 +110,9 @@ def _reviews(
         user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
         if not (_is_id(user) and _is_id(item)):
             report.add_bad(file.name, line, f"expected text in {fields.user} and {fields.item}, got {user!r}, {item!r}")
-        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST / fields.scale:
+        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST * fields.per_second:
             report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {time!r}")
-        elif begin <= time * fields.scale < end:
+        elif begin <= time / fields.per_second < end:
             log.add(cast(str, user), cast(str, item), time)
         else:
             outside += 1

@@ -15,6 +15,8 @@ import pyarrow as pa
 from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
 
 from .catalogue import Catalogue
+from .events import read_events
+from .frames import pick
 from .report import ReadReport
 
 PARTS = ("train", "valid", "test")
@@ -123,6 +125,56 @@ class Interactions:
             raise ValueError(f"histories.offsets: expected {wanted}, got {offsets[0]} to {offsets[-1]}")
         if rows and min(self.targets.min(), self.histories.values.min(initial=0)) < 0:
             raise ValueError("histories, targets: expected item indices >= 0, got a negative one")
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        catalogue: Catalogue,
+        *,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        max_history: int = 10,
+    ) -> Interactions:
+        """Rows of a log in memory: every event with an earlier one of its user is a target.
+
+        Args:
+            frame: one row an event; pandas, polars, pyarrow, ``datasets.Dataset`` (see :mod:`flr.data.frames`).
+            catalogue: the items; the log's ids, written as text, are ids of it.
+            user, item, time: columns; None for "user_id" or "user", "item_id" or "item", "timestamp" or "time".
+                Without a column of times the rows are in the order of time.
+            max_history: items kept of a history, the latest ones.
+
+        Returns:
+            Rows by user in order of first appearance, then by time.
+
+        Raises:
+            ValueError: a column that is missing or of another type, a null, an item that the catalogue lacks.
+
+        Example:
+            >>> log = pa.table({"user_id": [7, 7, 7], "item_id": ["x", "y", "z"], "timestamp": [1, 3, 2]})
+            >>> rows = Interactions.from_frame(log, Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"]))
+            >>> [(row.history.tolist(), row.target) for row in rows]
+            [([0], 2), ([0, 2], 1)]
+        """
+        if max_history < 1:
+            raise ValueError(f"max_history: expected at least 1, got {max_history}")
+        table = pick(frame, "frame", user=user, item=item, time=time)
+        log = read_events(table, ReadReport("frame"), "frame", user=user, item=item, time=time)
+        known = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
+        unknown = [item_id for item_id in log.item_ids if item_id not in known]
+        if unknown:
+            got = f"{unknown[0]!r} and {len(unknown) - 1} others that it lacks"
+            raise ValueError(f"frame: expected items of the catalogue, got {got}")
+        items = np.array([known[item_id] for item_id in log.item_ids], np.int32)
+        order = log.order()
+        users, chosen, times = log.users[order], items[log.items[order]], log.seconds(order)
+        start, _ = user_bounds(users)
+        rows = np.flatnonzero(np.arange(len(users)) > start)
+        names = [log.user_names[number] for number in users[rows].tolist()]
+        histories = latest(chosen, start, rows, max_history)
+        return cls(names, histories, chosen[rows], None if times is None else times[rows])
 
     def __len__(self) -> int:
         return len(self.users)
@@ -283,6 +335,27 @@ def places_within(lengths: np.ndarray) -> np.ndarray:
     [0, 1, 0, 1, 2]
     """
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
+    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
+
+    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
+    [7, 8]
+    """
+    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
+
+
+def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
+
+    >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
+    [[0, 0, 2], [2, 2, 3]]
+    """
+    first = np.flatnonzero(np.diff(users, prepend=-1))
+    counts = np.diff(first, append=len(users))
+    start = np.repeat(first, counts)
+    return start, start + np.repeat(counts, counts)
 
 
 def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:

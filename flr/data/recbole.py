@@ -9,9 +9,10 @@ from pathlib import Path
 
 from flr.files import PathLike, bounded_lines
 
+from .events import LogBuilder
 from .interactions import RecDataset
 from .report import ReadReport
-from .splits import LogBuilder, split_log, titled_catalogue
+from .splits import split_log, titled_catalogue
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 _MAX_LINE = 1 << 20  # characters

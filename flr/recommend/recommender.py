@@ -28,8 +28,9 @@ from flr.model.backbone import causal_lm, evaluating
 from flr.model.checkpoint import from_pretrained
 from flr.model.patch import is_patched
 
+from .histories import UserHistories
 from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
-from .results import Explanation, HistoryItem, Recommendation
+from .results import Explanation, HistoryItem, Recommendation, Recommendations
 
 logger = logging.getLogger("flr")
 
@@ -121,13 +122,14 @@ class Recommender(QueryBuilder):
         deny: History = (),
         where: Where | None = None,
         shares: bool = True,
-    ) -> list[list[Recommendation]]:
+    ) -> Recommendations:
         """The k best items for each history.
 
         Args:
             histories: up to 10,000, each up to 10,000 item ids or titles (str), oldest first, or an integer array of
                 catalogue indices. A title that several items share means the first of them. The model looks at the last
-                ``processor.max_history`` entries; an empty history gets what suits anybody.
+                ``processor.max_history`` entries; an empty history gets what suits anybody. A log in memory becomes
+                histories by :meth:`flr.recommend.UserHistories.from_frame`.
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
@@ -143,6 +145,7 @@ class Recommender(QueryBuilder):
 
         Returns:
             A list for each history, best first. Deterministic, and independent of the other histories up to rounding.
+            ``to_frame("pandas")`` and so on makes a table of it.
 
         Raises:
             ValueError: an argument out of range, an unknown entry (named, with near matches).
@@ -157,7 +160,9 @@ class Recommender(QueryBuilder):
         queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
         num_beams = max(num_beams, k)
         part = self.rows_at_once(num_beams)
-        lists: list[list[Recommendation]] = []
+        lists = Recommendations()
+        if isinstance(histories, UserHistories):
+            lists.users, lists.column = histories.users, histories.column
         with self._lock:
             for first in range(0, len(queries), part):
                 lists += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
