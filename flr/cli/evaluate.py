@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
     dataset = data.load()
-    model, processor = load_trained(options.model, dataset)
+    model, processor = load_trained(options.model, dataset, data.max_prompt_tokens)
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,

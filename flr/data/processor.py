@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from flr.files import PathLike, read_json, write_json
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
+
+logger = logging.getLogger("flr")
 
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"
@@ -115,6 +118,8 @@ class RecProcessor:
         item_codec: the :class:`ItemCodec` (``codec`` is its name).
         thought_token_id: None where num_thoughts is 0.
         pad_token_id: the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does).
+        max_positions: of the model, see :meth:`fit_positions`; None where nothing bounds them.
+        items_left_out: how many items of histories :meth:`kept` left out so far to keep prompts within bounds.
 
     Raises:
         ValueError: an unknown codec, sizes out of range, template text that the tokenizer cannot express.
@@ -157,7 +162,8 @@ class RecProcessor:
         self.max_history = max_history
         self.num_thoughts = num_thoughts
         self.thought_token = thought_token
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_positions: int | None = None
+        self.items_left_out = 0
         self.max_title_tokens = max_title_tokens
         self.views = views
         self.scoring = check_normalisation("scoring", scoring)
@@ -175,13 +181,54 @@ class RecProcessor:
         if not self._prefix and not self._suffix:
             wanted = "a bos token or text, so that the prompt of an empty history has a token"
             raise ValueError(f"template: expected {wanted}, got none")
-        fixed = len(self._prefix) + len(self._suffix) + num_thoughts
-        longest = int(self.item_codec.lengths.max())
-        if max_prompt_tokens is not None and max_prompt_tokens < fixed + longest:
-            parts = f"{fixed} for template and thoughts, {longest} for the longest item"
-            raise ValueError(
-                f"max_prompt_tokens: expected at least {fixed + longest} ({parts}), got {max_prompt_tokens}"
-            )
+        self._fixed = len(self._prefix) + len(self._suffix) + num_thoughts  # tokens of an empty history's prompt
+        self._longest = int(self.item_codec.lengths.max())
+        self.bound_prompts(max_prompt_tokens)
+
+    def bound_prompts(self, max_prompt_tokens: int | None) -> None:
+        """Set ``max_prompt_tokens``; ValueError where it is below template and longest item, or past the positions."""
+        least, most = self._fixed + self._longest, self._position_bound
+        if max_prompt_tokens is not None:
+            if max_prompt_tokens < least:
+                parts = f"{self._fixed} for template and thoughts, {self._longest} for the longest item"
+                raise ValueError(f"max_prompt_tokens: expected at least {least} ({parts}), got {max_prompt_tokens}")
+            if most is not None and max_prompt_tokens > most:
+                parts = f"{self.max_positions} positions of the model, {self._longest} of them for the longest item"
+                raise ValueError(f"max_prompt_tokens: expected at most {most} ({parts}), got {max_prompt_tokens}")
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def fit_positions(self, max_positions: int | None) -> None:
+        """Keep prompt and next item within the positions of a model (``flr.model.backbone.position_limit``).
+
+        Trainers, evaluation and recommenders call this with their model's; the smallest ever given holds, and is saved.
+
+        Args:
+            max_positions: tokens that the model has positions for; None changes nothing.
+
+        Raises:
+            ValueError: template, thoughts and the longest item do not fit, or ``max_prompt_tokens`` is larger.
+        """
+        if max_positions is None or (self.max_positions is not None and self.max_positions <= max_positions):
+            return
+        least = self._fixed + self._longest
+        if max_positions < least:
+            parts = f"{self._fixed} for template and thoughts, {self._longest} for the longest item"
+            raise ValueError(f"positions of the model: expected at least {least} ({parts}), got {max_positions}")
+        before, self.max_positions = self.max_positions, max_positions
+        try:
+            self.bound_prompts(self.max_prompt_tokens)
+        except ValueError:
+            self.max_positions = before
+            raise
+
+    @property
+    def _position_bound(self) -> int | None:
+        return None if self.max_positions is None else self.max_positions - self._longest
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Tokens that a prompt may have, thoughts included: ``max_prompt_tokens``, else what the positions leave."""
+        return self._position_bound if self.max_prompt_tokens is None else self.max_prompt_tokens
 
     @property
     def codec(self) -> CodecName:
@@ -221,10 +268,8 @@ class RecProcessor:
         size, items = len(self.catalogue), histories.values
         if items.size and not (items.min() >= 0 and items.max() < size):
             raise ValueError(f"histories: expected item indices in 0..{size - 1}, got {items.min()}..{items.max()}")
-        given, ends = histories.lengths, histories.offsets[1:]
-        kept = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
-        if self.max_prompt_tokens is not None:
-            kept = self._bound(kept, self.max_prompt_tokens)
+        given = histories.lengths
+        kept = self.kept(histories)
         codec, gap = self.item_codec, len(self._separator)
         counts = kept.lengths  # items of every prompt
         batch, first = len(counts), kept.offsets[:-1]
@@ -252,14 +297,31 @@ class RecProcessor:
         entries[places] = np.repeat(places_within(counts) + (given - counts)[item_rows], sizes)
         return Segment(CSR(tokens, offsets), entries)
 
-    def _bound(self, histories: CSR, max_prompt_tokens: int) -> CSR:
-        """Leave out the earliest items of the histories whose prompts would be longer than ``max_prompt_tokens``."""
-        room = max_prompt_tokens - len(self._prefix) - len(self._suffix) - self.num_thoughts + len(self._separator)
+    def kept(self, histories: CSR) -> CSR:
+        """The items that prompts show: the latest ``max_history`` of each history, fewer where they would not fit.
+
+        What does not fit into :attr:`prompt_limit` tokens is left out from the front, item by item. It is counted in
+        ``items_left_out``, and the first time a warning says how many there are.
+        """
+        ends = histories.offsets[1:]
+        latest = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
+        if self.prompt_limit is None:
+            return latest
+        room = self.prompt_limit - self._fixed + len(self._separator)
         offsets = self.item_codec.offsets
-        sizes = offsets[histories.values + 1] - offsets[histories.values]
+        sizes = offsets[latest.values + 1] - offsets[latest.values]
         cumulative = offsets_of(sizes + len(self._separator))
-        starts = np.searchsorted(cumulative, cumulative[histories.offsets[1:]] - room, side="left")
-        return histories.slice(np.maximum(starts, histories.offsets[:-1]), histories.offsets[1:])
+        starts = np.searchsorted(cumulative, cumulative[latest.offsets[1:]] - room, side="left")
+        kept = latest.slice(np.maximum(starts, latest.offsets[:-1]), latest.offsets[1:])
+        lost = latest.lengths - kept.lengths
+        if (total := int(lost.sum())) and not self.items_left_out:
+            rows = f"{np.count_nonzero(lost)} of {len(lost)} histories"
+            logger.warning(
+                f"prompts have at most {self.prompt_limit} tokens: {total} of {len(latest.values)} items are left out, "
+                f"the earliest of {rows}; max_history, max_title_tokens or another template can change that"
+            )
+        self.items_left_out += total
+        return kept
 
     def _text_tokens(self, text: str) -> list[int]:
         if not text:
@@ -292,6 +354,7 @@ class RecProcessor:
                 "template": asdict(self.template),
                 **{name: getattr(self, name) for name in _SETTINGS},
                 "thought_token_id": self.thought_token_id,
+                "max_positions": self.max_positions,
                 "views": None if self.views is None else asdict(self.views),
                 "scoring": self.scoring,
                 "vocabulary_size": len(self.tokenizer),
@@ -319,6 +382,7 @@ class RecProcessor:
             views=None if config.get("views") is None else HistoryViews(**config["views"]),
             scoring=config.get("scoring", "full"),  # absent before there was a choice
         )
+        processor.fit_positions(config.get("max_positions"))  # absent before there was a bound
         rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
         saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
         if rebuilt != saved:

@@ -67,6 +67,23 @@ def takes_positions(model: nn.Module) -> bool:
     return all("position_ids" in forward_parameters(type(module).forward) for module in (lm, lm.base_model))
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a model of this config was made for; None where nothing bounds them (recurrent models, ALiBi).
+
+    A learned table of positions (GPT-2, OPT) has no more; rotary models run on and get worse.
+
+    >>> from transformers import BloomConfig, GPT2Config
+    >>> position_limit(GPT2Config(n_positions=64)), position_limit(BloomConfig())
+    (64, None)
+    """
+    text = config.get_text_config(decoder=True)
+    sizes = (getattr(text, name, None) for name in _POSITIONS)
+    return next((int(size) for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def attention_types(config: Any) -> set[str]:
     """Types of the layers of a text config; sliding ones without a window attend to everything."""
     window = getattr(config, "sliding_window", None)

@@ -24,7 +24,7 @@ from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
-from flr.model.backbone import causal_lm, evaluating
+from flr.model.backbone import causal_lm, evaluating, position_limit
 from flr.model.checkpoint import from_pretrained
 from flr.model.patch import is_patched
 
@@ -87,6 +87,7 @@ class Recommender(QueryBuilder):
             raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")
         if self.trie.max_token >= size:
             raise ValueError(f"processor: expected tokens below the vocabulary of {size}, got {self.trie.max_token}")
+        processor.fit_positions(position_limit(lm.config))
         self._lock = threading.RLock()
         self._mixture: ViewMixture | None = None
 

@@ -214,6 +214,50 @@ def test_loading_refuses_files_that_do_not_belong_together(tmp_path):
         RecProcessor.from_pretrained(tmp_path / "nowhere")
 
 
+def test_prompts_keep_to_the_positions_of_a_model(tmp_path, caplog):
+    processor, free = make("title"), make("title")
+    longest = int(processor.item_codec.lengths.max())
+    fixed = free([[]])["input_ids"].shape[1]
+    processor.fit_positions(None)
+    assert processor.prompt_limit is None
+    processor.fit_positions(fixed + 3 * longest)
+    assert processor.prompt_limit == fixed + 2 * longest
+    histories = [[0, 1, 2, 3, 4, 5, 6], [7], [], [3, 3, 3]]
+    with caplog.at_level("WARNING", logger="flr"):
+        batch, whole = processor(histories), free(histories)
+        processor(histories)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once
+    lost = [sum(p not in b.tolist() for p in range(len(h)))
+            for h, b in zip(histories, batch["item_positions"], strict=True)]  # fmt: skip
+    assert lost[0] > 0
+    assert lost[1:3] == [0, 0]
+    assert f"{sum(lost)} of 11 items are left out" in caplog.text
+    assert processor.items_left_out == 2 * sum(lost)
+    for row, history in enumerate(histories):  # exactly the latest items that fit
+        alone = free([history[lost[row] :]])["input_ids"]
+        assert alone.shape[1] <= processor.prompt_limit
+        assert batch["input_ids"][row, -alone.shape[1] :].tolist() == alone[0].tolist()
+        if lost[row]:
+            assert free([history[lost[row] - 1 :]])["input_ids"].shape[1] > processor.prompt_limit
+    assert batch["input_ids"].shape[1] < whole["input_ids"].shape[1]
+    processor.save_pretrained(tmp_path)
+    loaded = RecProcessor.from_pretrained(tmp_path)
+    assert (loaded.max_positions, loaded.max_prompt_tokens) == (fixed + 3 * longest, None)
+    assert torch.equal(loaded(histories)["input_ids"], batch["input_ids"])
+    loaded.fit_positions(fixed + 9 * longest)  # the smallest that was ever given holds
+    assert loaded.prompt_limit == processor.prompt_limit
+    with pytest.raises(ValueError, match=rf"max_prompt_tokens: expected at most {fixed + 2 * longest} .* got 999"):
+        loaded.bound_prompts(999)
+    wanted = make("title", max_prompt_tokens=999)
+    with pytest.raises(ValueError, match="max_prompt_tokens: expected at most"):
+        wanted.fit_positions(fixed + 3 * longest)
+    assert wanted.max_positions is None
+    with pytest.raises(ValueError, match=rf"positions of the model: expected at least {fixed + longest} \({fixed} for"):
+        free.fit_positions(fixed + longest - 1)
+    free.fit_positions(fixed + longest)  # room for the text and the next item, and for no history
+    assert free(histories)["item_positions"].max() == -1
+
+
 def test_errors():
     processor = PROCESSORS["title"]
     with pytest.raises(ValueError, match="histories: expected at least one"):
