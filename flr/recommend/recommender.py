@@ -44,6 +44,8 @@ class Recommender(QueryBuilder):
     Ranks as :func:`flr.evaluate` does, by the processor's ``views`` where it has any (the probabilities given single
     items are then kept, so the weights must not change while this lives).
 
+    It pickles and copies, with its model, for Ray and multiprocessing.
+
     Calls from several threads are safe: they take turns. The model is run in eval mode and its modes are restored;
     while several recommenders share a model, keep it in eval mode.
 
@@ -90,6 +92,14 @@ class Recommender(QueryBuilder):
         processor.fit_positions(position_limit(lm.config))
         self._lock = threading.RLock()
         self._mixture: ViewMixture | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the lock and the views' table, which the copy makes anew."""
+        return {**self.__dict__, "_lock": None, "_mixture": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
