@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from flr.files import PathLike, bounded_lines
+from flr.files import PathLike, bounded_lines, shown
 
 from .catalogue import Catalogue
 from .events import LogBuilder
@@ -105,13 +105,19 @@ def _reviews(
     for line, record in _records(file, report):
         fields = fields or next((r for r in _RELEASES.values() if r.user in record and r.item in record), None)
         if fields is None:
-            report.add_bad(file.name, line, f"expected fields of a 2018 or 2023 review, got {sorted(record)[:8]}")
+            report.add_bad(
+                file.name, line, f"expected fields of a 2018 or 2023 review, got {shown(sorted(record)[:8])}"
+            )
             continue
         user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
         if not (_is_id(user) and _is_id(item)):
-            report.add_bad(file.name, line, f"expected text in {fields.user} and {fields.item}, got {user!r}, {item!r}")
+            report.add_bad(
+                file.name,
+                line,
+                f"expected text in {fields.user} and {fields.item}, got {shown(user, 80)}, {shown(item, 80)}",
+            )
         elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST * fields.per_second:
-            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {time!r}")
+            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {shown(time, 80)}")
         elif begin <= time / fields.per_second < end:
             log.add(cast(str, user), cast(str, item), time)
         else:
@@ -137,7 +143,7 @@ def _titles(file: Path, item_field: str, wanted: set[str], max_bad_share: float,
     for line, record in _records(file, own):
         item, title = record.get(item_field), record.get("title")
         if not _is_id(item):
-            own.add_bad(file.name, line, f"expected text in {item_field}, got {item!r}")
+            own.add_bad(file.name, line, f"expected text in {item_field}, got {shown(item, 80)}")
         elif item in wanted and isinstance(title, str) and not titles.get(item):
             titles[item] = clean_title(title)
     own.check(max_bad_share)

@@ -6,6 +6,7 @@ Everything inside the package speaks of an item by its index 0..C-1; ids and tit
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flr.files import PathLike, read_parquet, write_parquet
+from flr.files import PathLike, naming, read_parquet, write_parquet
 
 from .frames import as_table, column_names, find_column, has_column, id_column, is_text, plain_array
 
@@ -216,16 +217,27 @@ class Catalogue:
     @classmethod
     def load(cls, path: PathLike) -> Catalogue:
         """Read what :meth:`save` wrote; ValueError where the file is missing or has other columns."""
-        table = read_parquet(path, {"item_id": pa.types.is_string, "title": pa.types.is_string})
-        sids = table["sid"].to_pylist() if "sid" in table.column_names else None
-        attributes: dict[str, Any] = {}
-        for name in table.column_names:
-            if name.startswith(_ATTRIBUTE_PREFIX):
-                column = table[name].combine_chunks()
-                text = pa.types.is_string(column.type)
-                key = name[len(_ATTRIBUTE_PREFIX) :]
-                attributes[key] = np.array(column.to_pylist(), str) if text else column.to_numpy(zero_copy_only=False)
-        return cls(table["item_id"].to_pylist(), table["title"].to_pylist(), sids, attributes)
+        table = read_parquet(path, {"item_id": is_text, "title": is_text})
+        with naming(path, "the catalogue that was saved"):
+            sids = table["sid"].to_pylist() if "sid" in table.column_names else None
+            attributes: dict[str, Any] = {}
+            for name in table.column_names:
+                if name.startswith(_ATTRIBUTE_PREFIX):
+                    array = plain_array(table[name])
+                    if array is None:
+                        wanted = "numbers, bools or text without nulls"
+                        raise ValueError(f"column {name!r}: expected {wanted}, got {table[name].type}")
+                    attributes[name[len(_ATTRIBUTE_PREFIX) :]] = array
+            return cls(table["item_id"].to_pylist(), table["title"].to_pylist(), sids, attributes)
+
+    def digest(self) -> str:
+        """SHA-256 of ids, titles and semantic IDs in their order, in hexadecimal.
+
+        >>> Catalogue(["x", "y"], ["Blue", "Red"]).digest() == Catalogue(["y", "x"], ["Red", "Blue"]).digest()
+        False
+        """
+        content = json.dumps([self.item_ids, self.titles, self.sids], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _codes_of(sid: Any, name: str) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from narwhals.exceptions import NarwhalsError
 
+from flr.files import shown
+
 KINDS = ("pandas", "polars", "pyarrow", "datasets")
 #: What a column may be called where it is not named.
 ALIASES = {
@@ -110,7 +112,7 @@ def find_column(names: Sequence[str], role: str, asked: str | None, name: str) -
     wanted = ALIASES[role] if asked is None else (asked,)
     found = [column for column in wanted if column in names]
     if not found:
-        raise ValueError(f"{name}: expected a column {' or '.join(wanted)} ({role}=), got {list(names)}")
+        raise ValueError(f"{name}: expected a column {' or '.join(wanted)} ({role}=), got {shown(list(names))}")
     if len(found) > 1:
         raise ValueError(f"{name}: expected one column for {role}, got {found}; choose with {role}=")
     if list(names).count(found[0]) > 1:

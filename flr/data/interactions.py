@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+from flr.files import PathLike, atomic_folder, naming, read_json, read_parquet, sha256, shown, write_json, write_parquet
 
 from .catalogue import Catalogue
 from .events import read_events
-from .frames import pick
+from .frames import is_text, pick
 from .report import ReadReport
 
 PARTS = ("train", "valid", "test")
+_FILES = ("items.parquet", *(f"{part}.parquet" for part in PARTS))
 _FORMAT = "flr-dataset"
 _VERSION = 1
 
@@ -252,7 +253,7 @@ class Interactions:
         table = read_parquet(
             path,
             {
-                "user": lambda kind: pa.types.is_dictionary(kind) or pa.types.is_string(kind),
+                "user": lambda kind: is_text(getattr(kind, "value_type", kind)),
                 "history": lambda kind: pa.types.is_large_list(kind) or pa.types.is_list(kind),
                 "target": pa.types.is_integer,
             },
@@ -260,17 +261,18 @@ class Interactions:
         for name in table.column_names:
             if table[name].null_count:
                 raise ValueError(f"{path}: column {name!r}: expected no nulls, got {table[name].null_count}")
-        history = table["history"].combine_chunks()
-        if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
-            history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
-        offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-        values = history.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        return cls(
-            table["user"].to_numpy().tolist(),
-            CSR(values, offsets - offsets[0]),
-            table["target"].to_numpy(),
-            table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
-        )
+        with naming(path, "the rows that were saved"):
+            history = table["history"].combine_chunks()
+            if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
+                history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
+            offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+            values = history.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+            return cls(
+                table["user"].to_pylist(),
+                CSR(values, offsets - offsets[0]),
+                table["target"].to_numpy(),
+                table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
+            )
 
 
 @dataclass
@@ -307,8 +309,9 @@ class RecDataset:
             self.catalogue.save(folder / "items.parquet")
             for part in PARTS:
                 getattr(self, part).save(folder / f"{part}.parquet")
+            files = {file: sha256(folder / file) for file in _FILES}
             meta = {"format": _FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
-            write_json(folder / "meta.json", meta)
+            write_json(folder / "meta.json", {**meta, "sha256": files})
 
     @classmethod
     def load(cls, path: PathLike) -> RecDataset:
@@ -316,11 +319,20 @@ class RecDataset:
         folder = Path(path)
         meta = read_json(folder / "meta.json")
         if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
-            got = f"{meta.get('format')!r} version {meta.get('version')!r}"
+            got = f"{shown(meta.get('format'))} version {shown(meta.get('version'))}"
             raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, got {got}")
-        catalogue, report = Catalogue.load(folder / "items.parquet"), ReadReport.from_dict(meta.get("report", {}))
+        expected = meta.get("sha256", {})  # absent in older folders
+        for file in _FILES if expected else ():
+            if (folder / file).is_file() and (
+                not isinstance(expected, dict) or expected.get(file) != sha256(folder / file)
+            ):
+                raise ValueError(f"{folder / file}: expected the file that was saved with meta.json, got another one")
+        with naming(folder / "meta.json", "the report of a reading"):
+            report = ReadReport.from_dict(meta.get("report", {}))
+        catalogue = Catalogue.load(folder / "items.parquet")
         train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
-        return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
+        with naming(folder, "parts of one data set"):
+            return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def split_log(
         if value < 1:
             raise ValueError(f"{option}: expected at least 1, got {value}")
     if split == "time" and log.times is None:
-        raise ValueError("split: expected 'leave_one_out' for a log without times, got 'time'")
+        raise ValueError(f"split: expected 'leave_one_out' for a log without times, got 'time' ({report.source})")
     log = _filtered(log, min_interactions, report)
     used, items = np.unique(log.items, return_inverse=True)
     catalogue = describe([log.item_ids[code] for code in used.tolist()])

@@ -1,5 +1,7 @@
 """Processor and collator against a plain per-row construction; padding, bounds, saving."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -258,6 +260,75 @@ def test_prompts_keep_to_the_positions_of_a_model(tmp_path, caplog):
     assert free(histories)["item_positions"].max() == -1
 
 
+@pytest.mark.parametrize("name", ["title", "sid", "id"])
+def test_another_order_of_the_catalogue_is_refused(tmp_path, name):
+    """It has the same size, tokens and vocabulary, and would give every item another's name."""
+    PROCESSORS[name].save_pretrained(tmp_path)
+    order = [1, 0, *range(2, 8)]
+    ids, titles, sids = ([values[i] for i in order] for values in (CATALOGUE.item_ids, TITLES, SIDS))
+    Catalogue(ids, titles, sids).save(tmp_path / "catalogue.parquet")
+    with pytest.raises(ValueError, match=r"expected the catalogue of this processor_config\.json, got another one"):
+        RecProcessor.from_pretrained(tmp_path)
+
+
+def swapped(vocabulary):
+    """A vocabulary in which two items' tokens have each other's id."""
+    one, two = (next(t for t in vocabulary if str(n) in t and len(t) > 3) for n in (0, 1))
+    return {**vocabulary, one: vocabulary[two], two: vocabulary[one]}
+
+
+@pytest.mark.parametrize("name", ["id", "sid"])
+def test_another_tokenizer_is_refused(tmp_path, name):
+    PROCESSORS[name].save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = swapped(content["model"]["vocab"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"expected the vocabulary of this processor_config\.json, got another one"):
+        RecProcessor.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_digests_loads(tmp_path):
+    """As version 0.1 wrote it."""
+    PROCESSORS["id"].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("digests", "max_positions")}))
+    assert RecProcessor.from_pretrained(tmp_path).digests() == config["digests"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codec": None}, "name: expected one of"),
+        (
+            {"template": {"text": "x" * 70000 + "{history}"}},
+            "text: expected text of at most 65536 characters, got 70009",
+        ),
+        ({"template": {"text": "{history}", "bos": "no"}}, "bos: expected True or False, got 'no'"),
+        ({"template": {"colour": 1}}, "expected the settings of a processor, got TypeError"),
+        ({"max_history": 1e300}, "max_history: expected a whole number"),
+        ({"max_history": 10**30}, "max_history: expected at most 2147483647, got 1000"),
+        ({"max_history": True}, "max_history: expected a whole number"),
+        ({"num_thoughts": 10**9}, "num_thoughts: expected at most 1024, got 1000000000"),
+        ({"max_positions": "64"}, "max_positions: expected a whole number"),
+        ({"max_prompt_tokens": []}, "max_prompt_tokens: expected a whole number"),
+        ({"views": {"weight": "0.5"}}, "weight: expected a number in 0..1, got '0.5'"),
+        ({"thought_token": 3}, "thought_token: expected text, got 3"),
+        ({"scoring": "best"}, "scoring: expected"),
+        ({"version": 2}, "expected version 1, got 2"),
+        ({"digests": [1]}, "expected the catalogue of this"),
+    ],
+)
+def test_damaged_settings_name_the_file(tmp_path, change, message):
+    PROCESSORS["id"].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        RecProcessor.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_errors():
     processor = PROCESSORS["title"]
     with pytest.raises(ValueError, match="histories: expected at least one"):
@@ -270,7 +341,7 @@ def test_errors():
         processor([["Blue Train"]])
     with pytest.raises(ValueError, match="max_history: expected at least 1, got 0"):
         make("id", max_history=0)
-    with pytest.raises(ValueError, match="num_thoughts: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="num_thoughts: expected at least 0, got -1"):
         make("id", num_thoughts=-1)
     with pytest.raises(ValueError, match=r"max_prompt_tokens: expected at least 3 .* got 2"):
         make("id", max_prompt_tokens=2)
