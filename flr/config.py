@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 VARIANTS = ("flr", "latentr3", "anchor", "none")
 ANCHORS = ("token", "last", "none")
 SPARSITY_TARGETS = ("gate", "attention", "both")
+_MOST, _MOST_SIZE = 1024, 1 << 16  # thoughts and refinements; the size of a factor
 
 #: What a token competes with, the vocabulary or its siblings: ``scoring`` of decoding, ``normalisation`` of training.
 Normalisation: TypeAlias = Literal["full", "catalogue"]
@@ -45,8 +46,8 @@ class FLRConfig:
             positions, no anchor); ``"anchor"`` one more token and no factors, the control; ``"none"`` no thought.
         num_factors: K, 1 to 16.
         factor_size: F, the head size of a factor; None for D / K (at least 1), about 4 D² weights whatever K is.
-        num_refinements: T >= 1, how often the thought is refined.
-        num_thoughts: N >= 1, thought tokens between prompt and target.
+        num_refinements: T in 1..1024, how often the thought is refined.
+        num_thoughts: N in 1..1024, thought tokens between prompt and target.
         anchor: what the factors' sum is added to: ``"token"`` the embedding of the thought token, ``"last"`` that of
             the last prompt token (for one-token item codecs), ``"none"``.
         gate_temperature: τ > 0 of the gate softmax.
@@ -97,9 +98,10 @@ class FLRConfig:
         self._check("num_factors", isinstance(self.num_factors, int) and 1 <= self.num_factors <= 16, "1 to 16")
         for name in ("num_refinements", "num_thoughts"):
             value = getattr(self, name)
-            self._check(name, isinstance(value, int) and value >= 1, "an integer >= 1")
+            self._check(name, isinstance(value, int) and 1 <= value <= _MOST, f"an integer from 1 to {_MOST}")
         size, token = self.factor_size, self.thought_token_id
-        self._check("factor_size", size is None or (isinstance(size, int) and size >= 1), "None or an integer >= 1")
+        fits = size is None or (isinstance(size, int) and 1 <= size <= _MOST_SIZE)
+        self._check("factor_size", fits, f"None or an integer from 1 to {_MOST_SIZE}")
         self._check("thought_token_id", token is None or (isinstance(token, int) and token >= 0), "None or an id >= 0")
         self._check("input_scale", self.input_scale is None or self.input_scale > 0, "None or a positive number")
         self._check("gate_temperature", self.gate_temperature > 0, "a positive number")

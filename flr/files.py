@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,51 +18,107 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PathLike = str | os.PathLike[str]
+NOT_UTF8 = "\ufffd"  # what ``errors="replace"`` puts in the place of other bytes
 
 
 @contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; it takes the place of ``path`` only when the block ends without error."""
+    """Yield a temporary name beside ``path``; it takes the place of ``path`` only when the block ends without error.
+
+    What writers of this path left behind when they were killed is removed.
+    """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-    os.close(handle)
+    _remove_abandoned(final)
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
     temporary = Path(name)
     try:
+        _try_lock(descriptor)
         yield temporary
         _share(temporary, 0o666)
         os.replace(temporary, final)
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: PathLike) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, whose name it need not know; it is deleted when the block ends.
+
+    What was left behind for the same ``path`` by processes that were killed is removed.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    descriptor = None if os.name == "nt" else os.open(temporary, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            _try_lock(descriptor)
+        _share(temporary, 0o777)
+        yield temporary
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that is renamed to ``path`` when the block ends without error.
 
-    An older folder of that name is moved aside first and deleted last, so that no moment has a half-written one.
+    An older folder of that name is moved aside first and deleted last, so that no moment has a half-written one. Where
+    a writer was killed in between, the next one puts the older folder back before it begins.
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists() and not final.is_dir():
         raise ValueError(f"path: expected a folder or a free name, got the file {final}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
-    _share(temporary, 0o777)
-    aside: Path | None = None
-    try:
+    with temporary_folder(final) as temporary:
         yield temporary
-        if final.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
-            os.replace(final, aside / "old")
-        os.replace(temporary, final)
-    except BaseException:
-        if aside is not None and not final.exists() and (aside / "old").exists():
-            os.replace(aside / "old", final)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        if not final.exists():
+            os.replace(temporary, final)
+            return
+        with temporary_folder(final) as aside:
+            kept = aside / _OLD
+            os.replace(final, kept)
+            try:
+                os.replace(temporary, final)
+            except BaseException:
+                os.replace(kept, final)
+                raise
+
+
+_OLD = ".old"  # in a temporary folder: the folder that was replaced
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Delete temporary files and folders of ``final`` that nobody locks: whoever made them is dead."""
+    name = re.compile(re.escape(f".{final.name}.") + r"[a-z0-9_]{8}\.tmp")
+    for path in [path for path in final.parent.iterdir() if name.fullmatch(path.name)]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:  # gone meanwhile, or not ours
+            continue
+        try:
+            if not _try_lock(descriptor):
+                continue
+            if (path / _OLD).is_dir() and not final.exists():
+                os.replace(path / _OLD, final)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock an open file for as long as it is open; False where another has, or where there are no such locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _share(path: Path, mode: int) -> None:
@@ -75,17 +134,67 @@ def write_json(path: PathLike, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(path: PathLike) -> dict[str, Any]:
-    """Read a JSON object; ValueError naming the file where it is missing, is not JSON or is no object."""
+@contextmanager
+def naming(path: PathLike, what: str) -> Iterator[None]:
+    """Around the reading of ``path``: whatever is wrong with its content becomes one ValueError that names it.
+
+    Errors of the system and those that name the path already pass. ``what`` says what was expected.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"path: expected a JSON file at {path}, got none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, (OSError, ValueError)) and str(path) in str(error):
+            raise
+        if isinstance(error, ValueError) and ": expected " in text:
+            raise ValueError(f"{path}: {text:.600}") from error
+        raise ValueError(f"{path}: expected {what}, got {type(error).__name__}: {text:.300}") from error
+
+
+def shown(value: Any, most: int = 300) -> str:
+    """What a file holds, for an error: its repr, cut where it is long.
+
+    >>> shown(["user", "item"]), shown("x" * 1000, most=8)
+    ("['user', 'item']", "'xxxxxxx…")
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def check_regular(path: PathLike, what: str) -> None:
+    """ValueError where ``path`` is no regular file: reading a pipe or a device may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"path: expected {what} at {path}, got none") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+        raise ValueError(f"path: expected {what} at {path}, got {kind}")
+
+
+def read_json(path: PathLike, limit: int = 1 << 28) -> dict[str, Any]:
+    """Read a JSON object of at most ``limit`` bytes; ValueError naming the file where it is anything else."""
+    check_regular(path, "a JSON file")
+    with open(path, "rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes, got more")
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # numbers of too many digits and wrong encodings are ValueErrors
+        raise ValueError(f"{path}: expected JSON, got {error!s:.300}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def sha256(path: PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def bounded_lines(stream: IO[AnyStr], limit: int) -> Iterator[tuple[int, AnyStr | None]]:
@@ -100,22 +209,37 @@ def bounded_lines(stream: IO[AnyStr], limit: int) -> Iterator[tuple[int, AnyStr 
 
 
 def write_parquet(path: PathLike, table: pa.Table) -> None:
-    """Write ``table`` as one Parquet file, atomically."""
+    """Write ``table`` as one Parquet file with checksums, atomically."""
     with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(path: PathLike, columns: dict[str, Callable[[pa.DataType], bool]]) -> pa.Table:
-    """Read a Parquet file and check that the named columns are there with a type that their test accepts."""
-    if not Path(path).is_file():
-        raise ValueError(f"path: expected a Parquet file at {path}, got none")
+    """Read a Parquet file and check that the named columns are there with a type that their test accepts.
+
+    Raises:
+        ValueError: naming the file, where it is missing, damaged, larger than ``_MAX_ROWS`` and ``_MAX_BYTES``
+            (unpacked) by its own account, or has other columns.
+    """
+    check_regular(path, "a Parquet file")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = file.metadata
+            size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+            if not (0 <= metadata.num_rows <= _MAX_ROWS and 0 <= size <= _MAX_BYTES):
+                wanted = f"{path}: expected at most {_MAX_ROWS} rows and {_MAX_BYTES} bytes unpacked"
+                raise ValueError(f"{wanted}, got {metadata.num_rows} and {size}")
+            table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a Parquet file, got {' '.join(str(error).split()):.300}") from error
     for name, accepts in columns.items():
-        if name not in table.column_names:
-            raise ValueError(f"{path}: expected a column {name!r}, got {table.column_names}")
+        if table.column_names.count(name) != 1:
+            raise ValueError(f"{path}: expected one column {name!r}, got {shown(table.column_names)}")
         if not accepts(table.schema.field(name).type):
             raise ValueError(f"{path}: column {name!r}: expected another type, got {table.schema.field(name).type}")
     return table
+
+
+_MAX_ROWS = 1 << 31
+_MAX_BYTES = 1 << 37

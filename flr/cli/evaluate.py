@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     from flr.evaluate.baselines import ItemKNN, Popularity
 
     dataset = data.load()
-    model, processor = load_trained(options.model, dataset)
+    model, processor = load_trained(options.model, dataset, data.max_prompt_tokens)
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,

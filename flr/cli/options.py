@@ -36,6 +36,10 @@ class DataOptions:
     codec: str = option("id", "How an item is written: title, sid or id.")
     template: str | None = option(None, "Prompt text with the placeholder {history}. Default: by codec.")
     max_history: int = option(10, "Latest items of a history that enter the prompt.")
+    max_prompt_tokens: int | None = option(
+        None,
+        "Tokens of a prompt; earlier items are left out. Default: what the model has positions for.",
+    )
     views_weight: float | None = option(
         None, "Weight of one-item views in the answer, 0..1 (see flr.decode.mixture). Default: none, or as saved."
     )
@@ -145,6 +149,7 @@ class ModelOptions:
             data.max_history,
             config.thought_count,
             thought_token=config.thought_token,
+            max_prompt_tokens=data.max_prompt_tokens,
             max_title_tokens=data.max_title_tokens,
             views=data.views(),
         )
@@ -200,12 +205,14 @@ def check_causal(model: Any, name: str, value: str) -> Any:
     return model
 
 
-def load_trained(folder: str, dataset: RecDataset) -> tuple[Any, RecProcessor]:
+def load_trained(folder: str, dataset: RecDataset, max_prompt_tokens: int | None = None) -> tuple[Any, RecProcessor]:
     """Model and processor in ``folder``; ValueError where they were trained on another catalogue than the data's."""
     from flr.data import RecProcessor
     from flr.model.checkpoint import from_pretrained
 
     model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
+    if max_prompt_tokens is not None:
+        processor.bound_prompts(max_prompt_tokens)
     if processor.catalogue.item_ids != dataset.catalogue.item_ids:
         raise ValueError(f"data: expected the catalogue that {folder} was trained on, got another one")
     return model, processor

@@ -40,7 +40,7 @@ def train(
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
-    model, processor = load_trained(options.model, dataset)
+    model, processor = load_trained(options.model, dataset, data.max_prompt_tokens)
     if data.views() is not None:
         processor.views = data.views()
     trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from flr.files import PathLike, bounded_lines
+from flr.files import PathLike, bounded_lines, shown
 
 from .catalogue import Catalogue
+from .events import LogBuilder
 from .interactions import RecDataset
 from .report import ReadReport
-from .splits import LogBuilder, split_log, titled_catalogue
+from .splits import split_log, titled_catalogue
 
 _MAX_LINE = 1 << 24  # bytes; the longest metadata lines of the releases take about 1 MB
 _LATEST = 4102444800  # 2100-01-01, in seconds
@@ -29,12 +30,12 @@ class _Release(NamedTuple):
     user: str
     item: str
     time: str
-    scale: float  # seconds a unit of time
+    per_second: int  # units of time
 
 
 _RELEASES = {
-    "2018": _Release("reviewerID", "asin", "unixReviewTime", 1.0),
-    "2023": _Release("user_id", "parent_asin", "timestamp", 1e-3),
+    "2018": _Release("reviewerID", "asin", "unixReviewTime", 1),
+    "2023": _Release("user_id", "parent_asin", "timestamp", 1000),
 }
 
 
@@ -89,9 +90,8 @@ def prepare_amazon(
         return titled_catalogue(item_ids, titles, report)
 
     name = name or file.name.split(".")[0]
-    dataset = split_log(
-        log.build(), split, max_history, min_interactions, name, report, describe, time_scale=fields.scale
-    )
+    events = log.build(per_second=fields.per_second)
+    dataset = split_log(events, split, max_history, min_interactions, name, report, describe)
     if output is not None:
         dataset.save(output)
     return dataset
@@ -105,14 +105,20 @@ def _reviews(
     for line, record in _records(file, report):
         fields = fields or next((r for r in _RELEASES.values() if r.user in record and r.item in record), None)
         if fields is None:
-            report.add_bad(file.name, line, f"expected fields of a 2018 or 2023 review, got {sorted(record)[:8]}")
+            report.add_bad(
+                file.name, line, f"expected fields of a 2018 or 2023 review, got {shown(sorted(record)[:8])}"
+            )
             continue
         user, item, time = record.get(fields.user), record.get(fields.item), record.get(fields.time)
         if not (_is_id(user) and _is_id(item)):
-            report.add_bad(file.name, line, f"expected text in {fields.user} and {fields.item}, got {user!r}, {item!r}")
-        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST / fields.scale:
-            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {time!r}")
-        elif begin <= time * fields.scale < end:
+            report.add_bad(
+                file.name,
+                line,
+                f"expected text in {fields.user} and {fields.item}, got {shown(user, 80)}, {shown(item, 80)}",
+            )
+        elif isinstance(time, bool) or not isinstance(time, int) or not 0 <= time < _LATEST * fields.per_second:
+            report.add_bad(file.name, line, f"{fields.time}: expected a time before 2100, got {shown(time, 80)}")
+        elif begin <= time / fields.per_second < end:
             log.add(cast(str, user), cast(str, item), time)
         else:
             outside += 1
@@ -137,7 +143,7 @@ def _titles(file: Path, item_field: str, wanted: set[str], max_bad_share: float,
     for line, record in _records(file, own):
         item, title = record.get(item_field), record.get("title")
         if not _is_id(item):
-            own.add_bad(file.name, line, f"expected text in {item_field}, got {item!r}")
+            own.add_bad(file.name, line, f"expected text in {item_field}, got {shown(item, 80)}")
         elif item in wanted and isinstance(title, str) and not titles.get(item):
             titles[item] = clean_title(title)
     own.check(max_bad_share)

@@ -6,6 +6,7 @@ Everything inside the package speaks of an item by its index 0..C-1; ids and tit
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from flr.files import PathLike, read_parquet, write_parquet
+from flr.files import PathLike, naming, read_parquet, write_parquet
+
+from .frames import as_table, column_names, find_column, has_column, id_column, is_text, plain_array
 
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -73,6 +76,70 @@ class Catalogue:
             self.attributes[name] = _attribute(name, values, size)
         self._by_title: dict[str, list[int]] | None = None
         self._by_folded: dict[str, list[int]] | None = None
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        *,
+        item: str | None = None,
+        title: str | None = None,
+        sid: str | None = None,
+        attributes: Sequence[str] = (),
+    ) -> Catalogue:
+        """Items of a table in memory, in its order.
+
+        Args:
+            frame: one row an item; pandas, polars, pyarrow, ``datasets.Dataset`` (see :mod:`flr.data.frames`).
+            item: column of ids, text or integers; None for "item_id" or "item".
+            title: column of text; None for "title", and without one an item's id is its title, as it is for a null.
+            sid: column of semantic IDs, lists of codes or text (one code); None for "sid", if there is one.
+            attributes: columns of numbers, bools or text without nulls to keep as attributes.
+
+        Raises:
+            ValueError: a column that is missing or of another type, an id that is null, empty or repeated.
+
+        Example:
+            >>> Catalogue.from_frame(pa.table({"item_id": [3, 1], "title": ["Blue", None]})).titles
+            ['Blue', '1']
+        """
+        names = column_names(frame, "frame")
+        asked = {"item": item, "title": title, "sid": sid}
+        roles = [role for role, given in asked.items() if role == "item" or has_column(names, role, given)]
+        columns = {role: find_column(names, role, asked[role], "frame") for role in roles}
+        lost = [column for column in attributes if list(names).count(column) != 1]
+        if lost:
+            raise ValueError(f"frame: expected one column {lost[0]!r} (attributes=), got {list(names)}")
+        table = as_table(frame, "frame", list(dict.fromkeys([*columns.values(), *attributes])))
+        return cls.from_table(table, columns, attributes, "frame")
+
+    @classmethod
+    def from_table(cls, table: pa.Table, columns: Mapping[str, str], attributes: Iterable[str], name: str) -> Catalogue:
+        """As :meth:`from_frame`, with the columns by role ("item", "title", "sid"); ``name`` is what errors say."""
+        ids = id_column(table, columns["item"], name).to_pylist()
+        for row, item_id in enumerate(ids, 1):
+            if not item_id:
+                raise ValueError(f"{name}: column {columns['item']!r}: expected an id, got {item_id!r} in row {row}")
+        titles, sids = ids, None
+        if "title" in columns:
+            kind = table.schema.field(columns["title"]).type
+            if not (is_text(kind) or is_text(getattr(kind, "value_type", kind)) or pa.types.is_null(kind)):
+                raise ValueError(f"{name}: column {columns['title']!r}: expected text, got {kind}")
+            listed = table[columns["title"]].to_pylist()
+            titles = [title or item_id for item_id, title in zip(ids, listed, strict=True)]
+        if "sid" in columns:
+            sids = [_codes_of(sid, f"{name}: column {columns['sid']!r}") for sid in table[columns["sid"]].to_pylist()]
+        values: dict[str, np.ndarray] = {}
+        for column in attributes:
+            array = plain_array(table[column])
+            if array is None:
+                got = f"{table.schema.field(column).type}, {table[column].null_count} nulls"
+                raise ValueError(f"{name}: column {column!r}: expected numbers, bools or text without nulls, got {got}")
+            values[column] = array
+        try:
+            return cls(ids, titles, sids, values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -150,16 +217,34 @@ class Catalogue:
     @classmethod
     def load(cls, path: PathLike) -> Catalogue:
         """Read what :meth:`save` wrote; ValueError where the file is missing or has other columns."""
-        table = read_parquet(path, {"item_id": pa.types.is_string, "title": pa.types.is_string})
-        sids = table["sid"].to_pylist() if "sid" in table.column_names else None
-        attributes: dict[str, Any] = {}
-        for name in table.column_names:
-            if name.startswith(_ATTRIBUTE_PREFIX):
-                column = table[name].combine_chunks()
-                text = pa.types.is_string(column.type)
-                key = name[len(_ATTRIBUTE_PREFIX) :]
-                attributes[key] = np.array(column.to_pylist(), str) if text else column.to_numpy(zero_copy_only=False)
-        return cls(table["item_id"].to_pylist(), table["title"].to_pylist(), sids, attributes)
+        table = read_parquet(path, {"item_id": is_text, "title": is_text})
+        with naming(path, "the catalogue that was saved"):
+            sids = table["sid"].to_pylist() if "sid" in table.column_names else None
+            attributes: dict[str, Any] = {}
+            for name in table.column_names:
+                if name.startswith(_ATTRIBUTE_PREFIX):
+                    array = plain_array(table[name])
+                    if array is None:
+                        wanted = "numbers, bools or text without nulls"
+                        raise ValueError(f"column {name!r}: expected {wanted}, got {table[name].type}")
+                    attributes[name[len(_ATTRIBUTE_PREFIX) :]] = array
+            return cls(table["item_id"].to_pylist(), table["title"].to_pylist(), sids, attributes)
+
+    def digest(self) -> str:
+        """SHA-256 of ids, titles and semantic IDs in their order, in hexadecimal.
+
+        >>> Catalogue(["x", "y"], ["Blue", "Red"]).digest() == Catalogue(["y", "x"], ["Red", "Blue"]).digest()
+        False
+        """
+        content = json.dumps([self.item_ids, self.titles, self.sids], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _codes_of(sid: Any, name: str) -> tuple[str, ...]:
+    codes = (sid,) if isinstance(sid, str) else sid
+    if not isinstance(codes, (list, tuple)) or not all(isinstance(code, str) for code in codes):
+        raise ValueError(f"{name}: expected text or a list of codes for every item, got {sid!r:.80}")
+    return tuple(codes)
 
 
 def _check_text(name: str, values: Sequence[Any], empty: bool) -> None:

@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from flr.files import PathLike, atomic_folder, read_json, read_parquet, write_json, write_parquet
+from flr.files import PathLike, atomic_folder, naming, read_json, read_parquet, sha256, shown, write_json, write_parquet
 
 from .catalogue import Catalogue
+from .events import read_events
+from .frames import is_text, pick
 from .report import ReadReport
 
 PARTS = ("train", "valid", "test")
+_FILES = ("items.parquet", *(f"{part}.parquet" for part in PARTS))
 _FORMAT = "flr-dataset"
 _VERSION = 1
 
@@ -124,6 +127,56 @@ class Interactions:
         if rows and min(self.targets.min(), self.histories.values.min(initial=0)) < 0:
             raise ValueError("histories, targets: expected item indices >= 0, got a negative one")
 
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        catalogue: Catalogue,
+        *,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        max_history: int = 10,
+    ) -> Interactions:
+        """Rows of a log in memory: every event with an earlier one of its user is a target.
+
+        Args:
+            frame: one row an event; pandas, polars, pyarrow, ``datasets.Dataset`` (see :mod:`flr.data.frames`).
+            catalogue: the items; the log's ids, written as text, are ids of it.
+            user, item, time: columns; None for "user_id" or "user", "item_id" or "item", "timestamp" or "time".
+                Without a column of times the rows are in the order of time.
+            max_history: items kept of a history, the latest ones.
+
+        Returns:
+            Rows by user in order of first appearance, then by time.
+
+        Raises:
+            ValueError: a column that is missing or of another type, a null, an item that the catalogue lacks.
+
+        Example:
+            >>> log = pa.table({"user_id": [7, 7, 7], "item_id": ["x", "y", "z"], "timestamp": [1, 3, 2]})
+            >>> rows = Interactions.from_frame(log, Catalogue(["x", "y", "z"], ["Blue", "Green", "Red"]))
+            >>> [(row.history.tolist(), row.target) for row in rows]
+            [([0], 2), ([0, 2], 1)]
+        """
+        if max_history < 1:
+            raise ValueError(f"max_history: expected at least 1, got {max_history}")
+        table = pick(frame, "frame", user=user, item=item, time=time)
+        log = read_events(table, ReadReport("frame"), "frame", user=user, item=item, time=time)
+        known = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
+        unknown = [item_id for item_id in log.item_ids if item_id not in known]
+        if unknown:
+            got = f"{unknown[0]!r} and {len(unknown) - 1} others that it lacks"
+            raise ValueError(f"frame: expected items of the catalogue, got {got}")
+        items = np.array([known[item_id] for item_id in log.item_ids], np.int32)
+        order = log.order()
+        users, chosen, times = log.users[order], items[log.items[order]], log.seconds(order)
+        start, _ = user_bounds(users)
+        rows = np.flatnonzero(np.arange(len(users)) > start)
+        names = [log.user_names[number] for number in users[rows].tolist()]
+        histories = latest(chosen, start, rows, max_history)
+        return cls(names, histories, chosen[rows], None if times is None else times[rows])
+
     def __len__(self) -> int:
         return len(self.users)
 
@@ -200,7 +253,7 @@ class Interactions:
         table = read_parquet(
             path,
             {
-                "user": lambda kind: pa.types.is_dictionary(kind) or pa.types.is_string(kind),
+                "user": lambda kind: is_text(getattr(kind, "value_type", kind)),
                 "history": lambda kind: pa.types.is_large_list(kind) or pa.types.is_list(kind),
                 "target": pa.types.is_integer,
             },
@@ -208,17 +261,18 @@ class Interactions:
         for name in table.column_names:
             if table[name].null_count:
                 raise ValueError(f"{path}: column {name!r}: expected no nulls, got {table[name].null_count}")
-        history = table["history"].combine_chunks()
-        if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
-            history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
-        offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-        values = history.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-        return cls(
-            table["user"].to_numpy().tolist(),
-            CSR(values, offsets - offsets[0]),
-            table["target"].to_numpy(),
-            table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
-        )
+        with naming(path, "the rows that were saved"):
+            history = table["history"].combine_chunks()
+            if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
+                history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)
+            offsets = history.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+            values = history.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+            return cls(
+                table["user"].to_pylist(),
+                CSR(values, offsets - offsets[0]),
+                table["target"].to_numpy(),
+                table["timestamp"].to_numpy() if "timestamp" in table.column_names else None,
+            )
 
 
 @dataclass
@@ -255,8 +309,9 @@ class RecDataset:
             self.catalogue.save(folder / "items.parquet")
             for part in PARTS:
                 getattr(self, part).save(folder / f"{part}.parquet")
+            files = {file: sha256(folder / file) for file in _FILES}
             meta = {"format": _FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
-            write_json(folder / "meta.json", meta)
+            write_json(folder / "meta.json", {**meta, "sha256": files})
 
     @classmethod
     def load(cls, path: PathLike) -> RecDataset:
@@ -264,11 +319,20 @@ class RecDataset:
         folder = Path(path)
         meta = read_json(folder / "meta.json")
         if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
-            got = f"{meta.get('format')!r} version {meta.get('version')!r}"
+            got = f"{shown(meta.get('format'))} version {shown(meta.get('version'))}"
             raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, got {got}")
-        catalogue, report = Catalogue.load(folder / "items.parquet"), ReadReport.from_dict(meta.get("report", {}))
+        expected = meta.get("sha256", {})  # absent in older folders
+        for file in _FILES if expected else ():
+            if (folder / file).is_file() and (
+                not isinstance(expected, dict) or expected.get(file) != sha256(folder / file)
+            ):
+                raise ValueError(f"{folder / file}: expected the file that was saved with meta.json, got another one")
+        with naming(folder / "meta.json", "the report of a reading"):
+            report = ReadReport.from_dict(meta.get("report", {}))
+        catalogue = Catalogue.load(folder / "items.parquet")
         train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
-        return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
+        with naming(folder, "parts of one data set"):
+            return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -283,6 +347,27 @@ def places_within(lengths: np.ndarray) -> np.ndarray:
     [0, 1, 0, 1, 2]
     """
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
+    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
+
+    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
+    [7, 8]
+    """
+    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
+
+
+def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
+
+    >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
+    [[0, 0, 2], [2, 2, 3]]
+    """
+    first = np.flatnonzero(np.diff(users, prepend=-1))
+    counts = np.diff(first, append=len(users))
+    start = np.repeat(first, counts)
+    return start, start + np.repeat(counts, counts)
 
 
 def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:

@@ -20,9 +20,9 @@ import numpy as np
 
 from .augment import uniforms
 from .catalogue import Catalogue
-from .interactions import Interactions, RecDataset, places_within
+from .interactions import Interactions, RecDataset, latest, places_within, user_bounds
 from .report import ReadReport
-from .splits import latest, time_cuts, user_bounds
+from .splits import time_cuts
 
 _NOUN_TEXT = (
     "Jazz Chess Garden Ocean Robot Kitchen Mystery Mountain Theatre Camera Horse Dragon Bicycle Planet Poetry "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +17,13 @@ import transformers
 from transformers import AutoTokenizer
 
 from flr.config import check_normalisation
-from flr.files import PathLike, read_json, write_json
+from flr.files import PathLike, naming, read_json, shown, temporary_folder, write_json
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
+
+logger = logging.getLogger("flr")
 
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"
@@ -29,6 +33,9 @@ _VERSION = 1
 _TEXT_PROMPT = (
     "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
 )
+_MAX_TEXT = 1 << 16  # characters of a template
+_MAX_THOUGHTS = 1024
+_MAX_CONFIG = 1 << 20  # bytes
 _SETTINGS = ("max_history", "num_thoughts", "thought_token", "max_prompt_tokens", "max_title_tokens")
 
 
@@ -51,6 +58,13 @@ class PromptTemplate:
     bos: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("text", "separator"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or len(value) > _MAX_TEXT:
+                got = f"{len(value)}" if isinstance(value, str) else repr(value)[:80]
+                raise ValueError(f"{name}: expected text of at most {_MAX_TEXT} characters, got {got}")
+        if not isinstance(self.bos, bool):
+            raise ValueError(f"bos: expected True or False, got {self.bos!r:.80}")
         if self.text.count(_HISTORY) != 1:
             raise ValueError(f"text: expected the placeholder {_HISTORY} exactly once, got {self.text!r}")
 
@@ -79,10 +93,10 @@ class HistoryViews:
     decay: float = 0.6
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"weight: expected a number in 0..1, got {self.weight}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
+        if not (isinstance(self.weight, (int, float)) and 0 <= self.weight <= 1):
+            raise ValueError(f"weight: expected a number in 0..1, got {self.weight!r:.80}")
+        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,8 @@ class RecProcessor:
         item_codec: the :class:`ItemCodec` (``codec`` is its name).
         thought_token_id: None where num_thoughts is 0.
         pad_token_id: the tokenizer's pad token, else its eos token, else 0 (padding is masked, so any id does).
+        max_positions: of the model, see :meth:`fit_positions`; None where nothing bounds them.
+        items_left_out: how many items of histories :meth:`kept` left out so far to keep prompts within bounds.
 
     Raises:
         ValueError: an unknown codec, sizes out of range, template text that the tokenizer cannot express.
@@ -145,19 +161,20 @@ class RecProcessor:
         views: HistoryViews | None = None,
         scoring: str = "full",
     ) -> None:
-        if max_history < 1:
-            raise ValueError(f"max_history: expected at least 1, got {max_history}")
-        if num_thoughts < 0:
-            raise ValueError(f"num_thoughts: expected 0 or more, got {num_thoughts}")
-        if not thought_token:
-            raise ValueError("thought_token: expected text, got an empty string")
+        _whole("max_history", max_history, 1)
+        _whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
+        if max_title_tokens is not None:
+            _whole("max_title_tokens", max_title_tokens, 1)
+        if not isinstance(thought_token, str) or not 0 < len(thought_token) <= _MAX_TEXT:
+            raise ValueError(f"thought_token: expected text, got {thought_token!r:.80}")
         self.tokenizer = tokenizer
         self.catalogue = catalogue
         self.template = PromptTemplate.default(codec) if template is None else template
         self.max_history = max_history
         self.num_thoughts = num_thoughts
         self.thought_token = thought_token
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_positions: int | None = None
+        self.items_left_out = 0
         self.max_title_tokens = max_title_tokens
         self.views = views
         self.scoring = check_normalisation("scoring", scoring)
@@ -175,13 +192,57 @@ class RecProcessor:
         if not self._prefix and not self._suffix:
             wanted = "a bos token or text, so that the prompt of an empty history has a token"
             raise ValueError(f"template: expected {wanted}, got none")
-        fixed = len(self._prefix) + len(self._suffix) + num_thoughts
-        longest = int(self.item_codec.lengths.max())
-        if max_prompt_tokens is not None and max_prompt_tokens < fixed + longest:
-            parts = f"{fixed} for template and thoughts, {longest} for the longest item"
-            raise ValueError(
-                f"max_prompt_tokens: expected at least {fixed + longest} ({parts}), got {max_prompt_tokens}"
-            )
+        self._fixed = len(self._prefix) + len(self._suffix) + num_thoughts  # tokens of an empty history's prompt
+        self._longest = int(self.item_codec.lengths.max())
+        self.bound_prompts(max_prompt_tokens)
+
+    def bound_prompts(self, max_prompt_tokens: int | None) -> None:
+        """Set ``max_prompt_tokens``; ValueError where it is below template and longest item, or past the positions."""
+        least, most = self._fixed + self._longest, self._position_bound
+        if max_prompt_tokens is not None:
+            _whole("max_prompt_tokens", max_prompt_tokens, 1)
+            if max_prompt_tokens < least:
+                parts = f"{self._fixed} for template and thoughts, {self._longest} for the longest item"
+                raise ValueError(f"max_prompt_tokens: expected at least {least} ({parts}), got {max_prompt_tokens}")
+            if most is not None and max_prompt_tokens > most:
+                parts = f"{self.max_positions} positions of the model, {self._longest} of them for the longest item"
+                raise ValueError(f"max_prompt_tokens: expected at most {most} ({parts}), got {max_prompt_tokens}")
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def fit_positions(self, max_positions: int | None) -> None:
+        """Keep prompt and next item within the positions of a model (``flr.model.backbone.position_limit``).
+
+        Trainers, evaluation and recommenders call this with their model's; the smallest ever given holds, and is saved.
+
+        Args:
+            max_positions: tokens that the model has positions for; None changes nothing.
+
+        Raises:
+            ValueError: template, thoughts and the longest item do not fit, or ``max_prompt_tokens`` is larger.
+        """
+        if max_positions is not None:
+            _whole("max_positions", max_positions, 1)
+        if max_positions is None or (self.max_positions is not None and self.max_positions <= max_positions):
+            return
+        least = self._fixed + self._longest
+        if max_positions < least:
+            parts = f"{self._fixed} for template and thoughts, {self._longest} for the longest item"
+            raise ValueError(f"positions of the model: expected at least {least} ({parts}), got {max_positions}")
+        before, self.max_positions = self.max_positions, max_positions
+        try:
+            self.bound_prompts(self.max_prompt_tokens)
+        except ValueError:
+            self.max_positions = before
+            raise
+
+    @property
+    def _position_bound(self) -> int | None:
+        return None if self.max_positions is None else self.max_positions - self._longest
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Tokens that a prompt may have, thoughts included: ``max_prompt_tokens``, else what the positions leave."""
+        return self._position_bound if self.max_prompt_tokens is None else self.max_prompt_tokens
 
     @property
     def codec(self) -> CodecName:
@@ -221,10 +282,8 @@ class RecProcessor:
         size, items = len(self.catalogue), histories.values
         if items.size and not (items.min() >= 0 and items.max() < size):
             raise ValueError(f"histories: expected item indices in 0..{size - 1}, got {items.min()}..{items.max()}")
-        given, ends = histories.lengths, histories.offsets[1:]
-        kept = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
-        if self.max_prompt_tokens is not None:
-            kept = self._bound(kept, self.max_prompt_tokens)
+        given = histories.lengths
+        kept = self.kept(histories)
         codec, gap = self.item_codec, len(self._separator)
         counts = kept.lengths  # items of every prompt
         batch, first = len(counts), kept.offsets[:-1]
@@ -252,14 +311,31 @@ class RecProcessor:
         entries[places] = np.repeat(places_within(counts) + (given - counts)[item_rows], sizes)
         return Segment(CSR(tokens, offsets), entries)
 
-    def _bound(self, histories: CSR, max_prompt_tokens: int) -> CSR:
-        """Leave out the earliest items of the histories whose prompts would be longer than ``max_prompt_tokens``."""
-        room = max_prompt_tokens - len(self._prefix) - len(self._suffix) - self.num_thoughts + len(self._separator)
+    def kept(self, histories: CSR) -> CSR:
+        """The items that prompts show: the latest ``max_history`` of each history, fewer where they would not fit.
+
+        What does not fit into :attr:`prompt_limit` tokens is left out from the front, item by item. It is counted in
+        ``items_left_out``, and the first time a warning says how many there are.
+        """
+        ends = histories.offsets[1:]
+        latest = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
+        if self.prompt_limit is None:
+            return latest
+        room = self.prompt_limit - self._fixed + len(self._separator)
         offsets = self.item_codec.offsets
-        sizes = offsets[histories.values + 1] - offsets[histories.values]
+        sizes = offsets[latest.values + 1] - offsets[latest.values]
         cumulative = offsets_of(sizes + len(self._separator))
-        starts = np.searchsorted(cumulative, cumulative[histories.offsets[1:]] - room, side="left")
-        return histories.slice(np.maximum(starts, histories.offsets[:-1]), histories.offsets[1:])
+        starts = np.searchsorted(cumulative, cumulative[latest.offsets[1:]] - room, side="left")
+        kept = latest.slice(np.maximum(starts, latest.offsets[:-1]), latest.offsets[1:])
+        lost = latest.lengths - kept.lengths
+        if (total := int(lost.sum())) and not self.items_left_out:
+            rows = f"{np.count_nonzero(lost)} of {len(lost)} histories"
+            logger.warning(
+                f"prompts have at most {self.prompt_limit} tokens: {total} of {len(latest.values)} items are left out, "
+                f"the earliest of {rows}; max_history, max_title_tokens or another template can change that"
+            )
+        self.items_left_out += total
+        return kept
 
     def _text_tokens(self, text: str) -> list[int]:
         if not text:
@@ -278,9 +354,9 @@ class RecProcessor:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=folder) as temporary:
+        with temporary_folder(folder / "tokenizer") as temporary:
             self.tokenizer.save_pretrained(temporary)
-            for file in sorted(Path(temporary).iterdir()):
+            for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
         self.catalogue.save(folder / CATALOGUE_NAME)
         write_json(
@@ -292,41 +368,83 @@ class RecProcessor:
                 "template": asdict(self.template),
                 **{name: getattr(self, name) for name in _SETTINGS},
                 "thought_token_id": self.thought_token_id,
+                "max_positions": self.max_positions,
                 "views": None if self.views is None else asdict(self.views),
                 "scoring": self.scoring,
                 "vocabulary_size": len(self.tokenizer),
                 "codec_tokens": len(self.item_codec.tokens),
+                "digests": self.digests(),
             },
         )
 
     @classmethod
     def from_pretrained(cls, path: PathLike) -> RecProcessor:
-        """Read what :meth:`save_pretrained` wrote; ValueError where the files do not belong together."""
+        """Read what :meth:`save_pretrained` wrote.
+
+        Raises:
+            ValueError: naming the file that is missing or damaged, or not the one that was saved with the others.
+        """
         folder = Path(path)
-        config = read_json(folder / CONFIG_NAME)
+        file = folder / CONFIG_NAME
+        config = read_json(file, _MAX_CONFIG)
         if config.get("version") != _VERSION:
-            raise ValueError(f"{folder / CONFIG_NAME}: expected version {_VERSION}, got {config.get('version')!r}")
+            raise ValueError(f"{file}: expected version {_VERSION}, got {shown(config.get('version'), 80)}")
+        catalogue = Catalogue.load(folder / CATALOGUE_NAME)
         # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
         tokenizer_class = getattr(transformers, str(config.get("tokenizer_class")), AutoTokenizer)
-        tokenizer = tokenizer_class.from_pretrained(folder)
+        with naming(folder, "a tokenizer"):
+            tokenizer = tokenizer_class.from_pretrained(folder)
         size = len(tokenizer)
-        processor = cls(
-            tokenizer,
-            Catalogue.load(folder / CATALOGUE_NAME),
-            config["codec"],
-            PromptTemplate(**config["template"]),
-            **{name: config[name] for name in _SETTINGS},
-            views=None if config.get("views") is None else HistoryViews(**config["views"]),
-            scoring=config.get("scoring", "full"),  # absent before there was a choice
-        )
-        rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
-        saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
+        with naming(file, "the settings of a processor"):
+            processor = cls(
+                tokenizer,
+                catalogue,
+                config["codec"],
+                PromptTemplate(**config["template"]),
+                **{name: config[name] for name in _SETTINGS},
+                views=None if config.get("views") is None else HistoryViews(**config["views"]),
+                scoring=config.get("scoring", "full"),  # absent before there was a choice
+            )
+            processor.fit_positions(config.get("max_positions"))  # absent before there was a bound
+            rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
+            saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
         if rebuilt != saved:
             raise ValueError(
                 f"{folder}: expected tokenizer and catalogue of this {CONFIG_NAME}: (vocabulary, the same after "
-                f"rebuilding the codec, thought token id, item tokens) {saved}, got {rebuilt}"
+                f"rebuilding the codec, thought token id, item tokens) {shown(saved)}, got {rebuilt}"
             )
+        expected = config.get("digests", {})  # absent in older folders
+        for name, digest in processor.digests().items() if expected else ():
+            if not isinstance(expected, dict) or expected.get(name) != digest:
+                wanted = f"the {name} of this {CONFIG_NAME}"
+                raise ValueError(f"{folder}: expected {wanted}, got another one (its digest differs)")
         return processor
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256, in hexadecimal, of what decides which item an answer means, by name.
+
+        "catalogue": ids, titles and semantic IDs; "vocabulary": every token's id; "tokens": of every item and of the
+        template. They depend on what the files say and not on how.
+        """
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+        parts = [self._prefix, self._suffix, self._separator, self.item_codec.tokens, self.item_codec.offsets]
+        tokens = hashlib.sha256()
+        for part in parts:
+            array = np.asarray(part, "<i8")
+            tokens.update(np.array(len(array), "<i8").tobytes() + array.tobytes())
+        return {
+            "catalogue": self.catalogue.digest(),
+            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "tokens": tokens.hexdigest(),
+        }
+
+
+def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}: expected a whole number, got {value!r:.80}")
+    if not least <= value <= most:
+        wanted = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
 def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flr.files import PathLike, read_json
+from flr.files import NOT_UTF8, PathLike, bounded_lines, read_json, shown
 
 from .catalogue import Catalogue
 from .interactions import PARTS, Interactions, RecDataset
@@ -22,6 +22,7 @@ from .report import ReadReport
 
 _NEEDED = ("user_id", "history_item_id", "item_id")
 _MAX_CELL = 1 << 17  # characters of a list cell; csv's own limit is the same
+_MAX_LINE = 1 << 20  # characters of a line of items.txt
 _CODE = re.compile(r"<[^<>]+>")
 
 
@@ -58,23 +59,30 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
     ids: dict[str, None] = {}
     titles: list[str] = []
     sids: list[str | None] = []
-    bad = ReadReport(source=str(file))
+    bad, replaced = ReadReport(source=str(file)), 0
     with open(file, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.rstrip("\r\n")
+        for number, whole in bounded_lines(lines, _MAX_LINE):
+            if whole is None:
+                bad.rows_read += 1
+                bad.add_bad(file.name, number, f"expected at most {_MAX_LINE} characters, got more")
+                continue
+            line = whole.rstrip("\r\n")
             if not line:
                 continue
             bad.rows_read += 1
             cells = line.split("\t")
             if len(cells) not in (2, 3):
                 bad.add_bad(file.name, number, f"expected 2 or 3 tab-separated cells, got {len(cells)}")
-            elif not cells[-1] or cells[-1] in ids:
-                bad.add_bad(file.name, number, f"expected a new item id, got {cells[-1]!r}")
+            elif not cells[-1] or cells[-1] in ids or NOT_UTF8 in "".join([cells[-1], *cells[:-2]]):
+                bad.add_bad(file.name, number, f"expected a new item id in UTF-8, got {cells[-1][:80]!r}")
             else:
                 ids[cells[-1]] = None
                 titles.append(cells[-2])
+                replaced += NOT_UTF8 in cells[-2]
                 sids.append(cells[0] if len(cells) == 3 else None)
     bad.check(0.0)  # an item lost would turn up as many bad rows, so none is
+    if replaced:
+        report.notes.append(f"{file.name}: {replaced} titles are not UTF-8; {NOT_UTF8} stands for what is not")
     index_file = folder / "sid.index.json"
     index: dict[str, Any] = read_json(index_file) if index_file.is_file() else {}
     if not index and None in sids:
@@ -84,11 +92,11 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
     for item_id, sid in zip(ids, sids, strict=True):
         listed = index.get(item_id)
         if listed is not None and not (isinstance(listed, list) and all(isinstance(code, str) for code in listed)):
-            raise ValueError(f"{index_file}: expected a list of codes for id {item_id!r}, got {listed!r}")
+            raise ValueError(f"{index_file}: expected a list of codes for id {shown(item_id)}, got {shown(listed)}")
         parsed = _split_sid(sid) if sid else ()
         chosen = tuple(listed) if listed else parsed
         if not chosen:
-            raise ValueError(f"{folder}: expected a semantic ID for every item, got none for id {item_id!r}")
+            raise ValueError(f"{folder}: expected a semantic ID for every item, got none for id {shown(item_id)}")
         differing += bool(listed and parsed and tuple(listed) != parsed)
         codes.append(chosen)
     if differing:
@@ -117,7 +125,7 @@ def _read_rows(file: Path, catalogue: Catalogue, report: ReadReport) -> Interact
         header = next(rows, (1, [], None, 1))[1]
         missing = [name for name in _NEEDED if name not in header]
         if missing:
-            raise ValueError(f"{file}: expected columns {list(_NEEDED)}, got {header}")
+            raise ValueError(f"{file}: expected columns {list(_NEEDED)}, got {shown(header)}")
         at = {name: position for position, name in enumerate(header)}
         for line, cells, error, lines in rows:
             report.rows_read += 1
@@ -126,8 +134,8 @@ def _read_rows(file: Path, catalogue: Catalogue, report: ReadReport) -> Interact
                     report.rows_read += lines - 1  # an open quote swallows the lines after it: count what was lost
                     raise _BadCell(error or f"expected {len(header)} cells, got {len(cells)}", lines)
                 user = cells[at["user_id"]]
-                if not user:
-                    raise _BadCell("user_id: expected an id, got an empty cell")
+                if not user or NOT_UTF8 in user:
+                    raise _BadCell(f"user_id: expected an id in UTF-8, got {user[:80]!r}")
                 history = [_item(index, item) for item in _literal_list(cells[at["history_item_id"]])]
                 target = _item(index, cells[at["item_id"]])
                 if "timestamp" in at:
@@ -189,6 +197,9 @@ def _item(index: dict[str, int], value: Any) -> int:
 
 def _timestamp(cell: str) -> int:
     try:
-        return int(cell) if cell.isascii() and cell.isdecimal() else int(float(cell))
+        time = int(cell) if cell.isascii() and cell.isdecimal() else int(float(cell))
     except (ValueError, OverflowError):
         raise _BadCell(f"timestamp: expected a number, got {cell[:80]!r}") from None
+    if not -(2**63) <= time < 2**63:
+        raise _BadCell(f"timestamp: expected a number below 2^63, got {cell[:80]!r}")
+    return time

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from flr.files import PathLike, bounded_lines
+from flr.files import NOT_UTF8, PathLike, bounded_lines, check_regular, shown
 
+from .events import LogBuilder
 from .interactions import RecDataset
 from .report import ReadReport
-from .splits import LogBuilder, split_log, titled_catalogue
+from .splits import split_log, titled_catalogue
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
 _MAX_LINE = 1 << 20  # characters
@@ -43,13 +44,15 @@ def read_recbole(
     fields, rows = _open(file, report)
     for needed in (user_field, item_field):
         if needed not in fields:
-            raise ValueError(f"{file}: expected a field {needed!r}, got {list(fields)}")
+            raise ValueError(f"{file}: expected a field {needed!r}, got {shown(list(fields))}")
     timed = time_field in fields
     user_at, item_at, time_at = fields[user_field], fields[item_field], fields.get(time_field, 0)
     for line, cells in rows:
         time = _number(cells[time_at]) if timed else 0.0
-        if not cells[user_at] or not cells[item_at]:
-            report.add_bad(file.name, line, f"expected {user_field} and {item_field}, got an empty cell")
+        ids = cells[user_at], cells[item_at]
+        if not all(ids) or NOT_UTF8 in "".join(ids):
+            got = f"{ids[0][:80]!r}, {ids[1][:80]!r}"
+            report.add_bad(file.name, line, f"expected {user_field} and {item_field} in UTF-8, got {got}")
         elif time is None:
             report.add_bad(file.name, line, f"{time_field}: expected a finite number, got {cells[time_at][:80]!r}")
         else:
@@ -73,12 +76,13 @@ def _inter_file(path: Path) -> Path:
     files = inter_files(path)
     if len(files) != 1:
         names = [file.name for file in files]
-        raise ValueError(f"path: expected an .inter file or a folder with exactly one, got {names}")
+        raise ValueError(f"path: expected an .inter file or a folder with exactly one, got {shown(names)}")
     return files[0]
 
 
 def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tuple[int, list[str]]]]:
     """Columns by field name, and the rows with one cell a field; ``report`` counts all rows and notes the others."""
+    check_regular(file, "a text file")
     lines = _lines(file)
     _, header = next(lines, (1, None))
     if header is None:
@@ -127,19 +131,21 @@ def _titles(
     own = ReadReport(source=str(file))
     fields, rows = _open(file, own)
     if item_field not in fields:
-        raise ValueError(f"{file}: expected a field {item_field!r}, got {list(fields)}")
+        raise ValueError(f"{file}: expected a field {item_field!r}, got {shown(list(fields))}")
     if title_field is None:
         candidates = [field for field in fields if field != item_field and field.lower().endswith(_TITLES)]
         if len(candidates) != 1:
-            lacking = f"no single field for titles among {list(fields)}"
+            lacking = f"no single field for titles among {shown(list(fields))}"
             report.notes.append(f"{file.name}: {lacking}; name it with title_field")
             return {}
         title_field = candidates[0]
     if title_field not in fields:
-        raise ValueError(f"title_field: expected one of {list(fields)}, got {title_field!r}")
+        raise ValueError(f"title_field: expected one of {shown(list(fields))}, got {title_field!r}")
     titles: dict[str, str] = {}
     for _, cells in rows:
         titles.setdefault(cells[fields[item_field]], cells[fields[title_field]].strip())
     own.check(max_bad_share)
+    if replaced := sum(NOT_UTF8 in title for title in titles.values()):
+        report.notes.append(f"{file.name}: {replaced} titles are not UTF-8; {NOT_UTF8} stands for what is not")
     report.notes.extend(f"malformed item: {bad.file}:{bad.line}: {bad.reason}" for bad in own.examples)
     return titles

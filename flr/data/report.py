@@ -73,8 +73,20 @@ class ReadReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReadReport:
-        """The inverse of :meth:`to_dict`; unknown keys are ignored."""
+        """The inverse of :meth:`to_dict`; unknown keys are ignored, values of other types raise ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"report: expected an object, got {type(values).__name__}")
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name, value in known.items():
+            wanted = type(getattr(cls(), name))
+            if type(value) is not wanted:
+                raise ValueError(f"report: {name}: expected {wanted.__name__}, got {type(value).__name__}")
+        if not all(isinstance(note, str) for note in known.get("notes", [])):
+            raise ValueError("report: notes: expected a list of text, got others")
+        keys, forms = set(BadRow._fields), (str, int, str)
+        for row in known.get("examples", []):
+            if not isinstance(row, dict) or set(row) != keys or [type(row[key]) for key in BadRow._fields] != [*forms]:
+                raise ValueError(f"report: examples: expected objects of {BadRow._fields}, got {row!r:.80}")
         known["examples"] = [BadRow(**example) for example in known.get("examples", [])]
         return cls(**known)
 

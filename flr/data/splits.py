@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from .catalogue import Catalogue
-from .interactions import CSR, PARTS, Interactions, RecDataset
+from .events import InteractionLog
+from .interactions import PARTS, Interactions, RecDataset, latest, user_bounds
 from .report import ReadReport
 
 SPLITS = ("time", "leave_one_out")
@@ -17,52 +16,6 @@ LEAK_NOTE = (
     "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events "
     "later than other users' test events; use split='time' for figures that could be had in use"
 )
-
-
-@dataclass
-class LogBuilder:
-    """Collects events one by one; users and items are numbered in order of appearance."""
-
-    users: dict[str, int] = field(default_factory=dict)
-    items: dict[str, int] = field(default_factory=dict)
-    user_codes: array[int] = field(default_factory=lambda: array("q"))
-    item_codes: array[int] = field(default_factory=lambda: array("q"))
-    times: array[float] = field(default_factory=lambda: array("d"))  # exact for integers up to 2^53
-
-    def add(self, user: str, item: str, time: float) -> None:
-        """One event."""
-        self.user_codes.append(self.users.setdefault(user, len(self.users)))
-        self.item_codes.append(self.items.setdefault(item, len(self.items)))
-        self.times.append(time)
-
-    def build(self, timed: bool = True) -> InteractionLog:
-        """The events so far; ``timed`` False where the source has no times."""
-        return InteractionLog(
-            list(self.users),
-            list(self.items),
-            np.array(self.user_codes, np.int64),
-            np.array(self.item_codes, np.int64),
-            np.array(self.times, np.float64) if timed else None,
-        )
-
-
-@dataclass
-class InteractionLog:
-    """n events: user and item numbers int64 [n], times float64 [n] or None (rows are then in the order of time)."""
-
-    user_names: list[str]
-    item_ids: list[str]
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def select(self, keep: np.ndarray) -> InteractionLog:
-        """The events that ``keep`` (mask or indices) names; users and items keep their numbers."""
-        times = None if self.times is None else self.times[keep]
-        return InteractionLog(self.user_names, self.item_ids, self.users[keep], self.items[keep], times)
 
 
 def k_core(log: InteractionLog, minimum: int) -> InteractionLog:
@@ -89,7 +42,6 @@ def split_log(
     name: str,
     report: ReadReport,
     describe: Callable[[list[str]], Catalogue],
-    time_scale: float = 1.0,
 ) -> RecDataset:
     """Rows of ``log``: every event with an earlier one of its user is a target, the latest before it are its history.
 
@@ -107,7 +59,6 @@ def split_log(
         name, report: of the data set; ``report`` gets counts and notes.
         describe: gives the catalogue of a list of item ids (those that are left, in order of first appearance in the
             source).
-        time_scale: what one unit of the log's times is in the unit of ``timestamps``.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
@@ -115,15 +66,13 @@ def split_log(
         if value < 1:
             raise ValueError(f"{option}: expected at least 1, got {value}")
     if split == "time" and log.times is None:
-        raise ValueError("split: expected 'leave_one_out' for a log without times, got 'time'")
+        raise ValueError(f"split: expected 'leave_one_out' for a log without times, got 'time' ({report.source})")
     log = _filtered(log, min_interactions, report)
     used, items = np.unique(log.items, return_inverse=True)
     catalogue = describe([log.item_ids[code] for code in used.tolist()])
 
-    order = np.argsort(log.times, kind="stable") if log.times is not None else np.arange(len(log))
-    order = order[np.argsort(log.users[order], kind="stable")]  # by user, then time, then place in the file
-    users, items = log.users[order], items[order].astype(np.int32)
-    times = None if log.times is None else np.floor(log.times[order] * time_scale).astype(np.int64)
+    order = log.order()
+    users, items, times = log.users[order], items[order].astype(np.int32), log.seconds(order)
     start, end = user_bounds(users)
     num_users = int((start == np.arange(len(users))).sum())
     rows = np.flatnonzero(np.arange(len(users)) > start)
@@ -152,27 +101,6 @@ def split_log(
             )
     report.rows_kept, report.users, report.items = len(log), num_users, len(catalogue)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name, report)
-
-
-def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
-    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
-
-    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
-    [7, 8]
-    """
-    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
-
-
-def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
-
-    >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
-    [[0, 0, 2], [2, 2, 3]]
-    """
-    first = np.flatnonzero(np.diff(users, prepend=-1))
-    counts = np.diff(first, append=len(users))
-    start = np.repeat(first, counts)
-    return start, start + np.repeat(counts, counts)
 
 
 def titled_catalogue(item_ids: Sequence[str], titles: dict[str, str], report: ReadReport) -> Catalogue:

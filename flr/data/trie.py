@@ -18,16 +18,17 @@ M nodes, C items; nothing is padded to the longest item: 16 bytes a node and 8 a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flr.files import atomic_file
+from flr.files import atomic_file, check_regular, naming
 
 from .interactions import offsets_of, places_within
 
@@ -338,19 +339,25 @@ class CatalogueTrie:
         arrays = {name: getattr(self, name).contiguous().cpu() for name in _ARRAYS}
         arrays["level_start"] = torch.tensor(self.level_start, dtype=torch.int64)
         with atomic_file(path) as temporary:
-            save_file(arrays, temporary, metadata={"format": _FORMAT})
+            save_file(arrays, temporary, metadata={"format": _FORMAT, "sha256": _digest(arrays)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CatalogueTrie:
-        """Read what ``save`` wrote (memory-mapped); ValueError where the file is something else or damaged."""
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                form = (file.metadata() or {}).get("format")
-                if form != _FORMAT:
-                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {form!r}")
+        """Read what ``save`` wrote; ValueError naming the file where it is something else or damaged."""
+        check_regular(path, "a catalogue trie")
+        with naming(path, "a catalogue trie"):
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r:.80}")
                 arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "level_start")}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: expected a catalogue trie, got {error}") from error
+            if metadata.get("sha256", _digest(arrays)) != _digest(arrays):  # absent in older files
+                raise ValueError(f"{path}: expected the arrays that were saved, got others (the digest differs)")
+            return cls._whole(path, arrays).to(device)
+
+    @classmethod
+    def _whole(cls, path: str | Path, arrays: dict[str, torch.Tensor]) -> CatalogueTrie:
+        """A trie of arrays whose sizes and values fit each other."""
         level_start = arrays.pop("level_start").tolist()
         nodes, items = len(arrays["tokens"]), len(arrays["items"])
         sizes = {"children": nodes + 1, "leaf_begin": nodes, "leaf_end": nodes, "lengths": items}
@@ -358,9 +365,19 @@ class CatalogueTrie:
         children = arrays["children"]
         whole = not wrong and len(level_start) > 2 and level_start[:2] == [0, 1] and level_start[-1] == nodes
         whole = whole and children[0] == 1 and children[-1] == nodes and bool((children[1:] >= children[:-1]).all())
+        whole = whole and bool((arrays["items"].sort().values == torch.arange(items)).all())
+        whole = whole and int(arrays["leaf_begin"].min()) >= 0 and int(arrays["leaf_end"].max()) <= items
         if not whole:
             raise ValueError(f"{path}: expected a whole trie, got damaged {', '.join(wrong) or 'levels or children'}")
         return cls(**arrays, level_start=level_start)
+
+
+def _digest(arrays: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)};".encode())
+        digest.update(arrays[name].contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _checked(tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

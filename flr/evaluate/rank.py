@@ -28,7 +28,7 @@ from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
-from flr.model.backbone import evaluating
+from flr.model.backbone import causal_lm, evaluating, position_limit
 from flr_kernels.order import order_key
 
 from .metrics import group_ids, ranks_from_lists, ranks_from_scores
@@ -101,6 +101,8 @@ def evaluate(
         if value < least:
             raise ValueError(f"{argument}: expected at least {least}, got {value}")
     _check_rows(interactions, len(processor.catalogue))
+    if (config := getattr(causal_lm(model), "config", None)) is not None:
+        processor.fit_positions(position_limit(config))
     device = next(model.parameters()).device
     trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(device)
     if trie.num_items != len(processor.catalogue):

@@ -78,6 +78,32 @@ def takes_positions(model: nn.Module) -> bool:
     return all("position_ids" in forward_parameters(type(module).forward) for module in (lm, lm.base_model))
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a model of this config was made for; None where nothing bounds them (recurrent models, ALiBi).
+
+    A learned table of positions (GPT-2, OPT) has no more; rotary models run on and get worse.
+
+    >>> from transformers import BloomConfig, GPT2Config
+    >>> position_limit(GPT2Config(n_positions=64)), position_limit(BloomConfig())
+    (64, None)
+    """
+    text = config.get_text_config(decoder=True)
+    sizes = (getattr(text, name, None) for name in _POSITIONS)
+    return next((int(size) for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def position_rows(model: Any) -> int | None:
+    """Positions of a learned table, past which the model cannot go at all; None for a model without one."""
+    limit = position_limit(model.config)
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    sizes = {table.num_embeddings for table in tables}
+    return limit if limit is not None and sizes & {limit, limit + 2} else None  # OPT's table has two rows more
+
+
 def attention_types(config: Any) -> set[str]:
     """Types of the layers of a text config; sliding ones without a window attend to everything."""
     window = getattr(config, "sliding_window", None)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flr.config import IGNORE, FLRConfig
 
-from .backbone import is_checkpointing, reasoner_is_frozen, warn_once
+from .backbone import is_checkpointing, position_limit, position_rows, reasoner_is_frozen, warn_once
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
@@ -227,6 +227,7 @@ def place_of_thoughts(
             "labels: expected labels in training, which say where the prompt ends and the thought belongs, got none; "
             "bring thought tokens, or turn insertion off with insert_thought=False"
         )
+    _refuse_too_long(model, given.shape[1], positions)
     made = insertion(given.shape[:2], given.device, config.num_thoughts, mask, labels, kwargs)
     refuse_packed_positions(positions, mask)
     if model.training and not model._flr_patch.checked:
@@ -238,6 +239,16 @@ def place_of_thoughts(
                 'config modules_to_save=["flr"]'
             )
     return made
+
+
+def _refuse_too_long(model: Any, length: int, positions: Tensor | None) -> None:
+    """Raise where the thoughts are what a learned table of positions has no row for."""
+    thoughts, limit = model._flr_patch.config.num_thoughts, position_limit(model.config)
+    if positions is None and limit is not None and length <= limit < length + thoughts and position_rows(model):
+        raise ValueError(
+            f"input_ids: expected at most {limit - thoughts} tokens, since the model has {limit} positions and "
+            f"{thoughts} of them are for thoughts, got {length}"
+        )
 
 
 def with_thoughts(

@@ -24,11 +24,12 @@ from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
-from flr.model.backbone import causal_lm, evaluating, is_patched
+from flr.model.backbone import causal_lm, evaluating, is_patched, position_limit
 from flr.model.checkpoint import from_pretrained
 
+from .histories import UserHistories
 from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
-from .results import Explanation, HistoryItem, Recommendation
+from .results import Explanation, HistoryItem, Recommendation, Recommendations
 
 logger = logging.getLogger("flr")
 
@@ -41,6 +42,8 @@ class Recommender(QueryBuilder):
 
     Ranks as :func:`flr.evaluate` does, by the processor's ``views`` where it has any (the probabilities given single
     items are then kept, so the weights must not change while this lives).
+
+    It pickles and copies, with its model, for Ray and multiprocessing.
 
     Calls from several threads are safe: they take turns. The model is run in eval mode and its modes are restored;
     while several recommenders share a model, keep it in eval mode.
@@ -85,8 +88,17 @@ class Recommender(QueryBuilder):
             raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")
         if self.trie.max_token >= size:
             raise ValueError(f"processor: expected tokens below the vocabulary of {size}, got {self.trie.max_token}")
+        processor.fit_positions(position_limit(lm.config))
         self._lock = threading.RLock()
         self._mixture: ViewMixture | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the lock and the views' table, which the copy makes anew."""
+        return {**self.__dict__, "_lock": None, "_mixture": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -120,13 +132,14 @@ class Recommender(QueryBuilder):
         deny: History = (),
         where: Where | None = None,
         shares: bool = True,
-    ) -> list[list[Recommendation]]:
+    ) -> Recommendations:
         """The k best items for each history.
 
         Args:
             histories: up to 10,000, each up to 10,000 item ids or titles (str), oldest first, or an integer array of
                 catalogue indices. A title that several items share means the first of them. The model looks at the last
-                ``processor.max_history`` entries; an empty history gets what suits anybody.
+                ``processor.max_history`` entries; an empty history gets what suits anybody. A log in memory becomes
+                histories by :meth:`flr.recommend.UserHistories.from_frame`.
             k: 1 to 1000. A list is shorter where the catalogue has fewer items to give.
             num_beams: 1 to 1000; at least k beams are used.
             exclude_seen: leave out every item of the whole given history.
@@ -142,6 +155,7 @@ class Recommender(QueryBuilder):
 
         Returns:
             A list for each history, best first. Deterministic, and independent of the other histories up to rounding.
+            ``to_frame("pandas")`` and so on makes a table of it.
 
         Raises:
             ValueError: an argument out of range, an unknown entry (named, with near matches).
@@ -156,7 +170,9 @@ class Recommender(QueryBuilder):
         queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
         num_beams = max(num_beams, k)
         part = self.rows_at_once(num_beams)
-        lists: list[list[Recommendation]] = []
+        lists = Recommendations()
+        if isinstance(histories, UserHistories):
+            lists.users, lists.column = histories.users, histories.column
         with self._lock:
             for first in range(0, len(queries), part):
                 lists += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from flr.data.frames import to_frame
 from flr.report.explanation import explanation_body
 from flr.report.heatmap import COLUMNS, draw
 from flr.report.html import PathLike, page, write_text
@@ -41,6 +44,56 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+class Recommendations(list["list[Recommendation]"]):
+    """A list of recommendations for each history, best first, that becomes a table on request.
+
+    Attributes:
+        users: arrow array [len], whose histories they were, or None where that is not known.
+        column: what the table calls the users.
+
+    Example:
+        >>> found = Recommendations([[Recommendation("x", "Blue", -0.5, 0, [], [], None)]])
+        >>> found.to_frame("pyarrow").to_pylist()
+        [{'row': 0, 'rank': 1, 'item_id': 'x', 'title': 'Blue', 'score': -0.5}]
+    """
+
+    def __init__(
+        self, lists: Iterable[list[Recommendation]] = (), users: pa.Array | None = None, column: str = "row"
+    ) -> None:
+        super().__init__(lists)
+        self.users = users
+        self.column = column
+
+    def to_frame(self, kind: str | None = None, *, like: Any = None) -> Any:
+        """A table with a row for each recommended item.
+
+        Args:
+            kind: "pandas", "polars", "pyarrow" or "datasets".
+            like: a frame of the kind that is wanted, instead of ``kind``.
+
+        Returns:
+            Columns: the user as the log calls and types it (without users "row", int64, the history's place), rank
+            (int32, from 1), item_id and title (text), score (float64).
+
+        Raises:
+            ValueError: an unknown kind, or not exactly one of ``kind`` and ``like``.
+            ModuleNotFoundError: the library of that kind is not installed.
+        """
+        found = [item for items in self for item in items]
+        owners = pa.array([row for row, items in enumerate(self) for _ in items], pa.int64())
+        columns = {
+            self.column: owners if self.users is None else self.users.take(owners),
+            "rank": pa.array([rank for items in self for rank in range(1, len(items) + 1)], pa.int32()),
+            "item_id": pa.array([item.item_id for item in found], pa.string()),
+            "title": pa.array([item.title for item in found], pa.string()),
+            "score": pa.array([item.score for item in found], pa.float64()),
+        }
+        own = ("rank", "item_id", "title", "score")
+        if self.column in own:
+            raise ValueError(f"user: expected a column that is none of {own}, got {self.column!r}")
+        return to_frame(pa.table(columns), kind, like=like)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import Trainer
 from flr.data import EpochSampler, InteractionDataset, Interactions, RecProcessor
 from flr.decode import CatalogueTrie
 from flr.evaluate import evaluate
+from flr.model.backbone import causal_lm, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
 
 
@@ -38,6 +39,8 @@ class RecTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.processor = processor
+        processor.fit_positions(position_limit(causal_lm(model).config))
+        processor.kept(train.histories)  # says what will be left out, once and before the first step
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None

@@ -1,5 +1,7 @@
 """Processor and collator against a plain per-row construction; padding, bounds, saving."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -214,6 +216,119 @@ def test_loading_refuses_files_that_do_not_belong_together(tmp_path):
         RecProcessor.from_pretrained(tmp_path / "nowhere")
 
 
+def test_prompts_keep_to_the_positions_of_a_model(tmp_path, caplog):
+    processor, free = make("title"), make("title")
+    longest = int(processor.item_codec.lengths.max())
+    fixed = free([[]])["input_ids"].shape[1]
+    processor.fit_positions(None)
+    assert processor.prompt_limit is None
+    processor.fit_positions(fixed + 3 * longest)
+    assert processor.prompt_limit == fixed + 2 * longest
+    histories = [[0, 1, 2, 3, 4, 5, 6], [7], [], [3, 3, 3]]
+    with caplog.at_level("WARNING", logger="flr"):
+        batch, whole = processor(histories), free(histories)
+        processor(histories)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once
+    lost = [sum(p not in b.tolist() for p in range(len(h)))
+            for h, b in zip(histories, batch["item_positions"], strict=True)]  # fmt: skip
+    assert lost[0] > 0
+    assert lost[1:3] == [0, 0]
+    assert f"{sum(lost)} of 11 items are left out" in caplog.text
+    assert processor.items_left_out == 2 * sum(lost)
+    for row, history in enumerate(histories):  # exactly the latest items that fit
+        alone = free([history[lost[row] :]])["input_ids"]
+        assert alone.shape[1] <= processor.prompt_limit
+        assert batch["input_ids"][row, -alone.shape[1] :].tolist() == alone[0].tolist()
+        if lost[row]:
+            assert free([history[lost[row] - 1 :]])["input_ids"].shape[1] > processor.prompt_limit
+    assert batch["input_ids"].shape[1] < whole["input_ids"].shape[1]
+    processor.save_pretrained(tmp_path)
+    loaded = RecProcessor.from_pretrained(tmp_path)
+    assert (loaded.max_positions, loaded.max_prompt_tokens) == (fixed + 3 * longest, None)
+    assert torch.equal(loaded(histories)["input_ids"], batch["input_ids"])
+    loaded.fit_positions(fixed + 9 * longest)  # the smallest that was ever given holds
+    assert loaded.prompt_limit == processor.prompt_limit
+    with pytest.raises(ValueError, match=rf"max_prompt_tokens: expected at most {fixed + 2 * longest} .* got 999"):
+        loaded.bound_prompts(999)
+    wanted = make("title", max_prompt_tokens=999)
+    with pytest.raises(ValueError, match="max_prompt_tokens: expected at most"):
+        wanted.fit_positions(fixed + 3 * longest)
+    assert wanted.max_positions is None
+    with pytest.raises(ValueError, match=rf"positions of the model: expected at least {fixed + longest} \({fixed} for"):
+        free.fit_positions(fixed + longest - 1)
+    free.fit_positions(fixed + longest)  # room for the text and the next item, and for no history
+    assert free(histories)["item_positions"].max() == -1
+
+
+@pytest.mark.parametrize("name", ["title", "sid", "id"])
+def test_another_order_of_the_catalogue_is_refused(tmp_path, name):
+    """It has the same size, tokens and vocabulary, and would give every item another's name."""
+    PROCESSORS[name].save_pretrained(tmp_path)
+    order = [1, 0, *range(2, 8)]
+    ids, titles, sids = ([values[i] for i in order] for values in (CATALOGUE.item_ids, TITLES, SIDS))
+    Catalogue(ids, titles, sids).save(tmp_path / "catalogue.parquet")
+    with pytest.raises(ValueError, match=r"expected the catalogue of this processor_config\.json, got another one"):
+        RecProcessor.from_pretrained(tmp_path)
+
+
+def swapped(vocabulary):
+    """A vocabulary in which two items' tokens have each other's id."""
+    one, two = (next(t for t in vocabulary if str(n) in t and len(t) > 3) for n in (0, 1))
+    return {**vocabulary, one: vocabulary[two], two: vocabulary[one]}
+
+
+@pytest.mark.parametrize("name", ["id", "sid"])
+def test_another_tokenizer_is_refused(tmp_path, name):
+    PROCESSORS[name].save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = swapped(content["model"]["vocab"])
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"expected the vocabulary of this processor_config\.json, got another one"):
+        RecProcessor.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_digests_loads(tmp_path):
+    """As version 0.1 wrote it."""
+    PROCESSORS["id"].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("digests", "max_positions")}))
+    assert RecProcessor.from_pretrained(tmp_path).digests() == config["digests"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codec": None}, "name: expected one of"),
+        (
+            {"template": {"text": "x" * 70000 + "{history}"}},
+            "text: expected text of at most 65536 characters, got 70009",
+        ),
+        ({"template": {"text": "{history}", "bos": "no"}}, "bos: expected True or False, got 'no'"),
+        ({"template": {"colour": 1}}, "expected the settings of a processor, got TypeError"),
+        ({"max_history": 1e300}, "max_history: expected a whole number"),
+        ({"max_history": 10**30}, "max_history: expected at most 2147483647, got 1000"),
+        ({"max_history": True}, "max_history: expected a whole number"),
+        ({"num_thoughts": 10**9}, "num_thoughts: expected at most 1024, got 1000000000"),
+        ({"max_positions": "64"}, "max_positions: expected a whole number"),
+        ({"max_prompt_tokens": []}, "max_prompt_tokens: expected a whole number"),
+        ({"views": {"weight": "0.5"}}, "weight: expected a number in 0..1, got '0.5'"),
+        ({"thought_token": 3}, "thought_token: expected text, got 3"),
+        ({"scoring": "best"}, "scoring: expected"),
+        ({"version": 2}, "expected version 1, got 2"),
+        ({"digests": [1]}, "expected the catalogue of this"),
+    ],
+)
+def test_damaged_settings_name_the_file(tmp_path, change, message):
+    PROCESSORS["id"].save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message) as caught:
+        RecProcessor.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_errors():
     processor = PROCESSORS["title"]
     with pytest.raises(ValueError, match="histories: expected at least one"):
@@ -226,7 +341,7 @@ def test_errors():
         processor([["Blue Train"]])
     with pytest.raises(ValueError, match="max_history: expected at least 1, got 0"):
         make("id", max_history=0)
-    with pytest.raises(ValueError, match="num_thoughts: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="num_thoughts: expected at least 0, got -1"):
         make("id", num_thoughts=-1)
     with pytest.raises(ValueError, match=r"max_prompt_tokens: expected at least 3 .* got 2"):
         make("id", max_prompt_tokens=2)

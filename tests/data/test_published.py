@@ -82,7 +82,7 @@ def test_published_missing_pieces(tmp_path):
     (published(folder) / "train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected columns"):
         load_dataset(folder)
-    with pytest.raises(ValueError, match=r"items.txt:2: expected a new item id, got '0'"):
+    with pytest.raises(ValueError, match=r"items.txt:2: expected a new item id in UTF-8, got '0'"):
         load_dataset(published(folder, items="Blue\t0\nRed\t0\n"))
     with pytest.raises(ValueError, match=r"items.txt:1: expected 2 or 3 tab-separated cells, got 1"):
         load_dataset(published(folder, items="Blue\n"))

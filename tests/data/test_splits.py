@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flr.data import Catalogue, ReadReport, prepare_amazon
-from flr.data.splits import InteractionLog, LogBuilder, k_core, split_log, titled_catalogue
+from flr.data.events import InteractionLog, LogBuilder
+from flr.data.splits import k_core, split_log, titled_catalogue
 
 EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=40)
 

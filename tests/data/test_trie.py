@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from flr.decode import CatalogueTrie, item_filter
 from tests.helpers.catalogues import codec_of, random_catalogue
@@ -223,3 +224,29 @@ def test_a_moved_trie_keeps_no_tensor_of_the_old_device():
 def _tensors(trie: CatalogueTrie) -> list[torch.Tensor]:
     values = [v if isinstance(v, tuple) else (v,) for v in vars(trie).values()]
     return [x for value in values for x in value if isinstance(x, torch.Tensor)]
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    """Also one whose arrays look sound, and one of the first version, which had no digest."""
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(0)))
+    file = tmp_path / "trie.safetensors"
+    trie.save(file)
+    whole = file.read_bytes()
+    assert torch.equal(CatalogueTrie.load(file).items, trie.items)
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(start, len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"trie\.safetensors: expected the arrays that were saved"):
+            CatalogueTrie.load(file)
+    for content in (b"", whole[:-3], b"9" * 100, whole[:8] + b"[" * (start - 8) + whole[start:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"trie\.safetensors: expected a catalogue trie, got"):
+            CatalogueTrie.load(file)
+    file.write_bytes(whole)
+    arrays = load_file(file)
+    save_file(arrays, file, metadata={"format": "flr-catalogue-trie-1"})
+    assert torch.equal(CatalogueTrie.load(file).children, trie.children)
+    arrays["items"][0] = arrays["items"][1]
+    save_file(arrays, file, metadata={"format": "flr-catalogue-trie-1"})
+    with pytest.raises(ValueError, match=r"trie\.safetensors: expected a whole trie"):
+        CatalogueTrie.load(file)

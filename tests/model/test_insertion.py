@@ -161,6 +161,15 @@ def test_what_cannot_be_done_right_is_refused():
     model(input_ids=ids, labels=torch.tensor([[-100] * 5 + [3]]), position_ids=padded, attention_mask=mask)
 
 
+def test_a_batch_that_leaves_no_position_for_the_thought_is_refused():
+    full = torch.randint(3, VOCAB, (1, 128))  # as many as the models have positions
+    model = one_line("gpt2").eval()
+    with pytest.raises(ValueError, match="expected at most 127 tokens, since the model has 128 positions"):
+        model(input_ids=full)
+    assert model(input_ids=full[:, :127]).logits.shape[1] == 127
+    assert one_line("llama").eval()(input_ids=full).logits.shape[1] == 128  # rotary positions go on
+
+
 def test_labels_on_the_prompt_and_a_frozen_reasoner_are_said_once(caplog):
     ids = torch.tensor([[5, 6, 7, 8]])
     backbone.warn_once.cache_clear()

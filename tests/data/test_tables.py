@@ -62,7 +62,7 @@ def test_parquet_bad_rows_and_columns(tmp_path):
     with pytest.raises(ValueError, match="got 3 of 53"):
         load_dataset(file)
     pq.write_table(log_table(user=None), file)
-    with pytest.raises(ValueError, match="expected a column user or user_id"):
+    with pytest.raises(ValueError, match="expected a column user_id or user"):
         load_dataset(file)
     pq.write_table(log_table(item=[0.5] * 50), file)
     with pytest.raises(ValueError, match="column 'item': expected text or integers, got double"):
