@@ -75,13 +75,21 @@ def write_json(path: PathLike, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(path: PathLike) -> dict[str, Any]:
-    """Read a JSON object; ValueError naming the file where it is missing, is not JSON or is no object."""
+def read_json(path: PathLike, limit: int = 1 << 26) -> dict[str, Any]:
+    """Read a JSON object of at most ``limit`` bytes.
+
+    Raises:
+        ValueError: naming the file, where it is missing, longer, not JSON or no object.
+    """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as stream:
+            content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"{path}: expected at most {limit} bytes, got more")
+        value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"path: expected a JSON file at {path}, got none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")

@@ -9,7 +9,7 @@ from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
@@ -18,7 +18,8 @@ ABOUT = "Rank every target of a split over the whole catalogue; popularity and i
 class EvaluateOptions:
     """What to evaluate, and how."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
     split: str = option("test", "train, valid or test.")
     output: str | None = option(None, "Folder for metrics.json and per-user ranks.parquet.")
     batch_size: int = option(64, "Users at a time; no influence on results.")
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
     dataset = data.load()
-    model, processor = load_trained(options.model, dataset)
+    model, processor = load_trained(options.model, dataset, options.revision)
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,

@@ -19,6 +19,9 @@ from flr.config import FLRConfig
 
 console = Console(stderr=True)
 
+#: Help of the option ``--revision``, which stands beside ``--model``.
+REVISION = "Branch, tag or commit of a model on the Hub."
+
 
 def _docstring_help(cls: type) -> dict[str, str]:
     """Help texts from a docstring's Attributes section: ``name: text`` and ``a, b: text``."""

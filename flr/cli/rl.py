@@ -13,7 +13,7 @@ from flr.data import RecDataset, RecProcessor
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 from .training import resumes, summarise, training_run
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
@@ -23,7 +23,8 @@ ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what 
 class RLOptions:
     """What to start from."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
 
 
 def train(
@@ -36,7 +37,7 @@ def train(
     """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
-    model, processor = load_trained(options.model, dataset)
+    model, processor = load_trained(options.model, dataset, options.revision, is_trainable=True)
     if data.views() is not None:
         processor.views = data.views()
     trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)

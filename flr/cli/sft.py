@@ -32,7 +32,7 @@ def train(
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
-    rows, changes = augment.apply(dataset, data.max_history)
+    rows, changes = augment.apply(dataset, processor.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     with training_run(trainer, resume) as checkpoint:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)

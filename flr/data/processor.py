@@ -11,8 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoTokenizer
 
 from flr.config import check_normalisation
 from flr.files import PathLike, read_json, write_json
@@ -20,6 +18,7 @@ from flr.files import PathLike, read_json, write_json
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
+from .saved_tokenizer import load_tokenizer
 
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"
@@ -307,8 +306,7 @@ class RecProcessor:
         if config.get("version") != _VERSION:
             raise ValueError(f"{folder / CONFIG_NAME}: expected version {_VERSION}, got {config.get('version')!r}")
         # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
-        tokenizer_class = getattr(transformers, str(config.get("tokenizer_class")), AutoTokenizer)
-        tokenizer = tokenizer_class.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder, config.get("tokenizer_class"))
         size = len(tokenizer)
         processor = cls(
             tokenizer,

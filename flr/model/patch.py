@@ -17,6 +17,7 @@ from flr.config import FLRConfig
 from .forward import flr_forward
 from .head import head
 from .reasoner import build_reasoner
+from .saved_config import hook_saving, unhook_saving
 
 logger = logging.getLogger("flr")
 
@@ -111,6 +112,7 @@ def patch_model(
     )
     model.__dict__["_flr_patch"] = patch
     model.forward = types.MethodType(flr_forward, model)
+    hook_saving(model)
     model.config.keys_to_ignore_at_inference = [*(model.config.keys_to_ignore_at_inference or []), "flr"]
     try:
         if not on_meta and verify:
@@ -134,6 +136,7 @@ def unpatch_model(model: Any) -> Any:
     if not is_patched(model):
         raise ValueError("model: expected a patched model, got an unpatched one")
     patch: Patch = model.__dict__["_flr_patch"]
+    unhook_saving(model)
     del model.forward
     if patch.had_forward is not None:
         model.forward = patch.had_forward

@@ -12,7 +12,10 @@ from transformers import Trainer
 from flr.data import EpochSampler, InteractionDataset, Interactions, RecProcessor
 from flr.decode import CatalogueTrie
 from flr.evaluate import evaluate
+from flr.model.backbone import causal_lm
 from flr.model.catalogue_loss import CatalogueLoss
+from flr.model.patch import is_patched
+from flr.model.saved_config import write_config
 
 
 class RecTrainer(Trainer):
@@ -89,7 +92,11 @@ class RecTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.processor.save_pretrained(output_dir or str(self.args.output_dir))
+            folder = Path(output_dir or str(self.args.output_dir))
+            self.processor.save_pretrained(folder)
+            lm = causal_lm(self.accelerator.unwrap_model(self.model))
+            if (folder / "adapter_config.json").is_file() and is_patched(lm):  # PEFT writes the base model's name alone
+                write_config(folder / "config.json", lm.config, lm.config.flr)
 
 
 def _spread(rows: Interactions | None, most: int | None) -> Interactions | None:
