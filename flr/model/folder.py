@@ -67,9 +67,7 @@ def local_folder(name: PathLike, variant: str | None = None, **hub: Any) -> Path
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         wanted = f"a folder with {CONFIG} or a model on the Hub"
-        raise OSError(
-            f"directory: expected {wanted}, got {name!r}, which is neither here nor there ({reason})"
-        ) from error
+        raise OSError(f"directory: expected {wanted}, got {name!r}: no folder, and {reason}") from error
     return Path(found)
 
 
