@@ -8,6 +8,7 @@ from flr.config import option
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 
+from .card import measured, model_facts, update_card
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
 
@@ -28,6 +29,7 @@ class EvaluateOptions:
     method: str = option("auto", "auto, beam or exhaustive (every item scored).")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
     baselines: bool = option(True, "Show popularity and item-kNN too.")
+    card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
 
 def main(argv: list[str]) -> int:
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
         views=data.views(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
+    if options.card:
+        update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = (Popularity, ItemKNN) if options.baselines else ()
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     others = [evaluate_scorer(s, rows, dataset.catalogue, exclude_seen=options.exclude_seen) for s in scorers]

@@ -12,6 +12,7 @@ from flr.config import option
 from flr.data import RecDataset, RecProcessor
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
+from .card import measured, model_facts, save_card
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
 from .training import resumes, summarise, training_run
@@ -47,6 +48,9 @@ def train(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
         after = trainer.evaluate()
+        valid = trainer.valid_result()
+    about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
+    save_card(args, about, measured(dataset, "valid", valid))
     history: dict[float, dict[str, float]] = {}
     for line in lines:
         if values := {name: line[name] for name in names if name in line}:

@@ -10,8 +10,10 @@ from transformers import set_seed
 
 from flr.config import FLRConfig
 from flr.data import RecDataset
+from flr.model.backbone import causal_lm
 from flr.train import SFTConfig, SFTTrainer
 
+from .card import measured, model_facts, save_card
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
 from .training import resumes, summarise, training_run
@@ -34,9 +36,14 @@ def train(
     model, processor = model_options.build(data, config, dataset, args.seed)
     rows, changes = augment.apply(dataset, processor.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
+    variant = causal_lm(model)._flr_patch.config.variant
     with training_run(trainer, resume) as checkpoint:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    facts = {"variant": config.variant, "train_rows": len(rows)}
+        valid = trainer.valid_result()
+    options = (data, augment, model_options, config, args)
+    about = model_facts(model, processor, dataset, "flr sft", options, model_options.model)
+    save_card(args, about, measured(dataset, "valid", valid))
+    facts = {"variant": variant, "train_rows": len(rows)}
     best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
     return model.eval(), processor, summarise(args, facts, outcome, best)
 

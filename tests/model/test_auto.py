@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ from flr.model.saved_config import MODEL_TYPE, REMEDY
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import FAMILIES, build_recommender, patched_model, tiny_model
 
+OLD = Path(__file__).parents[1] / "fixtures" / "saved-0.1.0"
 #: Ways into a folder that know nothing of this package.
 _PLAIN = """
 import sys
@@ -137,13 +139,18 @@ def test_config_is_the_same_after_a_second_save(tmp_path, family):
     }
 
 
-def test_the_whole_folder_is_the_same_after_a_second_save(saved, tmp_path):
-    again = flr.Recommender.from_pretrained(saved[0])
-    again.model.save_pretrained(tmp_path)
-    again.processor.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in saved[0].iterdir()}
-    for file in saved[0].iterdir():
-        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+@pytest.mark.parametrize("codec", ["id", "sid", "title", "0.1.0"])
+def test_the_whole_folder_is_the_same_after_a_second_save(tmp_path, codec):
+    old = codec == "0.1.0"
+    recommender = flr.Recommender.from_pretrained(OLD) if old else build_recommender(codec)
+    for name in ("first", "second"):
+        recommender.model.save_pretrained(tmp_path / name)
+        recommender.processor.save_pretrained(tmp_path / name)
+        recommender = flr.Recommender.from_pretrained(tmp_path / name)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert config_of(tmp_path / "first")["model_type"] == MODEL_TYPE
 
 
 def test_copies_save_as_the_original_does_and_unpatched_models_as_before(tmp_path):
