@@ -86,6 +86,26 @@ def test_every_command_takes_an_adapters_folder(start, tmp_path, capsys):
         assert flr.Recommender.from_pretrained(out).variant == "flr"
 
 
+def test_every_command_takes_an_id_on_the_hub(start, tmp_path, capsys, monkeypatch):
+    asked = []
+    download = lambda name, *, revision, **_: asked.append((name, revision)) or str(start)  # noqa: E731
+    monkeypatch.setattr("flr.model.folder.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    card = (start / "README.md").read_bytes()
+    there = ["--model", "user/name", "--revision", "v2"]
+    assert main(["evaluate", *there, *DATA]) == 0
+    assert (start / "README.md").read_bytes() == card  # that of a model on the Hub is its owner's
+    for command in ("recommend", "explain"):
+        assert main([command, *there, "--history", "item_1", "--json"]) == 0
+    for command, extra in (("sft", ["--max_steps", "1"]), ("rl", RL)):
+        assert main([command, *there, *DATA, *TRAINING, *extra, "--output_dir", command]) == 0
+        assert ModelCard.load(tmp_path / command / "README.md").data.base_model == "user/name"
+    server = pytest.importorskip("flr.serve.server")
+    server.load(server.Settings(model="user/name", revision="v2"))
+    assert set(asked) == {("user/name", "v2")}
+    assert len(asked) >= 6
+
+
 def test_the_card_of_a_trained_model(start, tmp_path):
     text, card = (start / "README.md").read_text(), ModelCard.load(start / "README.md")
     assert {result.dataset_split for result in card.data.eval_results} == {"valid"}
