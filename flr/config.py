@@ -17,6 +17,10 @@ Normalisation: TypeAlias = Literal["full", "catalogue"]
 IGNORE = -100
 
 
+#: The most that one request may ask for: items, beams, and entries of a history or a list of values.
+MAX_K, MAX_BEAMS, MAX_ENTRIES = 1000, 1000, 10_000
+
+
 def check_normalisation(name: str, value: str, *others: str) -> Any:
     """``value``, if it is a :data:`Normalisation` or one of ``others``; else ValueError, which calls it ``name``."""
     allowed = (*others, *get_args(Normalisation))
@@ -51,7 +55,9 @@ class FLRConfig:
         orthogonality_weight, diversity_weight, sparsity_weight: λ >= 0 of the regularisers, each of which is in [0, 1].
         sparsity_target: entropy of the gates, of the attention, or the mean of both.
         thought_token: text of the thought token, added to the tokenizer when it is missing.
-        thought_token_id: its id; taken from the tokenizer, or given when there is none.
+        thought_token_id: its id; taken from the tokenizer, or the first after the embeddings when there is none.
+        insert_thought: give a batch without thought tokens N of them in every row, before its first label or at the
+            end of its prompt.
         input_scale: RMS of the model's input embeddings, the unit in which a contribution is short or long; measured
             by ``patch_model`` when None.
 
@@ -79,6 +85,7 @@ class FLRConfig:
     sparsity_target: str = "gate"
     thought_token: str = "<|thought|>"
     thought_token_id: int | None = None
+    insert_thought: bool = True
     input_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -100,6 +107,7 @@ class FLRConfig:
         self._check("init_scale", self.init_scale >= 0, "a number >= 0")
         for name in ("orthogonality_weight", "diversity_weight", "sparsity_weight"):
             self._check(name, getattr(self, name) >= 0, "a number >= 0")
+        self._check("insert_thought", isinstance(self.insert_thought, bool), "True or False")
         self._check("thought_token", bool(self.thought_token), "a token's text")
 
     def _check(self, name: str, ok: bool, expected: str) -> None:

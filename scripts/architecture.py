@@ -37,6 +37,7 @@ EVERYTHING = ("everything",)
 #: Bottom first: a room may import only what stands before it.
 ROOMS = (
     Room("kernels", "flr_kernels/", "six fused operations and their backends"),
+    Room("lazy", "flr/lazy.py", "names imported at their first use"),
     Room("files", "flr/files.py", "files that appear whole or not at all"),
     Room("config", "flr/config.py", "what kind of thought, and constants of all"),
     Room("data", "flr/data/", "catalogue, codecs, trie, logs, prompts, batches", ("files", "config")),
@@ -54,16 +55,16 @@ ROOMS = (
         "recommend",
         "flr/recommend/",
         "histories by name, items with reasons",
-        ("data", "report", "model", "decode", "explain"),
+        ("config", "data", "report", "model", "decode", "explain"),
     ),
-    Room("flr", "flr/__init__.py", "the public names", ("kernels", "config", "model", "recommend")),
+    Room("flr", "flr/__init__.py", "the public names", ("lazy", "config", "model", "recommend")),
     Room(
         "train",
         "flr/train/",
         "supervised training, latent GRPO",
-        ("kernels", "config", "data", "model", "decode", "evaluate"),
+        ("lazy", "kernels", "config", "data", "model", "decode", "evaluate"),
     ),
-    Room("serve", "flr/serve/", "recommendations over HTTP", ("config", "data", "decode", "recommend", "flr")),
+    Room("serve", "flr/serve/", "recommendations over HTTP", ("lazy", "config", "data", "decode", "recommend", "flr")),
     Room("cli", "flr/cli/", "the commands; bench/ by its name alone", EVERYTHING),
     Room("bench", "bench/", "speed and memory beside competitors", EVERYTHING),
     Room("scripts", "scripts/", "experiments, tuning, pictures", EVERYTHING),

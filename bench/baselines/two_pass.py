@@ -27,7 +27,7 @@ def _join(prompt: Tensor, target: Tensor, members: int) -> Tensor:
 def _passes(model, ids, mask, positions, reasoner_mask, noisy, published):
     """Last hidden states [R, W, D] (logits [R, W, V] when published) and the thoughts' outputs; ``noisy(n, r)``
     perturbs."""
-    config, original = model._flr_patch.config, model._flr_patch.original
+    config, original = model._flr_patch.config, model._flr_patch.original(model)
     kwargs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     embeds = model.get_input_embeddings()(ids)
     start = int((ids[0] == config.thought_token_id).int().argmax())

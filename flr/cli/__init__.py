@@ -1,9 +1,15 @@
-"""The ``flr`` command: ``flr <command> --help``."""
+"""The ``flr`` command: ``flr <command> --help``.
+
+An error is one line on standard error. ``flr --debug <command>`` and ``FLR_DEBUG=1`` show its traceback instead.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+
+from .errors import UsageError, message
 
 COMMANDS = {
     "quickstart": "the whole tour on generated data: train, compare, explain, report (minutes, no input needed)",
@@ -20,26 +26,52 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for unusable arguments, 1 for input that was refused)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command; returns the exit status (2 for unusable arguments, 1 for anything else that went wrong).
+
+    With ``--debug``, or ``FLR_DEBUG`` set to anything but 0, an error of the command is raised.
+    """
+    debug, argv = _debug(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
-        print(f"usage: flr <command> [options]\n\n{lines}\n\nflr <command> --help lists a command's options.")
+        print(
+            f"usage: flr [--debug] <command> [options]\n\n{lines}\n\nflr <command> --help lists a command's options. "
+            "--debug shows the traceback of an error."
+        )
         return 0
     if argv[0] in ("-V", "--version"):
         from flr import __version__
 
         print(__version__)
         return 0
-    if argv[0] not in COMMANDS:
-        print(f"flr: expected a command ({', '.join(COMMANDS)}), got {argv[0]!r}", file=sys.stderr)
+    name = argv[0]
+    if name not in COMMANDS:
+        print(f"flr: expected a command ({', '.join(COMMANDS)}), got {name!r}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"flr.cli.{argv[0]}")
     try:
-        return command.main(argv[1:]) or 0
-    except (ValueError, OSError) as error:
-        print(f"flr {argv[0]}: {error}", file=sys.stderr)
-        return 1
+        status = importlib.import_module(f"flr.cli.{name}").main(argv[1:]) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print(f"flr {argv[0]}: stopped", file=sys.stderr)
+        print(f"flr {name}: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough; Python's own flush at the end must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"flr {name}: {message(error, name)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _debug(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether tracebacks are wanted, and the arguments without ``--debug``.
+
+    A ``--debug`` with a value after it is one of transformers' TrainingArguments and stays.
+    """
+    rest = []
+    for index, word in enumerate(argv):
+        value = argv[index + 1 :][:1] if index else []
+        if word != "--debug" or (value and not value[0].startswith("-")):
+            rest.append(word)
+    return len(rest) < len(argv) or os.environ.get("FLR_DEBUG", "0") not in ("", "0"), rest

@@ -8,21 +8,20 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 from rich.table import Table
 
 from flr.config import FLRConfig, option
-from flr.data import RecDataset
-from flr.evaluate import EvalResult, evaluate
-from flr.evaluate.metrics import paired_difference, row_metrics
-from flr.files import write_json
-from flr.train import SFTConfig
 
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
 from .sft import train
+
+if TYPE_CHECKING:
+    from flr.data import RecDataset
+    from flr.evaluate import EvalResult
+    from flr.train import SFTConfig
 
 ABOUT = (
     "Train none / anchor / latentr3 / flr under one budget and several seeds; paired bootstrap intervals and a plot."
@@ -35,7 +34,7 @@ MODES = {
     "flr-plain": "K factors, regularisers off",
 }
 METRICS = ("hr@10", "ndcg@10")
-Parts = tuple[DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]
+Parts: TypeAlias = "tuple[DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]"
 
 
 @dataclass
@@ -47,13 +46,18 @@ class CompareOptions:
     split: str = option("test", "Split that is reported; models are chosen on valid.")
     keep: bool = option(False, "Keep the checkpoints of every run.")
 
-    def mode_list(self) -> list[str]:
-        modes = [m.strip() for m in self.modes.split(",") if m.strip()]
+    def __post_init__(self) -> None:
+        modes = self.mode_list()
+        if self.split not in ("valid", "test"):
+            raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not modes or set(modes) - set(MODES):
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {self.modes!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
-        return modes
+
+    def mode_list(self) -> list[str]:
+        """The modes by name."""
+        return [mode.strip() for mode in self.modes.split(",") if mode.strip()]
 
 
 def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
@@ -86,6 +90,9 @@ def run(
     Raises:
         ValueError: the folder holds a run of other settings, which would be passed off as this one.
     """
+    from flr.evaluate import EvalResult, evaluate
+    from flr.files import write_json
+
     data, augment, model_options, config, args = parts
     folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
     result_folder, config = folder / options.split, mode_config(mode, config)
@@ -146,6 +153,10 @@ def differences(results: dict[str, list[EvalResult]], control: str = "anchor") -
 
 def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: str) -> tuple[float, float, float]:
     """Mean, low and high of the difference; users are resampled, their values averaged over seeds first."""
+    import numpy as np
+
+    from flr.evaluate.metrics import paired_difference, row_metrics
+
     values = [np.mean([row_metrics(r.ranks["item"])[metric] for r in group], axis=0) for group in (control, runs)]
     d = paired_difference(values[0], values[1], control[0].users, control[0].samples)
     return (d.mean, d.low, d.high)
@@ -175,14 +186,17 @@ def print_table(outcome: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
+    from flr.train import SFTConfig
+
     classes = (CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     *parts, rest = parse("compare", ABOUT, classes, argv)
+    from flr.files import write_json
+    from flr.report.plots import plot_compare  # before the training, in case that matplotlib is not there
+
     outcome = compare(*parts)
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    from flr.report.plots import plot_compare
-
     plot_compare(outcome["rows"], root / "compare.png")
     console.print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
     emit(outcome, rest.json)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flr.config import option
-from flr.evaluate import evaluate, evaluate_scorer
-from flr.evaluate.baselines import ItemKNN, Popularity
 
-from .card import measured, model_facts, update_card
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
 
@@ -36,6 +33,11 @@ def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
+    from flr.evaluate import evaluate, evaluate_scorer
+    from flr.evaluate.baselines import ItemKNN, Popularity
+
+    from .card import measured, model_facts, update_card
+
     dataset = data.load()
     model, processor = load_trained(options.model, dataset, options.revision)
     rows = getattr(dataset, options.split)

@@ -5,38 +5,28 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
-from flr.data import (
-    Augment,
-    HistoryViews,
-    Interactions,
-    PromptTemplate,
-    RecDataset,
-    RecProcessor,
-    build_tokenizer,
-    load_dataset,
-    planted_dataset,
-)
-from flr.data import expand_prefixes as all_prefixes
-from flr.data.saved_tokenizer import load_tokenizer
-from flr.model.backbone import causal_lm
-from flr.model.checkpoint import holds_thought, load_from
-from flr.model.folder import local_folder
-from flr.model.patch import patch_model
-from flr.train import init_item_embeddings, item_neighbours, with_catalogue_rows
-from flr.train.features import INITS
 
+from .errors import did_you_mean
 from .parsing import REVISION
 
+if TYPE_CHECKING:  # a command's --help waits for none of these
+    from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
+
+INITS = ("random", "title")
 _SHAPE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "attention_dropout",
     "initializer_range", "tie_word_embeddings",
 )  # fmt: skip
+#: Causal LMs whose configuration says ``is_decoder=False`` all the same; elsewhere that is an encoder.
+_CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
+
+
+def _check(options: Any, expected: str, ok: bool, name: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {getattr(options, name)!r}")
 
 
 @dataclass
@@ -58,9 +48,13 @@ class DataOptions:
     planted_users: int = option(2000, "Generated data: users.")
 
     def views(self) -> HistoryViews | None:
+        from flr.data import HistoryViews
+
         return None if self.views_weight is None else HistoryViews(self.views_weight, self.views_decay)
 
     def load(self) -> RecDataset:
+        from flr.data import load_dataset, planted_dataset
+
         if self.data == "planted":
             return planted_dataset(num_items=self.planted_items, num_users=self.planted_users)
         return load_dataset(self.data, self.data_format)
@@ -81,8 +75,17 @@ class AugmentOptions:
     neighbour_content: float = option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
     neighbour_temperature: float = option(1.0, "Neighbours: below 1 sharpens.")
 
+    def __post_init__(self) -> None:
+        _check(self, "an integer >= 0", self.catalogue_rows >= 0, "catalogue_rows")
+        _check(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
+        _check(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
+
     def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
         """Training rows, and how to vary them."""
+        from flr.data import Augment
+        from flr.data import expand_prefixes as all_prefixes
+        from flr.train import item_neighbours, with_catalogue_rows
+
         options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
         chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
         rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
@@ -117,10 +120,26 @@ class ModelOptions:
     title_power: float = option(0.5, "init_items title: weight of words that many titles share, see item_features.")
     freeze_backbone: bool = option(False, "Train the reasoner alone.")
 
+    def __post_init__(self) -> None:
+        _check(self, f"one of {', '.join(INITS)}", self.init_items in INITS, "init_items")
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _check(self, "an integer >= 1", getattr(self, name) >= 1, name)
+        _check(self, "a number in [0, 1)", 0 <= self.attention_dropout < 1, "attention_dropout")
+        _check(self, "a positive number", self.initializer_range > 0, "initializer_range")
+        _check(self, "a positive number", self.embedding_scale is None or self.embedding_scale > 0, "embedding_scale")
+        _check(self, "a number >= 0", self.title_power >= 0, "title_power")
+
     def build(self, data: DataOptions, config: FLRConfig, dataset: RecDataset, seed: int) -> tuple[Any, RecProcessor]:
         """A patched model and its processor."""
-        if self.init_items not in INITS:
-            raise ValueError(f"init_items: expected one of {', '.join(INITS)}, got {self.init_items!r}")
+        import torch
+
+        from flr.data import PromptTemplate, RecProcessor, build_tokenizer
+        from flr.data.saved_tokenizer import load_tokenizer
+        from flr.model.checkpoint import holds_thought
+        from flr.model.folder import local_folder
+        from flr.model.patch import patch_model
+        from flr.train import init_item_embeddings
+
         torch.manual_seed(seed)
         tokenizer: Any
         folder = None if self.model is None else local_folder(self.model, revision=self.revision)
@@ -157,6 +176,8 @@ class ModelOptions:
 
         An option that has its default is taken for not given: views alone are changed by giving others.
         """
+        from flr.model.backbone import causal_lm
+
         assert self.model is not None
         model, processor = load_trained(self.model, dataset, self.revision, is_trainable=True)
         thought, prompts = causal_lm(model)._flr_patch.config.to_dict(), ("codec", "max_history", "max_title_tokens")
@@ -170,6 +191,13 @@ class ModelOptions:
         return self._frozen(model), processor
 
     def _scratch(self, tokenizer: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+        if self.architecture not in CAUSAL:
+            expected = "the model type of a causal LM, such as llama, qwen2 or gpt2"
+            hint = did_you_mean(self.architecture, CAUSAL)
+            raise ValueError(f"architecture: expected {expected}, got {self.architecture!r}{hint}")
         shape = {name: getattr(self, name) for name in _SHAPE}
         shape |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         shape["vocab_size"] = len(tokenizer)
@@ -177,21 +205,41 @@ class ModelOptions:
             shape |= {"n_inner": shape.pop("intermediate_size"), "attn_pdrop": shape.pop("attention_dropout")}
         elif self.architecture in ("llama", "qwen2", "qwen3", "mistral"):
             shape["num_key_value_heads"] = self.num_attention_heads
-        config = AutoConfig.for_model(self.architecture, **shape)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        try:
+            config = AutoConfig.for_model(self.architecture, **shape)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # every family has checks, and kinds of errors, of its own
+            sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
+            reason = " ".join(str(error).split())
+            expected = f"sizes that {self.architecture} can be built with"
+            raise ValueError(f"architecture: expected {expected}, got {sizes}: {reason}") from error
+        return check_causal(model, "architecture", self.architecture)
 
     def _pretrained(self, folder: Path, tokenizer: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
         model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
         model.name_or_path = model.config.name_or_path = str(self.model)  # not the place in the Hub's cache
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
-        return model
+        return check_causal(model, "model", str(self.model))
+
+
+def check_causal(model: Any, name: str, value: str) -> Any:
+    """``model``; ValueError for an encoder, whose tokens see the ones after them."""
+    kind = model.config.model_type
+    if getattr(model.config, "is_decoder", None) is False and kind not in _CAUSAL_ANYWAY:
+        raise ValueError(f"{name}: expected a causal LM, got {value}, an encoder or encoder-decoder ({kind})")
+    return model
 
 
 def load_trained(
     name: str, dataset: RecDataset, revision: str | None = None, is_trainable: bool = False
 ) -> tuple[Any, RecProcessor]:
     """Model and processor in a folder or on the Hub; ValueError where they were trained on another catalogue."""
+    from flr.data import RecProcessor
+    from flr.model.checkpoint import load_from
+
     model, folder = load_from(name, revision=revision, is_trainable=is_trainable)
     processor = RecProcessor.from_pretrained(folder)
     if processor.catalogue.item_ids != dataset.catalogue.item_ids:

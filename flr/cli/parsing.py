@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -9,13 +10,13 @@ import re
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-import yaml
 from rich.console import Console
-from transformers import HfArgumentParser
 
 from flr.config import FLRConfig
+
+from .errors import UsageError, did_you_mean, usage_error
 
 console = Console(stderr=True)
 
@@ -41,33 +42,39 @@ def _docstring_help(cls: type) -> dict[str, str]:
 def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
     """Options of a command: one instance of each dataclass.
 
-    ``--config FILE.yaml`` gives values by option name, flags override them. An unknown name raises ValueError.
+    ``--config FILE.yaml`` gives values by option name, flags override them; see :mod:`flr.cli.config_file`.
+
+    Raises:
+        UsageError: a flag that the command does not have, or a value that it does not take.
+        ValueError: the same in the file, with its name and the line.
     """
-    parser = HfArgumentParser(classes, prog=f"flr {command}", description=about)  # type: ignore[arg-type]
+    from transformers import HfArgumentParser
+
+    about_flags: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    parser = HfArgumentParser(classes, prog=f"flr {command}", description=about, **about_flags)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML file with values for the options below.")
     parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
     documented = _docstring_help(FLRConfig) if FLRConfig in classes else {}
     for action in parser._actions:
         action.help = action.help or documented.get(action.dest)
-    known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
-    config = _config_file(argv)
-    if config is not None:
-        values = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(values, dict) or set(values) - known:
-            odd = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{config}: expected options of flr {command}, got {odd}")
-        parser.set_defaults(**values)
-    *parsed, rest = parser.parse_args_into_dataclasses(argv)
+    try:
+        config = parser.parse_known_args(argv)[0].config
+        if config is not None:
+            from .config_file import Option, read_config
+
+            flags = {a.dest: a for a in reversed(parser._actions)}  # of --x and --no_x the first one
+            hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+            names = [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
+            options = {name: Option(flags[name], hints[name]) for name in names}
+            parser.set_defaults(**read_config(Path(config), command, options))
+        unknown = parser.parse_known_args(argv)[1]
+    except argparse.ArgumentError as error:
+        raise usage_error(error, parser._actions) from None
+    if unknown:
+        near = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
+        raise UsageError(f"expected options of flr {command}, got {unknown[0]}{near}")
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return (*parsed, types.SimpleNamespace(**vars(rest)))
-
-
-def _config_file(argv: list[str]) -> Path | None:
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            return Path(argv[i + 1])
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
-    return None
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

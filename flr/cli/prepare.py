@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flr.config import option
-from flr.data import load_dataset, prepare_amazon
 
 from .parsing import console, emit, parse
 
@@ -38,6 +37,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"kind: expected flr prepare {' | '.join(KINDS)}, got {kind!r}")
     if options.source is None:
         raise ValueError("source: expected a file or folder, got none")
+    from flr.data import load_dataset, prepare_amazon
+
     splitting = () if kind == "csv" else ("split", "max_history", "min_interactions")
     given: dict[str, Any] = {name: getattr(options, name) for name in ("max_bad_share", *splitting)}
     with console.status(f"reading {options.source}"):

@@ -8,26 +8,17 @@ import time
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
-from flr.data import RecDataset, RecProcessor
-from flr.evaluate import EvalResult, evaluate
-from flr.explain import factor_interest
-from flr.files import write_json
-from flr.model.backbone import causal_lm
-from flr.model.checkpoint import from_pretrained
-from flr.recommend import Recommender
-from flr.report.plots import plot_compare
-from flr.report.quickstart import quickstart_report
-from flr.train import LatentGRPOConfig, SFTConfig
 
 from . import rl
 from .compare import METRICS, MODES, CompareOptions, compare, mode_table, print_table, run_row, seed_difference
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
+
+if TYPE_CHECKING:
+    from flr.data import RecDataset
 
 ABOUT = (
     "Train five small models on generated data, reinforce one of them, compare, explain and report: about three "
@@ -55,6 +46,8 @@ class QuickstartOptions:
 
 def settings(options: QuickstartOptions) -> tuple[Any, ...]:
     """The configuration of the tour; ``flr compare`` takes the same things as flags."""
+    from flr.train import SFTConfig
+
     data = DataOptions(planted_items=200, planted_users=300 if options.quick else 2000)
     model = ModelOptions(
         hidden_size=64,
@@ -90,6 +83,9 @@ def settings(options: QuickstartOptions) -> tuple[Any, ...]:
 
 def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset: RecDataset, outcome: dict) -> None:
     """Latent GRPO on the model of mode flr; its rows and its difference to the control go into ``outcome``."""
+    from flr.evaluate import EvalResult, evaluate
+    from flr.train import LatentGRPOConfig
+
     results = []
     for seed in range(options.seeds):
         started = time.perf_counter()
@@ -107,6 +103,10 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
 
 def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
     """Agreement of the mode's factors with the planted interests."""
+    from flr.data import RecProcessor
+    from flr.explain import factor_interest
+    from flr.model.checkpoint import from_pretrained
+
     folder = root / f"{mode}-0"
     model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
     return factor_interest(model, processor, dataset.test, dataset.catalogue.attributes["interest"]).to_dict()
@@ -114,6 +114,14 @@ def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
     options, rest = parse("quickstart", ABOUT, (QuickstartOptions,), argv)
+    import torch
+
+    from flr.files import write_json
+    from flr.model.backbone import causal_lm
+    from flr.recommend import Recommender
+    from flr.report.plots import plot_compare
+    from flr.report.quickstart import quickstart_report
+
     started = time.perf_counter()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much where another process runs

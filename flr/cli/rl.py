@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import set_seed
+from typing import TYPE_CHECKING, Any
 
 from flr.config import option
-from flr.data import RecDataset, RecProcessor
-from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
-from .card import measured, model_facts, save_card
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
 from .training import resumes, summarise, training_run
+
+if TYPE_CHECKING:
+    from flr.data import RecDataset, RecProcessor
+    from flr.train import LatentGRPOConfig
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
 
@@ -36,6 +35,12 @@ def train(
     resume: bool = True,
 ) -> tuple[Any, RecProcessor, dict[str, Any]]:
     """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    from transformers import set_seed
+
+    from flr.train import LatentGRPOTrainer
+
+    from .card import measured, model_facts, save_card
+
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = load_trained(options.model, dataset, options.revision, is_trainable=True)
@@ -65,6 +70,8 @@ def train(
 
 
 def main(argv: list[str]) -> int:
+    from flr.train import LatentGRPOConfig
+
     options, data, args, rest = parse("rl", ABOUT, (RLOptions, DataOptions, LatentGRPOConfig), argv)
     resume = resumes(args)
     dataset = data.load()

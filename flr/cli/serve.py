@@ -8,12 +8,9 @@ ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page
 
 
 def main(argv: list[str]) -> int:
-    try:
-        from flr.serve.server import run
-        from flr.serve.settings import Settings
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette", "pydantic"):
-            raise
-        raise ValueError(f'this command needs {error.name}: pip install "flr[serve]"') from None
+    from flr.serve.settings import Settings
+
     settings, _ = parse("serve", ABOUT, (Settings,), argv)
+    from flr.serve.server import run
+
     return run(settings)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
-
-from transformers import set_seed
+from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig
-from flr.data import RecDataset
-from flr.model.backbone import causal_lm
-from flr.train import SFTConfig, SFTTrainer
 
-from .card import measured, model_facts, save_card
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
 from .training import resumes, summarise, training_run
+
+if TYPE_CHECKING:
+    from flr.data import RecDataset
+    from flr.train import SFTConfig
 
 ABOUT = "Train a recommender on an interaction log; ends with the best model by NDCG@10 on the valid split."
 
@@ -31,6 +29,13 @@ def train(
     resume: bool = True,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    from transformers import set_seed
+
+    from flr.model.backbone import causal_lm
+    from flr.train import SFTTrainer
+
+    from .card import measured, model_facts, save_card
+
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
@@ -49,6 +54,8 @@ def train(
 
 
 def main(argv: list[str]) -> int:
+    from flr.train import SFTConfig
+
     classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     data, augment, model, config, args, rest = parse("sft", ABOUT, classes, argv)
     resume = resumes(args)

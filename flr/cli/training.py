@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
-
-from transformers import TrainingArguments
-
-from flr.train import last_complete_checkpoint
+from typing import TYPE_CHECKING, Any
 
 from .parsing import console
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def resumes(args: TrainingArguments) -> bool:
@@ -27,6 +26,8 @@ def resumes(args: TrainingArguments) -> bool:
 @contextlib.contextmanager
 def training_run(trainer: Any, resume: bool) -> Iterator[str | None]:
     """Yield the checkpoint to continue from, if any; at the end of the block save the model and the trainer's state."""
+    from flr.train import last_complete_checkpoint
+
     folder = str(trainer.args.output_dir)
     checkpoint = last_complete_checkpoint(folder) if resume else None
     if checkpoint is not None:

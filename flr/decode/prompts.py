@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from flr.model.backbone import causal_lm, forward_parameters, takes_positions, warn_once
 from flr.model.head import HeadRows
+from flr.model.insertion import append_thoughts
 from flr.model.patch import is_patched
 
 from .expanded import ExpandedSession
@@ -30,6 +31,7 @@ def num_prompts(inputs: Mapping[str, Any]) -> int:
 def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Inputs of the prefill on the model's device, with attention_mask and position_ids present.
 
+    A patched model's prompts that bring no thought token get theirs, unless its config says otherwise.
     ``item_positions`` is dropped, ``reasoner_mask`` too where the model is not patched; every other key is passed on.
 
     Raises:
@@ -65,7 +67,7 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tor
         raise ValueError(
             f"position_ids: expected {list(ids.shape)} like input_ids, got {list(prepared['position_ids'].shape)}"
         )
-    return prepared
+    return append_thoughts(lm._flr_patch.config, prepared) if is_patched(lm) else prepared
 
 
 class Prompts(NamedTuple):

@@ -1,16 +1,19 @@
-"""Our model type in transformers' Auto classes and pipelines: with ``flr`` imported they give the patched model."""
+"""Our model type in transformers' Auto classes and pipelines: with ``flr`` imported they give the patched model.
+
+Both are told while transformers is imported, when most of it is half there: models are imported by the methods that
+make them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from flr.config import FLRConfig
 
-from .checkpoint import from_pretrained, load_saved
 from .folder import ADAPTER_CONFIG, HUB_OPTIONS, local_folder
-from .patch import patch_model
 from .saved_config import MODEL_TYPE, SavedConfig, document
 from .saved_config import base_config as config_of
 
@@ -55,6 +58,8 @@ class FLRForCausalLM:
         cls, directory: Any, *_: Any, config: Any = None, variant: str | None = None, **kwargs: Any
     ) -> Any:
         """As :func:`flr.from_pretrained`, with the configuration that the caller read and may have changed."""
+        from .checkpoint import from_pretrained, load_saved
+
         for name in ("_from_auto", "_from_pipeline", "adapter_kwargs"):  # between transformers' own classes
             kwargs.pop(name, None)
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
@@ -67,13 +72,21 @@ class FLRForCausalLM:
     @classmethod
     def _from_config(cls, config: FLRModelConfig, **kwargs: Any) -> Any:
         """New weights: the base model of this configuration, patched."""
+        from transformers import AutoModelForCausalLM
+
+        from .patch import patch_model
+
         if config.base_config is None:
             raise ValueError("base_config: expected the configuration of a causal LM, got None")
         model = AutoModelForCausalLM.from_config(config.base_config, trust_remote_code=False, **kwargs)
         return patch_model(model, config=FLRConfig.from_dict(config.flr))
 
 
-def register() -> None:
-    """Tell transformers' Auto classes of our model type; calling it again changes nothing."""
-    AutoConfig.register(MODEL_TYPE, FLRModelConfig, exist_ok=True)
-    AutoModelForCausalLM.register(FLRModelConfig, FLRForCausalLM, exist_ok=True)
+def register_config(module: Any) -> None:
+    """Tell ``AutoConfig`` of ``module``, transformers' ``configuration_auto``, of our type; again changes nothing."""
+    module.AutoConfig.register(MODEL_TYPE, FLRModelConfig, exist_ok=True)
+
+
+def register_model(module: Any) -> None:
+    """Tell ``AutoModelForCausalLM`` of ``module``, transformers' ``modeling_auto``, of it; again changes nothing."""
+    module.AutoModelForCausalLM.register(FLRModelConfig, FLRForCausalLM, exist_ok=True)

@@ -49,6 +49,12 @@ def backbone_trains(model: nn.Module) -> bool:
     return any(p.requires_grad and ".flr." not in f".{name}" for name, p in model.named_parameters())
 
 
+def reasoner_is_frozen(model: nn.Module) -> bool:
+    """Whether there is a reasoner that needs no gradient while something else does."""
+    own = [p.requires_grad for name, p in model.named_parameters() if ".flr." in f".{name}"]
+    return bool(own) and not any(own) and backbone_trains(model)
+
+
 def is_checkpointing(model: Any) -> bool:
     """Whether gradient checkpointing is on."""
     name = "is_activation_checkpointing"  # transformers >= 5.20; the old name warns there

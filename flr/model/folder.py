@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from flr.files import read_json
+
+if TYPE_CHECKING:  # this is read while transformers is imported, which need not wait for torch
+    from torch import Tensor
 
 PathLike = str | os.PathLike[str]
 
@@ -118,6 +119,8 @@ def read_weights(files: Sequence[Path], prefix: str) -> dict[str, Tensor]:
 
 
 def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:

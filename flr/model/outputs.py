@@ -53,7 +53,9 @@ class ThoughtInputs:
         reasoner_mask: bool [B, L]; narrows what the factors attend to, e.g. to item tokens. None for the whole prompt.
         thought_start: a promise that every row's first thought stands in this column and no label before it; saves a
             look at the data (one device synchronisation).
-        skip_logits: return no logits, only the loss. Default: in training with labels.
+        skip_logits: return no logits, only the loss. Default: in training with labels, where the batch brings its
+            own thought tokens.
+        insert_thought: whether a batch without thought tokens gets them. Default: ``config.insert_thought``.
         label_smoothing: of the cross-entropy, in [0, 1).
         num_items_in_batch: divisor of the summed cross-entropy (as ``Trainer`` passes it under gradient
             accumulation and data parallelism); each user's regularisers are then weighted by its share of the target
@@ -66,6 +68,7 @@ class ThoughtInputs:
     reasoner_mask: Tensor | None = None
     thought_start: int | None = None
     skip_logits: bool | None = None
+    insert_thought: bool | None = None
     label_smoothing: float = 0.0
     num_items_in_batch: Tensor | int | None = None
     catalogue_loss: CatalogueLoss | None = None

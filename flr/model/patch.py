@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flr.config import FLRConfig
 
+from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
+from .generate import flr_generate
 from .head import head
+from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
-from .saved_config import hook_saving, unhook_saving
+from .saved_config import flr_save_pretrained
+from .vocabulary import Tables, grow, teach, thought_id
 
 logger = logging.getLogger("flr")
+
+#: What a patch replaces in the instance.
+_REPLACED = ("forward", "generate", "save_pretrained")
 
 #: Fields of a shipped generation config that survive: token ids and lengths, nothing that changes a ranking.
 _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
@@ -30,12 +37,22 @@ class Patch:
     """What ``unpatch_model`` needs to put things back."""
 
     config: FLRConfig
-    original: Any  # the bound forward that was
-    had_forward: Any  # an instance attribute ``forward`` of somebody else's, or None
+    had: dict[str, Any]  # instance attributes of somebody else's that ours hide: forward, generate, base.forward
     generation_config: GenerationConfig | None
     ignored_keys: Any  # the config instance's own keys_to_ignore_at_inference, or None
     vocab_size: int | None  # rows of the embedding before it grew, else None
     own_vocab_size: bool  # whether the model had an attribute of that name before
+    hooks: list[int]  # ids of ours
+    pending: Any = None  # see flr.model.bypass
+    checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
+
+    def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
+        """The model's own ``forward``, ``generate`` or ``save_pretrained``."""
+        return self.had[name] if name in self.had else getattr(type(model), name).__get__(model)
+
+    def base_forward(self, base: Any) -> Callable[..., Any]:
+        """The base model's own ``forward``."""
+        return self.had.get("base.forward") or type(base).forward.__get__(base)
 
 
 def patch_model(
@@ -44,36 +61,45 @@ def patch_model(
     config: FLRConfig | None = None,
     *,
     verify: bool = True,
+    **options: Any,
 ) -> Any:
     """Give a decoder-only causal LM a latent thought, in place.
 
     Adds the reasoner as ``model.flr`` (weights in float32 or above), the thought token to ``tokenizer`` and, if it
-    does not fit, a row to the embeddings; replaces ``forward`` of this instance. Sampling options that the base model
-    ships in its ``generation_config`` are set aside (and logged), so that they never change a ranking silently; pass
-    them to ``generate`` to use them. Prompts end with ``config.num_thoughts`` thought tokens; a row without one
-    behaves as before.
+    does not fit, a row to the embeddings; replaces ``forward`` and ``generate`` of this instance. Nothing else is
+    needed: a batch that brings no thought token gets ``config.num_thoughts`` of them in every row, before its first
+    label, or at the end of its prompt where there are no labels, and logits come back in the columns of the caller. A
+    batch that brings thought tokens is left alone (a row without one has no thought then). Sampling options that the
+    base model ships in its ``generation_config`` are set aside (and logged), so that they never change a ranking
+    silently; pass them to ``generate`` to use them.
+
+    Whatever fails, the model and the tokenizer are left as they were.
 
     Args:
         model: any Hugging Face decoder-only causal LM. Patch before ``get_peft_model(..., modules_to_save=["flr"])``.
-        tokenizer: extended in place; None if ``config.thought_token_id`` is given.
+        tokenizer: extended in place. Without one the thought's id is ``config.thought_token_id``, or the first after
+            the model's embeddings; :func:`add_thought_token` teaches it to a tokenizer later.
         config: defaults to ``FLRConfig()``. A copy is kept, as ``model.config.flr`` too.
         verify: run eight tokens through the model to check that hidden states and lm_head compose to its logits and
             to scale the thought to ``config.init_scale`` of the input embeddings; skipped on the meta device.
+        options: fields of :class:`flr.FLRConfig` that replace those of ``config``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: patched already, not a decoder-only causal LM, no thought token, or the check failed.
+        ValueError: patched already, not a decoder-only causal LM, an unknown option, or the check failed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> tiny = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         ...                    num_attention_heads=4, num_key_value_heads=2)
-        >>> model = patch_model(LlamaForCausalLM(tiny), config=FLRConfig(num_factors=4, thought_token_id=49))
-        >>> out = model(input_ids=torch.tensor([[5, 6, 7, 49, 8]]), labels=torch.tensor([[-100, -100, -100, -100, 8]]))
-        >>> out.flr.attention.shape, out.flr.gates.shape
-        (torch.Size([1, 2, 4, 3]), torch.Size([1, 2, 4]))
+        >>> model = patch_model(LlamaForCausalLM(tiny), num_factors=4)
+        >>> model.config.flr["thought_token_id"], model.config.vocab_size
+        (50, 51)
+        >>> out = model(input_ids=torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[-100, -100, -100, 8]]))
+        >>> out.logits.shape, out.flr.attention.shape, out.flr.gates.shape
+        (torch.Size([1, 4, 51]), torch.Size([1, 2, 4, 3]), torch.Size([1, 2, 4]))
         >>> unpatch_model(model) is model, hasattr(model, "flr")
         (True, False)
     """
@@ -83,46 +109,88 @@ def patch_model(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{peft}")
     if is_patched(model):
         raise ValueError("model: expected an unpatched model, got a patched one; call flr.unpatch_model first")
-    text_config = model.config.get_text_config()
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"model: expected a decoder-only causal LM, got {type(model).__name__}")
-    config = dataclasses.replace(config or FLRConfig())
+    unknown = set(options) - {f.name for f in dataclasses.fields(FLRConfig)}
+    if unknown:
+        raise ValueError(f"options: expected fields of FLRConfig, got {', '.join(sorted(unknown))}")
+    config = dataclasses.replace(config or FLRConfig(), **options)
+    before = _Before(model)
+    try:
+        _patch(model, tokenizer, config, verify)
+        if tokenizer is not None and config.thought_count:
+            teach(tokenizer, config)  # last: a tokenizer cannot forget
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRConfig, verify: bool) -> None:
+    """The steps of :func:`patch_model`; any may raise."""
     old_size, own_vocab_size = None, "vocab_size" in model.__dict__
     if config.thought_count:
-        config.thought_token_id = _thought_token(config, tokenizer)
-        rows = model.get_input_embeddings().weight.shape[0]
-        needed = max(config.thought_token_id + 1, 0 if tokenizer is None else len(tokenizer))
-        if needed > rows:
-            model.resize_token_embeddings(needed, mean_resizing=False)
-            old_size = rows
-            _fill_new_rows(model, rows)
+        config.thought_token_id = thought_id(model, config, tokenizer)
+        tokens = 0 if tokenizer is None else len(tokenizer)
+        old_size = grow(model, max(config.thought_token_id + 1, tokens))
     embedding = model.get_input_embeddings().weight
-    on_meta = embedding.device.type == "meta"
-    reasoner = build_reasoner(text_config.hidden_size, config)
+    reasoner = build_reasoner(model.config.get_text_config().hidden_size, config)
     if reasoner is not None:
         model.flr = reasoner.to(embedding.device, torch.promote_types(embedding.dtype, torch.float32))
+    base = model.base_model
+    had = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
+    if "forward" in base.__dict__:
+        had["base.forward"] = base.__dict__["forward"]
     patch = Patch(
         config=config,
-        original=model.forward,
-        had_forward=model.__dict__.get("forward"),
+        had=had,
         generation_config=model.generation_config,
         ignored_keys=model.config.__dict__.get("keys_to_ignore_at_inference"),
         vocab_size=old_size,
         own_vocab_size=own_vocab_size,
+        hooks=add_hooks(model, note_call, finish_call),
     )
     model.__dict__["_flr_patch"] = patch
-    model.forward = types.MethodType(flr_forward, model)
-    hook_saving(model)
-    model.config.keys_to_ignore_at_inference = [*(model.config.keys_to_ignore_at_inference or []), "flr"]
-    try:
-        if not on_meta and verify:
-            _verify_and_scale(model, patch)
-        _neutral_generation(model, config)
-    except BaseException:
-        unpatch_model(model)
-        raise
+    model.forward = Method(flr_forward, model)
+    model.generate = Method(flr_generate, model)
+    model.save_pretrained = Method(flr_save_pretrained, model)
+    base.forward = Method(flr_base_forward, base, like=type(base).forward)
+    base.__dict__["_flr_owner"] = model  # not as a submodule
+    # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.
+    ignored = getattr(model.config, "keys_to_ignore_at_inference", None) or []
+    model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
+    if embedding.device.type != "meta" and verify:
+        _verify_and_scale(model, patch)
+    _neutral_generation(model, config)
     model.config.flr = config.to_dict()
-    return model
+
+
+class _Before:
+    """A model as it was before :func:`patch_model` touched it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.tables = model, Tables(model)
+        self.attributes, self.options = dict(model.__dict__), dict(model.config.__dict__)
+        self.modules = dict(model._modules)
+        self.base, self.base_attributes = model.base_model, dict(model.base_model.__dict__)
+        self.hooks = {name: dict(hooks) for name, hooks in model.__dict__.items() if "_hooks" in name}
+
+    def restore(self) -> None:
+        model = self.model
+        self.tables.restore()
+        for name, hooks in self.hooks.items():
+            model.__dict__[name].clear()
+            model.__dict__[name].update(hooks)
+        for mine, theirs in (
+            (model.__dict__, self.attributes),
+            (model.config.__dict__, self.options),
+            (self.base.__dict__, self.base_attributes),
+        ):
+            for name in set(mine) - set(theirs):
+                del mine[name]
+            mine.update(theirs)
+        model._modules.clear()
+        model._modules.update(self.modules)
 
 
 def unpatch_model(model: Any) -> Any:
@@ -136,15 +204,19 @@ def unpatch_model(model: Any) -> Any:
     if not is_patched(model):
         raise ValueError("model: expected a patched model, got an unpatched one")
     patch: Patch = model.__dict__["_flr_patch"]
-    unhook_saving(model)
-    del model.forward
-    if patch.had_forward is not None:
-        model.forward = patch.had_forward
+    for name in _REPLACED:
+        model.__dict__.pop(name, None)
+    remove_hooks(model, patch.hooks)
+    for name in ("forward", "_flr_owner"):
+        model.base_model.__dict__.pop(name, None)
+    for name, value in patch.had.items():
+        owner = model.base_model if name.startswith("base.") else model
+        owner.__dict__[name.removeprefix("base.")] = value
     del model.__dict__["_flr_patch"]
     if hasattr(model, "flr"):
         del model.flr
     model.generation_config = patch.generation_config
-    del model.config.keys_to_ignore_at_inference
+    model.config.__dict__.pop("keys_to_ignore_at_inference", None)
     if patch.ignored_keys is not None:
         model.config.keys_to_ignore_at_inference = patch.ignored_keys
     if hasattr(model.config, "flr"):
@@ -161,32 +233,6 @@ def is_patched(model: torch.nn.Module) -> bool:
     return "_flr_patch" in model.__dict__
 
 
-def _thought_token(config: FLRConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    if tokenizer is None:
-        if config.thought_token_id is None:
-            raise ValueError("tokenizer: expected a tokenizer or config.thought_token_id, got neither")
-        return config.thought_token_id
-    token_id = tokenizer.get_vocab().get(config.thought_token)
-    if token_id is None:
-        tokenizer.add_tokens([config.thought_token], special_tokens=True)
-        token_id = tokenizer.get_vocab()[config.thought_token]
-    if config.thought_token_id not in (None, token_id):
-        raise ValueError(
-            f"thought_token_id: expected {token_id}, the tokenizer's id of {config.thought_token!r}, "
-            f"got {config.thought_token_id}"
-        )
-    return token_id
-
-
-@torch.no_grad()
-def _fill_new_rows(model: Any, old_size: int) -> None:
-    """New tokens start as the mean of the old embeddings, in both tables."""
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        weight = module.weight
-        if weight.device.type != "meta" and weight.shape[0] > old_size:
-            weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
-
-
 @torch.no_grad()
 def _verify_and_scale(model: Any, patch: Patch) -> None:
     """Check that base model and lm_head compose to the model's logits; measure scales; size the thought."""
@@ -200,7 +246,7 @@ def _verify_and_scale(model: Any, patch: Patch) -> None:
     try:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         hidden = model.base_model(**inputs, return_dict=True).last_hidden_state
-        ours, theirs = head(model, hidden), patch.original(**inputs).logits
+        ours, theirs = head(model, hidden), patch.original(model)(**inputs).logits
         if config.input_scale is None:
             sample = table(torch.arange(min(rows, 4096), device=ids.device)).float()
             config.input_scale = float(sample.square().mean().sqrt()) or 1.0

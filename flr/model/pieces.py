@@ -18,6 +18,7 @@ class Pieces:
     positions: Tensor | None  # [1 or B, L]
     is_thought: Tensor  # bool [B, L]
     reasoner_mask: Tensor | None  # bool [B, L]
+    thinks: bool = True  # whether ``is_thought`` may be true anywhere
 
     def cut(self, start: int, stop: int) -> dict[str, Any]:
         """Arguments of the base model for columns [start, stop); a 2-D mask spans the columns before them too."""

@@ -8,13 +8,13 @@ look at the type, but at ``transformers_weights``, the name of the weights' file
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from flr.config import FLRConfig
 from flr.files import atomic_file, read_json
@@ -136,29 +136,13 @@ def _options(file: Path, values: dict[str, Any]) -> FLRConfig:
         raise ValueError(f"{file}: flr: {error}") from error
 
 
-def hook_saving(model: Any) -> None:
-    """Make ``model.save_pretrained`` of this instance write our config.json.
-
-    A ``functools.partial`` in the instance: unlike a bound method it is pickled and deep-copied with the model.
-    """
-    original = model.__dict__.get("save_pretrained")
-    model.save_pretrained = functools.partial(save_patched, model, original=original)
-
-
-def unhook_saving(model: Any) -> None:
-    """Undo :func:`hook_saving`."""
-    hook = model.__dict__.pop("save_pretrained", None)
-    if hook is not None and hook.keywords["original"] is not None:
-        model.save_pretrained = hook.keywords["original"]
-
-
-def save_patched(model: Any, save_directory: Any, *args: Any, original: Any = None, **kwargs: Any) -> None:
-    """``model.save_pretrained`` as it was, but for config.json, which is written in our form from the start.
+def flr_save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """``save_pretrained`` as it was, but for config.json, which is written in our form from the start.
 
     The model keeps its configuration throughout; for as long as the save takes, that one writes its file our way. So no
     moment has the base model's config.json beside weights with a thought, and an upload at the end takes ours.
     """
-    config: PreTrainedConfig = model.config
+    config: PreTrainedConfig = self.config
 
     def to_json_file(path: Any, use_diff: bool = True) -> None:
         config.__dict__.pop("to_json_file", None)  # else it would be written as an attribute
@@ -166,9 +150,8 @@ def save_patched(model: Any, save_directory: Any, *args: Any, original: Any = No
 
     config.__dict__["to_json_file"] = to_json_file
     try:
-        save = functools.partial(PreTrainedModel.save_pretrained, model) if original is None else original
-        save(save_directory, *args, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True):
+        self._flr_patch.original(self, "save_pretrained")(save_directory, *args, **kwargs)
+        if getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True):
             to_json_file(Path(save_directory) / CONFIG)  # beside an adapter, where transformers writes none
     finally:
         config.__dict__.pop("to_json_file", None)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from flr.config import MAX_BEAMS, MAX_ENTRIES, MAX_K
 from flr.data import RecProcessor
 from flr.decode.scoring import resolve_scoring
 
@@ -18,10 +19,7 @@ OnUnknown = Literal["raise", "skip"]
 History: TypeAlias = "Sequence[str] | np.ndarray"
 #: Values that an item's attribute may have, by the attribute's name in the catalogue.
 Where: TypeAlias = "Mapping[str, Iterable[Any]]"
-MAX_K = 1000
-MAX_BEAMS = 1000
 MAX_HISTORIES = 10_000
-MAX_ENTRIES = 10_000
 _MIN_TEXT = 500  # an entry may always be this long; else as long as the catalogue's longest id or title
 
 

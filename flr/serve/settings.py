@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flr.config import option
-from flr.decode.scoring import resolve_scoring
-from flr.recommend.query import MAX_BEAMS, MAX_ENTRIES, MAX_K
+from flr.config import MAX_BEAMS, MAX_ENTRIES, MAX_K, check_normalisation, option
 
 TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE = "FLR_SERVE_TOKEN", "FLR_SERVE_ADMIN_TOKEN"
 _SHORTEST_TOKEN = 16
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -94,7 +93,9 @@ class Settings:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {value!r}")
-        resolve_scoring(self.scoring, "full")
+        check_normalisation("scoring", self.scoring, "auto")
+        if self.dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
 
     @property
     def loopback(self) -> bool:

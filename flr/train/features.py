@@ -16,8 +16,6 @@ from sklearn.preprocessing import normalize
 
 from flr.data import Catalogue, RecProcessor
 
-INITS = ("random", "title")
-
 
 def title_tfidf(catalogue: Catalogue) -> sp.csr_matrix:
     """TF-IDF of the titles' words and of their character 3- to 5-grams, rows of unit length: float64 [C, features]."""

@@ -4,12 +4,36 @@ import doctest
 import re
 from pathlib import Path
 
+import torch
+import transformers
+
+from tests.helpers.models import tiny_model
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
+def example(number):
+    return re.findall(r"executed by tests/docs/test_readme.py.*?-->\n```python\n(.*?)```", README, re.S)[number]
+
+
+def test_the_first_lines_run(monkeypatch):
+    model, names = tiny_model("qwen2").eval(), {}
+
+    def from_pretrained(name):
+        names["hub"] = name
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    exec(compile(example(0), "README.md", "exec"), names)
+    assert names["hub"].count("/") == 1
+    ids = torch.tensor([[5, 6, 7]])
+    assert model(input_ids=ids).flr is not None
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 5)
+
+
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    code = re.search(r"executed by tests/(?:docs/)?test_readme.py -->\n```python\n(.*?)```", README, re.S)[1]
+    code = example(1)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) >= 4

@@ -10,7 +10,7 @@ from tests.helpers.models import THOUGHT
 
 def naive_forward(model, input_ids, attention_mask, labels, position_ids=None, reasoner_mask=None):
     """Loss and logits with the whole sequence encoded once more for every thought: N + 1 passes, user by user."""
-    config, original = model._flr_patch.config, model._flr_patch.original
+    config, original = model._flr_patch.config, model._flr_patch.original(model)
     embeds = model.get_input_embeddings()(input_ids)
     kwargs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     regularisers = []

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import flr
-from flr.model.auto import FLRModelConfig, register
+from flr.model.auto import FLRModelConfig, register_config, register_model
 from flr.model.saved_config import MODEL_TYPE, REMEDY
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import FAMILIES, build_recommender, patched_model, tiny_model
@@ -110,9 +110,21 @@ def test_from_config_makes_a_new_patched_model(saved):
 
 
 def test_registering_again_changes_nothing(saved):
-    register()
-    register()
+    for _ in range(2):
+        register_config(transformers.models.auto.configuration_auto)
+        register_model(transformers.models.auto.modeling_auto)
     assert type(AutoConfig.from_pretrained(saved[0])) is FLRModelConfig
+
+
+@pytest.mark.parametrize("first", ["flr", "transformers", "transformers.modeling_utils", "transformers.pipelines"])
+@pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "AutoConfig"])
+def test_whichever_is_imported_first(saved, first, loader):
+    code = f"import sys, {first}, flr; from transformers import {loader}; "
+    code += f"print(hasattr({loader}.from_pretrained(sys.argv[1]), 'flr'))"
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(saved[0])]
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.split() == ["True"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,16 +168,14 @@ def test_the_whole_folder_is_the_same_after_a_second_save(tmp_path, codec):
 def test_copies_save_as_the_original_does_and_unpatched_models_as_before(tmp_path):
     model = patched_model()
     twin = copy.deepcopy(model)
-    assert twin.save_pretrained.args[0] is twin
+    assert twin.save_pretrained.__self__ is twin
     del model
     twin.config.flr["dropout"] = 0.25
     twin.save_pretrained(tmp_path / "twin")
     assert config_of(tmp_path / "twin")["flr"]["dropout"] == 0.25
     assert "to_json_file" not in vars(twin.config)
-    del twin.forward  # a bound method, which is not pickled; the hook is
     pickle.loads(pickle.dumps(twin)).save_pretrained(tmp_path / "pickled")
     assert (tmp_path / "pickled" / "config.json").read_bytes() == (tmp_path / "twin" / "config.json").read_bytes()
-    twin.forward = None
     flr.unpatch_model(twin).save_pretrained(tmp_path / "plain")
     assert config_of(tmp_path / "plain")["model_type"] == "llama"
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is type(twin)

@@ -182,7 +182,7 @@ def test_trainer_as_it_is(tmp_path, accumulation):
     ("make", "message"),
     [
         (lambda: flr.patch_model(torch.nn.Linear(2, 2)), "model: expected a transformers PreTrainedModel"),
-        (lambda: flr.patch_model(tiny_model()), "tokenizer: expected a tokenizer or config.thought_token_id"),
+        (lambda: flr.patch_model(tiny_model(), factors=3), "options: expected fields of FLRConfig, got factors"),
         (
             lambda: flr.patch_model(tiny_model().model, config=flr.FLRConfig(thought_token_id=1)),
             "decoder-only",

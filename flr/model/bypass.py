@@ -1,0 +1,103 @@
+"""Callers that go around a patched model's forward and run the base model themselves.
+
+A fused loss (TRL's trainers, Liger-Kernel) replaces the instance's ``forward`` by one that calls the base model and
+multiplies with the lm_head itself; ours would never be reached, and the thought left out in silence. So the base
+model of a patched model makes the thoughts where its input shows their tokens, or where it is called by a ``forward``
+that took the place of ours: a hook on the model's call has kept the labels, from which the thoughts' places follow.
+The states are returned in the caller's columns, and the regularisers are added to the loss that the call returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from flr.config import IGNORE
+
+from .forward import Batch, encode, goes_on, place_of_thoughts, plain_pieces, thoughts_among, with_thoughts
+from .methods import Method
+from .outputs import FLROutput, ThoughtInputs
+
+#: Arguments of a base model that the pieces are given one by one.
+_OURS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+)
+
+
+@dataclass
+class Pending:
+    """A call of the model whose forward is not ours, while it runs."""
+
+    labels: Tensor | None
+    num_items: Tensor | int | None
+    made: FLROutput | None = None
+
+
+def note_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook before a call of the model: keep its labels if somebody replaced our forward."""
+    if isinstance(model.__dict__.get("forward"), Method):
+        return
+    model._flr_patch.pending = Pending(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
+
+
+def finish_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook after it: the loss of a call that went around our forward gets the regularisers."""
+    pending: Pending | None = model._flr_patch.pending
+    model._flr_patch.pending = None
+    if pending is not None and pending.made is not None and getattr(output, "loss", None) is not None:
+        output.loss = output.loss + pending.made.loss
+    return output
+
+
+def flr_base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of the base model ``self`` of a patched model.
+
+    That of the base model it was, but for input_ids that contain thought tokens, or that should.
+    """
+    model = self._flr_owner
+    patch = model._flr_patch
+    original = patch.base_forward(self)
+    names = list(inspect.signature(type(self).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids, past, pending = given.get("input_ids"), given.get("past_key_values"), patch.pending
+    if ids is None or goes_on(past):
+        return original(*args, **kwargs)
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    is_thought = thoughts_among(patch.config, ids, None, past, None)
+    rest = {k: v for k, v in given.items() if k not in _OURS}
+    made, labels = None, None if pending is None else pending.labels
+    if is_thought is None and pending is not None:
+        made = place_of_thoughts(model, ThoughtInputs(), ids, mask, positions, labels, rest)
+    if is_thought is None and made is None:
+        return original(*args, **kwargs)
+    embeds, keep_cache = model.get_input_embeddings()(ids), bool(given.get("use_cache"))
+    if made is None:
+        pieces = plain_pieces(embeds, mask, positions, is_thought, None)
+    else:
+        pieces = with_thoughts(model, made, embeds, mask, positions, None)
+    encoded = encode(model, Batch(pieces, None, made, past, keep_cache), ThoughtInputs(), rest)
+    if pending is not None:
+        pending.made = encoded.encoder.output(_shares(labels, pending.num_items))
+    return BaseModelOutputWithPast(
+        last_hidden_state=encoded.states(),
+        past_key_values=encoded.encoder.cache if keep_cache else None,
+        hidden_states=encoded.encoder.all_layers(encoded.inverse),
+    )
+
+
+def _shares(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | None:
+    """Users' shares [B] in the regularisers, as in our own loss; None for equal ones."""
+    if labels is None or num_items is None:
+        return None
+    return (labels[:, 1:] != IGNORE).sum(1) / num_items

@@ -1,0 +1,161 @@
+"""The thought's row in the embeddings, and its token in a tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flr.config import FLRConfig
+
+
+def thought_id(model: Any, config: FLRConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The thought token's id: the tokenizer's, the next one it will give, the config's, or the first after the table.
+
+    Raises:
+        ValueError: the config and the tokenizer disagree.
+    """
+    if tokenizer is None:
+        return rows(model) if config.thought_token_id is None else config.thought_token_id
+    known = tokenizer.get_vocab().get(config.thought_token)
+    token_id = len(tokenizer) if known is None else known
+    if config.thought_token_id not in (None, token_id):
+        raise ValueError(
+            f"thought_token_id: expected {token_id}, the tokenizer's id of {config.thought_token!r}, "
+            f"got {config.thought_token_id}"
+        )
+    return token_id
+
+
+def teach(tokenizer: PreTrainedTokenizerBase, config: FLRConfig) -> None:
+    """Add the thought token to ``tokenizer``, if it lacks it, with the id that :func:`thought_id` said."""
+    if config.thought_token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([config.thought_token], special_tokens=True)
+    got = tokenizer.get_vocab()[config.thought_token]
+    if got != config.thought_token_id:
+        raise ValueError(
+            f"tokenizer: expected to give {config.thought_token!r} the id {config.thought_token_id}, got {got}"
+        )
+
+
+def rows(model: Any) -> int:
+    """Rows of the input embeddings."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def grow(model: Any, needed: int) -> int | None:
+    """Give the embeddings ``needed`` rows, new ones the mean of the old; the number before, None if it was enough."""
+    old = rows(model)
+    if needed <= old:
+        return None
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    _fill_new_rows(model, old)
+    return old
+
+
+@torch.no_grad()
+def _fill_new_rows(model: Any, old_size: int) -> None:
+    for module in _tables(model):
+        weight = module.weight
+        if weight.device.type != "meta" and weight.shape[0] > old_size:
+            weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
+
+
+def _tables(model: Any) -> list[Any]:
+    """Input and output embeddings, once each."""
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(module): module for module in pair if module is not None}.values())
+
+
+class Tables:
+    """The embeddings as they are, to put them back if a patch fails half-way."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.saved = [(module, dict(vars(module)), dict(module._parameters)) for module in _tables(model)]
+        self.data = {
+            id(p): (p, p.data) for _, _, parameters in self.saved for p in parameters.values() if p is not None
+        }
+        self.pair = (model.get_input_embeddings(), model.get_output_embeddings())
+        self.own = {name: vars(model)[name] for name in ("vocab_size",) if name in vars(model)}
+        self.sizes = [(config, config.vocab_size) for config in self._configs() if hasattr(config, "vocab_size")]
+
+    def _configs(self) -> list[Any]:
+        configs = (self.model.config, self.model.config.get_text_config())
+        return list({id(config): config for config in configs}.values())
+
+    def restore(self) -> None:
+        """Modules, weights and sizes as they were."""
+        for parameter, data in self.data.values():
+            parameter.data = data
+        for module, attributes, parameters in self.saved:
+            vars(module).update(attributes)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        self.model.set_input_embeddings(self.pair[0])
+        self.model.set_output_embeddings(self.pair[1])
+        for config, size in self.sizes:
+            config.vocab_size = size
+        if "vocab_size" not in self.own:
+            self.model.__dict__.pop("vocab_size", None)
+        self.model.__dict__.update(self.own)
+
+
+@torch.no_grad()
+def add_thought_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Teach ``tokenizer`` the thought token of a model that was patched without one.
+
+    The token gets the tokenizer's next id; where the model's table is longer than the tokenizer (a padded vocabulary),
+    the thought's embedding moves to that row and the model's config follows.
+
+    Args:
+        model: patched; changed in place where the id differs.
+        tokenizer: extended in place.
+
+    Returns:
+        The token's id.
+
+    Raises:
+        ValueError: the model is not patched or has no thought, or the tokenizer does not fit the model's table.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flr.data import Catalogue, build_tokenizer
+        >>> from flr.model.patch import patch_model
+        >>> tokenizer = build_tokenizer(Catalogue(["x", "y"], ["Blue", "Green"]), "id")
+        >>> tiny = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        ...                    num_attention_heads=4, num_key_value_heads=2)
+        >>> model = patch_model(LlamaForCausalLM(tiny), thought_token="<|think|>")
+        >>> model.config.flr["thought_token_id"], add_thought_token(model, tokenizer) == len(tokenizer) - 1
+        (100, True)
+    """
+    from .patch import is_patched
+
+    if not is_patched(model) or model._flr_patch.config.thought_count == 0:
+        raise ValueError("model: expected a patched model with a thought, got one without")
+    config: FLRConfig = model._flr_patch.config
+    old = config.thought_token_id
+    assert old is not None
+    known = tokenizer.get_vocab().get(config.thought_token)
+    new = len(tokenizer) if known is None else known
+    if new > old:
+        raise ValueError(
+            f"tokenizer: expected at most {old} tokens, since the thought of this model has the id {old}, got {new}"
+        )
+    if new != old:
+        for module in _tables(model):
+            module.weight[new] = module.weight[old]
+        config.thought_token_id = new
+        model.config.flr = config.to_dict()
+        generation = model.generation_config
+        if generation is not None and generation.suppress_tokens == [old]:
+            generation.suppress_tokens = [new]
+    teach(tokenizer, config)
+    return new
+
+
+def embedding_of(model: Any, token_id: int, device: torch.device) -> Tensor:
+    """The input embedding [D] of a token, with a gradient to its row."""
+    return model.get_input_embeddings()(torch.full((1, 1), token_id, device=device))[0, 0]

@@ -1,0 +1,154 @@
+"""A user's own script, before and after the one line: ``flr.patch_model(model)``.
+
+The scripts know nothing of thoughts: prompts, collator, trainer and decoding are as anybody has them.
+"""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+import flr
+from tests.helpers.models import tiny_llama
+
+WORDS = ["red", "green", "blue", "cup", "plate", "bowl", "likes", "then"]
+#: What comes next in a history: a colour decides the dish. Easy to learn, and the same for every script.
+ROWS = [
+    {"prompt": f"ann likes {a} then {b}", "completion": f" {dish}"}
+    for a in WORDS[:3]
+    for b in WORDS[:3]
+    for dish in [WORDS[3 + WORDS.index(b)]]
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "ann", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def model_for(tokenizer, one_line, **options):
+    torch.manual_seed(0)
+    model = tiny_llama(len(tokenizer), num_hidden_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return flr.patch_model(model, **options) if one_line else model
+
+
+def arguments(cls, folder, **options):
+    shared = {"max_steps": 60, "per_device_train_batch_size": 9, "learning_rate": 0.02, "report_to": "none"}
+    shared |= {"logging_steps": 5, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    return cls(output_dir=str(folder), **shared, **options)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def with_transformers(model, tokenizer, folder):
+    """The script of the transformers documentation: tokens, labels, a padding collator, Trainer."""
+    rows = []
+    for row in ROWS:
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"] + [2]
+        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    trainer = Trainer(model, arguments(TrainingArguments, folder), train_dataset=rows, data_collator=collator)
+    trainer.train()
+    return trainer
+
+
+def with_trl(model, tokenizer, folder, **options):
+    """The script of the TRL documentation: a data set of prompts and completions, SFTTrainer."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    trainer = SFTTrainer(
+        model,
+        args=arguments(SFTConfig, folder, **options),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return trainer
+
+
+def answers(model, tokenizer):
+    """Batched generation as anybody writes it, with padding on the left."""
+    tokenizer.padding_side = "left"
+    prompts = [row["prompt"] for row in ROWS] + ["likes red"]  # of two lengths
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs.pop("token_type_ids", None)
+    out = model.eval().generate(**inputs, max_new_tokens=2, do_sample=False)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new, skip_special_tokens=True)[: len(ROWS)]
+
+
+@pytest.mark.parametrize("script", [with_transformers, with_trl])
+@pytest.mark.parametrize("one_line", [False, True], ids=["before", "after"])
+def test_a_script_trains_and_answers(script, one_line, tokenizer, tmp_path):
+    model = model_for(tokenizer, one_line)
+    start = None if not one_line else {k: v.clone() for k, v in model.flr.state_dict().items()}
+    trainer = script(model, tokenizer, tmp_path)
+    assert losses(trainer)[-1] < 0.1 * losses(trainer)[0]
+    expected = [row["completion"].strip() for row in ROWS]
+    assert answers(model, tokenizer) == expected
+    if one_line:
+        moved = {k for k, v in model.flr.state_dict().items() if not torch.equal(v, start[k])}
+        assert {"output", "query"} <= {k.split(".")[0] for k in moved}
+        row = torch.tensor([tokenizer(ROWS[0]["prompt"])["input_ids"]])
+        assert model(row).flr is not None
+    served = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    said = served(ROWS[4]["prompt"], max_new_tokens=1, do_sample=False, return_full_text=False)
+    assert said[0]["generated_text"].strip() == expected[4]
+
+
+def test_a_thought_takes_part_in_the_answer(tokenizer, tmp_path):
+    """Trained by the script, the factors' sum is what the answers hang on: without it they are worse."""
+    model = model_for(tokenizer, True, init_scale=0.3)
+    with_transformers(model, tokenizer, tmp_path)
+    inputs = tokenizer([row["prompt"] + row["completion"] for row in ROWS], return_tensors="pt")["input_ids"]
+    labels = inputs.clone()
+    labels[:, :-1] = -100
+    model.eval()
+    with torch.no_grad():
+        whole = model(input_ids=inputs, labels=labels)
+        without = model(input_ids=inputs, labels=labels, insert_thought=False)
+    assert whole.flr.thought.abs().max() > 0
+    assert without.loss > whole.loss
+    assert whole.logits.shape == (*inputs.shape, len(tokenizer) + 1)
+
+
+def test_trl_with_lora_trains_the_reasoner_or_says_that_it_does_not(tokenizer, tmp_path, caplog):
+    from peft import LoraConfig
+
+    for names, frozen in (({"modules_to_save": ["flr"]}, False), ({}, True)):
+        model = model_for(tokenizer, True)
+        caplog.clear()
+        flr.model.backbone.warn_once.cache_clear()
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM", **names)
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        trainer = SFTTrainer(
+            model,
+            args=arguments(SFTConfig, tmp_path),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+        trainer.train()
+        assert ("the reasoner is frozen" in caplog.text) == frozen
+
+
+def test_trl_s_packing_is_refused(tokenizer, tmp_path):
+    model = model_for(tokenizer, True)
+    with pytest.raises(ValueError, match="packed"):
+        with_trl(model, tokenizer, tmp_path, packing=True, max_length=32, padding_free=True)
