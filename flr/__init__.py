@@ -12,8 +12,9 @@ from .lazy import attach, when_imported
 
 if TYPE_CHECKING:
     from .config import FLRConfig
+    from .model.backbone import is_patched
     from .model.checkpoint import from_pretrained, load_latentr3
-    from .model.patch import is_patched, patch_model, reasoner_parameters, unpatch_model
+    from .model.patch import patch_model, reasoner_parameters, unpatch_model
     from .model.reasoner import FactorizedReasoner, ReasonerOutput
     from .model.vocabulary import add_thought_token
     from .recommend.recommender import Recommender
@@ -24,7 +25,8 @@ else:  # hidden from type checkers, to whom a __getattr__ says that any name is 
         {
             "config": ["FLRConfig"],
             "model.checkpoint": ["from_pretrained", "load_latentr3"],
-            "model.patch": ["is_patched", "patch_model", "reasoner_parameters", "unpatch_model"],
+            "model.backbone": ["is_patched"],
+            "model.patch": ["patch_model", "reasoner_parameters", "unpatch_model"],
             "model.reasoner": ["FactorizedReasoner", "ReasonerOutput"],
             "model.vocabulary": ["add_thought_token"],
             "recommend.recommender": ["Recommender"],

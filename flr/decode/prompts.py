@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from flr.model.backbone import causal_lm, forward_parameters, takes_positions, warn_once
+from flr.model.backbone import causal_lm, forward_parameters, is_patched, takes_positions, warn_once
 from flr.model.head import HeadRows
 from flr.model.insertion import append_thoughts
-from flr.model.patch import is_patched
 
 from .expanded import ExpandedSession
 from .packed import PackedSession, obstacle

@@ -38,10 +38,9 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
 from flr.decode.prompts import prepare_inputs
-from flr.model.backbone import causal_lm, takes_positions
+from flr.model.backbone import causal_lm, is_patched, takes_positions
 from flr.model.head import head
 from flr.model.outputs import FLROutput
-from flr.model.patch import is_patched
 
 #: Up to this K every set of factors is computed.
 EXACT_FACTORS = 6

@@ -44,6 +44,11 @@ def causal_lm(model: nn.Module) -> Any:
             return wrapped
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether :func:`flr.patch_model` has been applied to this instance."""
+    return "_flr_patch" in model.__dict__
+
+
 def backbone_trains(model: nn.Module) -> bool:
     """Whether anything but the reasoner needs a gradient."""
     return any(p.requires_grad and ".flr." not in f".{name}" for name, p in model.named_parameters())

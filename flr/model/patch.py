@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flr.config import FLRConfig
 
+from .backbone import is_patched
 from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
 from .generate import flr_generate
@@ -226,11 +227,6 @@ def unpatch_model(model: Any) -> Any:
         if not patch.own_vocab_size:
             model.__dict__.pop("vocab_size", None)
     return model
-
-
-def is_patched(model: torch.nn.Module) -> bool:
-    """Whether :func:`patch_model` has been applied to this instance."""
-    return "_flr_patch" in model.__dict__
 
 
 @torch.no_grad()

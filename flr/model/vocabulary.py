@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flr.config import FLRConfig
 
+from .backbone import is_patched
+
 
 def thought_id(model: Any, config: FLRConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The thought token's id: the tokenizer's, the next one it will give, the config's, or the first after the table.
@@ -131,8 +133,6 @@ def add_thought_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
         >>> model.config.flr["thought_token_id"], add_thought_token(model, tokenizer) == len(tokenizer) - 1
         (100, True)
     """
-    from .patch import is_patched
-
     if not is_patched(model) or model._flr_patch.config.thought_count == 0:
         raise ValueError("model: expected a patched model with a thought, got one without")
     config: FLRConfig = model._flr_patch.config

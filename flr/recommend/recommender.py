@@ -23,9 +23,8 @@ from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
-from flr.model.backbone import causal_lm, evaluating
+from flr.model.backbone import causal_lm, evaluating, is_patched
 from flr.model.checkpoint import load_from
-from flr.model.patch import is_patched
 
 from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
 from .results import Explanation, HistoryItem, Recommendation
