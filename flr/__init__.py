@@ -6,9 +6,9 @@ Importing the package is quick: torch and transformers are imported at the first
 """
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .lazy import attach
+from .lazy import attach, when_imported
 
 if TYPE_CHECKING:
     from .config import FLRConfig
@@ -39,6 +39,23 @@ try:
     __version__ = version("flr")  # pyproject.toml is the one place that says it
 except PackageNotFoundError:  # a checkout that nobody installed
     __version__ = "unknown"
+
+
+def _register_config(module: Any) -> None:
+    from .model.auto import register_config
+
+    register_config(module)
+
+
+def _register_model(module: Any) -> None:
+    from .model.auto import register_model
+
+    register_model(module)
+
+
+# Both name our model type in transformers' Auto classes, whichever of the two packages is imported first.
+when_imported("transformers.models.auto.configuration_auto", _register_config)
+when_imported("transformers.models.auto.modeling_auto", _register_model)
 
 __all__ = [
     "FLRConfig",

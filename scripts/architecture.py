@@ -41,8 +41,8 @@ ROOMS = (
     Room("files", "flr/files.py", "files that appear whole or not at all"),
     Room("config", "flr/config.py", "what kind of thought, and constants of all"),
     Room("data", "flr/data/", "catalogue, codecs, trie, logs, prompts, batches", ("files", "config")),
-    Room("report", "flr/report/", "HTML pages and plots", ("files",)),
-    Room("model", "flr/model/", "the latent thought in a causal LM", ("kernels", "config", "data.trie")),
+    Room("report", "flr/report/", "HTML pages, plots, model cards", ("files",)),
+    Room("model", "flr/model/", "the latent thought in a causal LM", ("kernels", "files", "config", "data.trie")),
     Room("decode", "flr/decode/", "from a prompt to items", ("kernels", "config", "data", "model")),
     Room("explain", "flr/explain/", "what the factors did", ("data", "model", "decode")),
     Room(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flr.config import option
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
@@ -16,7 +16,8 @@ ABOUT = "Rank every target of a split over the whole catalogue; popularity and i
 class EvaluateOptions:
     """What to evaluate, and how."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
     split: str = option("test", "train, valid or test.")
     output: str | None = option(None, "Folder for metrics.json and per-user ranks.parquet.")
     batch_size: int = option(64, "Users at a time; no influence on results.")
@@ -25,6 +26,7 @@ class EvaluateOptions:
     method: str = option("auto", "auto, beam or exhaustive (every item scored).")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
     baselines: bool = option(True, "Show popularity and item-kNN too.")
+    card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +36,10 @@ def main(argv: list[str]) -> int:
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, Popularity
 
+    from .card import measured, model_facts, update_card
+
     dataset = data.load()
-    model, processor = load_trained(options.model, dataset, data.max_prompt_tokens)
+    model, processor = load_trained(options.model, dataset, options.revision, max_prompt_tokens=data.max_prompt_tokens)
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,
@@ -50,6 +54,8 @@ def main(argv: list[str]) -> int:
         views=data.views(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
+    if options.card:
+        update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = (Popularity, ItemKNN) if options.baselines else ()
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     others = [evaluate_scorer(s, rows, dataset.catalogue, exclude_seen=options.exclude_seen) for s in scorers]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flr.config import option
 
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
@@ -15,7 +15,8 @@ ABOUT = "Show which history items each factor attends to and what it contributed
 class ExplainOptions:
     """For which history, and where to."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
     history: list[str] = option([], "Item ids or titles, oldest first.")
     k: int = option(5, "Recommendations that are explained.")
     png: str | None = option(None, "Heat map to write.")
@@ -30,7 +31,9 @@ def main(argv: list[str]) -> int:
         options.png, options.html = "explanation.png", "explanation.html"
     from flr.recommend import Recommender
 
-    explanation = Recommender.from_pretrained(options.model).explain(options.history, k=options.k)
+    explanation = Recommender.from_pretrained(options.model, revision=options.revision).explain(
+        options.history, k=options.k
+    )
     if options.png:
         explanation.heatmap(options.png)
         console.print(f"written: {options.png}")

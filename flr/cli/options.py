@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
 
 from .errors import did_you_mean
+from .parsing import REVISION
 
 if TYPE_CHECKING:  # a command's --help waits for none of these
     from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
@@ -103,7 +105,12 @@ class AugmentOptions:
 class ModelOptions:
     """The backbone: a pretrained causal LM, or a small one from scratch."""
 
-    model: str | None = option(None, "Folder of a pretrained causal LM. Default: from scratch, by the options below.")
+    model: str | None = option(
+        None,
+        "Pretrained causal LM, a folder or an id on the Hub; one that flr trained goes on with its thought and its "
+        "prompts. Default: from scratch, by the options below.",
+    )
+    revision: str | None = option(None, REVISION)
     architecture: str = option("llama", "From scratch: model type, e.g. llama, qwen2, gpt2.")
     hidden_size: int = option(128, "From scratch: D.")
     intermediate_size: int = option(256, "From scratch: size of the feed-forward layer.")
@@ -129,18 +136,23 @@ class ModelOptions:
     def build(self, data: DataOptions, config: FLRConfig, dataset: RecDataset, seed: int) -> tuple[Any, RecProcessor]:
         """A patched model and its processor."""
         import torch
-        from transformers import AutoTokenizer
 
         from flr.data import PromptTemplate, RecProcessor, build_tokenizer
+        from flr.data.saved_tokenizer import load_tokenizer
+        from flr.model.checkpoint import holds_thought
+        from flr.model.folder import local_folder
         from flr.model.patch import patch_model
         from flr.train import init_item_embeddings
 
         torch.manual_seed(seed)
         tokenizer: Any
-        if self.model is None:
+        folder = None if self.model is None else local_folder(self.model, revision=self.revision)
+        if folder is not None and holds_thought(folder):
+            return self._continued(data, config, dataset)
+        if folder is None:
             tokenizer = build_tokenizer(dataset.catalogue, data.codec, vocab_size=data.vocab_size)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            tokenizer = load_tokenizer(folder)
         processor = RecProcessor(
             tokenizer,
             dataset.catalogue,
@@ -153,14 +165,35 @@ class ModelOptions:
             max_title_tokens=data.max_title_tokens,
             views=data.views(),
         )
-        model = self._scratch(tokenizer) if self.model is None else self._pretrained(tokenizer)
-        if self.model is None and self.init_items == "title":
+        model = self._scratch(tokenizer) if folder is None else self._pretrained(folder, tokenizer)
+        if folder is None and self.init_items == "title":
             init_item_embeddings(model, processor, seed, self.embedding_scale, self.title_power)
-        patch_model(model, tokenizer, config)
+        return self._frozen(patch_model(model, tokenizer, config)), processor
+
+    def _frozen(self, model: Any) -> Any:
         if self.freeze_backbone:
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name.startswith("flr."))
-        return model, processor
+                parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")
+        return model
+
+    def _continued(self, data: DataOptions, config: FLRConfig, dataset: RecDataset) -> tuple[Any, RecProcessor]:
+        """A model that was trained before, with its thought, prompts and views; options that say otherwise are refused.
+
+        An option that has its default is taken for not given: views alone are changed by giving others.
+        """
+        from flr.model.backbone import causal_lm
+
+        assert self.model is not None
+        model, processor = load_trained(self.model, dataset, self.revision, is_trainable=True)
+        thought, prompts = causal_lm(model)._flr_patch.config.to_dict(), ("codec", "max_history", "max_title_tokens")
+        saved = {**thought, **{name: getattr(processor, name) for name in prompts}, "template": processor.template.text}
+        given = {**vars(data), **config.to_dict()}
+        default = {**vars(DataOptions()), **FLRConfig().to_dict()}
+        for name, own in saved.items():
+            if given[name] not in (default[name], own):
+                raise ValueError(f"{name}: expected {own!r}, that of {self.model}, or nothing, got {given[name]!r}")
+        processor.views = data.views() or processor.views
+        return self._frozen(model), processor
 
     def _scratch(self, tokenizer: Any) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -179,7 +212,7 @@ class ModelOptions:
             shape["num_key_value_heads"] = self.num_attention_heads
         try:
             config = AutoConfig.for_model(self.architecture, **shape)
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # every family has checks, and kinds of errors, of its own
             sizes = f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads}"
             reason = " ".join(str(error).split())
@@ -187,14 +220,14 @@ class ModelOptions:
             raise ValueError(f"architecture: expected {expected}, got {sizes}: {reason}") from error
         return check_causal(model, "architecture", self.architecture)
 
-    def _pretrained(self, tokenizer: Any) -> Any:
+    def _pretrained(self, folder: Path, tokenizer: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
-        assert self.model is not None
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        model.name_or_path = model.config.name_or_path = str(self.model)  # not the place in the Hub's cache
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
-        return check_causal(model, "model", self.model)
+        return check_causal(model, "model", str(self.model))
 
 
 def check_causal(model: Any, name: str, value: str) -> Any:
@@ -205,14 +238,21 @@ def check_causal(model: Any, name: str, value: str) -> Any:
     return model
 
 
-def load_trained(folder: str, dataset: RecDataset, max_prompt_tokens: int | None = None) -> tuple[Any, RecProcessor]:
-    """Model and processor in ``folder``; ValueError where they were trained on another catalogue than the data's."""
+def load_trained(
+    name: str,
+    dataset: RecDataset,
+    revision: str | None = None,
+    is_trainable: bool = False,
+    max_prompt_tokens: int | None = None,
+) -> tuple[Any, RecProcessor]:
+    """Model and processor in a folder or on the Hub; ValueError where they were trained on another catalogue."""
     from flr.data import RecProcessor
-    from flr.model.checkpoint import from_pretrained
+    from flr.model.checkpoint import load_from
 
-    model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
+    model, folder = load_from(name, revision=revision, is_trainable=is_trainable)
+    processor = RecProcessor.from_pretrained(folder)
     if max_prompt_tokens is not None:
         processor.bound_prompts(max_prompt_tokens)
     if processor.catalogue.item_ids != dataset.catalogue.item_ids:
-        raise ValueError(f"data: expected the catalogue that {folder} was trained on, got another one")
+        raise ValueError(f"data: expected the catalogue that {name} was trained on, got another one")
     return model, processor

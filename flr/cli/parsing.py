@@ -20,6 +20,9 @@ from .errors import UsageError, did_you_mean, usage_error
 
 console = Console(stderr=True)
 
+#: Help of the option ``--revision``, which stands beside ``--model``.
+REVISION = "Branch, tag or commit of a model on the Hub."
+
 
 def _docstring_help(cls: type) -> dict[str, str]:
     """Help texts from a docstring's Attributes section: ``name: text`` and ``a, b: text``."""

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from flr.config import option
 
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
@@ -18,7 +18,8 @@ ABOUT = "Recommend the next items for a history of item ids or titles, with each
 class RecommendOptions:
     """For whom, and how many."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
     history: list[str] = option([], "Item ids or titles, oldest first. None: one history a line on stdin.")
     k: int = option(10, "Items to recommend.")
     num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     options, rest = parse("recommend", ABOUT, (RecommendOptions,), argv)
     from flr.recommend import Recommender
 
-    recommender = Recommender.from_pretrained(options.model)
+    recommender = Recommender.from_pretrained(options.model, revision=options.revision)
     histories = [options.history]
     if not options.history:
         histories = [line.rstrip("\n").split("\t") for line in sys.stdin if line.strip()]

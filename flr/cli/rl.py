@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flr.config import option
 
 from .options import DataOptions, load_trained
-from .parsing import console, emit, parse
+from .parsing import REVISION, console, emit, parse
 from .training import resumes, summarise, training_run
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what 
 class RLOptions:
     """What to start from."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote.")
+    model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
+    revision: str | None = option(None, REVISION)
 
 
 def train(
@@ -38,9 +39,13 @@ def train(
 
     from flr.train import LatentGRPOTrainer
 
+    from .card import measured, model_facts, save_card
+
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
-    model, processor = load_trained(options.model, dataset, data.max_prompt_tokens)
+    model, processor = load_trained(
+        options.model, dataset, options.revision, is_trainable=True, max_prompt_tokens=data.max_prompt_tokens
+    )
     if data.views() is not None:
         processor.views = data.views()
     trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
@@ -50,6 +55,9 @@ def train(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
         after = trainer.evaluate()
+        valid = trainer.valid_result()
+    about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
+    save_card(args, about, measured(dataset, "valid", valid))
     history: dict[float, dict[str, float]] = {}
     for line in lines:
         if values := {name: line[name] for name in names if name in line}:

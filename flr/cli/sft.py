@@ -31,16 +31,24 @@ def train(
     """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
     from transformers import set_seed
 
+    from flr.model.backbone import causal_lm
     from flr.train import SFTTrainer
+
+    from .card import measured, model_facts, save_card
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
-    rows, changes = augment.apply(dataset, data.max_history)
+    rows, changes = augment.apply(dataset, processor.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
+    variant = causal_lm(model)._flr_patch.config.variant
     with training_run(trainer, resume) as checkpoint:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    facts = {"variant": config.variant, "train_rows": len(rows)}
+        valid = trainer.valid_result()
+    options = (data, augment, model_options, config, args)
+    about = model_facts(model, processor, dataset, "flr sft", options, model_options.model)
+    save_card(args, about, measured(dataset, "valid", valid))
+    facts = {"variant": variant, "train_rows": len(rows)}
     best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
     return model.eval(), processor, summarise(args, facts, outcome, best)
 

@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoTokenizer
 
 from flr.config import check_normalisation
 from flr.files import PathLike, naming, read_json, shown, temporary_folder, write_json
@@ -22,6 +20,7 @@ from flr.files import PathLike, naming, read_json, shown, temporary_folder, writ
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
+from .saved_tokenizer import load_tokenizer
 
 logger = logging.getLogger("flr")
 
@@ -391,9 +390,8 @@ class RecProcessor:
             raise ValueError(f"{file}: expected version {_VERSION}, got {shown(config.get('version'), 80)}")
         catalogue = Catalogue.load(folder / CATALOGUE_NAME)
         # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
-        tokenizer_class = getattr(transformers, str(config.get("tokenizer_class")), AutoTokenizer)
         with naming(folder, "a tokenizer"):
-            tokenizer = tokenizer_class.from_pretrained(folder)
+            tokenizer = load_tokenizer(folder, config.get("tokenizer_class"))
         size = len(tokenizer)
         with naming(file, "the settings of a processor"):
             processor = cls(

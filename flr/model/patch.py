@@ -21,12 +21,13 @@ from .generate import flr_generate
 from .head import head
 from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
+from .saved_config import flr_save_pretrained
 from .vocabulary import Tables, grow, teach, thought_id
 
 logger = logging.getLogger("flr")
 
 #: What a patch replaces in the instance.
-_REPLACED = ("forward", "generate")
+_REPLACED = ("forward", "generate", "save_pretrained")
 
 #: Fields of a shipped generation config that survive: token ids and lengths, nothing that changes a ranking.
 _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
@@ -47,7 +48,7 @@ class Patch:
     checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
-        """The model's own ``forward`` or ``generate``."""
+        """The model's own ``forward``, ``generate`` or ``save_pretrained``."""
         return self.had[name] if name in self.had else getattr(type(model), name).__get__(model)
 
     def base_forward(self, base: Any) -> Callable[..., Any]:
@@ -153,6 +154,7 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     model.__dict__["_flr_patch"] = patch
     model.forward = Method(flr_forward, model)
     model.generate = Method(flr_generate, model)
+    model.save_pretrained = Method(flr_save_pretrained, model)
     base.forward = Method(flr_base_forward, base, like=type(base).forward)
     base.__dict__["_flr_owner"] = model  # not as a submodule
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.

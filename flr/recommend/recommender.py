@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
 from flr.model.backbone import causal_lm, evaluating, is_patched, position_limit
-from flr.model.checkpoint import from_pretrained
+from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
 from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
@@ -107,17 +106,18 @@ class Recommender(QueryBuilder):
         """Load a patched model and its processor from one folder (safetensors, JSON and Parquet only, no pickle).
 
         Args:
-            directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote.
+            directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote; its folder, or the id
+                ``"user/name"`` of a model on the Hub. The processor may lie beside an adapter.
             device: where to put the model; None leaves it where it was loaded.
-            kwargs: for flr.from_pretrained (dtype, attn_implementation, …).
+            kwargs: for flr.from_pretrained (revision, token, dtype, attn_implementation, …).
 
         Raises:
             OSError, ValueError: no such folder, or files that do not belong together.
         """
-        model: Any = from_pretrained(Path(directory), **kwargs)
+        model, folder = load_from(directory, **kwargs)
         if device is not None:
             model.to(device)
-        return cls(model, RecProcessor.from_pretrained(directory))
+        return cls(model, RecProcessor.from_pretrained(folder))
 
     def recommend(
         self,

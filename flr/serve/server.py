@@ -101,8 +101,8 @@ def bind(host: str, port: int) -> socket.socket:
 def load(settings: Settings) -> Recommender:
     """The model in ``settings.model``."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options = {} if settings.dtype is None else {"dtype": settings.dtype}
-    return Recommender.from_pretrained(settings.model, device, **options)
+    options: dict[str, Any] = {} if settings.dtype is None else {"dtype": settings.dtype}
+    return Recommender.from_pretrained(settings.model, device, revision=settings.revision, **options)
 
 
 def run(settings: Settings) -> int:

@@ -20,7 +20,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Settings:
     """What to serve, where, and within which limits. ValueError for a value out of range."""
 
-    model: str = option("runs/sft", "Folder that flr sft wrote; read again at a reload, so it may be a symbolic link.")
+    model: str = option(
+        "runs/sft",
+        "Folder that flr sft wrote, or id of such a model on the Hub; read again at a reload, so it may be a "
+        "symbolic link.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     host: str = option("127.0.0.1", "Address to bind to; 0.0.0.0 for every interface.")
     port: int = option(8000, "Port; 0 for any free one (the first log line tells which).")
     device: str | None = option(None, "Where the model runs, e.g. cuda. Default: cuda where there is one.")

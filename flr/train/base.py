@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from transformers import Trainer
 
 from flr.data import EpochSampler, InteractionDataset, Interactions, RecProcessor
 from flr.decode import CatalogueTrie
-from flr.evaluate import evaluate
-from flr.model.backbone import causal_lm, position_limit
+from flr.evaluate import EvalResult, evaluate
+from flr.model.backbone import causal_lm, is_patched, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
+from flr.model.saved_config import write_config
 
 
 class RecTrainer(Trainer):
@@ -41,6 +43,7 @@ class RecTrainer(Trainer):
         self.processor = processor
         processor.fit_positions(position_limit(causal_lm(model).config))
         processor.kept(train.histories)  # says what will be left out, once and before the first step
+        self._best: EvalResult | None = None
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
@@ -72,8 +75,30 @@ class RecTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """HR, NDCG and MRR over the whole catalogue, ``eval_ndcg@10`` and so on, by item."""
         rows: Any = self.valid if eval_dataset is None else eval_dataset.interactions
+        result = self._rank(rows)
+        if eval_dataset is None:
+            self._note_best(result)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics["item"].items()}
+        metrics[f"{metric_key_prefix}_seconds"] = result.settings["seconds"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def valid_result(self, samples: int = 1000) -> EvalResult | None:
+        """The valid split ranked by the model as training left it, with intervals; None without such a split.
+
+        Where that is the best model of this run, its evaluation is at hand and is not repeated.
+        """
+        if self.valid is None:
+            return None
+        best, name = self._best, self._chosen_by
+        if best is None or not self.args.load_best_model_at_end or best.metrics["item"][name] != self.state.best_metric:
+            best = self._rank(self.valid)
+        return dataclasses.replace(best, samples=samples)
+
+    def _rank(self, rows: Interactions) -> EvalResult:
         args: Any = self.args
-        result = evaluate(
+        return evaluate(
             self.accelerator.unwrap_model(self.model),
             self.processor,
             rows,
@@ -83,16 +108,25 @@ class RecTrainer(Trainer):
             progress=False,
             samples=1,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics["item"].items()}
-        metrics[f"{metric_key_prefix}_seconds"] = result.settings["seconds"]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+
+    @property
+    def _chosen_by(self) -> str:
+        return str(self.args.metric_for_best_model).removeprefix("eval_")
+
+    def _note_best(self, result: EvalResult) -> None:
+        """Keep the best evaluation of this process, the first of equals as ``Trainer`` does."""
+        old, new = (None if x is None else x.metrics["item"].get(self._chosen_by) for x in (self._best, result))
+        if new is not None and (old is None or (new > old if self.args.greater_is_better else new < old)):
+            self._best = result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.processor.save_pretrained(output_dir or str(self.args.output_dir))
+            folder = Path(output_dir or str(self.args.output_dir))
+            self.processor.save_pretrained(folder)
+            lm = causal_lm(self.accelerator.unwrap_model(self.model))
+            if (folder / "adapter_config.json").is_file() and is_patched(lm):  # PEFT writes the base model's name alone
+                write_config(folder / "config.json", lm.config, lm.config.flr)
 
 
 def _spread(rows: Interactions | None, most: int | None) -> Interactions | None:

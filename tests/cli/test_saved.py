@@ -1,0 +1,159 @@
+"""Every command takes a saved model alike: whole, of an older version, or an adapter; and keeps its card."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import flr
+from flr.cli import main
+from flr.cli.card import changed_settings
+from flr.cli.options import AugmentOptions, DataOptions, ModelOptions
+from flr.data import RecProcessor
+from flr.model.saved_config import MODEL_TYPE
+from flr.train import SFTConfig
+
+DATA = ["--planted_items", "40", "--planted_users", "60"]
+TRAINING = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--num_train_epochs", "1"]
+RL = ["--group_size", "2", "--per_device_train_batch_size", "16", "--max_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model that ``flr sft`` trained, with options that are not the defaults."""
+    folder = tmp_path_factory.mktemp("run") / "someone" / "start"
+    shape = ["--hidden_size", "16", "--intermediate_size", "16", "--num_factors", "2", "--anchor", "last"]
+    prompts = ["--max_history", "5", "--views_weight", "0.25"]
+    assert main(["sft", *DATA, *TRAINING, *shape, *prompts, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_sft_goes_on_with_thought_prompts_and_views(start, tmp_path, capsys):
+    out = tmp_path / "on"
+    arguments = ["sft", *DATA, *TRAINING, "--model", str(start), "--learning_rate", "0", "--output_dir", str(out)]
+    assert main(arguments) == 0
+    before, after = load_file(start / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # at rate 0 training leaves what it was given
+    for name in (
+        "config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "catalogue.parquet",
+    ):
+        assert (start / name).read_bytes() == (out / name).read_bytes(), name
+    for option, value, message in (
+        ("num_factors", "3", "num_factors: expected 2, that of"),
+        ("variant", "anchor", "variant: expected 'flr', that of"),
+        ("codec", "title", "codec: expected 'id', that of"),
+        ("max_history", "7", "max_history: expected 5, that of"),
+        ("template", "a {history}", "template: expected"),
+    ):
+        assert main([*arguments, f"--{option}", value]) == 1
+        assert message in capsys.readouterr().err
+    again = tmp_path / "views"
+    assert main([*arguments[:-1], str(again), "--views_weight", "0.75", "--freeze_backbone", "true"]) == 0
+    assert RecProcessor.from_pretrained(again).views.weight == 0.75
+    assert main(["sft", "--planted_items", "41", *DATA[2:], *TRAINING, *arguments[-6:]]) == 1
+    assert "expected the catalogue that" in capsys.readouterr().err
+
+
+def test_every_command_takes_an_adapters_folder(start, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        flr.from_pretrained(start), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["flr"], r=2)
+    )
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    RecProcessor.from_pretrained(start).save_pretrained(adapter)
+    assert main(["evaluate", "--model", str(adapter), *DATA]) == 0
+    assert main(["recommend", "--model", str(adapter), "--history", "item_1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["recommendations"][0]) == 10
+    assert main(["explain", "--model", str(adapter), "--history", "item_1", "--json"]) == 0
+    capsys.readouterr()
+    for command, extra in (("sft", []), ("rl", RL)):
+        out = tmp_path / command
+        rate = ["--learning_rate", "0.1"]
+        assert main([command, *DATA, *TRAINING, *extra, *rate, "--model", str(adapter), "--output_dir", str(out)]) == 0
+        assert json.loads((out / "config.json").read_text())["model_type"] == MODEL_TYPE
+        old, new = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, out))
+        changed = {name for name in old if not torch.equal(old[name], new[name])}
+        assert any(".flr." in name for name in changed)
+        assert any("lora_B" in name for name in changed) == (command == "sft")
+        assert flr.Recommender.from_pretrained(out).variant == "flr"
+
+
+def test_every_command_takes_an_id_on_the_hub(start, tmp_path, capsys, monkeypatch):
+    asked = []
+    download = lambda name, *, revision, **_: asked.append((name, revision)) or str(start)  # noqa: E731
+    monkeypatch.setattr("flr.model.folder.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    card = (start / "README.md").read_bytes()
+    there = ["--model", "user/name", "--revision", "v2"]
+    assert main(["evaluate", *there, *DATA]) == 0
+    assert (start / "README.md").read_bytes() == card  # that of a model on the Hub is its owner's
+    for command in ("recommend", "explain"):
+        assert main([command, *there, "--history", "item_1", "--json"]) == 0
+    for command, extra in (("sft", ["--max_steps", "1"]), ("rl", RL)):
+        assert main([command, *there, *DATA, *TRAINING, *extra, "--output_dir", command]) == 0
+        assert ModelCard.load(tmp_path / command / "README.md").data.base_model == "user/name"
+    server = pytest.importorskip("flr.serve.server")
+    server.load(server.Settings(model="user/name", revision="v2"))
+    assert set(asked) == {("user/name", "v2")}
+    assert len(asked) >= 6
+
+
+def test_the_card_of_a_trained_model(start, tmp_path):
+    text, card = (start / "README.md").read_text(), ModelCard.load(start / "README.md")
+    assert {result.dataset_split for result in card.data.eval_results} == {"valid"}
+    for row in ("Data | planted", "Users | 60", "Item codec | id", "Variant of the thought | flr", "Factors K | 2",
+                "Refinements T | 2", "num_factors | 2", "views_weight | 0.25"):  # fmt: skip
+        assert f"| {row} |" in text, row
+    assert "someone" not in text
+    state = json.loads((start / "trainer_state.json").read_text())
+    best = next(r for r in card.data.eval_results if r.metric_name == "ndcg@10")
+    assert best.metric_value == state["best_metric"]
+    low, high = best.metric_args["interval"]
+    assert low < best.metric_value < high
+    rl = tmp_path / "rl"
+    assert main(["rl", *DATA, *TRAINING, *RL, "--model", str(start), "--output_dir", str(rl)]) == 0
+    assert "`flr rl`" in (rl / "README.md").read_text()
+    assert "someone" not in (rl / "README.md").read_text()
+
+
+def test_evaluate_brings_the_metrics_up_to_date(start, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    recommender = flr.Recommender.from_pretrained(start)
+    recommender.model.save_pretrained(folder)
+    recommender.processor.save_pretrained(folder)
+    assert main(["evaluate", "--model", str(folder), *DATA, "--card", "false"]) == 0
+    assert not (folder / "README.md").exists()
+    assert main(["evaluate", "--model", str(folder), *DATA, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["flr"]["metrics"]["item"]
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    assert {r.metric_name: r.metric_value for r in results}.items() <= report.items()
+    assert {r.dataset_split for r in results} == {"test"}
+    with (folder / "README.md").open("a") as stream:
+        stream.write("by hand\n")
+    assert main(["evaluate", "--model", str(folder), *DATA, "--split", "valid"]) == 0
+    text = (folder / "README.md").read_text()
+    assert "by hand" in text
+    assert {r.dataset_split for r in ModelCard.load(folder / "README.md").data.eval_results} == {"test", "valid"}
+    (folder / "README.md").write_text("---\na: [\n---\n")
+    assert main(["evaluate", "--model", str(folder), *DATA]) == 0  # what was computed is worth more than its card
+    assert "the model card stays as it is" in capsys.readouterr().err
+
+
+def test_settings_leave_out_paths_and_names(tmp_path):
+    data, args = (
+        DataOptions(data=str(tmp_path), max_history=3),
+        SFTConfig(output_dir=str(tmp_path), run_name="me", seed=7),
+    )
+    model = ModelOptions(model=str(tmp_path), tie_word_embeddings=False)
+    found = changed_settings((data, AugmentOptions(), model, args))
+    assert found.items() >= {"max_history": 3, "tie_word_embeddings": False, "seed": 7}.items()
+    assert not {"data", "model", "output_dir", "run_name"} & set(found)
+    assert str(tmp_path) not in str(found)
