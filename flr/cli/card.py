@@ -17,8 +17,7 @@ from flr import __version__
 from flr.data import RecDataset, RecProcessor
 from flr.data.interactions import PARTS
 from flr.evaluate import EvalResult
-from flr.model.backbone import causal_lm
-from flr.model.backbone import is_patched
+from flr.model.backbone import causal_lm, is_patched
 from flr.report.model_card import Evaluation, Measured, ModelFacts, has_model_part, write_card
 
 from .parsing import console
