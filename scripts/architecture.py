@@ -61,7 +61,7 @@ ROOMS = (
         "train",
         "flr/train/",
         "supervised training, latent GRPO",
-        ("kernels", "config", "data", "model", "decode", "evaluate"),
+        ("kernels", "files", "config", "data", "model", "decode", "evaluate"),
     ),
     Room("serve", "flr/serve/", "recommendations over HTTP", ("config", "data", "decode", "recommend", "flr")),
     Room("cli", "flr/cli/", "the commands; bench/ by its name alone", EVERYTHING),

@@ -14,7 +14,7 @@ from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
 from .options import DataOptions, load_trained
 from .parsing import console, emit, parse
-from .training import resumes, summarise, training_run
+from .training import summarise, training_run
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
 
@@ -31,21 +31,27 @@ def train(
     data: DataOptions,
     args: LatentGRPOConfig,
     dataset: RecDataset | None = None,
-    resume: bool = True,
 ) -> tuple[Any, RecProcessor, dict[str, Any]]:
-    """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = load_trained(options.model, dataset)
     if data.views() is not None:
         processor.views = data.views()
     trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
+    with training_run(trainer) as start:
+        if not start.finished:
+            start.summary = _reinforce(trainer, options, args)
+    return model.eval(), processor, start.summary
+
+
+def _reinforce(trainer: LatentGRPOTrainer, options: RLOptions, args: LatentGRPOConfig) -> dict[str, Any]:
+    """Train, and compare with the model given; returns the summary."""
     names = [f"eval_{args.metric_for_best_model}", "eval_target_logprob"]
-    with training_run(trainer, resume) as checkpoint:
-        before = trainer.evaluate()
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-        lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
-        after = trainer.evaluate()
+    before = trainer.evaluate()
+    outcome = trainer.train()
+    lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
+    after = trainer.evaluate()
     history: dict[float, dict[str, float]] = {}
     for line in lines:
         if values := {name: line[name] for name in names if name in line}:
@@ -56,15 +62,14 @@ def train(
         return {name.removeprefix("eval_"): metrics[name] for name in names if name in metrics}
 
     results = {"before": chosen(before), "after": chosen(after), "history": list(history.values())}
-    return model.eval(), processor, summarise(args, {"from": options.model, **facts}, outcome, results)
+    return summarise(args, {"from": options.model, **facts}, outcome, results)
 
 
 def main(argv: list[str]) -> int:
     options, data, args, rest = parse("rl", ABOUT, (RLOptions, DataOptions, LatentGRPOConfig), argv)
-    resume = resumes(args)
     dataset = data.load()
     console.print(dataset)
-    summary = train(options, data, args, dataset, resume)[2]
+    summary = train(options, data, args, dataset)[2]
     for name, value in summary["after"].items():
         console.print(f"valid {name}: {summary['before'][name]:.4f} before, {value:.4f} after")
     console.print(f"saved in {Path(summary['output_dir'])}")

@@ -14,7 +14,7 @@ from flr.train import SFTConfig, SFTTrainer
 
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
-from .training import resumes, summarise, training_run
+from .training import summarise, training_run
 
 ABOUT = "Train a recommender on an interaction log; ends with the best model by NDCG@10 on the valid split."
 
@@ -26,28 +26,28 @@ def train(
     config: FLRConfig,
     args: SFTConfig,
     dataset: RecDataset | None = None,
-    resume: bool = True,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
     rows, changes = augment.apply(dataset, data.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
-    with training_run(trainer, resume) as checkpoint:
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    facts = {"variant": config.variant, "train_rows": len(rows)}
-    best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
-    return model.eval(), processor, summarise(args, facts, outcome, best)
+    with training_run(trainer) as start:
+        if not start.finished:
+            outcome = trainer.train()
+            facts = {"variant": config.variant, "train_rows": len(rows)}
+            best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
+            start.summary = summarise(args, facts, outcome, best)
+    return model.eval(), processor, start.summary
 
 
 def main(argv: list[str]) -> int:
     classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     data, augment, model, config, args, rest = parse("sft", ABOUT, classes, argv)
-    resume = resumes(args)
     dataset = data.load()
     console.print(dataset)
-    summary = train(data, augment, model, config, args, dataset, resume)[2]
+    summary = train(data, augment, model, config, args, dataset)[2]
     console.print(f"best valid {summary['metric']} {summary['best_valid']}; saved in {Path(summary['output_dir'])}")
     emit(summary, rest.json)
     return 0

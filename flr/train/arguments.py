@@ -18,6 +18,12 @@ POLICIES = ("thoughts", "tokens")
 class RecTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of a recommender: the best model on the valid split is kept."""
 
+    resume_from_checkpoint: str | None = option(
+        None,
+        "auto (default): go on from the newest whole checkpoint in output_dir, if any; true: there must be one; none: "
+        "start anew; or the folder of a checkpoint. Of a run with the same settings alone.",
+    )
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir, and start anew.")
     eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
     eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
     remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")

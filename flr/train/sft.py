@@ -12,6 +12,7 @@ from flr.data import Augment, Interactions, RecProcessor, SFTCollator
 
 from .arguments import SFTConfig
 from .base import RecTrainer
+from .settings import of_augment
 
 
 class SFTTrainer(RecTrainer):
@@ -42,7 +43,7 @@ class SFTTrainer(RecTrainer):
         processor.scoring = args.normalisation
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
-        super().__init__(model, args, processor, train, valid, **kwargs)
+        super().__init__(model, args, processor, train, valid, of_augment(augment), **kwargs)
         self.label_smoothing = args.label_smoothing_factor
         self._dropout(args.embedding_dropout, args.output_dropout)
 
@@ -92,6 +93,7 @@ class SFTTrainer(RecTrainer):
         return cls([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("rows", None)
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
         if self.catalogue_loss is not None:
