@@ -14,7 +14,7 @@ from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
 from .options import DataOptions, load_trained
 from .parsing import console, emit, parse
-from .training import summarise, training_run
+from .training import in_full_precision, summarise, training_run
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
 
@@ -38,7 +38,7 @@ def train(
     model, processor = load_trained(options.model, dataset)
     if data.views() is not None:
         processor.views = data.views()
-    trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
+    trainer = LatentGRPOTrainer(in_full_precision(model), args, processor, dataset.train, dataset.valid)
     with training_run(trainer) as start:
         if not start.finished:
             start.summary = _reinforce(trainer, options, args)

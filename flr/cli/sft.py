@@ -14,7 +14,7 @@ from flr.train import SFTConfig, SFTTrainer
 
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
-from .training import summarise, training_run
+from .training import in_full_precision, summarise, training_run
 
 ABOUT = "Train a recommender on an interaction log; ends with the best model by NDCG@10 on the valid split."
 
@@ -32,7 +32,7 @@ def train(
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
     rows, changes = augment.apply(dataset, data.max_history)
-    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
+    trainer = SFTTrainer(in_full_precision(model), args, processor, rows, dataset.valid, changes)
     with training_run(trainer) as start:
         if not start.finished:
             outcome = trainer.train()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from flr.train.run_folder import Start
@@ -33,6 +34,14 @@ def training_run(trainer: Any) -> Iterator[Start]:
         yield start
         if not start.finished:
             trainer.conclude(start.summary)
+
+
+def in_full_precision(model: Any) -> Any:
+    """``model``; in float32 where it was float16, whose range is too small for an optimizer's steps."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        console.print("the model is in float16: its weights are trained in float32 (--fp16 true computes in float16)")
+        model = model.float()
+    return model
 
 
 def summarise(args: TrainingArguments, facts: dict[str, Any], outcome: Any, results: dict[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,8 @@ class LatentGRPOTrainer(RecTrainer):
         losses = surrogate.loss + args.kl_weight * out.kl
         if args.regularise:
             losses = losses + out.regularisers
+        # advantages may be finite for rewards that are not; so each shows in the loss, which is looked at anyway
+        losses = losses + 0 * rollout.rewards.sum(1)
         self._losses = losses.detach()
         users = torch.tensor(len(losses), device=losses.device)
         total = self._over_processes(users) if num_items_in_batch is None else num_items_in_batch
