@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import shutil
@@ -107,6 +108,20 @@ class RecTrainer(Trainer):
             self.optimizer = self._grouped_optimizer(model if model is not None else self.model)
         return self.optimizer
 
+    def _optimizer(self, groups: list[dict[str, Any]], model: Any) -> torch.optim.Optimizer:
+        """The optimizer of the arguments over groups of parameters with their rates and decays."""
+        args: Any = self.args
+        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+        name = getattr(args.optim, "value", args.optim)
+        if odd := {"params", "model", "optimizer_dict"} & options.keys():
+            raise ValueError(f"optim: expected one that takes groups of parameters, got {name}, which has {odd}")
+        if args.optim_args:
+            plain = copy.copy(args)
+            plain.optim_args = None
+            if self.get_optimizer_cls_and_kwargs(plain, model) == (cls, options):
+                raise ValueError(f"optim_args: expected what {name} reads, got {args.optim_args!r}")
+        return cls(groups, **options)
+
     # where a run begins
 
     @contextlib.contextmanager
@@ -159,9 +174,10 @@ class RecTrainer(Trainer):
         """Save model, processor and state in ``output_dir``, and that the run is finished, with its ``summary``."""
         folder = str(self.args.output_dir)
         self.save_model(folder)
-        self.save_state()
-        if self.args.should_save:
-            record(folder, self.settings, summary=dict(summary))
+        with _writes(Path(folder)):
+            self.save_state()
+            if self.args.should_save:
+                record(folder, self.settings, summary=dict(summary))
 
     def _in_main(self, function: Callable[[], Any]) -> Any:
         """What ``function`` returns or raises in the main process, in every process."""

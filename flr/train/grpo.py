@@ -119,9 +119,7 @@ class LatentGRPOTrainer(RecTrainer):
             {"params": [p for decays, p in rest if decays], "lr": slow, "weight_decay": args.weight_decay},
             {"params": [p for decays, p in rest if not decays], "lr": slow, "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
-        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
-        return cls(groups, **options)
+        return self._optimizer([group for group in groups if group["params"]], model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and their users over all processes, which the loss is divided by."""

@@ -89,8 +89,8 @@ class SFTTrainer(RecTrainer):
             else:
                 key = (args.learning_rate, args.weight_decay if name in decayed else 0.0)
             groups.setdefault(key, []).append(parameter)
-        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
-        return cls([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
+        parts = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        return self._optimizer(parts, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("rows", None)
