@@ -1,4 +1,4 @@
-"""``flr rl``: latent GRPO on a model that ``flr sft`` wrote. Every flag of transformers' TrainingArguments works."""
+"""``flr rl``: latent GRPO on a model that ``flr sft`` wrote, by transformers' TrainingArguments and some of its own."""
 
 from __future__ import annotations
 

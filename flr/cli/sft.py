@@ -1,4 +1,4 @@
-"""``flr sft``: train a recommender. Every flag of transformers' TrainingArguments works."""
+"""``flr sft``: train a recommender. Flags of transformers' TrainingArguments work, or are refused by name."""
 
 from __future__ import annotations
 

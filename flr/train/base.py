@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -324,9 +325,10 @@ def _writes(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        text = str(error).strip().split("\n")[0]
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in text and "inline_container" not in text:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, RuntimeError) and not any(f.filename.endswith("torch/serialization.py") for f in frames):
             raise
+        text = str(error).strip().split("\n")[0]
         raise OSError(f"{place}: expected to write it whole, got {text}") from error
 
 

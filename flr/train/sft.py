@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with transformers' ``Trainer``: every one of its arguments works."""
+"""Supervised fine-tuning with transformers' ``Trainer``: its arguments work, or are refused by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SFTTrainer(RecTrainer):
         kwargs: as for ``transformers.Trainer``.
 
     The order of rows, augmentation and dropout depend on (seed, epoch, row) and checkpointed generators alone: a run
-    that was killed and resumed from its last complete checkpoint reaches the weights of an undisturbed one.
+    that was killed and resumed from its last whole checkpoint reaches the weights of an undisturbed one.
     """
 
     def __init__(

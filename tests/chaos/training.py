@@ -3,14 +3,15 @@
     python -m tests.chaos.training --kills 20 --seed 0 sft
     python -m tests.chaos.training --kills 20 --seed 0 --json docs/results/chaos_training.json sft rl
 
-Each attempt is a command ``flr sft`` or ``flr rl`` in a process of its own, which goes on where the last one was cut. It
-is killed after a random time, or before or inside a random operation on files; or its files may grow to a random size
-only, which is what a full disk is to it; and between attempts a bit of a checkpoint is flipped now and then.
+Each attempt is a command ``flr sft`` or ``flr rl`` in a process of its own, which goes on where the last one was cut.
+It is killed after a random time, or before or inside a random operation on files; or its files may grow to a random
+size only, which is what a full disk is to it; and between attempts a bit of a checkpoint is flipped now and then.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from bench.harness import facts
 from flr.cli import main as flr
 from flr.files import read_json, write_json
 from flr.train.run_folder import checkpoints, newest_whole
@@ -43,7 +45,8 @@ OPTIONS = {
     "rl": [*_DATA, "--max_steps", "24", "--num_iterations", "2", "--kl_weight", "0.01", "--group_size", "4"],
 }  # fmt: skip
 SAVES = {"sft": "8", "rl": "6"}
-_OPERATIONS = 60  # a kill falls on one of the first
+_SAID = 1 << 20  # bytes that a command may say
+_OPERATIONS = 150  # a kill falls on one of the first
 
 
 class Chaos:
@@ -58,7 +61,7 @@ class Chaos:
         self.command, self.root, self.random = command, root, random.Random(f"{command} {seed}")
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
-        self.log = root / "stderr"
+        self.said = ""
         self.options = list(OPTIONS[command])
         if command == "rl":
             base = str(root / "base")
@@ -75,42 +78,44 @@ class Chaos:
     def _quietly(self, options: list[str], command: str) -> None:
         status = self.attempt(options, command)
         if status != 0:
-            raise RuntimeError(
-                f"{command}: expected status 0 undisturbed, got {status}: {self.log.read_text()[-2000:]}"
-            )
+            raise RuntimeError(f"{command}: expected status 0 undisturbed, got {status}: {self.said[-2000:]}")
 
     def attempt(
         self,
         options: list[str],
         command: str,
         before: Callable[[], Any] = lambda: None,
-        kill_after: float | None = None,
+        kill_after: float = 0.0,
     ) -> int:
         """The exit status of the command in a process of its own, or minus the signal that ended it."""
+        read, write = os.pipe()  # a file would be bounded, too
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _SAID)
 
         def run() -> int:
-            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             for stream in (1, 2):
-                os.dup2(output, stream)
+                os.dup2(write, stream)
             torch.set_num_threads(1)
             before()
             return flr([command, *options])
 
         def kill(child: int) -> None:
-            assert kill_after is not None
             end = time.monotonic() + kill_after
             while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(0.005)
             os.kill(child, signal.SIGKILL)
 
-        return in_child(run, None if kill_after is None else kill)
+        status = in_child(run, kill if kill_after else None)
+        os.close(write)
+        with os.fdopen(read, errors="replace") as file:
+            self.said = file.read()
+        return status
 
     def cut(self, folder: Path) -> int:
         """One attempt that may be cut; its status."""
         options = [*self.options, "--output_dir", str(folder)]
         kind = self.random.choice(("time", "operation", "operation", "disk"))
         if kind == "time":
-            status = self.attempt(options, self.command, kill_after=self.random.uniform(0, 1.1 * self.seconds))
+            status = self.attempt(options, self.command, kill_after=self.random.uniform(0.01, 1.1 * self.seconds))
         elif kind == "operation":
             number = self.random.randint(1, _OPERATIONS)
             status = self.attempt(options, self.command, lambda: kill_at(number, folder))
@@ -121,7 +126,7 @@ class Chaos:
         return status
 
     def _judge(self, kind: str, status: int, folder: Path) -> None:
-        text = self.log.read_text(errors="replace")
+        text = self.said
         self.counts["attempts"] += 1
         self.counts["continued"] += "continuing from" in text
         self.counts["checkpoints left out"] += text.count("is left out")
@@ -201,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         status = status or int(bool(chaos.faults))
     if options.json is not None:
         before = read_json(options.json) if options.json.exists() else {}
-        write_json(options.json, {**before, **results})
+        write_json(options.json, {**before, **results, "facts": facts()})
     return status
 
 

@@ -55,7 +55,8 @@ EFFECTS = {
 #: Read by parts of transformers that no subclass here touches: devices, launchers, logs and services that are not here.
 THEIRS = {
     "fp16", "dataloader_pin_memory", "tf32", "torch_empty_cache_steps", "ddp_backend", "ddp_timeout", "local_rank",
-    "fsdp", "fsdp_config", "log_level", "log_level_replica", "log_on_each_node", "run_name", "project", "trackio_space_id",
+    "fsdp", "fsdp_config",
+    "log_level", "log_level_replica", "log_on_each_node", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
 #: The default of a flag says no more than what type it has; these values are of that type and another.
