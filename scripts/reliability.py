@@ -38,7 +38,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"|  | {' | '.join(tried)} |", f"| --- {'| --- ' * len(tried)}|"]
     lines += [f"| {f} | {' | '.join(str(values.get(f, 0)) for values in tried.values())} |" for f in figures]
     if facts:
-        lines += ["", f"Commit {facts['commit']}, {facts['date'][:10]}, {facts['device']}."]
+        changed = " with changes" if facts["dirty"] else ""
+        lines += ["", f"Commit {facts['commit']}{changed}, {facts['date'][:10]}, {facts['device']}."]
     return "\n".join(lines)
 
 

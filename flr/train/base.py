@@ -252,6 +252,13 @@ class RecTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        try:
+            super().log(logs, start_time)
+        except OSError as error:
+            step = self.state.global_step
+            raise OSError(f"report_to: expected to write the log of step {step}, got {error}") from error
+
     # saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
