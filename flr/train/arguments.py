@@ -74,7 +74,8 @@ def _check_flags(args: Any, refused: Mapping[str, str]) -> None:
             default = field.default_factory()
         same = value is None or value == default or (field.name == "accelerator_config" and value == type(value)())
         if field.name in refused and not same and not (default is None and value is False):
-            raise ValueError(f"{field.name}: expected {default!r}, got {value!r}; {refused[field.name]}")
+            wanted = False if value is True else default
+            raise ValueError(f"{field.name}: expected {wanted!r}, got {value!r}; {refused[field.name]}")
 
 
 @dataclass
