@@ -38,7 +38,7 @@ EVERYTHING = ("everything",)
 ROOMS = (
     Room("kernels", "flr_kernels/", "six fused operations and their backends"),
     Room("lazy", "flr/lazy.py", "names imported at their first use"),
-    Room("files", "flr/files.py", "files that appear whole or not at all"),
+    Room("files", "flr/files/", "files that appear whole or not at all"),
     Room("config", "flr/config.py", "what kind of thought, and constants of all"),
     Room("data", "flr/data/", "catalogue, codecs, trie, logs, prompts, batches", ("files", "config")),
     Room("report", "flr/report/", "HTML pages, plots, model cards", ("files",)),
@@ -62,7 +62,7 @@ ROOMS = (
         "train",
         "flr/train/",
         "supervised training, latent GRPO",
-        ("lazy", "kernels", "config", "data", "model", "decode", "evaluate"),
+        ("lazy", "kernels", "files", "config", "data", "model", "decode", "evaluate"),
     ),
     Room("serve", "flr/serve/", "recommendations over HTTP", ("lazy", "config", "data", "decode", "recommend", "flr")),
     Room("cli", "flr/cli/", "the commands; bench/ by its name alone", EVERYTHING),

@@ -71,7 +71,7 @@ def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
 
 def _values(options: Any) -> dict[str, str]:
     """Options as text by name, less the folders and names that do not change a result."""
-    skipped = ("output_dir", "logging_dir", "run_name")
+    skipped = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name")
     return {f.name: str(getattr(options, f.name)) for f in dataclasses.fields(options) if f.name not in skipped}
 
 
@@ -95,6 +95,8 @@ def run(
 
     data, augment, model_options, config, args = parts
     folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
+    if args.overwrite_output_dir:
+        shutil.rmtree(folder, ignore_errors=True)
     result_folder, config = folder / options.split, mode_config(mode, config)
     summary_file, settings_file = folder / "run.json", folder / "settings.json"
     settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}

@@ -1,4 +1,4 @@
-"""``flr rl``: latent GRPO on a model that ``flr sft`` wrote. Every flag of transformers' TrainingArguments works."""
+"""``flr rl``: latent GRPO on a model that ``flr sft`` wrote, by transformers' TrainingArguments and some of its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flr.config import option
 
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
-from .training import resumes, summarise, training_run
+from .training import in_full_precision, summarise, training_run
 
 if TYPE_CHECKING:
     from flr.data import RecDataset, RecProcessor
-    from flr.train import LatentGRPOConfig
+    from flr.train import LatentGRPOConfig, LatentGRPOTrainer
 
 ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what they make of the target (latent GRPO)."
 
@@ -32,9 +32,8 @@ def train(
     data: DataOptions,
     args: LatentGRPOConfig,
     dataset: RecDataset | None = None,
-    resume: bool = True,
 ) -> tuple[Any, RecProcessor, dict[str, Any]]:
-    """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     from transformers import set_seed
 
     from flr.train import LatentGRPOTrainer
@@ -48,16 +47,24 @@ def train(
     )
     if data.views() is not None:
         processor.views = data.views()
-    trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
+    trainer = LatentGRPOTrainer(in_full_precision(model), args, processor, dataset.train, dataset.valid)
+    with training_run(trainer) as start:
+        if not start.finished:
+            start.summary = _reinforce(trainer, options, args)
+            valid = trainer.valid_result()
+    if not start.finished:
+        about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
+        save_card(args, about, measured(dataset, "valid", valid))
+    return model.eval(), processor, start.summary
+
+
+def _reinforce(trainer: LatentGRPOTrainer, options: RLOptions, args: LatentGRPOConfig) -> dict[str, Any]:
+    """Train, and compare with the model given; returns the summary."""
     names = [f"eval_{args.metric_for_best_model}", "eval_target_logprob"]
-    with training_run(trainer, resume) as checkpoint:
-        before = trainer.evaluate()
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-        lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
-        after = trainer.evaluate()
-        valid = trainer.valid_result()
-    about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
-    save_card(args, about, measured(dataset, "valid", valid))
+    before = trainer.evaluate()
+    outcome = trainer.train()
+    lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
+    after = trainer.evaluate()
     history: dict[float, dict[str, float]] = {}
     for line in lines:
         if values := {name: line[name] for name in names if name in line}:
@@ -68,17 +75,16 @@ def train(
         return {name.removeprefix("eval_"): metrics[name] for name in names if name in metrics}
 
     results = {"before": chosen(before), "after": chosen(after), "history": list(history.values())}
-    return model.eval(), processor, summarise(args, {"from": options.model, **facts}, outcome, results)
+    return summarise(args, {"from": options.model, **facts}, outcome, results)
 
 
 def main(argv: list[str]) -> int:
     from flr.train import LatentGRPOConfig
 
     options, data, args, rest = parse("rl", ABOUT, (RLOptions, DataOptions, LatentGRPOConfig), argv)
-    resume = resumes(args)
     dataset = data.load()
     console.print(dataset)
-    summary = train(options, data, args, dataset, resume)[2]
+    summary = train(options, data, args, dataset)[2]
     for name, value in summary["after"].items():
         console.print(f"valid {name}: {summary['before'][name]:.4f} before, {value:.4f} after")
     console.print(f"saved in {Path(summary['output_dir'])}")

@@ -1,4 +1,4 @@
-"""``flr sft``: train a recommender. Every flag of transformers' TrainingArguments works."""
+"""``flr sft``: train a recommender. Flags of transformers' TrainingArguments work, or are refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flr.config import FLRConfig
 
 from .options import AugmentOptions, DataOptions, ModelOptions
 from .parsing import console, emit, parse
-from .training import resumes, summarise, training_run
+from .training import in_full_precision, summarise, training_run
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -26,9 +26,8 @@ def train(
     config: FLRConfig,
     args: SFTConfig,
     dataset: RecDataset | None = None,
-    resume: bool = True,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Train and save; returns model, processor and a summary. Continues from the last complete checkpoint, if any."""
+    """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     from transformers import set_seed
 
     from flr.model.backbone import causal_lm
@@ -40,17 +39,19 @@ def train(
     set_seed(args.seed)
     model, processor = model_options.build(data, config, dataset, args.seed)
     rows, changes = augment.apply(dataset, processor.max_history)
-    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
-    variant = causal_lm(model)._flr_patch.config.variant
-    with training_run(trainer, resume) as checkpoint:
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
-        valid = trainer.valid_result()
-    options = (data, augment, model_options, config, args)
-    about = model_facts(model, processor, dataset, "flr sft", options, model_options.model)
-    save_card(args, about, measured(dataset, "valid", valid))
-    facts = {"variant": variant, "train_rows": len(rows)}
-    best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
-    return model.eval(), processor, summarise(args, facts, outcome, best)
+    trainer = SFTTrainer(in_full_precision(model), args, processor, rows, dataset.valid, changes)
+    with training_run(trainer) as start:
+        if not start.finished:
+            outcome = trainer.train()
+            valid = trainer.valid_result()
+            facts = {"variant": causal_lm(model)._flr_patch.config.variant, "train_rows": len(rows)}
+            best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
+            start.summary = summarise(args, facts, outcome, best)
+    if not start.finished:
+        options = (data, augment, model_options, config, args)
+        about = model_facts(model, processor, dataset, "flr sft", options, model_options.model)
+        save_card(args, about, measured(dataset, "valid", valid))
+    return model.eval(), processor, start.summary
 
 
 def main(argv: list[str]) -> int:
@@ -58,10 +59,9 @@ def main(argv: list[str]) -> int:
 
     classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     data, augment, model, config, args, rest = parse("sft", ABOUT, classes, argv)
-    resume = resumes(args)
     dataset = data.load()
     console.print(dataset)
-    summary = train(data, augment, model, config, args, dataset, resume)[2]
+    summary = train(data, augment, model, config, args, dataset)[2]
     console.print(f"best valid {summary['metric']} {summary['best_valid']}; saved in {Path(summary['output_dir'])}")
     emit(summary, rest.json)
     return 0

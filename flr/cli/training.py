@@ -12,30 +12,38 @@ from .parsing import console
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-
-def resumes(args: TrainingArguments) -> bool:
-    """Whether the run continues from a checkpoint: ``--resume_from_checkpoint auto`` (the default) or none."""
-    if args.resume_from_checkpoint not in (None, "auto", "none"):
-        raise ValueError(
-            f"resume_from_checkpoint: expected auto (default) or none, got {args.resume_from_checkpoint!r}; "
-            "runs continue from the last complete checkpoint in output_dir"
-        )
-    return args.resume_from_checkpoint != "none"
+    from flr.train.run_folder import Start
 
 
 @contextlib.contextmanager
-def training_run(trainer: Any, resume: bool) -> Iterator[str | None]:
-    """Yield the checkpoint to continue from, if any; at the end of the block save the model and the trainer's state."""
-    from flr.train import last_complete_checkpoint
+def training_run(trainer: Any) -> Iterator[Start]:
+    """Yield where the run begins; at the end of the block save model, state and the ``summary`` that the block set.
 
+    A run that is finished is loaded instead, and the block should do nothing.
+    """
     folder = str(trainer.args.output_dir)
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    if checkpoint is not None:
-        console.print(f"continuing from {checkpoint}")
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
-        yield checkpoint
-    trainer.save_model(folder)
-    trainer.save_state()
+    with trainer.running() as start, contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
+        for notice in start.notices:
+            console.print(notice, soft_wrap=True)
+        if start.finished:
+            trainer.load_finished()
+            start.summary["output_dir"] = folder
+            console.print(f"{folder} holds the end of this run, {trainer.state.global_step} steps; nothing to do")
+        elif start.checkpoint is not None:
+            console.print(f"continuing from {start.checkpoint}")
+        yield start
+        if not start.finished:
+            trainer.conclude(start.summary)
+
+
+def in_full_precision(model: Any) -> Any:
+    """``model``; in float32 where it was float16, whose range is too small for an optimizer's steps."""
+    import torch
+
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        console.print("the model is in float16: its weights are trained in float32 (--fp16 true computes in float16)")
+        model = model.float()
+    return model
 
 
 def summarise(args: TrainingArguments, facts: dict[str, Any], outcome: Any, results: dict[str, Any]) -> dict[str, Any]:

@@ -6,22 +6,22 @@ from flr.lazy import attach
 
 if TYPE_CHECKING:
     from .arguments import LatentGRPOConfig, SFTConfig
-    from .base import last_complete_checkpoint
     from .features import init_item_embeddings, item_features
     from .grpo import LatentGRPOTrainer
     from .neighbours import item_neighbours, with_catalogue_rows
     from .rewards import RewardInputs, Rewards
+    from .run_folder import last_complete_checkpoint
     from .sft import SFTTrainer
 else:  # flr sft --help reads the arguments alone
     __getattr__, __dir__ = attach(
         __name__,
         {
             "arguments": ["LatentGRPOConfig", "SFTConfig"],
-            "base": ["last_complete_checkpoint"],
             "features": ["init_item_embeddings", "item_features"],
             "grpo": ["LatentGRPOTrainer"],
             "neighbours": ["item_neighbours", "with_catalogue_rows"],
             "rewards": ["RewardInputs", "Rewards"],
+            "run_folder": ["last_complete_checkpoint"],
             "sft": ["SFTTrainer"],
         },
     )

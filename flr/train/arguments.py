@@ -1,8 +1,11 @@
-"""Arguments of both trainers."""
+"""Arguments of both trainers, and which of transformers' own have no place here."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -13,14 +16,82 @@ from .rewards import Rewards
 
 POLICIES = ("thoughts", "tokens")
 
+_HUB = "a folder is published after the training, with model.push_to_hub or the command hf upload"
+_RANKS = "the evaluation ranks the whole catalogue, and has no loss and no predictions to collect"
+#: Flags of ``TrainingArguments`` that must keep their default, and why. Every other one does what transformers says:
+#: tests/train/test_arguments.py goes over the fields of the installed version, and fails on one that is in no list.
+REFUSED: dict[str, str] = {
+    "remove_unused_columns": "rows are interactions, not tensors",
+    "label_names": _RANKS,
+    "prediction_loss_only": _RANKS,
+    "eval_do_concat_batches": _RANKS,
+    "eval_use_gather_object": _RANKS,
+    "eval_accumulation_steps": _RANKS,
+    "include_for_metrics": _RANKS,
+    "batch_eval_metrics": _RANKS,
+    "bf16_full_eval": "the evaluation computes as the model does: load it in bfloat16",
+    "fp16_full_eval": "the evaluation computes as the model does: load it in float16 to evaluate",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run instead of being left out of the mean",
+    "length_column_name": "rows have no columns",
+    "optim_target_modules": "parameters are grouped here: the reasoner, the token tables, the others",
+    "use_liger_kernel": "it replaces the forward that makes the thought",
+    "liger_kernel_config": "it replaces the forward that makes the thought",
+    "use_cache": "the forward decides where it needs one",
+    "auto_find_batch_size": "a batch that does not fit would start the count of steps anew with trained weights",
+    "accelerator_config": "how rows are split over processes is part of what makes a continued run the same",
+    "parallelism_config": "thoughts are inserted into whole sequences; DDP and FSDP split rows and weights",
+    "deepspeed": "checkpoints of it are not verified here; DDP and FSDP are",
+    "dataloader_in_order": "the order of rows is a function of seed and epoch",
+    "dataloader_multiprocessing_context": "workers are forks that share the rows",
+    "ignore_data_skip": "a continued run would see rows of the epoch twice",
+    "enable_jit_checkpoint": "it saves in the middle of a step, which cannot be continued to the same weights",
+    "save_on_each_node": "a checkpoint is written and verified once, in a folder that all nodes share",
+    "do_train": "the command says what is done",
+    "do_predict": "the command says what is done: flr evaluate --split test",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+         "hub_revision"), _HUB,
+    ),
+}  # fmt: skip
+#: What latent GRPO refuses beside these.
+REFUSED_BY_GRPO: dict[str, str] = {
+    "label_smoothing_factor": "the loss is a policy's and has no labels",
+    "neftune_noise_alpha": "there is no noise but that on the thought",
+    "gradient_checkpointing": "it excludes the cache that groups share",
+    "activation_checkpointing": "it excludes the cache that groups share",
+    "gradient_checkpointing_kwargs": "there is no checkpointing",
+    "activation_checkpointing_kwargs": "there is no checkpointing",
+    "average_tokens_across_devices": "the loss is divided by the users of all processes",
+}
+SAMPLING = ("random", "sequential")
+
+
+def _check_flags(args: Any, refused: Mapping[str, str]) -> None:
+    """ValueError for a flag in ``refused`` that is not as it is by default."""
+    for field in dataclasses.fields(args):
+        value, default = getattr(args, field.name), field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        same = value is None or value == default or (field.name == "accelerator_config" and value == type(value)())
+        if field.name in refused and not same and not (default is None and value is False):
+            wanted = False if value is True else default
+            raise ValueError(f"{field.name}: expected {wanted!r}, got {value!r}; {refused[field.name]}")
+
 
 @dataclass
 class RecTrainingArguments(TrainingArguments):
     """``TrainingArguments`` with the defaults of a recommender: the best model on the valid split is kept."""
 
+    resume_from_checkpoint: str | None = option(
+        None,
+        "auto (default): go on from the newest whole checkpoint in output_dir, if any; true: there must be one; none: "
+        "start anew; or the folder of a checkpoint. Of a run with the same settings alone.",
+    )
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir, and start anew.")
     eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
     eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
     remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")
+    logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
     eval_strategy: str = option("epoch", "When to rank the valid split: no, steps, epoch.")
     save_strategy: str = option("epoch", "When to write a checkpoint: no, steps, epoch, best.")
     save_total_limit: int | None = option(2, "Checkpoints kept, the best one included.")
@@ -30,8 +101,12 @@ class RecTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = option("tensorboard", "Where to log.")  # noqa: RUF036 - HfArgumentParser expects None first
 
     def __post_init__(self) -> None:
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
+        _check_flags(self, REFUSED)
+        if self.train_sampling_strategy not in SAMPLING:
+            wanted = f"{' or '.join(SAMPLING)}, since rows have no lengths to sort by"
+            raise ValueError(f"train_sampling_strategy: expected {wanted}, got {self.train_sampling_strategy!r}")
+        if self.do_eval and self.eval_strategy == "no":
+            raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
         super().__post_init__()
 
 
@@ -116,13 +191,10 @@ class LatentGRPOConfig(RecTrainingArguments):
                 "train_backbone: expected policy tokens and kl_weight 0, since thoughts reach the reasoner alone, got "
                 f"policy {self.policy} and kl_weight {self.kl_weight}"
             )
-        if self.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing: expected False, got True; it excludes the cache that groups share"
-            )
-        if self.save_strategy == "steps" and self.save_steps % self.num_iterations:
-            raise ValueError(
-                f"save_steps: expected a multiple of num_iterations = {self.num_iterations}, got {self.save_steps}"
-            )
+        _check_flags(self, REFUSED_BY_GRPO)
+        saves = {"steps": "save_steps", "best": "eval_steps"}.get(self.save_strategy)
+        steps = getattr(self, saves) if saves else None
+        if saves and steps is not None and steps % self.num_iterations:
+            raise ValueError(f"{saves}: expected a multiple of num_iterations = {self.num_iterations}, got {steps}")
         Rewards.parse(self.reward)
         super().__post_init__()

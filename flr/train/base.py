@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import json
+import logging
+import math
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from flr.data import EpochSampler, InteractionDataset, Interactions, RecProcessor
 from flr.decode import CatalogueTrie
 from flr.evaluate import EvalResult, evaluate
+from flr.files import check_seal, exclusive_folder, move_files, place_folder, read_json, seal_folder
 from flr.model.backbone import causal_lm, is_patched, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.saved_config import write_config
+
+from .finite import check_trainable, check_weights, name_rows, rows_at_fault
+from .run_folder import (
+    MARKS,
+    MODEL_FILES,
+    RUN_NAME,
+    STAGING,
+    STATE_NAME,
+    Start,
+    begin,
+    best_checkpoint,
+    record,
+    rotate,
+)  # fmt: skip
+from .settings import run_settings
+
+logger = logging.getLogger("flr")
 
 
 class RecTrainer(Trainer):
@@ -28,7 +55,11 @@ class RecTrainer(Trainer):
         args: :class:`~flr.train.arguments.RecTrainingArguments`.
         processor: makes prompts and targets; saved beside every checkpoint's weights.
         train, valid: interactions; ``valid`` is ranked over the whole catalogue and may be None.
+        settings: what else shapes the run, beside model, arguments, processor and rows.
         kwargs: as for ``transformers.Trainer``.
+
+    A loss, reward or gradient that is not a finite number ends the training with a ValueError that says the step and
+    the row, and weights with such numbers are not saved.
     """
 
     def __init__(
@@ -38,39 +69,174 @@ class RecTrainer(Trainer):
         processor: RecProcessor,
         train: Interactions,
         valid: Interactions | None = None,
+        settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_trainable(model)
         self.processor = processor
         processor.fit_positions(position_limit(causal_lm(model).config))
         processor.kept(train.histories)  # says what will be left out, once and before the first step
-        self._best: EvalResult | None = None
+        self._best_result: EvalResult | None = None
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
+        given = (args, model, processor, train, self.valid, settings or {})
+        self.settings = run_settings(type(self).__name__, *given) if args.process_index == 0 else {}
+        self._start: Start | None = None
+        self._run_dir: str | None = None
         super().__init__(
             model=model,
             args=args,
-            data_collator=self._batch,
+            data_collator=self._numbered_batch,
             train_dataset=InteractionDataset(train),
             eval_dataset=None if self.valid is None else InteractionDataset(self.valid),
             **kwargs,
         )
         self.label_smoother = None  # done in the model's forward
+        self._best = _BestInPlace()
+        self.add_callback(self._best)
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _numbered_batch(self, rows: list[Any]) -> dict[str, Any]:
+        return {**self._batch(rows), "rows": torch.tensor([row.row for row in rows])}
 
     def _grouped_optimizer(self, model: Any) -> torch.optim.Optimizer:
         raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(len(rows), seed=self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(rows), seed=seed, shuffle=self.args.train_sampling_strategy == "random")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self._grouped_optimizer(model if model is not None else self.model)
         return self.optimizer
+
+    def _optimizer(self, groups: list[dict[str, Any]], model: Any) -> torch.optim.Optimizer:
+        """The optimizer of the arguments over groups of parameters with their rates and decays."""
+        args: Any = self.args
+        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+        name = getattr(args.optim, "value", args.optim)
+        if odd := {"params", "model", "optimizer_dict"} & options.keys():
+            raise ValueError(f"optim: expected one that takes groups of parameters, got {name}, which has {odd}")
+        if args.optim_args:
+            plain = copy.copy(args)
+            plain.optim_args = None
+            if self.get_optimizer_cls_and_kwargs(plain, model) == (cls, options):
+                raise ValueError(f"optim_args: expected what {name} reads, got {args.optim_args!r}")
+        return cls(groups, **options)
+
+    # where a run begins
+
+    @contextlib.contextmanager
+    def running(self, resume: str | bool | None = None, overwrite: bool | None = None) -> Iterator[Start]:
+        """Have ``output_dir`` to itself, and yield where the run begins (:func:`~flr.train.run_folder.begin`).
+
+        ``train`` does this where the caller has not. By default ``resume`` and ``overwrite`` are the arguments' own.
+
+        Raises:
+            ValueError: another process trains in ``output_dir``, or it holds another run.
+        """
+        args: Any = self.args
+        resume = args.resume_from_checkpoint if resume is None else resume
+        overwrite = args.overwrite_output_dir if overwrite is None else overwrite
+        alone = exclusive_folder(args.output_dir) if args.process_index == 0 else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            self._in_main(lambda: stack.enter_context(alone))
+            self._start = self._in_main(lambda: begin(args.output_dir, self.settings, resume, overwrite))
+            try:
+                yield self._start
+            finally:
+                self._start = None
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """As of ``transformers.Trainer``; a checkpoint that is damaged or of another run is refused."""
+        args: Any = self.args
+        if self._start is not None:
+            self._in_main(lambda: (Path(str(self.args.output_dir)) / RUN_NAME).unlink(missing_ok=True))
+            if self._start.checkpoint is not None:
+                self._best.place = best_checkpoint(
+                    args.output_dir, read_json(Path(self._start.checkpoint) / STATE_NAME)
+                )
+            return super().train(self._start.checkpoint, trial, ignore_keys_for_eval)
+        with self.running(resume_from_checkpoint or False) as start:
+            for notice in start.notices:
+                logger.warning(notice)
+            if start.finished:
+                self.load_finished()
+                return TrainOutput(self.state.global_step, math.nan, {})
+            return self.train(trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def load_finished(self) -> None:
+        """Take weights and state from ``output_dir``, where this run has ended before."""
+        folder = Path(str(self.args.output_dir))
+        if not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / STATE_NAME))
+
+    def conclude(self, summary: Mapping[str, Any]) -> None:
+        """Save model, processor and state in ``output_dir``, and that the run is finished, with its ``summary``."""
+        folder = str(self.args.output_dir)
+        self.save_model(folder)
+        with _writes(Path(folder)):
+            self.save_state()
+            if self.args.should_save:
+                record(folder, self.settings, summary=dict(summary))
+
+    def _in_main(self, function: Callable[[], Any]) -> Any:
+        """What ``function`` returns or raises in the main process, in every process."""
+        outcome: list[Any] = [None, None]
+        if self.args.process_index == 0:
+            try:
+                outcome[0] = function()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    # steps
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step; none where a run was continued from its last step, which ``Trainer`` would go past."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows = inputs.pop("rows")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            raise ValueError(f"{self._fault(model, inputs, rows, num_items_in_batch)} in step {step}")
+        return loss
+
+    def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:
+        """What is not finite, and the rows that it comes from."""
+
+        def loss_of(part: dict[str, Any]) -> Any:
+            return self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=num_items)
+
+        # a forward of one process alone would wait for the others
+        found = rows_at_fault(loss_of, inputs, rows) if self.args.world_size == 1 else name_rows(rows)
+        return f"loss: expected a finite number, got another for {found}"
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # a scaler leaves out steps that overflow, and takes smaller numbers then
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if not scaled and not torch.isfinite(torch.as_tensor(norm)):
+            raise ValueError(
+                f"gradient: expected a finite norm, got {float(norm)} in step {self.state.global_step + 1}, while the "
+                "loss was finite; try a lower learning rate, float32 or bfloat16"
+            )
+        return norm
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """HR, NDCG and MRR over the whole catalogue, ``eval_ndcg@10`` and so on, by item."""
@@ -91,7 +257,7 @@ class RecTrainer(Trainer):
         """
         if self.valid is None:
             return None
-        best, name = self._best, self._chosen_by
+        best, name = self._best_result, self._chosen_by
         if best is None or not self.args.load_best_model_at_end or best.metrics["item"][name] != self.state.best_metric:
             best = self._rank(self.valid)
         return dataclasses.replace(best, samples=samples)
@@ -115,36 +281,103 @@ class RecTrainer(Trainer):
 
     def _note_best(self, result: EvalResult) -> None:
         """Keep the best evaluation of this process, the first of equals as ``Trainer`` does."""
-        old, new = (None if x is None else x.metrics["item"].get(self._chosen_by) for x in (self._best, result))
+        old, new = (None if x is None else x.metrics["item"].get(self._chosen_by) for x in (self._best_result, result))
         if new is not None and (old is None or (new > old if self.args.greater_is_better else new < old)):
-            self._best = result
+            self._best_result = result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        try:
+            super().log(logs, start_time)
+        except OSError as error:
+            step = self.state.global_step
+            raise OSError(f"report_to: expected to write the log of step {step}, got {error}") from error
+
+    # saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            self.processor.save_pretrained(folder)
+        """Save weights and processor, which appear together: until then the folder has the old ones or is refused."""
+        target = Path(output_dir or str(self.args.output_dir))
+        # a checkpoint is a folder of its own that is renamed as a whole
+        staging = target if _internal_call else target / STAGING
+        check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        with contextlib.nullcontext() if _internal_call else _writes(target):
+            if self.args.should_save and not _internal_call:
+                shutil.rmtree(staging, ignore_errors=True)
+            super().save_model(str(staging), _internal_call=True)
+            if not self.args.should_save:
+                return
+            self.processor.save_pretrained(staging)
             lm = causal_lm(self.accelerator.unwrap_model(self.model))
-            if (folder / "adapter_config.json").is_file() and is_patched(lm):  # PEFT writes the base model's name alone
-                write_config(folder / "config.json", lm.config, lm.config.flr)
+            if (staging / "adapter_config.json").is_file() and is_patched(
+                lm
+            ):  # PEFT writes the base model's name alone
+                write_config(staging / "config.json", lm.config, lm.config.flr)
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            if not _internal_call:
+                move_files(staging, target, last=MARKS, owned=MODEL_FILES)
+                shutil.rmtree(staging)
+
+    def _get_output_dir(self, trial):
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        root = Path(str(self.args.output_dir))
+        name, step, best = f"checkpoint-{self.state.global_step}", self.state.global_step, self.state.best_global_step
+        if best and (best == step or (root / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
+        self._run_dir = str(root / STAGING)
+        keep = self.state.best_model_checkpoint
+        with _writes(root / name):
+            try:
+                self._in_main(lambda: shutil.rmtree(root / STAGING, ignore_errors=True))
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                self.state.best_model_checkpoint = keep  # not the place where it lies for a moment
+                self._in_main(lambda: self._finish_checkpoint(root, name))
+            finally:
+                self._run_dir = None
+                if self.args.process_index == 0:
+                    shutil.rmtree(root / STAGING, ignore_errors=True)
+
+    def _finish_checkpoint(self, root: Path, name: str) -> None:
+        """Seal the checkpoint that lies in the staging folder, put it into its place, delete what is too old."""
+        staged = root / STAGING / name
+        self.state.save_to_json(str(staged / STATE_NAME))
+        record(staged, self.settings)
+        seal_folder(staged)
+        place_folder(staged, root / name)
+        best = best_checkpoint(root, {"best_model_checkpoint": self.state.best_model_checkpoint})
+        rotate(root, self.args.save_total_limit, {name} | ({best.name} if best is not None else set()))
+
+    def _load_best_model(self):
+        check_seal(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+
+class _BestInPlace(TrainerCallback):
+    """The best checkpoint of a run that is continued lies in its folder, which may have moved."""
+
+    place: Path | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.place is not None and self.place.is_dir():
+            state.best_model_checkpoint = str(self.place)
+
+
+@contextlib.contextmanager
+def _writes(place: Path) -> Iterator[None]:
+    """Errors of writing, in whatever form the libraries raise them, as one OSError that names ``place``."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, RuntimeError) and not any(f.filename.endswith("torch/serialization.py") for f in frames):
+            raise
+        text = str(error).strip().split("\n")[0]
+        raise OSError(f"{place}: expected to write it whole, got {text}") from error
 
 
 def _spread(rows: Interactions | None, most: int | None) -> Interactions | None:
     if rows is None or most is None or len(rows) <= most:
         return rows
     return rows.select([i * len(rows) // most for i in range(most)])
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest ``checkpoint-*`` folder that was written to its end; None if there is none.
-
-    ``Trainer`` writes trainer_state.json last, so a folder without a readable one is what a kill left behind.
-    """
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None

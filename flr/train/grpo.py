@@ -27,6 +27,7 @@ from flr.model.outputs import GroupInputs, GroupOutput
 
 from .arguments import LatentGRPOConfig
 from .base import RecTrainer
+from .finite import name_rows
 from .group_batches import GroupCollator, RepeatedBlocks
 from .policy_loss import clipped_surrogate
 from .rewards import RewardInputs, Rewards
@@ -36,6 +37,7 @@ from .rewards import RewardInputs, Rewards
 class _Rollout:
     """What the first iteration on a batch leaves for the later ones."""
 
+    rewards: torch.Tensor  # [B, G]
     advantages: torch.Tensor  # [B, G]
     old: torch.Tensor  # log-probabilities [B, G, S] or [B, G, N]
     actions: tuple[torch.Tensor, torch.Tensor]
@@ -80,7 +82,7 @@ class LatentGRPOTrainer(RecTrainer):
         self._micro_batch = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._extremes = torch.tensor([torch.inf, -torch.inf])
-        super().__init__(model, args, processor, train, valid, **kwargs)
+        super().__init__(model, args, processor, train, valid, {"reward_terms": self.rewards.names}, **kwargs)
         hidden = lm.get_input_embeddings().weight.shape[-1]
         self._groups = GroupCollator(processor, args.group_size, hidden, args.seed)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
@@ -117,9 +119,7 @@ class LatentGRPOTrainer(RecTrainer):
             {"params": [p for decays, p in rest if decays], "lr": slow, "weight_decay": args.weight_decay},
             {"params": [p for decays, p in rest if not decays], "lr": slow, "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
-        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
-        return cls(groups, **options)
+        return self._optimizer([group for group in groups if group["params"]], model)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, and their users over all processes, which the loss is divided by."""
@@ -134,6 +134,7 @@ class LatentGRPOTrainer(RecTrainer):
         args: Any = self.args
         model.eval()  # no dropout: noise on the thought is the only chance
         inputs = dict(inputs)
+        inputs.pop("rows", None)
         items = inputs.pop("items")
         group = GroupInputs(
             inputs.pop("targets"),
@@ -167,6 +168,9 @@ class LatentGRPOTrainer(RecTrainer):
         losses = surrogate.loss + args.kl_weight * out.kl
         if args.regularise:
             losses = losses + out.regularisers
+        # advantages may be finite for rewards that are not; so each shows in the loss, which is looked at anyway
+        losses = losses + 0 * rollout.rewards.sum(1)
+        self._losses = losses.detach()
         users = torch.tensor(len(losses), device=losses.device)
         total = self._over_processes(users) if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / total * self.accelerator.num_processes  # DDP and FSDP average over processes
@@ -178,6 +182,14 @@ class LatentGRPOTrainer(RecTrainer):
             gate_entropy=out.gate_entropy,
         )
         return (loss, out) if return_outputs else loss
+
+    def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:
+        rewards = self._rollouts[self._micro_batch - 1].rewards.cpu()
+        for name, values in (("reward", rewards), ("loss", self._losses.cpu())):
+            bad = ~torch.isfinite(values.view(len(rows), -1)).all(1)
+            if bad.any():
+                return f"{name}: expected finite numbers, got others for {name_rows(rows[bad])}"
+        return f"loss: expected a finite number, got another for {name_rows(rows)}"
 
     def _roll_out(
         self, model: Any, prompts: dict, items: torch.Tensor, group: GroupInputs, out: GroupOutput, now: torch.Tensor
@@ -209,7 +221,7 @@ class LatentGRPOTrainer(RecTrainer):
             count = torch.tensor(advantages.numel(), device=advantages.device)
             advantages = advantages * self._over_processes(count).sqrt()
         del self._rollouts[self._micro_batch :]
-        self._rollouts.append(_Rollout(advantages, now.detach(), out.actions))
+        self._rollouts.append(_Rollout(result.rewards.detach(), advantages, now.detach(), out.actions))
         self._note(reward=result.mean, reward_std=result.std, reward_clean=result.rewards[:, 0].detach())
         ends = torch.stack([advantages.min(), advantages.max()]).float().cpu()
         self._extremes = torch.stack(

@@ -69,6 +69,16 @@ class Rewards:
         return cls(terms)
 
     @property
+    def names(self) -> dict[str, float]:
+        """Weight by name; that of a function is where it is defined."""
+        return {
+            term
+            if isinstance(term, str)
+            else f"{term.__module__}.{getattr(term, '__qualname__', type(term).__name__)}": w
+            for term, w in self.terms.items()
+        }
+
+    @property
     def may_decode(self) -> bool:
         """Whether a term may ask for the ranks that constrained decoding gives."""
         return any(name not in LIKELIHOODS for name in self.terms)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with transformers' ``Trainer``: every one of its arguments works."""
+"""Supervised fine-tuning with transformers' ``Trainer``: its arguments work, or are refused by name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flr.data import Augment, Interactions, RecProcessor, SFTCollator
 
 from .arguments import SFTConfig
 from .base import RecTrainer
+from .settings import of_augment
 
 
 class SFTTrainer(RecTrainer):
@@ -26,7 +27,7 @@ class SFTTrainer(RecTrainer):
         kwargs: as for ``transformers.Trainer``.
 
     The order of rows, augmentation and dropout depend on (seed, epoch, row) and checkpointed generators alone: a run
-    that was killed and resumed from its last complete checkpoint reaches the weights of an undisturbed one.
+    that was killed and resumed from its last whole checkpoint reaches the weights of an undisturbed one.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class SFTTrainer(RecTrainer):
         processor.scoring = args.normalisation
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
-        super().__init__(model, args, processor, train, valid, **kwargs)
+        super().__init__(model, args, processor, train, valid, of_augment(augment), **kwargs)
         self.label_smoothing = args.label_smoothing_factor
         self._dropout(args.embedding_dropout, args.output_dropout)
 
@@ -88,10 +89,11 @@ class SFTTrainer(RecTrainer):
             else:
                 key = (args.learning_rate, args.weight_decay if name in decayed else 0.0)
             groups.setdefault(key, []).append(parameter)
-        cls, options = self.get_optimizer_cls_and_kwargs(args, model)
-        return cls([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **options)
+        parts = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        return self._optimizer(parts, model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("rows", None)
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
         if self.catalogue_loss is not None:

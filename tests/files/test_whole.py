@@ -1,4 +1,4 @@
-"""Atomic files and folders."""
+"""Atomic files and folders, and what is read with checks."""
 
 import os
 import signal
@@ -158,6 +158,6 @@ def test_parquet_is_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected one column 'a', got"):
         read_parquet(file, {"a": pa.types.is_integer})
     file.write_bytes(whole)
-    monkeypatch.setattr("flr.files._MAX_ROWS", 2999)
+    monkeypatch.setattr("flr.files.whole._MAX_ROWS", 2999)
     with pytest.raises(ValueError, match=r"expected at most 2999 rows and .* got 3000 and"):
         read_parquet(file, {})

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON and Parquet read with checks."""
+"""Files and folders that are written whole or not at all, and JSON and Parquet read with checks."""
 
 from __future__ import annotations
 
