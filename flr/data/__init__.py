@@ -16,7 +16,8 @@ from .codecs import ItemCodec, build_codec
 from .collator import EpochSampler, InteractionDataset, SFTCollator, expand_prefixes
 from .interactions import CSR, Interaction, Interactions, RecDataset
 from .planted import planted_dataset
-from .processor import HistoryViews, PromptTemplate, RecProcessor
+from .processor import RecProcessor
+from .prompt import HistoryViews, PromptTemplate
 from .readers import load_dataset
 from .report import BadRow, ReadReport
 from .tokenizers import build_tokenizer

@@ -13,7 +13,8 @@ from flr.config import IGNORE
 
 from .augment import Augment, uniforms
 from .interactions import CSR, Interaction, Interactions, places_within
-from .processor import RecProcessor, finish_batch, left_pad
+from .processor import RecProcessor
+from .prompt import finish_batch, left_pad
 
 _ORDER = 5  # stream of random numbers of the sampler
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from flr.files import PathLike, naming, read_json, shown, temporary_folder, writ
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
+from .prompt import MAX_TEXT, HistoryViews, PromptTemplate, Segment, finish_batch, left_pad
 from .saved_tokenizer import load_tokenizer
 
 logger = logging.getLogger("flr")
@@ -27,83 +28,10 @@ logger = logging.getLogger("flr")
 THOUGHT_TOKEN = "<|thought|>"
 CONFIG_NAME = "processor_config.json"
 CATALOGUE_NAME = "catalogue.parquet"
-_HISTORY = "{history}"
 _VERSION = 1
-_TEXT_PROMPT = (
-    "A customer has chosen these items, from the earliest to the latest:\n{history}\nThe item chosen next is:\n"
-)
-_MAX_TEXT = 1 << 16  # characters of a template
 _MAX_THOUGHTS = 1024
 _MAX_CONFIG = 1 << 20  # bytes
 _SETTINGS = ("max_history", "num_thoughts", "thought_token", "max_prompt_tokens", "max_title_tokens")
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """Text around a history.
-
-    Attributes:
-        text: holds the placeholder ``{history}`` exactly once; every other character is taken as it is.
-        separator: text between two items (an item's tokens already end or have a fixed number, so none is needed).
-        bos: begin with the tokenizer's bos token (its eos token where it has no bos).
-
-    Example:
-        >>> PromptTemplate("Listened to: {history}.").parts
-        ('Listened to: ', '.')
-    """
-
-    text: str = _HISTORY
-    separator: str = ""
-    bos: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("text", "separator"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > _MAX_TEXT:
-                got = f"{len(value)}" if isinstance(value, str) else repr(value)[:80]
-                raise ValueError(f"{name}: expected text of at most {_MAX_TEXT} characters, got {got}")
-        if not isinstance(self.bos, bool):
-            raise ValueError(f"bos: expected True or False, got {self.bos!r:.80}")
-        if self.text.count(_HISTORY) != 1:
-            raise ValueError(f"text: expected the placeholder {_HISTORY} exactly once, got {self.text!r}")
-
-    @property
-    def parts(self) -> tuple[str, str]:
-        """The text before and after the history."""
-        before, after = self.text.split(_HISTORY)
-        return before, after
-
-    @classmethod
-    def default(cls, codec: str) -> PromptTemplate:
-        """A sentence for codec "title", the bare history for "id" and "sid"."""
-        return cls(_TEXT_PROMPT) if codec == "title" else cls()
-
-
-@dataclass(frozen=True)
-class HistoryViews:
-    """Answer from several views of a history: the whole prompt, and each item alone (see :mod:`flr.decode.mixture`).
-
-    Attributes:
-        weight: of the one-item views together, 0..1; the whole prompt has the rest.
-        decay: weight of an item relative to the next later one, in (0, 1].
-    """
-
-    weight: float = 0.5
-    decay: float = 0.6
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.weight, (int, float)) and 0 <= self.weight <= 1):
-            raise ValueError(f"weight: expected a number in 0..1, got {self.weight!r:.80}")
-        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
-            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay!r:.80}")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Prompts of a batch before padding: a flat array of tokens and, for each, the history entry it belongs to."""
-
-    tokens: CSR  # int32 values, int64 offsets [B + 1]
-    entries: np.ndarray  # int64 [total], -1 outside the history's items
 
 
 class RecProcessor:
@@ -164,7 +92,7 @@ class RecProcessor:
         _whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
         if max_title_tokens is not None:
             _whole("max_title_tokens", max_title_tokens, 1)
-        if not isinstance(thought_token, str) or not 0 < len(thought_token) <= _MAX_TEXT:
+        if not isinstance(thought_token, str) or not 0 < len(thought_token) <= MAX_TEXT:
             raise ValueError(f"thought_token: expected text, got {thought_token!r:.80}")
         self.tokenizer = tokenizer
         self.catalogue = catalogue
@@ -443,31 +371,6 @@ def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
     if not least <= value <= most:
         wanted = f"at least {least}" if value < least else f"at most {most}"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
-
-
-def left_pad(prompts: Segment, pad_token_id: int, extra: int = 0) -> dict[str, np.ndarray]:
-    """input_ids, attention_mask, item_positions, int64 [B, L + extra]: prompts end at column L, the rest is padding."""
-    lengths = prompts.tokens.lengths
-    batch, width = len(lengths), int(lengths.max())
-    rows = np.repeat(np.arange(batch), lengths)
-    columns = np.arange(len(prompts.entries)) + np.repeat(width - prompts.tokens.offsets[1:], lengths)
-    arrays = {}
-    for name, padding, values in (
-        ("input_ids", pad_token_id, prompts.tokens.values),
-        ("attention_mask", 0, 1),
-        ("item_positions", -1, prompts.entries),
-    ):
-        arrays[name] = np.full((batch, width + extra), padding, np.int64)
-        arrays[name][rows, columns] = values
-    return arrays
-
-
-def finish_batch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Tensors of ``arrays`` (input_ids, attention_mask, item_positions, …) plus position_ids and reasoner_mask."""
-    mask = arrays["attention_mask"]
-    arrays["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
-    arrays["reasoner_mask"] = arrays["item_positions"] >= 0
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _as_csr(histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> CSR:

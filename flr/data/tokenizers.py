@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .catalogue import Catalogue
 from .codecs import CODEC_NAMES, item_tokens, sid_tokens
-from .processor import PromptTemplate
+from .prompt import PromptTemplate
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 _BYTES = 256
