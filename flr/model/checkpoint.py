@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,22 @@ def load_from(
 def load_saved(folder: Path, saved: SavedConfig, variant: str | None = None, **kwargs: Any) -> Any:
     """The model in ``folder`` whose config.json says ``saved``; arguments and errors as for :func:`from_pretrained`."""
     files, options = weight_files(folder, variant), saved.options
+    _check_layers(folder, saved.base, files)
     _check_reasoner(folder, saved, weight_shapes(files, "flr."))
     model = _load_backbone(folder, "flr.", saved.base, variant=variant, **kwargs)
     patch_model(model, config=options, verify=False)
     if hasattr(model, "flr"):
         _load_strictly(model.flr, read_weights(files, "flr."), folder)
     return model.eval()
+
+
+def _check_layers(folder: Path, base: PreTrainedConfig, files: Sequence[Path]) -> None:
+    """Refuse a configuration of more layers than there are weights, before a module is made for each."""
+    weights, layers = len(weight_shapes(files, "")), getattr(base.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > weights:
+        raise ValueError(
+            f"{folder / CONFIG}: num_hidden_layers: expected at most {weights}, one a weight, got {layers}"
+        )
 
 
 def _check_reasoner(folder: Path, saved: SavedConfig, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -73,6 +73,7 @@ def _set(folder, *path, value):
         (("flr",), [1], r"config\.json: flr: expected an object, got list"),
         (("base_config",), None, "base_config: expected the configuration of a causal LM"),
         (("base_config", "model_type"), "no-such-model", "base_config: expected a model type that comes with"),
+        (("base_config", "num_hidden_layers"), 10**6, "num_hidden_layers: expected at most .* got 1000000"),
         (("base_config", "hidden_size"), "wide", "base_config: expected a configuration of llama, got"),
     ],
 )
