@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from flr.files import read_json
+from flr.files import naming, read_json
 
 from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_shapes
 
@@ -64,7 +64,5 @@ def wrap(model: Any, folder: Path, is_trainable: bool) -> Any:
         import peft
     except ImportError as error:
         raise ValueError(f"peft: expected the package peft, which reads the adapter in {folder}, got none") from error
-    try:
+    with naming(folder, "an adapter that fits its base model"):
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except RuntimeError as error:
-        raise ValueError(f"directory: expected an adapter that fits its base model in {folder}, got {error}") from error

@@ -192,6 +192,9 @@ def _load_backbone(folder: Path, prefix: str, config: PreTrainedConfig | None, *
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **kwargs
         )
+    except RuntimeError as error:  # sizes that differ; the table of them is in the log
+        text = " ".join(str(error).split())
+        raise ValueError(f"directory: expected weights that fit config.json in {folder}, got {text:.300}") from error
     finally:
         reports.removeFilter(quiet)
     model, info = loaded

@@ -14,6 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flr.data import RecDataset, RecProcessor, build_tokenizer, load_dataset, planted_dataset, prepare_amazon
 from tests.helpers.logs import ROWS, recbole
@@ -235,6 +238,20 @@ def _table(file: Path, rng: random.Random) -> None:
     pq.write_table(changed, file)
 
 
+def _tensors(file: Path, rng: random.Random) -> None:
+    """A tensor of a safetensors file: gone, renamed, another shape or type, numbers that are none, one more."""
+    with safe_open(file, framework="pt") as weights:
+        tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    name = rng.choice(sorted(tensors))
+    value = tensors.pop(name)
+    ways: tuple[Any, ...] = (
+        {}, {f"{name}.odd": value}, {name: value.flatten()}, {name: value.to(torch.int8)}, {name: value[:1].clone()},
+        {name: value, "odd": value.clone()}, {name: torch.full_like(value, float("nan"))},
+        {name: value.repeat(*[2] * value.dim())}, {name: value.half()},
+    )  # fmt: skip
+    save_file({**tensors, **rng.choice(ways)}, file, {"format": "pt"})
+
+
 _BYTES = (_bits, _bits, _slices, _cut, _not_a_file, _other_file, _encoding)
 _BY_KIND: dict[str, tuple[Callable[[Path, random.Random], None], ...]] = {
     ".json": (_values, _values, _values, _lines),
@@ -243,13 +260,14 @@ _BY_KIND: dict[str, tuple[Callable[[Path, random.Random], None], ...]] = {
     ".txt": (_cells, _cells, _lines),
     ".inter": (_cells, _cells, _lines),
     ".item": (_cells, _cells, _lines),
+    ".safetensors": (_tensors, _tensors, _tensors),
     ".parquet": (_table, _table, _table, _table),
 }
 
 
 def damage(folder: Path, rng: random.Random) -> str:
     """Damage one file of ``folder``; says what was done to which."""
-    file = rng.choice(sorted(folder.iterdir()))
+    file = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
     way = rng.choice(_BYTES + _BY_KIND.get(file.suffix, ()) * 2)
     way(file, rng)
     return f"{way.__name__.strip('_')} of {file.name}"
