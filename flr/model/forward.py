@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flr.config import IGNORE, FLRConfig
 
-from .backbone import is_checkpointing, warn_once
+from .backbone import OUTPUT_CACHE, cache_argument, is_checkpointing, warn_once
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
@@ -38,6 +38,7 @@ def flr_forward(
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
     group: GroupInputs | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Forward of a patched model: that of the model it was, plus
@@ -46,10 +47,12 @@ def flr_forward(
         group: the result is then the :class:`flr.model.outputs.GroupOutput` of a latent GRPO step.
         kwargs: those of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes.
 
-    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
-    not empty) the prompt's hidden states are gone, and one among several tokens raises (on the CPU: a look is free).
+    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``cache``, before
+    transformers 5.24 ``past_key_values``, not empty) the prompt's hidden states are gone, and one among several tokens
+    raises (on the CPU: a look is free).
     """
     own = ThoughtInputs.taken_from(kwargs)
+    past_key_values = past_key_values if cache is None else cache  # two names of one argument
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
     is_thought = _thoughts_among(self._flr_patch.config, input_ids, past_key_values, own.thought_start)
@@ -58,10 +61,10 @@ def flr_forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **cache_argument(self, past_key_values),
             **kwargs,
         )
     return_dict = kwargs.pop("return_dict", None)
@@ -101,9 +104,9 @@ def flr_forward(
     out = FLRCausalLMOutput(
         loss=loss,
         logits=None if skip_logits else _logits(self, encoder, inverse, logits_to_keep),
-        past_key_values=encoder.cache if keep_cache else None,
         hidden_states=encoder.all_layers(inverse),
         flr=made,
+        **{OUTPUT_CACHE: encoder.cache if keep_cache else None},
     )
     return out.to_tuple() if return_dict is False else out
 

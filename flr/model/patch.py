@@ -111,7 +111,10 @@ def patch_model(
     )
     model.__dict__["_flr_patch"] = patch
     model.forward = types.MethodType(flr_forward, model)
-    model.config.keys_to_ignore_at_inference = [*(getattr(model.config, "keys_to_ignore_at_inference", None) or []), "flr"]
+    model.config.keys_to_ignore_at_inference = [
+        *(getattr(model.config, "keys_to_ignore_at_inference", None) or []),
+        "flr",
+    ]
     try:
         if not on_meta and verify:
             _verify_and_scale(model, patch)
