@@ -181,9 +181,15 @@ def main(argv: list[str]) -> int:
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    from flr.report.plots import plot_compare
+    console.print(f"written: {root / 'compare.json'}")
+    from flr.report.drawing import WITHOUT, can_draw
 
-    plot_compare(outcome["rows"], root / "compare.png")
-    console.print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
+    if can_draw():
+        from flr.report.plots import plot_compare
+
+        plot_compare(outcome["rows"], root / "compare.png")
+        console.print(f"written: {root / 'compare.png'}")
+    else:
+        console.print(WITHOUT, markup=False)
     emit(outcome, rest.json)
     return 0

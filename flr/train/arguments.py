@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from flr.config import check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
@@ -12,6 +13,7 @@ from flr_kernels.ops.group_advantage.op import KINDS
 from .rewards import Rewards
 
 POLICIES = ("thoughts", "tokens")
+_LOGGERS = "Where to log: none, tensorboard (pip install 'flr[tensorboard]'), or another that transformers knows."
 
 
 @dataclass
@@ -27,12 +29,14 @@ class RecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = option(True, "End with the best model on the valid split.")
     metric_for_best_model: str | None = option("ndcg@10", "What best means.")
     greater_is_better: bool | None = option(True, "Whether a larger metric is better.")
-    report_to: None | str | list[str] = option("tensorboard", "Where to log.")  # noqa: RUF036 - HfArgumentParser expects None first
+    report_to: None | str | list[str] = option("none", _LOGGERS)  # noqa: RUF036 - HfArgumentParser expects None first
 
     def __post_init__(self) -> None:
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
         super().__post_init__()
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
 @dataclass
@@ -62,6 +66,8 @@ class SFTConfig(RecTrainingArguments):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         super().__post_init__()
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
 @dataclass
@@ -126,3 +132,5 @@ class LatentGRPOConfig(RecTrainingArguments):
             )
         Rewards.parse(self.reward)
         super().__post_init__()
+        if "tensorboard" in self.report_to and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
