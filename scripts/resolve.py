@@ -3,9 +3,9 @@
     python scripts/resolve.py          # asks the package index through uv; a table, exit 1 where there is no solution
 
 Three ways: the newest versions, those of constraints.txt, and the lowest that pyproject.toml admits; all extras, wheels
-alone. Pythons are those of the classifiers. CUDA builds of torch exist for Linux; macOS has the CPU half. constraints.txt
-must pin every package that it leads to. Its header says how it is made; to renew it, add ``--upgrade`` or
-``--upgrade-package NAME`` to that command.
+alone. Pythons are those of the classifiers. CUDA builds of torch exist for Linux; macOS has the CPU half.
+constraints.txt must pin every package that it leads to. Its header says how it is made; to renew it, add ``--upgrade``
+or ``--upgrade-package NAME`` to that command.
 """
 
 from __future__ import annotations
