@@ -3,8 +3,8 @@
     python -m build --outdir dist && python scripts/check_dist.py dist
 
 The source distribution holds every file that the repository tracks but those for its host (``.github``); the wheel
-every file of the two packages and the compiled extension, and no test. Where ``FLR_PROJECT_URL`` was set, the description has
-no relative link left.
+every file of the two packages and the compiled extension, and no test. Where ``FLR_PROJECT_URL`` was set, the
+description has no relative link left.
 """
 
 from __future__ import annotations
