@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     arches = list(map(int, arguments.arch.split(",")))
     compiled = (compile_variant(launch, label, arch) for launch, label in variants().items() for arch in arches)
-    rows = []
+    rows, stack = [], arguments.max_stack
     for row in chain(compiled, *map(extension_variants, arches)):
         rows.append(row)
         if not arguments.json:
@@ -275,21 +275,19 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{'kernel':20} {'variant':34}   arch  regs  stack  shared warps per SM")
             print(
                 f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
-                f"{row.warps:>5} {row.programs:>6}{'' if row.fits(arguments.max_stack) else '  <- over the limit'}",
+                f"{row.warps:>5} {row.programs:>6}{'' if row.fits(stack) else '  <- over the limit'}",
                 flush=True,
             )
-    bad = [row for row in rows if not row.fits(arguments.max_stack)]
+    bad = [row for row in rows if not row.fits(stack)]
     if arguments.json:
         print(
             json.dumps(
-                {"variants": [{**asdict(row), "ok": row.fits(arguments.max_stack)} for row in rows], "ok": not bad},
+                {"variants": [{**asdict(row), "ok": row.fits(stack)} for row in rows], "ok": not bad},
                 indent=1,
             )
         )
     else:
-        print(
-            f"{len(rows)} variants, {len(bad)} with more than {arguments.max_stack} bytes of stack or too much shared memory"
-        )
+        print(f"{len(rows)} variants, {len(bad)} with more than {stack} bytes of stack or too much shared memory")
     return 1 if bad else 0
 
 

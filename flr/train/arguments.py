@@ -35,7 +35,7 @@ class RecTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True; rows are interactions, not tensors")
         super().__post_init__()
-        if "tensorboard" in self.report_to and not is_tensorboard_available():
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
@@ -66,7 +66,7 @@ class SFTConfig(RecTrainingArguments):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         super().__post_init__()
-        if "tensorboard" in self.report_to and not is_tensorboard_available():
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
@@ -132,5 +132,5 @@ class LatentGRPOConfig(RecTrainingArguments):
             )
         Rewards.parse(self.reward)
         super().__post_init__()
-        if "tensorboard" in self.report_to and not is_tensorboard_available():
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
