@@ -3,7 +3,7 @@ compiler is, nothing where neither is. Metadata is in pyproject.toml. See docs/e
 
 Never imports torch, downloads or looks for a GPU. Environment: ``FLR_CUDA_ARCH_LIST`` (e.g. "8.0;9.0+PTX"),
 ``MAX_JOBS``, ``CUDA_HOME``, ``CXX``, ``CXXFLAGS``, ``FLR_REQUIRE_EXTENSION=1`` (fail instead of going without, or
-without the CUDA half).
+without the CUDA half), ``FLR_PROJECT_URL`` (address of the repository, for links on the package index's page).
 """
 
 import os
@@ -137,4 +137,14 @@ sources = [
 extension = Extension(
     "flr_kernels._C", sources, depends=["csrc/group_advantage.cuh", "csrc/log_normaliser.h"], optional=not REQUIRED
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+readme, urls = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+if address := os.environ.get("FLR_PROJECT_URL"):
+    page = runpy.run_path(str(ROOT / "scripts/index_readme.py"))
+    readme, urls = page["absolute_links"](readme, address), page["project_urls"](address)
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExtension},
+    long_description=readme,
+    long_description_content_type="text/markdown",
+    project_urls=urls,
+)

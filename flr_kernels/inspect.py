@@ -57,7 +57,11 @@ class Variant:
 
     @property
     def ok(self) -> bool:
-        return self.stack == 0 and self.shared <= self.shared_limit
+        return self.fits()
+
+    def fits(self, stack: int = 0) -> bool:
+        """Whether it needs no more than so many bytes of stack, and no more shared memory than there is."""
+        return self.stack <= stack and self.shared <= self.shared_limit
 
 
 @dataclass(frozen=True)
@@ -244,13 +248,16 @@ def extension_variants(arch: int) -> list[Variant]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; the exit status is 1 if a variant spills or exceeds the architecture's shared memory."""
+    """Command line; the exit status is 1 if a variant exceeds ``--max_stack`` or the architecture's shared memory."""
     parser = argparse.ArgumentParser(prog="python -m flr_kernels.inspect", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--arch",
         default=",".join(map(str, triton_config.ARCHES)),
         help="comma-separated compute capabilities times ten (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_stack", type=int, default=0, help="bytes of stack a thread that are no fault (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     unknown = [a for a in arguments.arch.split(",") if not a.isdigit() or int(a) not in triton_config.ARCHES]
@@ -260,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     arches = list(map(int, arguments.arch.split(",")))
     compiled = (compile_variant(launch, label, arch) for launch, label in variants().items() for arch in arches)
-    rows = []
+    rows, stack = [], arguments.max_stack
     for row in chain(compiled, *map(extension_variants, arches)):
         rows.append(row)
         if not arguments.json:
@@ -268,14 +275,19 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{'kernel':20} {'variant':34}   arch  regs  stack  shared warps per SM")
             print(
                 f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
-                f"{row.warps:>5} {row.programs:>6}{'' if row.ok else '  <- over the limit'}",
+                f"{row.warps:>5} {row.programs:>6}{'' if row.fits(stack) else '  <- over the limit'}",
                 flush=True,
             )
-    bad = [row for row in rows if not row.ok]
+    bad = [row for row in rows if not row.fits(stack)]
     if arguments.json:
-        print(json.dumps({"variants": [{**asdict(row), "ok": row.ok} for row in rows], "ok": not bad}, indent=1))
+        print(
+            json.dumps(
+                {"variants": [{**asdict(row), "ok": row.fits(stack)} for row in rows], "ok": not bad},
+                indent=1,
+            )
+        )
     else:
-        print(f"{len(rows)} variants, {len(bad)} with a spill or too much shared memory")
+        print(f"{len(rows)} variants, {len(bad)} with more than {stack} bytes of stack or too much shared memory")
     return 1 if bad else 0
 
 

@@ -193,13 +193,19 @@ def main(argv: list[str]) -> int:
     classes = (CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     *parts, rest = parse("compare", ABOUT, classes, argv)
     from flr.files import write_json
-    from flr.report.plots import plot_compare  # before the training, in case that matplotlib is not there
+    from flr.report.drawing import WITHOUT, can_draw
 
     outcome = compare(*parts)
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    plot_compare(outcome["rows"], root / "compare.png")
-    console.print(f"written: {root / 'compare.json'}, {root / 'compare.png'}")
+    console.print(f"written: {root / 'compare.json'}")
+    if can_draw():
+        from flr.report.plots import plot_compare
+
+        plot_compare(outcome["rows"], root / "compare.png")
+        console.print(f"written: {root / 'compare.png'}")
+    else:
+        console.print(WITHOUT, markup=False)
     emit(outcome, rest.json)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flr.config import option
+from flr.report.drawing import WITHOUT, can_draw
 
 from .parsing import REVISION, console, emit, parse
 
@@ -28,7 +29,13 @@ def main(argv: list[str]) -> int:
     if not options.history:
         raise ValueError("history: expected item ids or titles, got none")
     if not (options.png or options.html or rest.json):
-        options.png, options.html = "explanation.png", "explanation.html"
+        options.html = "explanation.html"
+        if can_draw():
+            options.png = "explanation.png"
+        else:
+            console.print(WITHOUT, markup=False)
+    if options.png and not can_draw():
+        raise ValueError("png: expected matplotlib for a picture, got none; pip install 'flr[plots]'")
     from flr.recommend import Recommender
 
     explanation = Recommender.from_pretrained(options.model, revision=options.revision).explain(

@@ -112,6 +112,19 @@ def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
     return factor_interest(model, processor, dataset.test, dataset.catalogue.attributes["interest"]).to_dict()
 
 
+def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> dict[str, str]:
+    """Captions by file of the pictures that were drawn: none without matplotlib."""
+    from flr.report.drawing import WITHOUT, can_draw
+    from flr.report.plots import plot_compare
+
+    if not can_draw():
+        console.print(WITHOUT, markup=False)
+        return {}
+    plot_compare(rows, out / "compare.png")
+    explanation.heatmap(out / "attention.png")
+    return {str(out / "compare.png"): "Metrics by mode", str(out / "attention.png"): "Attention of each factor"}
+
+
 def main(argv: list[str]) -> int:
     options, rest = parse("quickstart", ABOUT, (QuickstartOptions,), argv)
     import torch
@@ -119,7 +132,6 @@ def main(argv: list[str]) -> int:
     from flr.files import write_json
     from flr.model.backbone import causal_lm
     from flr.recommend import Recommender
-    from flr.report.plots import plot_compare
     from flr.report.quickstart import quickstart_report
 
     started = time.perf_counter()
@@ -143,8 +155,7 @@ def main(argv: list[str]) -> int:
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]
     recommender = Recommender.from_pretrained(runs / "flr-0")
     explanation = recommender.explain(history, k=5)
-    explanation.heatmap(out / "attention.png")
-    plot_compare(outcome["rows"], out / "compare.png")
+    images = pictures(outcome["rows"], explanation, out)
     seconds = time.perf_counter() - started
     quoted = " ".join(history[-3:])
     next_steps = [
@@ -164,7 +175,7 @@ def main(argv: list[str]) -> int:
         "rows": outcome["rows"],
         "differences": outcome["differences"],
         "nmi": nmi,
-        "images": {str(out / "compare.png"): "Metrics by mode", str(out / "attention.png"): "Attention of each factor"},
+        "images": images,
         "example": explanation.to_dict(),
         "next_steps": next_steps,
         "settings": {type(p).__name__: str(_changed(p)) for p in parts},

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from flr.model.backbone import cache_argument
+
 from .session import model_states, slots
 
 
@@ -80,7 +82,7 @@ class ExpandedSession:
     ) -> tuple[torch.Tensor, Cache]:
         """States of tokens [R, n] of the users [R], whose first stands ``depth`` [R] behind the prompt."""
         positions = (self.next_position[user] + depth)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **cache_argument(self.model, cache)}
         if self.positioned:
             arguments["position_ids"] = positions
         return model_states(self.model, self.hidden, arguments)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from flr.model.backbone import causal_lm, packing_obstacle
+from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
 
 from .session import model_states, slots
 
@@ -173,4 +173,4 @@ class PackedSession:
             dtype = self.layers[0].dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
         arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return model_states(self.model, self.hidden, {**arguments, "past_key_values": self.cache})[0]
+        return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from flr.model.backbone import causal_lm, forward_parameters, is_patched, takes_positions, warn_once
+from flr.model.backbone import cache_of, causal_lm, forward_parameters, is_patched, takes_positions, warn_once
 from flr.model.head import HeadRows
 from flr.model.insertion import append_thoughts
 
@@ -94,7 +94,7 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
     extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(type(causal_lm(model)).forward) else {}
     with lm_head_inputs(model, skip=False) as hidden:
         out = model(**prepared, use_cache=True, **extra)
-    past, states, head_rows = out.past_key_values, out.logits[:, -1], None
+    past, states, head_rows = cache_of(out), out.logits[:, -1], None
     vocabulary = states.shape[-1]
     length = prepared["input_ids"].shape[1]
     if not isinstance(past, Cache):

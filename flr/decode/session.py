@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from flr.model.backbone import causal_lm
+from flr.model.backbone import cache_of, causal_lm
 
 
 class Session(Protocol):
@@ -82,10 +82,10 @@ def model_states(model: nn.Module, hidden: bool, arguments: Mapping[str, Any]) -
     """Hidden states [B, n, D] or logits [B, n, V] of the model's forward, and its cache."""
     if not hidden:
         out = model(**arguments, use_cache=True)
-        return out.logits, out.past_key_values
+        return out.logits, cache_of(out)
     with lm_head_inputs(model, skip=True) as seen:
         out = model(**arguments, use_cache=True)
-    return seen[-1], out.past_key_values
+    return seen[-1], cache_of(out)
 
 
 def slots(lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

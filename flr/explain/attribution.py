@@ -38,7 +38,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
 from flr.decode.prompts import prepare_inputs
-from flr.model.backbone import causal_lm, is_patched, takes_positions
+from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, takes_positions
 from flr.model.head import head
 from flr.model.outputs import FLROutput
 
@@ -147,7 +147,7 @@ def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> Thinking
         anchors=anchors,
         contributions=torch.stack([step.contributions for step in out.flr.steps], 1),
         output=out.flr,
-        layers=_cut(out.past_key_values, length, length + count + reserve),
+        layers=_cut(cache_of(out), length, length + count + reserve),
     )
 
 
@@ -180,7 +180,7 @@ def _suffix_logits(prompts: ThinkingPrompts, user: Tensor, thoughts: Tensor, tok
         layers = [copy.copy(layer) for layer in prompts.layers]
         for layer in layers:
             layer.keys, layer.values = layer.keys[user], layer.values[user]
-        inputs |= {"inputs_embeds": suffix, "past_key_values": Cache(layers=layers)}
+        inputs |= {"inputs_embeds": suffix, **cache_argument(lm.base_model, Cache(layers=layers))}
     if prompts.positions is not None:
         known = prompts.positions[user]
         positions = torch.cat([known, known[:, -1:] + 1 + torch.arange(after, device=user.device)], 1)

@@ -7,11 +7,15 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 logger = logging.getLogger("flr")
+#: The field of the installed transformers' outputs that holds the KV cache.
+OUTPUT_CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 @functools.cache
@@ -102,6 +106,26 @@ def position_rows(model: Any) -> int | None:
     tables = (m for m in model.base_model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     sizes = {table.num_embeddings for table in tables}
     return limit if limit is not None and sizes & {limit, limit + 2} else None  # OPT's table has two rows more
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a module class's forward calls its KV cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+    A forward that names neither (a wrapper's ``**kwargs``) is given the name of the installed transformers' outputs.
+    """
+    names = [name for name in ("cache", "past_key_values") if name in forward_parameters(forward)]
+    return names[0] if names else OUTPUT_CACHE
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """A KV cache as the keyword argument that the module's forward takes; wrappers pass it on to the causal LM."""
+    return {cache_name(type(causal_lm(module)).forward): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in a forward's output, or None."""
+    found = getattr(output, "cache", None)
+    return found if found is not None else getattr(output, "past_key_values", None)
 
 
 def attention_types(config: Any) -> set[str]:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from flr.config import IGNORE
 
+from .backbone import OUTPUT_CACHE
 from .forward import Batch, encode, goes_on, place_of_thoughts, plain_pieces, thoughts_among, with_thoughts
 from .methods import Method
 from .outputs import FLROutput, ThoughtInputs
@@ -29,6 +30,7 @@ _OURS = (
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache",
     "use_cache",
     "return_dict",
     "cache_position",
@@ -70,7 +72,7 @@ def flr_base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     original = patch.base_forward(self)
     names = list(inspect.signature(type(self).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    ids, past, pending = given.get("input_ids"), given.get("past_key_values"), patch.pending
+    ids, past, pending = given.get("input_ids"), given.get("cache", given.get("past_key_values")), patch.pending
     if ids is None or goes_on(past):
         return original(*args, **kwargs)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
@@ -91,8 +93,8 @@ def flr_base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         pending.made = encoded.encoder.output(_shares(labels, pending.num_items))
     return BaseModelOutputWithPast(
         last_hidden_state=encoded.states(),
-        past_key_values=encoded.encoder.cache if keep_cache else None,
         hidden_states=encoded.encoder.all_layers(encoded.inverse),
+        **{OUTPUT_CACHE: encoded.encoder.cache if keep_cache else None},
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flr.config import FLRConfig
 
+from .backbone import cache_argument, cache_of
 from .outputs import FLROutput
 from .pieces import Pieces, take_columns
 from .reasoner import LOSSES, ReasonerOutput
@@ -46,14 +47,14 @@ class Encoder:
             return
         out = self.model.base_model(
             **self.inputs.cut(start, stop),
-            past_key_values=self.cache if self.use_cache else None,
+            **cache_argument(self.model.base_model, self.cache if self.use_cache else None),
             use_cache=self.use_cache,
             return_dict=True,
             **self.kwargs,
         )
         if not self.use_cache:
             self.hidden, self.layers = [], []
-        self.cache = out.past_key_values
+        self.cache = cache_of(out)
         self.hidden.append(out.last_hidden_state)
         if out.hidden_states is not None:
             self.layers.append(out.hidden_states)

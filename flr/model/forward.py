@@ -20,7 +20,15 @@ from torch import Tensor
 
 from flr.config import IGNORE, FLRConfig
 
-from .backbone import is_checkpointing, position_limit, position_rows, reasoner_is_frozen, warn_once
+from .backbone import (
+    OUTPUT_CACHE,
+    cache_argument,
+    is_checkpointing,
+    position_limit,
+    position_rows,
+    reasoner_is_frozen,
+    warn_once,
+)
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
@@ -43,6 +51,7 @@ def flr_forward(
     group: GroupInputs | None = None,
     thought_start: int | None = None,
     insert_thought: bool | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Forward of a patched model: that of the model it was, plus
@@ -53,12 +62,14 @@ def flr_forward(
             says that there are thoughts at all.
         kwargs: the others of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes.
 
-    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``past_key_values``
-    not empty) the prompt's hidden states are gone, and one among several tokens raises. A batch without thought tokens
-    gets them unless ``insert_thought`` is False (see :mod:`flr.model.insertion`).
+    A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``cache``, before
+    transformers 5.24 ``past_key_values``, not empty) the prompt's hidden states are gone, and one among several tokens
+    raises. A batch without thought tokens gets them unless ``insert_thought`` is False (see
+    :mod:`flr.model.insertion`).
     """
     own = ThoughtInputs.taken_from(kwargs)
     own.thought_start, own.insert_thought = thought_start, insert_thought
+    past_key_values = past_key_values if cache is None else cache  # two names of one argument
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
     config = self._flr_patch.config
@@ -74,10 +85,10 @@ def flr_forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **cache_argument(self, past_key_values),
             **kwargs,
         )
     return_dict = kwargs.pop("return_dict", None)
@@ -107,9 +118,9 @@ def flr_forward(
     out = FLRCausalLMOutput(
         loss=loss,
         logits=None if skip_logits else _logits(self, encoded, logits_to_keep),
-        past_key_values=encoded.encoder.cache if batch.keep_cache else None,
         hidden_states=encoded.encoder.all_layers(encoded.inverse),
         flr=thoughts,
+        **{OUTPUT_CACHE: encoded.encoder.cache if batch.keep_cache else None},
     )
     return out.to_tuple() if return_dict is False else out
 

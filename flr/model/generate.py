@@ -14,6 +14,7 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
+from .backbone import cache_of
 from .insertion import Insertion, remember
 
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -71,7 +72,7 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
     for name in _OTHER_MODELS:
         if (value := _setting(model, config, kwargs, name)) is not None:
             raise ValueError(f"{name}: expected None, since candidates have no thought, got {value!r:.80}")
-    past = kwargs.get("past_key_values")
+    past = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
     if past is not None and past.get_seq_length() > 0:
         raise ValueError(
             "past_key_values: expected an empty cache, since a thought needs the states of the whole prompt, got one "
@@ -113,10 +114,10 @@ class _Generation:
             return self.without(out) if shows_prompt else out
         if shows_prompt:
             out.sequences = self.without(out.sequences)
-        if getattr(out, "past_key_values", None) is not None:
+        if cache_of(out) is not None:
             rows = len(out.sequences)
             place = torch.full((rows,), self.start, device=out.sequences.device)
-            remember(out.past_key_values, Insertion(place, self.count, self.start))
+            remember(cache_of(out), Insertion(place, self.count, self.start))
         return out
 
     def _lengths(self, config: Any, kwargs: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import backbone_trains, is_checkpointing, takes_positions
+from .backbone import backbone_trains, cache_argument, is_checkpointing, takes_positions
 from .catalogue_loss import CatalogueLoss
 from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
 from .outputs import GroupInputs, GroupOutput
@@ -81,8 +81,9 @@ def _prefill(model: Any, embeds: Tensor, mask: Tensor, position_ids: Tensor) -> 
     """Hidden states [B, L, D] of the prompts, and their keys and values."""
     cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
     positions = {"position_ids": position_ids} if takes_positions(model) else {}
+    given = cache_argument(model.base_model, cache)
     out = model.base_model(
-        inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **positions
+        inputs_embeds=embeds, attention_mask=mask, use_cache=True, return_dict=True, **given, **positions
     )
     return out.last_hidden_state, cache
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import attention_types, packing_obstacle, takes_positions, warn_once
+from .backbone import attention_types, cache_argument, packing_obstacle, takes_positions, warn_once
 from .outputs import GroupPrompts
 
 
@@ -68,7 +68,7 @@ class PackedMembers:
         out = self.model.base_model(
             inputs_embeds=embeds.reshape(rows, -1, size),
             attention_mask=mask,
-            past_key_values=self.cache,
+            **cache_argument(self.model.base_model, self.cache),
             use_cache=True,
             return_dict=True,
             **({"position_ids": self.first + offsets} if self.positioned else {}),

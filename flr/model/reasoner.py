@@ -194,11 +194,11 @@ class FactorizedReasoner(Reasoner):
         for refinement in range(config.num_refinements):
             q = torch.einsum("kfd,bd->bkf", self.query, z) + self.factor_query
             u = torch.einsum("kfd,bkf->bkd", self.key, q) / q.shape[-1] ** 0.5
-            u = u.to(h.dtype)
+            u = u.to(h.dtype).contiguous()  # einsum promises no layout, the kernels need one
             # back and forth over the users: what one refinement read last is in the L2 for the next
             attended = factor_attention(h, u, mask, last_first=refinement % 2 == 1)
             v = torch.einsum("kfd,bkd->bkf", self.value, attended.context.to(self.value.dtype))
-            f = torch.einsum("kdf,bkf->bkd", self.output, v)
+            f = torch.einsum("kdf,bkf->bkd", self.output, v).contiguous()
             logits = z @ self.gate.T + rms_norm(f, eps) @ self.gate_factor
             aggregated = factor_aggregate(f, logits / config.gate_temperature, eps * self.hidden_size**0.5)
             z = rms_norm(z + aggregated.thought, self.EPS)

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from flr.data.frames import to_frame
+from flr.report.drawing import save_png
 from flr.report.explanation import explanation_body
 from flr.report.heatmap import COLUMNS, draw
 from flr.report.html import PathLike, page, write_text
-from flr.report.plots import save_png
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class Explanation:
 
         Raises:
             ValueError: no factors, an empty history, or no such refinement or thought.
+            ImportError: matplotlib is not installed: ``pip install 'flr[plots]'``.
         """
         if self.num_factors == 0:
             raise ValueError(f"heatmap: expected a model with factors, got variant {self.variant!r}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from .drawing import new_figure
 from .html import short
 
-_HEAT = LinearSegmentedColormap.from_list("flr", ["#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66"])
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_HEAT = ("#f7f9fb", "#c4dcef", "#6ba7d4", "#1f6fae", "#0b3a66")
 _LABEL = 30  # characters of a title
 _NUMBERS = 14  # with up to this many columns the cells hold numbers
 #: History items that are drawn at most, the latest ones.
@@ -20,10 +24,13 @@ def draw(alpha: np.ndarray, gates: np.ndarray, titles: list[str]) -> Figure:
     factors, columns = alpha.shape
     cell = 0.62 if columns <= _NUMBERS else 0.42
     width, height = max(cell * columns, 2.8), 0.5 * factors
-    figure = Figure(figsize=(width + 3.6, height + 2.6), layout="constrained")
+    figure = new_figure(figsize=(width + 3.6, height + 2.6), layout="constrained")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    heat = LinearSegmentedColormap.from_list("flr", _HEAT)
     ax, side = figure.subplots(1, 2, sharey=True, width_ratios=[width, 1.5])
     largest = max(float(alpha.max()), 1e-12)
-    mesh = ax.pcolormesh(alpha, cmap=_HEAT, vmin=0, vmax=largest, edgecolors="white", linewidth=1.5)
+    mesh = ax.pcolormesh(alpha, cmap=heat, vmin=0, vmax=largest, edgecolors="white", linewidth=1.5)
     if columns <= _NUMBERS:
         for (k, m), value in np.ndenumerate(alpha):
             colour = "white" if value > 0.55 * largest else "#1b2733"

@@ -1,4 +1,4 @@
-"""Plots of compared runs, and how a picture is written."""
+"""Plots of compared runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy import stats
 
-from flr.files import atomic_file
-
+from .drawing import new_figure, save_png
 from .html import PathLike, escape, short
-
-
-def save_png(figure: Figure, path: PathLike, dpi: int = 160) -> None:
-    """Draw a figure into a PNG file, whole or not at all; no global state of matplotlib is touched."""
-    FigureCanvasAgg(figure)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
 
 
 @dataclass(frozen=True)
@@ -88,12 +78,13 @@ def plot_compare(
 
     Raises:
         ValueError: no row has any of the metrics.
+        MissingExtraError: matplotlib is not installed.
     """
     panels = {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
     if not panels:
         raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(metric_names(rows)) or 'none'}")
     modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
-    figure = Figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
+    figure = new_figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for ax, (metric, summary) in zip(axes, panels.items(), strict=True):
         for s in summary:

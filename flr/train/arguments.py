@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from flr.config import check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
@@ -15,6 +16,7 @@ from flr_kernels.ops.group_advantage.op import KINDS
 from .rewards import Rewards
 
 POLICIES = ("thoughts", "tokens")
+_LOGGERS = "Where to log: none, tensorboard (pip install 'flr[tensorboard]'), or another that transformers knows."
 
 _HUB = "a folder is published after the training, with model.push_to_hub or the command hf upload"
 _RANKS = "the evaluation ranks the whole catalogue, and has no loss and no predictions to collect"
@@ -98,7 +100,7 @@ class RecTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = option(True, "End with the best model on the valid split.")
     metric_for_best_model: str | None = option("ndcg@10", "What best means.")
     greater_is_better: bool | None = option(True, "Whether a larger metric is better.")
-    report_to: None | str | list[str] = option("tensorboard", "Where to log.")  # noqa: RUF036 - HfArgumentParser expects None first
+    report_to: None | str | list[str] = option("none", _LOGGERS)  # noqa: RUF036 - HfArgumentParser expects None first
 
     def __post_init__(self) -> None:
         _check_flags(self, REFUSED)
@@ -108,6 +110,8 @@ class RecTrainingArguments(TrainingArguments):
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
         super().__post_init__()
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
 @dataclass
@@ -137,6 +141,8 @@ class SFTConfig(RecTrainingArguments):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         super().__post_init__()
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
 @dataclass
@@ -198,3 +204,5 @@ class LatentGRPOConfig(RecTrainingArguments):
             raise ValueError(f"{saves}: expected a multiple of num_iterations = {self.num_iterations}, got {steps}")
         Rewards.parse(self.reward)
         super().__post_init__()
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
+            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")

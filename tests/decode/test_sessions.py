@@ -9,6 +9,7 @@ import transformers
 import flr.decode.packed
 import flr.decode.prompts
 from flr.decode import CatalogueTrie, beam_search, score_all_items
+from flr.model.backbone import cache_of
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
 from tests.helpers.inputs import row_of, toy_inputs
@@ -63,7 +64,7 @@ def test_models_without_position_ids_fall_back_and_are_exact(caplog):
 
 def test_attention_without_a_4d_mask_falls_back():
     model, inputs = toy_model("llama"), toy_inputs()
-    past = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
+    past = cache_of(model(input_ids=inputs["input_ids"], use_cache=True))
     assert flr.decode.packed.obstacle(model, past, 12) is None
     model.config._attn_implementation = "flash_attention_2"
     obstacle = flr.decode.packed.obstacle(model, past, 12)

@@ -173,5 +173,7 @@ def test_inspection_fails_on_a_spill(monkeypatch, capsys):
         report = json.loads(capsys.readouterr().out)
         assert report["ok"] == (status == 0)
         assert report["variants"][0]["ok"] == (status == 0)
+        assert inspect.main(["--json", "--arch", "90", "--max_stack", "8"]) == ("shared" in change)
+        assert json.loads(capsys.readouterr().out)["ok"] == ("shared" not in change)
     with pytest.raises(SystemExit):
         inspect.main(["--arch", "70"])

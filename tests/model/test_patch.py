@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import flr
+from flr.model.backbone import cache_argument, cache_of
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import FAMILIES, THOUGHT, VOCAB, patched_model, tiny_model
 
@@ -113,7 +114,7 @@ def test_a_thought_token_after_the_prefill_is_refused():
     model = patched_model().eval()
     first = model(input_ids=torch.tensor([[5, 6, THOUGHT]]), use_cache=True)
     with pytest.raises(ValueError, match="no thought token after the prefill"):
-        model(input_ids=torch.tensor([[7, THOUGHT]]), past_key_values=first.past_key_values)
+        model(input_ids=torch.tensor([[7, THOUGHT]]), **cache_argument(model, cache_of(first)))
 
 
 def test_lora_on_the_backbone_trains_the_reasoner_and_survives_saving(tmp_path):

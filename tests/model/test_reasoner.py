@@ -5,6 +5,7 @@ import copy
 import torch
 
 import flr
+import flr.model.reasoner
 from flr.model.patch import reasoner_parameters
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
@@ -67,3 +68,25 @@ def test_dropout_acts_on_the_thought_in_training_only():
     assert torch.equal(a, b)
     model.train()
     assert not torch.equal(model(**inputs).loss, model(**inputs).loss)
+
+
+def test_kernels_get_contiguous_rows_whatever_layout_a_product_has(monkeypatch):
+    reasoner, einsum, seen = patched_model().flr, torch.einsum, []
+
+    def another_layout(*arguments):
+        out = einsum(*arguments)
+        return out.transpose(1, 2).contiguous().transpose(1, 2) if out.dim() == 3 else out
+
+    for name, which in (("factor_attention", 1), ("factor_aggregate", 0)):
+        original = getattr(flr.model.reasoner, name)
+
+        def noting(*arguments, original=original, which=which, **options):
+            seen.append(arguments[which].stride(-1))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(flr.model.reasoner, name, noting)
+    h = torch.randn(2, 5, HIDDEN)
+    expected = reasoner(h).thought
+    monkeypatch.setattr(torch, "einsum", another_layout)
+    torch.testing.assert_close(reasoner(h).thought, expected)
+    assert set(seen) == {1}

@@ -6,7 +6,7 @@ import torch
 
 from flr.data import Augment, InteractionDataset
 from flr.evaluate import evaluate
-from flr.train import item_neighbours
+from flr.train import SFTConfig, item_neighbours
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import trainable
 from tests.helpers.training import sft_trainer
@@ -79,3 +79,11 @@ def test_loss_is_a_share_of_the_global_sum_times_processes(tmp_path, monkeypatch
     alone = job.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500))
     monkeypatch.setattr(type(job.accelerator), "num_processes", property(lambda _: 4))
     torch.testing.assert_close(job.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(500)), 4 * alone)
+
+
+def test_a_logger_that_is_missing_is_one_clear_error(monkeypatch, tmp_path):
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True).report_to == []
+    assert SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="tensorboard").report_to == ["tensorboard"]
+    monkeypatch.setattr("flr.train.arguments.is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=r"report_to: expected .*, got tensorboard; pip install 'flr\[tensorboard\]'"):
+        SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="tensorboard")
