@@ -62,7 +62,7 @@ class Chaos:
         flags = (*FLAGS, "--port", str(server.port))
         with serving(self.link, self.folder / "again", *flags, environment=ENVIRONMENT) as server:
             restarted = time.monotonic() - start
-            asyncio.run(self._load(server, 0.3 * self.seconds, self.rate, generations={1: 1}))
+            asyncio.run(self._load(server, 0.3 * self.seconds, generations={1: 1}))
         return {
             "part": "server", "seconds": self.seconds, "requests": sum(self.statuses.values()),
             "requests_per_second": round(self.rate, 1), "statuses": dict(self.statuses),
@@ -78,22 +78,25 @@ class Chaos:
         await closed_loop(client, "/v1/recommend", bodies, 16)
         self.rate = 2 * len(bodies) / (time.perf_counter() - start)
         stop = asyncio.Event()
-        slow = [asyncio.create_task(self._slow(server, stop)) for _ in range(self.slow)]
-        length = 0.7 * self.seconds
-        load = asyncio.create_task(
-            self._load(server, length, self.rate, generations={1: 0, 2: 1}, killed=time.monotonic() + length - 0.5)
-        )
-        await asyncio.sleep(0.2 * length)
+        slow = [asyncio.create_task(self._slow(server, stop, i)) for i in range(self.slow)]
+        start, events = time.monotonic(), asyncio.create_task(self._events(client))
+        while not events.done() or time.monotonic() - start < 0.7 * self.seconds:
+            await self._load(server, max(1.0, self.seconds / 10), generations={1: 0, 2: 1})
+        await events
+        await self._load(server, 1.5, generations={1: 0, 2: 1}, killed=time.monotonic() + 1)
+        stop.set()
+        await asyncio.gather(*slow)
+
+    async def _events(self, client: Client) -> None:
+        """A reload of another model, and one of a broken folder, however long they take."""
+        await asyncio.sleep(0.2 * self.seconds)
         await self._reload(client, self.models[1], 200)
-        await asyncio.sleep(0.2 * length)
+        await asyncio.sleep(0.2 * self.seconds)
         broken = self.folder / "broken"
         broken.mkdir()
         (broken / "config.json").write_text("{")
         await self._reload(client, broken, 409)
         self._switch(self.models[1])
-        await load
-        stop.set()
-        await asyncio.gather(*slow)
 
     async def _reload(self, client: Client, model: Path, expected: int) -> None:
         self._switch(model)
@@ -106,8 +109,12 @@ class Chaos:
         new.symlink_to(model)
         new.replace(self.link)
 
-    async def _slow(self, server: Process, stop: asyncio.Event) -> None:
-        """A client that begins a request and never ends it, again and again."""
+    async def _slow(self, server: Process, stop: asyncio.Event, number: int) -> None:
+        """A client that begins a request and never ends it, again and again.
+
+        They do not begin all at once: the clients whose answers count live on the same event loop, and would be slow.
+        """
+        await asyncio.sleep(4 * number / self.slow)
         while not stop.is_set():
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 reader, writer = await asyncio.open_connection(server.host, server.port)
@@ -119,7 +126,7 @@ class Chaos:
                 await asyncio.wait_for(stop.wait(), 1)
 
     async def _load(
-        self, server: Process, seconds: float, rate: float, generations: dict[int, int], killed: float | None = None
+        self, server: Process, seconds: float, generations: dict[int, int], killed: float | None = None
     ) -> None:
         """Requests for ``seconds``; every fourth has little time. The server is killed at ``killed``."""
         sent: dict[int, float] = {}
@@ -132,7 +139,7 @@ class Chaos:
         if killed is not None:
             loop = asyncio.get_running_loop()
             loop.call_later(killed - time.monotonic(), server.signal, signal.SIGKILL)
-        replies = await open_loop(client, "/v1/recommend", body, rate, seconds)
+        replies = await open_loop(client, "/v1/recommend", body, self.rate, seconds)
         client.close()
         for reply in replies:
             if reply.status == 0 and killed is not None and sent[reply.number] + reply.seconds >= killed - 0.05:
