@@ -1,7 +1,11 @@
-"""Argument checks shared by the ops: a ``ValueError`` names the argument, what was expected and what came."""
+"""Argument checks shared by the ops: a ``ValueError`` names the argument, what was expected and what came.
+
+They read metadata alone, so they cost little and never wait for a device.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,15 +23,56 @@ def empty_results(x: torch.Tensor, *shapes: tuple[int, ...]) -> Any:
     return tuple(x.new_empty(shape, dtype=accumulation_dtype(x.dtype)) for shape in shapes)
 
 
-def tensor(name: str, x: object, shape: str, *, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:
-    """``x`` as a tensor of ``len(shape.split())`` dimensions and one of ``dtypes``."""
+def tensor(
+    name: str,
+    x: object,
+    shape: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    beside: tuple[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``x`` as a dense tensor of ``len(shape.split())`` dimensions, of one of ``dtypes``, on the device of ``beside``.
+
+    ``beside`` is another argument's name and value. Sparse, nested and opaque tensors are refused: kernels read memory
+    by strides.
+    """
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor [{', '.join(shape.split())}], got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dim() != len(shape.split()):
         raise ValueError(f"{name}: expected shape [{', '.join(shape.split())}], got {tuple(x.shape)}")
     if x.dtype not in dtypes:
         raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    if beside is not None and x.device != beside[1].device:
+        raise ValueError(f"{name}: expected device of {beside[0]} = {beside[1].device}, got {x.device}")
     return x
+
+
+def number(name: str, value: object, least: float, most: float = math.inf) -> float:
+    """``value`` as a finite float from ``least`` to ``most``."""
+    real = not isinstance(value, bool) and isinstance(value, int | float)
+    if not real or not least <= value <= most or value in (math.inf, -math.inf):  # type: ignore[operator]
+        upper = f" to {most:g}" if most < math.inf else " up, finite"
+        raise ValueError(f"{name}: expected a number from {least:g}{upper}, got {_short(value)}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, got {_short(value)}") from None
+
+
+def integer(name: str, value: object, least: int, most: int) -> int:
+    """``value`` as an int from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {_short(value)}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {_short(value)}")
+    return value
 
 
 def same(name: str, actual: object, expected: object, what: str) -> None:
@@ -38,5 +83,12 @@ def same(name: str, actual: object, expected: object, what: str) -> None:
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {_short(value)}")
+
+
+def _short(value: object) -> str:
+    """A value for a message; what may be long, or may not be printable, by its type."""
+    if isinstance(value, float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
+        return repr(value)
+    return repr(value[:80]) if isinstance(value, str) else type(value).__name__

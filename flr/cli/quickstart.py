@@ -19,6 +19,7 @@ from .parsing import console, emit, parse
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
+    from flr.recommend import Explanation
 
 ABOUT = (
     "Train five small models on generated data, reinforce one of them, compare, explain and report: about three "

@@ -1,4 +1,8 @@
-"""Loading patched models: ours, adapters on them, LatentR3's checkpoints. Safetensors and JSON only, never pickle."""
+"""Loading patched models: ours, adapters on them, LatentR3's checkpoints. It reads safetensors and JSON.
+
+A run of training also leaves PyTorch's pickles in its ``checkpoint-*`` folders (optimiser, generators); nothing here
+opens them.
+"""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Recommender(QueryBuilder):
     def from_pretrained(
         cls, directory: str | os.PathLike[str], device: torch.device | str | None = None, **kwargs: Any
     ) -> Recommender:
-        """Load a patched model and its processor from one folder (safetensors, JSON and Parquet only, no pickle).
+        """Load a patched model and its processor from one folder; it reads safetensors, JSON and Parquet, no pickle.
 
         Args:
             directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote; its folder, or the id

@@ -25,6 +25,11 @@ class Metrics:
         )
         self.queue_depth = Gauge("flr_queue_depth", "Requests that wait now.", registry=registry)
         self.in_flight = Gauge("flr_requests_in_flight", "Requests that are not answered yet.", registry=registry)
+        self.connections = Gauge("flr_connections", "Connections that are open now.", registry=registry)
+        #: reason: head, rest, unread, crowded, starved, refused or invalid
+        self.ended = Counter(
+            "flr_connections_ended", "Connections that the server ended.", ["reason"], registry=registry
+        )
         #: reason: full, late or gone
         self.dropped = Counter("flr_dropped", "Requests that were not computed.", ["reason"], registry=registry)
         self.reloads = Counter("flr_reloads", "Reloads by result.", ["result"], registry=registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import signal
@@ -18,10 +19,13 @@ import uvicorn
 from flr.recommend import Recommender
 
 from .app import create_app
+from .connections import ACCEPTED_AT_ONCE, Connection, Connections, connection_limit
 from .middleware import MAX_HEAD, Middleware
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
+
+_BACKLOG = 1024  # connections that the system completes before they are taken up
 
 
 class JsonLines(logging.Formatter):
@@ -35,23 +39,57 @@ class JsonLines(logging.Formatter):
         }
         fields = getattr(record, "fields", None)
         line |= {"message": record.getMessage()} if fields is None else fields
+        if skipped := getattr(record, "skipped", 0):
+            line["skipped"] = skipped
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
+class Seldom(logging.Filter):
+    """Lets pass, of the warnings and errors that one place in the code writes, ``burst`` in ``seconds``.
+
+    The next one that passes says how many did not (``skipped``): whatever goes wrong a thousand times a second, the
+    log grows slowly.
+    """
+
+    def __init__(self, burst: int = 5, seconds: float = 10.0) -> None:
+        super().__init__()
+        self.burst, self.seconds = burst, seconds
+        self._seen: dict[tuple[str, int], tuple[float, int, int]] = {}  # begin of the interval, passed, skipped
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        place, now = (record.pathname, record.lineno), time.monotonic()
+        begin, passed, skipped = self._seen.get(place, (now, 0, 0))
+        if now - begin >= self.seconds:
+            begin, passed = now, 0
+        if passed >= self.burst:
+            self._seen[place] = begin, passed, skipped + 1
+            return False
+        record.skipped = skipped
+        self._seen[place] = begin, passed + 1, 0
+        return True
+
+
 class Server(uvicorn.Server):
     """uvicorn's, with a drain before it stops listening, an exit status of 0 after it, and SIGHUP."""
 
-    def __init__(self, config: uvicorn.Config, app: Middleware, settings: Settings, address: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: Middleware, settings: Settings, address: str, connections: Connections
+    ) -> None:
         super().__init__(config)
-        self.app, self.settings, self.address = app, settings, address
+        self.app, self.settings, self.address, self.connections = app, settings, address, connections
         self._reloads: set[asyncio.Task[None]] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self.connections.on_error)
+        for bound in sockets or ():
+            bound.listen(_BACKLOG)  # uvicorn's is how many are taken up at a time, too
         if hasattr(signal, "SIGHUP"):
             self.loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         logger.info("listening", extra={"fields": {"event": "listening", "url": self.address}})
@@ -113,6 +151,7 @@ def run(settings: Settings) -> int:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(Seldom())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     transformers.utils.logging.disable_progress_bar()  # a log of JSON lines
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -128,20 +167,33 @@ def run(settings: Settings) -> int:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
         app = create_app(load(settings), settings, lambda: load(settings))
-        config = uvicorn.Config(
-            app,
-            http="h11",  # strict about what it takes for HTTP
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=settings.keep_alive_s,
-            timeout_graceful_shutdown=settings.drain_timeout_s,
-            h11_max_incomplete_event_size=MAX_HEAD,
-        )
-        server = Server(config, app, settings, address)
+        connections = Connections(_limit(settings.max_connections), settings, app.metrics)
+        server = Server(_config(app, settings, connections), app, settings, address, connections)
         server.run(sockets=[bound])
     logger.info("stopped", extra={"fields": {"event": "stopped"}})
     return 0 if server.started else 1
+
+
+def _limit(wanted: int) -> int:
+    limit = connection_limit(wanted)
+    if limit < wanted:
+        told = {"event": "limit", "message": f"max_connections: descriptors suffice for {limit} of {wanted}"}
+        logger.warning("fewer connections", extra={"fields": told})
+    return limit
+
+
+def _config(app: Middleware, settings: Settings, connections: Connections) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=functools.partial(Connection, shared=connections),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+        h11_max_incomplete_event_size=MAX_HEAD,
+    )

@@ -48,7 +48,12 @@ class Settings:
     max_text: int = option(1000, "Longest id or title, in characters.")
     max_body_bytes: int = option(262_144, "Longest body; 413 beyond.")
     body_timeout_s: float = option(10.0, "How long a body may take to arrive; 408 after that.")
+    header_timeout_s: float = option(10.0, "How long a request's first line and headers may take; 408 after that.")
+    write_timeout_s: float = option(20.0, "How long an answer may wait for its client to read on.")
     keep_alive_s: int = option(20, "How long an idle connection stays open.")
+    max_connections: int = option(
+        1000, "Connections at a time; one more ends the one that has waited longest for its client, or is answered 503."
+    )
 
     token_file: str | None = option(
         None,
@@ -86,7 +91,10 @@ class Settings:
             ("max_text", 1, 100_000),
             ("max_body_bytes", 1024, 1 << 30),
             ("body_timeout_s", 0.1, 3600),
+            ("header_timeout_s", 0.1, 3600),
+            ("write_timeout_s", 0.1, 3600),
             ("keep_alive_s", 1, 3600),
+            ("max_connections", 1, 100_000),
             ("drain_delay_s", 0, 3600),
             ("drain_timeout_s", 1, 3600),
         ):

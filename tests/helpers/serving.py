@@ -100,8 +100,17 @@ async def in_process(recommender: Recommender, load: Any = None, **settings: Any
 class Process:
     """``flr serve`` as a process of its own."""
 
-    def __init__(self, model: Path, log: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        descriptors: int | None = None,
+    ) -> None:
         code = "import sys; from flr.cli import main; sys.exit(main())"
+        if descriptors is not None:
+            code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, 2 * ({descriptors},)); {code}"
         words = ["serve", "--model", str(model), "--port", "0", "--threads", "1", *flags]
         self.log = log
         with log.open("w") as sink:

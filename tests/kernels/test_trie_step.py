@@ -85,8 +85,8 @@ def test_registered():
         ({"norm": torch.zeros(2, 9)}, "norm: expected"),
         ({"filter": "prefix"}, "listed, offset: expected both"),
         ({"filter": "some"}, "filter: expected one of"),
-        ({"widest": 0}, "widest: expected at least 1"),
-        ({"num_all": -1}, "num_all: expected at least 0"),
+        ({"widest": 0}, "widest: expected an integer from 1"),
+        ({"num_all": -1}, "num_all: expected an integer from 0"),
     ],
 )
 def test_bad_input_is_named(change, message):

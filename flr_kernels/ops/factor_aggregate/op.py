@@ -22,6 +22,9 @@ from ... import checks, dispatch
 from ...backends import triton_config
 from . import reference
 
+#: Smallest and largest ε, whose squares float32 can hold.
+EPS = 1e-18, 1e18
+
 
 class FactorAggregate(NamedTuple):
     """Result of :func:`factor_aggregate`; all in the accumulation dtype (float32, or float64 for float64 input)."""
@@ -83,7 +86,7 @@ def factor_aggregate(f: Tensor, gate_logits: Tensor, eps: float = 1e-6) -> Facto
         :class:`FactorAggregate`. Differentiable once in ``f`` and ``gate_logits``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or ``eps`` is not positive. The triton backend also expects
+        ValueError: a shape, dtype or device does not fit, or ``eps`` is out of range. The triton backend also expects
             a contiguous last dimension of ``f``.
         BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
@@ -95,9 +98,6 @@ def factor_aggregate(f: Tensor, gate_logits: Tensor, eps: float = 1e-6) -> Facto
         (tensor([0.3333, 0.3333, 0.3333]), 0.0, 3.0)
     """
     checks.tensor("f", f, "B K D")
-    checks.tensor("gate_logits", gate_logits, "B K")
+    checks.tensor("gate_logits", gate_logits, "B K", beside=("f", f))
     checks.same("gate_logits", tuple(gate_logits.shape), tuple(f.shape[:2]), "(B, K) of f")
-    checks.same("gate_logits", gate_logits.device, f.device, "device of f")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps!r}")
-    return FactorAggregate(*_forward(f, gate_logits, float(eps)))
+    return FactorAggregate(*_forward(f, gate_logits, checks.number("eps", eps, *EPS)))

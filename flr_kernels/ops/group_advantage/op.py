@@ -16,7 +16,6 @@ Sources: GRPO arXiv 2402.03300, Dr. GRPO arXiv 2503.20783, RLOO arXiv 2402.14740
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -111,14 +110,15 @@ def group_advantage(
         group_size: G >= 1; must divide the number of rows.
         kind: "grpo", "dr_grpo", "rloo" or "latentr3".
         reward: "neg_perplexity", "log_likelihood" or "given".
-        eps: added to the divisor of "grpo" and "latentr3".
+        eps: added to the divisor of "grpo" and "latentr3"; finite, >= 0. With 0, equal rewards give NaN there.
         process_group: a ``torch.distributed`` group whose processes hold the batch between them, in any split (some may
             hold nothing, but all must call); None for this process alone. Only "latentr3" needs it.
 
     Returns:
-        :class:`GroupAdvantage`. Rewards pass gradients to ``token_logprobs``; the rest are constants. Finite for
-        equal rewards (advantages 0), for G = 1 (0, except "latentr3") and for log-probabilities of -inf, because the
-        mean is cut at -30 and given rewards at ±exp(30). A row without target tokens has mean log-probability 0.
+        :class:`GroupAdvantage`. Rewards pass gradients to ``token_logprobs``; the rest are constants. With eps > 0 they
+        are finite for equal rewards (advantages 0), for G = 1 (0, except "latentr3") and for log-probabilities of -inf,
+        because the mean is cut at -30 and given rewards at ±exp(30). A row without target tokens has mean
+        log-probability 0.
         NaN in a target token makes its sequence's reward NaN, and with it the advantages and statistics of its group
         ("latentr3": all advantages); elsewhere it is without effect. +inf is no log-probability and may give NaN too.
 
@@ -126,7 +126,8 @@ def group_advantage(
         over processes their relative error is below 2⁻⁵⁰ (max|R| / spread + n), and one rounding to the result's dtype.
 
     Raises:
-        ValueError: a shape, dtype or name does not fit.
+        ValueError: a shape, dtype, device, number or name does not fit.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
     Example:
         >>> import torch
@@ -139,17 +140,15 @@ def group_advantage(
     checks.choice("reward", reward, REWARDS)
     checks.tensor("token_logprobs", token_logprobs, "BG" if reward == "given" else "BG S")
     rows = token_logprobs.shape[0]
-    if not isinstance(group_size, int) or not 1 <= group_size < 1 << 31 or rows % group_size:
-        raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size!r}")
-    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+    if rows % checks.integer("group_size", group_size, 1, (1 << 31) - 1):
+        raise ValueError(f"group_size: expected a positive divisor of the {rows} rows, got {group_size}")
+    eps = checks.number("eps", eps, 0)
     if mask is not None:
         if reward == "given":
             raise ValueError("mask: expected None for given rewards, got a tensor")
-        checks.tensor("mask", mask, "BG S", dtypes=(torch.bool,))
+        checks.tensor("mask", mask, "BG S", dtypes=(torch.bool,), beside=("token_logprobs", token_logprobs))
         checks.same("mask", tuple(mask.shape), tuple(token_logprobs.shape), "shape of token_logprobs")
-        checks.same("mask", mask.device, token_logprobs.device, "device of token_logprobs")
-    rewards, advantages, mean, std, batch = _forward(token_logprobs, mask, group_size, kind, reward, float(eps))
+    rewards, advantages, mean, std, batch = _forward(token_logprobs, mask, group_size, kind, reward, eps)
     if process_group is not None and kind == "latentr3":
-        advantages = _batch_advantage(rewards.detach(), _gather(batch, process_group), float(eps))
+        advantages = _batch_advantage(rewards.detach(), _gather(batch, process_group), eps)
     return GroupAdvantage(rewards, advantages, mean, std)

@@ -49,7 +49,8 @@ def log_normaliser(logits: Tensor) -> Tensor:
         logits: [R, V]; float32, float64, bfloat16 or float16, V >= 1. Triton: last dimension contiguous.
 
     Returns:
-        [R] in the accumulation dtype (float32, or float64 for float64 input). Not finite where a row holds NaN or +inf,
+        [R] in the accumulation dtype (float32, or float64 for float64 input), without a gradient: a backward through it
+        raises RuntimeError. Not finite where a row holds NaN or +inf,
         or is -inf throughout.
 
     Raises:

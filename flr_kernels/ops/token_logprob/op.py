@@ -37,8 +37,16 @@ def _cce_check(hidden: Tensor, *_: Any) -> None:
         raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
 
 
+def _reference(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    if target.device.type == "cpu" and len(target):
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= len(weight):
+            raise IndexError(f"target: expected 0 to {len(weight) - 1}, got {low if low < 0 else high}")
+    return reference.chunked(hidden, weight, target)
+
+
 _OP = dispatch.op("token_logprob")
-_OP.register("reference", reference.chunked, reference.chunked_backward)
+_OP.register("reference", _reference, reference.chunked_backward)
 _OP.register("cce", _cce, reference.chunked_backward, _cce_check)  # backward: in compiled graphs
 
 
@@ -90,7 +98,10 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         [M] in the accumulation dtype, in (-inf, 0]. Differentiable once in ``hidden`` and ``weight``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit. Targets out of range raise IndexError on the CPU.
+        ValueError: a shape, dtype or device does not fit.
+        IndexError: a target is out of range, on the CPU. On a GPU looking would be a wait: there the reference backend
+            ends in a device-side assertion, and cce must not be given such a target.
+        BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
     Example:
         >>> import torch
@@ -98,12 +109,10 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         tensor([0.1000, 0.1000])
     """
     checks.tensor("hidden", hidden, "M D")
-    checks.tensor("weight", weight, "V D", dtypes=(hidden.dtype,))
-    checks.tensor("target", target, "M", dtypes=(torch.int64,))
+    checks.tensor("weight", weight, "V D", dtypes=(hidden.dtype,), beside=("hidden", hidden))
+    checks.tensor("target", target, "M", dtypes=(torch.int64,), beside=("hidden", hidden))
     checks.same("weight", weight.shape[1], hidden.shape[1], "D of hidden")
     checks.same("target", target.shape[0], hidden.shape[0], "M of hidden")
-    for name, x in (("weight", weight), ("target", target)):
-        checks.same(name, x.device, hidden.device, "device of hidden")
     weight = _gathered(weight)
     if not torch.compiler.is_compiling() and dispatch.select("token_logprob", hidden, weight, target) == "cce":
         return _cce(hidden, weight, target)  # with the library's own backward

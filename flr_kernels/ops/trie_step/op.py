@@ -19,8 +19,8 @@ from ...backends import triton_config
 from . import reference
 
 FILTERS = ("none", "prefix", "only", "exclude")
-#: The widest selection that the Triton kernel makes.
-MAX_WIDTH = 256
+#: The widest selection that the Triton kernel makes, and the widest of all.
+MAX_WIDTH, MOST = 256, 1 << 20
 
 
 class Continuations(NamedTuple):
@@ -61,9 +61,22 @@ def runs_as_kernel(logits: Tensor, width: int) -> bool:
     return dispatch.select("trie_step", logits, accepts=accepts) != "reference"
 
 
+def _reference(*args: Any) -> tuple[Tensor, ...]:
+    """The definition; on a CPU an index out of range is an IndexError in every case, and none wraps around."""
+    if args[0].device.type == "cpu":
+        reference.check_indices(*args)
+    try:
+        return reference.trie_step(*args)
+    except (IndexError, RuntimeError) as error:
+        if "out of bounds" not in str(error):
+            raise
+        arrays = "children, tokens, leaf_begin, leaf_end, listed, entries"
+        raise IndexError(f"{arrays}: expected those of one trie and vocabulary, got an {error}") from None
+
+
 _OP = dispatch.op("trie_step")
 _TRITON = f"{__package__}.triton_kernels"
-_OP.register("reference", reference.trie_step)
+_OP.register("reference", _reference)
 _OP.register("triton", dispatch.on_use(_TRITON, "forward"), check=_triton_check)
 
 
@@ -78,6 +91,40 @@ def _forward(
         return torch.empty_like(number, dtype=score.dtype), number, torch.empty_like(number), torch.empty_like(number)
 
     return *some(num_unfinished), *some(num_all), node.new_empty((len(node),), dtype=torch.bool)
+
+
+def _check_shapes(logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | None) -> None:
+    checks.tensor("logits", logits, "B w V")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits: expected w >= 1 and V >= 1, got {tuple(logits.shape)}")
+    others = {"score": (score, torch.float32), "node": (node, torch.int64), "norm": (norm, torch.float32)}
+    for name, (x, dtype) in others.items():
+        if name != "norm" or x is not None:
+            checks.same(
+                name,
+                tuple(checks.tensor(name, x, "B w", dtypes=(dtype,), beside=("logits", logits)).shape),
+                tuple(logits.shape[:2]),
+                "[B, w] of logits",
+            )
+
+
+def _check_trie(logits: Tensor, children: Tensor, tokens: Tensor, leaf_begin: Tensor, leaf_end: Tensor) -> None:
+    arrays = {"tokens": tokens, "children": children, "leaf_begin": leaf_begin, "leaf_end": leaf_end}
+    for name, x in arrays.items():
+        checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=("logits", logits))
+        checks.same(name, len(x), len(tokens) + (name == "children"), "length by M of tokens")
+
+
+def _check_filter(logits: Tensor, filter: str, listed: Tensor | None, offset: Tensor | None, entries: int) -> None:
+    checks.choice("filter", filter, FILTERS)
+    if (filter == "none") != (listed is None) or (listed is None) != (offset is None):
+        raise ValueError(f"listed, offset: expected both with filter {filter!r} and none with 'none'")
+    checks.integer("entries", entries, 0, (1 << 31) - 1)
+    if listed is not None and offset is not None:
+        checks.tensor("listed", listed, "n", dtypes=(torch.int32, torch.int64), beside=("logits", logits))
+        checks.integer("entries", entries, 0, len(listed))
+        checks.tensor("offset", offset, "B", dtypes=(torch.int64,), beside=("logits", logits))
+        checks.same("offset", len(offset), len(logits), "B of node")
 
 
 def trie_step(
@@ -102,13 +149,14 @@ def trie_step(
     """The best continuations of w hypotheses a user in a catalogue trie of M nodes over C items.
 
     Args:
-        logits: [B, w, V], float32, float64, bfloat16 or float16; the column of a child is ``tokens[child]``.
+        logits: [B, w, V], w >= 1 and V >= 1, float32, float64, bfloat16 or float16; the column of a child is
+            ``tokens[child]``.
         score: float32 [B, w], log-probability of each hypothesis; -inf for none.
         node: int64 [B, w]; ranges of leaves of a user's hypotheses are disjoint.
         children: int32 [M + 1], the first child of every node; children of a node are neighbours.
         tokens: int32 [M].
         leaf_begin, leaf_end: int32 [M], leaf positions below a node; siblings' rise.
-        num_unfinished: how many continuations that do not end an item are returned.
+        num_unfinished: how many continuations that do not end an item are returned, at most 2²⁰.
         num_all: the same of all continuations, those that end an item included.
         widest: at least the number of children of any of the nodes; work and memory grow with it.
         norm: float32 [B, w], or None for the softmax over allowed children.
@@ -123,7 +171,10 @@ def trie_step(
         :class:`TrieStep` of ``unfinished`` [B, num_unfinished], ``all`` [B, num_all] and ``invalid`` [B].
 
     Raises:
-        ValueError: a shape or dtype does not fit.
+        ValueError: a shape, dtype, device or number does not fit; on the CPU also where a node has more children than
+            ``widest``.
+        IndexError: a node, a child, its token, or a place in ``listed`` is out of range, on the CPU. On a GPU looking
+            would be a wait: there such a number reads memory that is not the arrays', and results mean nothing.
         BackendUnavailable: ``FLR_BACKEND`` names a backend that cannot run here.
 
     Example:
@@ -138,30 +189,14 @@ def trie_step(
         >>> found.all.node.tolist(), found.unfinished.node.tolist()
         ([[2, 1]], [[1]])
     """
-    checks.tensor("logits", logits, "B w V")
-    checks.tensor("score", score, "B w", dtypes=(torch.float32,))
-    checks.tensor("node", node, "B w", dtypes=(torch.int64,))
-    checks.same("score", tuple(score.shape), tuple(logits.shape[:2]), "[B, w] of logits")
-    checks.same("node", tuple(node.shape), tuple(logits.shape[:2]), "[B, w] of logits")
-    if norm is not None:
-        checks.tensor("norm", norm, "B w", dtypes=(torch.float32,))
-        checks.same("norm", tuple(norm.shape), tuple(node.shape), "[B, w] of node")
-        norm = norm.contiguous()
-    nodes = tokens.shape[0] if tokens.dim() == 1 else -1
-    arrays = {"children": children, "tokens": tokens, "leaf_begin": leaf_begin, "leaf_end": leaf_end}
-    for name, x in arrays.items():
-        checks.tensor(name, x, "M", dtypes=(torch.int32,))
-        checks.same(name, len(x), nodes + (name == "children"), "length by M of tokens")
-    checks.choice("filter", filter, FILTERS)
-    if (filter == "none") != (listed is None) or (listed is None) != (offset is None):
-        raise ValueError(f"listed, offset: expected both with filter {filter!r} and none with 'none'")
-    if listed is not None and offset is not None:
-        checks.tensor("listed", listed, "n", dtypes=(torch.int32, torch.int64))
-        checks.tensor("offset", offset, "B", dtypes=(torch.int64,))
-        checks.same("offset", len(offset), len(node), "B of node")
-    for name, value, least in (("num_unfinished", num_unfinished, 0), ("num_all", num_all, 0), ("widest", widest, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    _check_shapes(logits, score, node, norm)
+    _check_trie(logits, children, tokens, leaf_begin, leaf_end)
+    _check_filter(logits, filter, listed, offset, entries)
+    for name, value in (("num_unfinished", num_unfinished), ("num_all", num_all)):
+        checks.integer(name, value, 0, MOST)
+    widest = min(checks.integer("widest", widest, 1, (1 << 31) - 1), max(len(tokens), 1))
+    checks.flag("unique", unique)
+    norm = None if norm is None else norm.contiguous()
     out = _forward(
         logits, score.contiguous(), node.contiguous(), norm, children, tokens, leaf_begin, leaf_end, listed, offset,
         entries, num_unfinished, num_all, widest, unique, filter,
