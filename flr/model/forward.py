@@ -20,11 +20,14 @@ from torch import Tensor
 from flr.config import IGNORE, FLRConfig
 
 from .backbone import is_checkpointing, warn_once
+from .base import base_of, cache_name, is_filled, text_arguments
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
 from .outputs import FLRCausalLMOutput, GroupInputs, ThoughtInputs
+from .own_forward import original_forward, router_loss, wants_router_loss
 from .pieces import Pieces, inverse_columns, take_columns, thought_columns
+from .verify import traits_of
 
 
 def flr_forward(
@@ -52,25 +55,36 @@ def flr_forward(
     own = ThoughtInputs.taken_from(kwargs)
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
+    traits, name = traits_of(self), cache_name(base_of(self))
+    if name is not None and name in kwargs:
+        past_key_values = kwargs.pop(name)
     is_thought = _thoughts_among(self._flr_patch.config, input_ids, past_key_values, own.thought_start)
     if is_thought is None and labels is None:  # nothing of ours: the model as it was
-        return self._flr_patch.original(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-    return_dict = kwargs.pop("return_dict", None)
-    kwargs.pop("cache_position", None)  # of the whole input; a piece's follows from the cache
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            name or "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
+        }
+        return original_forward(self)(**{k: v for k, v in arguments.items() if v is not None}, **kwargs)
+    return_dict = kwargs.get("return_dict")
+    token_types = kwargs.pop("token_type_ids", None)
+    kwargs = text_arguments(kwargs)
+    routes = wants_router_loss(self, kwargs.get("output_router_logits"))
+    if routes:
+        kwargs["output_router_logits"] = True
     if inputs_embeds is None:
         inputs_embeds = self.get_input_embeddings()(input_ids)
     pieces = _pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
+    pieces.token_types = token_types
+    if not traits.embeds:
+        if input_ids is None:
+            name = type(self).__name__
+            raise ValueError(f"input_ids: expected int64 [B, L], which {name} looks at beside embeddings, got None")
+        pieces.ids = input_ids
     checkpointing = self.training and is_checkpointing(self)
     if checkpointing and is_thought is not None:
         warn_once("gradient checkpointing excludes the KV cache: the prompt is encoded once more for every thought")
@@ -79,17 +93,19 @@ def flr_forward(
     if is_thought is not None and own.thought_start is not None:
         columns = list(range(own.thought_start, own.thought_start + self._flr_patch.config.num_thoughts))
     elif is_thought is not None:
-        if not keep_cache:
+        if not keep_cache and traits.left_padding and not routes:  # routing counts the caller's columns
             pieces, source = pieces.shifted()
         if source is not None and labels is not None:
             targets = take_columns(labels, source, IGNORE)
         columns = thought_columns(pieces.is_thought)
     skip_logits = self.training and labels is not None if own.skip_logits is None else own.skip_logits
     stop = pieces.embeds.shape[1]
-    if skip_logits and not keep_cache and stop > 1 and (not columns or columns[-1] < stop - 1):
+    if skip_logits and not keep_cache and not routes and stop > 1 and (not columns or columns[-1] < stop - 1):
         stop -= 1  # the last token predicts nothing: it needs no forward when only the loss is wanted
 
-    encoder = Encoder(self, self._flr_patch.config, pieces, past_key_values, not checkpointing, kwargs)
+    in_pieces = traits.pieces and (traits.gradients or not torch.is_grad_enabled()) and not checkpointing
+    in_pieces = in_pieces and (len(columns) > 0 or past_key_values is not None)
+    encoder = Encoder(self, self._flr_patch.config, pieces, past_key_values, in_pieces, keep_cache, kwargs)
     encoder.run(columns, stop, own.thoughts)
     loss = weights = None
     if targets is not None:
@@ -97,14 +113,21 @@ def flr_forward(
     made = encoder.output(weights)
     if loss is not None and made is not None:
         loss = loss + made.loss
+    routers, aux_loss = encoder.all_routers() if routes else None, None
+    if loss is not None and routers is not None:
+        added, aux_loss = router_loss(self, encoder.last_hidden(), routers, pieces.mask)
+        loss = loss + added.to(loss.device)
     inverse = None if source is None else inverse_columns(source, inputs_embeds.shape[1])
     out = FLRCausalLMOutput(
         loss=loss,
         logits=None if skip_logits else _logits(self, encoder, inverse, logits_to_keep),
-        past_key_values=encoder.cache if keep_cache else None,
         hidden_states=encoder.all_layers(inverse),
         flr=made,
+        aux_loss=aux_loss,
+        router_logits=routers,
     )
+    if keep_cache and name is not None:
+        out[name] = encoder.cache
     return out.to_tuple() if return_dict is False else out
 
 
@@ -114,7 +137,7 @@ def _thoughts_among(
     """bool [B, L], where thought tokens stand; None for a batch without any."""
     if input_ids is None or config.thought_count == 0:
         return None
-    past = past_key_values is not None and past_key_values.get_seq_length() > 0
+    past = is_filled(past_key_values)
     if past and (input_ids.device.type != "cpu" or input_ids.shape[1] == 1):
         return None  # a look would wait for the device, and a decoding step has nothing to look at
     is_thought: Any = input_ids == config.thought_token_id
@@ -152,7 +175,7 @@ def _logits(model: Any, encoder: Encoder, inverse: Tensor | None, keep: int | Te
 
 def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
-    fixed_shapes = own.thought_start is not None and encoder.use_cache  # labels stand in the last piece only
+    fixed_shapes = own.thought_start is not None and encoder.in_pieces  # labels stand in the last piece only
     hidden = encoder.hidden[-1] if fixed_shapes else encoder.last_hidden()
     offset = encoder.done - hidden.shape[1]
     next_label = labels[:, offset + 1 : offset + 1 + hidden.shape[1]]

@@ -14,9 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flr.config import FLRConfig
 
+from .base import base_of
 from .forward import flr_forward
-from .head import head
 from .reasoner import build_reasoner
+from .verify import Traits, find_traits
 
 logger = logging.getLogger("flr")
 
@@ -35,6 +36,7 @@ class Patch:
     ignored_keys: Any  # the config instance's own keys_to_ignore_at_inference, or None
     vocab_size: int | None  # rows of the embedding before it grew, else None
     own_vocab_size: bool  # whether the model had an attribute of that name before
+    traits: Traits | None = None  # what holds for the model; None until it was tried, on the meta device
 
 
 def patch_model(
@@ -82,9 +84,11 @@ def patch_model(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{peft}")
     if is_patched(model):
         raise ValueError("model: expected an unpatched model, got a patched one; call flr.unpatch_model first")
-    text_config = model.config.get_text_config()
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or model.base_model is model:
+    text_config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or base_of(model) is model:
         raise ValueError(f"model: expected a decoder-only causal LM, got {type(model).__name__}")
+    if not hasattr(text_config, "hidden_size"):
+        raise ValueError(f"model: expected hidden_size in its config, got {type(text_config).__name__} without one")
     config = dataclasses.replace(config or FLRConfig())
     old_size, own_vocab_size = None, "vocab_size" in model.__dict__
     if config.thought_count:
@@ -111,11 +115,12 @@ def patch_model(
     )
     model.__dict__["_flr_patch"] = patch
     model.forward = types.MethodType(flr_forward, model)
-    model.config.keys_to_ignore_at_inference = [*(model.config.keys_to_ignore_at_inference or []), "flr"]
+    ignored = getattr(model.config, "keys_to_ignore_at_inference", None) or []
+    model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
     try:
-        if not on_meta and verify:
-            _verify_and_scale(model, patch)
-        _neutral_generation(model, config)
+        if not on_meta:
+            find_traits(model, patch, scale=verify)
+        _neutral_generation(model, patch)
     except BaseException:
         unpatch_model(model)
         raise
@@ -184,41 +189,12 @@ def _fill_new_rows(model: Any, old_size: int) -> None:
             weight[old_size:] = weight[:old_size].float().mean(0).to(weight.dtype)
 
 
-@torch.no_grad()
-def _verify_and_scale(model: Any, patch: Patch) -> None:
-    """Check that base model and lm_head compose to the model's logits; measure scales; size the thought."""
-    config, training = patch.config, model.training
-    table = model.get_input_embeddings()
-    rows = table.weight.shape[0]
-    ids = (torch.arange(8, device=table.weight.device) * 7919 % rows)[None]
-    if config.thought_token_id is not None:
-        ids = torch.where(ids == config.thought_token_id, (ids + 1) % rows, ids)
-    model.eval()
-    try:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden = model.base_model(**inputs, return_dict=True).last_hidden_state
-        ours, theirs = head(model, hidden), patch.original(**inputs).logits
-        if config.input_scale is None:
-            sample = table(torch.arange(min(rows, 4096), device=ids.device)).float()
-            config.input_scale = float(sample.square().mean().sqrt()) or 1.0
-        if config.variant == "flr":
-            thought = model.flr(hidden).thought.float()
-            model.flr.rescale(
-                config.init_scale * config.input_scale / max(float(thought.square().mean().sqrt()), 1e-12)
-            )
-    finally:
-        model.train(training)
-    error = (ours - theirs).float().abs().max() / theirs.float().abs().max().clamp_min(1e-6)
-    if not error < 1e-2:
-        raise ValueError(
-            f"model: expected lm_head(base_model(x)) to give the logits of {type(model).__name__}, "
-            f"got a relative difference of {float(error):.2g}; this architecture is not supported"
-        )
+def _neutral_generation(model: Any, patch: Patch) -> None:
+    """A generation config without shipped sampling options that never emits the thought token.
 
-
-def _neutral_generation(model: Any, config: FLRConfig) -> None:
-    """A generation config without shipped sampling options that never emits the thought token."""
-    shipped = model.generation_config
+    It does without a cache where the model's does not continue a prompt.
+    """
+    shipped, config = model.generation_config, patch.config
     if shipped is None:
         return
     kept = {k: getattr(shipped, k) for k in _KEPT_GENERATION if getattr(shipped, k, None) is not None}
@@ -233,6 +209,8 @@ def _neutral_generation(model: Any, config: FLRConfig) -> None:
         logger.warning("generation_config of the base model set aside: %s", dropped)
     if config.thought_token_id is not None:
         kept["suppress_tokens"] = [config.thought_token_id]
+    if patch.traits is not None and not patch.traits.steps:
+        kept["use_cache"] = False
     model.generation_config = GenerationConfig(**kept)
 
 
