@@ -113,6 +113,11 @@ def is_filled(cache: Any) -> bool:
     return bool(getattr(cache, "seqlen_offset", 1) > 0)  # xLSTM counts; RWKV's is a list that begins as None
 
 
+def given(**arguments: Any) -> dict[str, Any]:
+    """Arguments that are not None: some forwards do not know those that most have."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
 def text_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What of a forward's other arguments goes to the base model at every piece of a batch.
 

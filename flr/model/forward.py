@@ -20,11 +20,11 @@ from torch import Tensor
 from flr.config import IGNORE, FLRConfig
 
 from .backbone import is_checkpointing, warn_once
-from .base import base_of, cache_name, is_filled, text_arguments
+from .base import base_of, cache_name, given, is_filled, text_arguments
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
-from .outputs import FLRCausalLMOutput, GroupInputs, ThoughtInputs
+from .outputs import FLRCausalLMOutput, FLROutput, GroupInputs, ThoughtInputs
 from .own_forward import original_forward, router_loss, wants_router_loss
 from .pieces import Pieces, inverse_columns, take_columns, thought_columns
 from .verify import traits_of
@@ -60,16 +60,18 @@ def flr_forward(
         past_key_values = kwargs.pop(name)
     is_thought = _thoughts_among(self._flr_patch.config, input_ids, past_key_values, own.thought_start)
     if is_thought is None and labels is None:  # nothing of ours: the model as it was
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            name or "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
-        }
-        return original_forward(self)(**{k: v for k, v in arguments.items() if v is not None}, **kwargs)
+        return original_forward(self)(
+            **given(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=None if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep,
+                **{name or "past_key_values": past_key_values},
+            ),
+            **kwargs,
+        )
     return_dict = kwargs.get("return_dict")
     token_types = kwargs.pop("token_type_ids", None)
     kwargs = text_arguments(kwargs)
@@ -79,12 +81,7 @@ def flr_forward(
     if inputs_embeds is None:
         inputs_embeds = self.get_input_embeddings()(input_ids)
     pieces = _pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
-    pieces.token_types = token_types
-    if not traits.embeds:
-        if input_ids is None:
-            name = type(self).__name__
-            raise ValueError(f"input_ids: expected int64 [B, L], which {name} looks at beside embeddings, got None")
-        pieces.ids = input_ids
+    pieces.token_types, pieces.ids = token_types, None if traits.embeds else _tokens(self, input_ids)
     checkpointing = self.training and is_checkpointing(self)
     if checkpointing and is_thought is not None:
         warn_once("gradient checkpointing excludes the KV cache: the prompt is encoded once more for every thought")
@@ -96,7 +93,8 @@ def flr_forward(
         if not keep_cache and traits.left_padding and not routes:  # routing counts the caller's columns
             pieces, source = pieces.shifted()
         if source is not None and labels is not None:
-            targets = take_columns(labels, source, IGNORE)
+            # nothing predicts a caller's first column; a shifted row would let padding do it
+            targets = take_columns(labels, source, IGNORE).masked_fill(source == 0, IGNORE)
         columns = thought_columns(pieces.is_thought)
     skip_logits = self.training and labels is not None if own.skip_logits is None else own.skip_logits
     stop = pieces.embeds.shape[1]
@@ -107,16 +105,7 @@ def flr_forward(
     in_pieces = in_pieces and (len(columns) > 0 or past_key_values is not None)
     encoder = Encoder(self, self._flr_patch.config, pieces, past_key_values, in_pieces, keep_cache, kwargs)
     encoder.run(columns, stop, own.thoughts)
-    loss = weights = None
-    if targets is not None:
-        loss, weights = _loss(self, encoder, targets, own)
-    made = encoder.output(weights)
-    if loss is not None and made is not None:
-        loss = loss + made.loss
-    routers, aux_loss = encoder.all_routers() if routes else None, None
-    if loss is not None and routers is not None:
-        added, aux_loss = router_loss(self, encoder.last_hidden(), routers, pieces.mask)
-        loss = loss + added.to(loss.device)
+    loss, made, aux_loss = _losses(self, encoder, targets, own)
     inverse = None if source is None else inverse_columns(source, inputs_embeds.shape[1])
     out = FLRCausalLMOutput(
         loss=loss,
@@ -124,7 +113,7 @@ def flr_forward(
         hidden_states=encoder.all_layers(inverse),
         flr=made,
         aux_loss=aux_loss,
-        router_logits=routers,
+        router_logits=encoder.all_routers(),
     )
     if keep_cache and name is not None:
         out[name] = encoder.cache
@@ -171,6 +160,29 @@ def _logits(model: Any, encoder: Encoder, inverse: Tensor | None, keep: int | Te
     elif keep:
         hidden = hidden[:, -keep:]
     return head(model, hidden)
+
+
+def _tokens(model: Any, input_ids: Tensor | None) -> Tensor:
+    if input_ids is None:
+        name = type(model).__name__
+        raise ValueError(f"input_ids: expected int64 [B, L], which {name} looks at beside embeddings, got None")
+    return input_ids
+
+
+def _losses(
+    model: Any, encoder: Encoder, targets: Tensor | None, own: ThoughtInputs
+) -> tuple[Tensor | None, FLROutput | None, Tensor | None]:
+    """The loss, of cross-entropy, the reasoner's regularisers and the routers' balance; the thoughts; the last part."""
+    loss = weights = aux_loss = None
+    if targets is not None:
+        loss, weights = _loss(model, encoder, targets, own)
+    made, routers = encoder.output(weights), encoder.all_routers()
+    if loss is not None and made is not None:
+        loss = loss + made.loss
+    if loss is not None and routers is not None:
+        added, aux_loss = router_loss(model, encoder.last_hidden(), routers, encoder.inputs.mask)
+        loss = loss + added.to(loss.device)
+    return loss, made, aux_loss
 
 
 def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:

@@ -75,8 +75,15 @@ def own_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def wants_router_loss(model: Any, asked: bool | None) -> bool:
-    """Whether the model adds its routers' auxiliary loss to its loss: asked for in a call, or in its configuration."""
+    """Whether the model adds its routers' auxiliary loss to its loss: asked for in a call, or in its configuration.
+
+    Raises:
+        ValueError: its loss has a term that takes all logits, which are not made here.
+    """
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "z_loss_coefficient", 0):  # Bamba
+        got = config.z_loss_coefficient
+        raise ValueError(f"z_loss_coefficient: expected 0 in a batch with thoughts or labels, got {got}")
     return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
 
 
