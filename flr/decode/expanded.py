@@ -19,8 +19,16 @@ from .session import model_states, slots
 class ExpandedSession:
     """Every hypothesis is a row with a cache of its own."""
 
-    def __init__(self, model: nn.Module, past: Cache, prepared: Mapping[str, torch.Tensor], hidden: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        past: Cache,
+        prepared: Mapping[str, torch.Tensor],
+        hidden: bool,
+        several: bool = True,
+    ) -> None:
         self.model, self.hidden = model, hidden
+        self.several = several  # whether the cache takes several tokens at a time
         self.cache = past
         self.mask = prepared["attention_mask"]  # [B·w, L + t]
         self.positioned = "position_ids" in prepared
@@ -68,8 +76,12 @@ class ExpandedSession:
             user, column = ((self.depth == length) & (lengths > 0)).nonzero(as_tuple=True)
             cache = copy.deepcopy(self.cache)
             cache.reorder_cache(cast(torch.LongTensor, user))
-            mask = torch.cat([self.mask[user], self.mask.new_ones(len(user), length)], dim=1)
-            states, _ = self._run(cache, mask, self.paths[user, column, :length], torch.zeros_like(user), user)
+            path, start = self.paths[user, column, :length], torch.zeros_like(user)
+            for part in path.split(length if self.several else 1, dim=1):
+                seen = self.mask.new_ones(len(user), int(start[0]) + part.shape[1])
+                mask = torch.cat([self.mask[user], seen], dim=1)
+                states, cache = self._run(cache, mask, part, start, user)
+                start = start + part.shape[1]
             if out is None:
                 out = states.new_zeros(rows, width, states.shape[-1])
             out[user, column] = states[:, -1]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
+from flr.model.verify import traits_of
 
 from .session import model_states, slots
 
@@ -21,6 +22,8 @@ def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
     if (reason := packing_obstacle(model)) is not None:
         return reason
     lm = causal_lm(model)
+    if not traits_of(model).packing:
+        return f"{type(lm).__name__} takes no 4-D mask"
     layers: list[Any] = list(past.layers)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     odd = next((type(x).__name__ for x in layers if type(x) not in plain or not x.is_initialized), None)

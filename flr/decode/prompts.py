@@ -10,11 +10,14 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from flr.model.backbone import cache_of, causal_lm, forward_parameters, is_patched, takes_positions, warn_once
-from flr.model.head import HeadRows
+from flr.model.base import is_recurrent
+from flr.model.head import HeadRows, is_linear
 from flr.model.insertion import append_thoughts
+from flr.model.verify import traits_of
 
 from .expanded import ExpandedSession
 from .packed import PackedSession, obstacle
+from .recomputed import RecomputedSession
 from .session import Session, lm_head_inputs
 
 _NOT_MODEL_INPUTS = ("item_positions",)
@@ -91,15 +94,19 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
     prepared = prepare_inputs(model, inputs)
     if not takes_positions(model):
         del prepared["position_ids"]
+    traits = traits_of(model)
+    if not traits.steps or (not traits.left_padding and bool((prepared["attention_mask"] == 0).any())):
+        return _anew(model, prepared, want_hidden)
     extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(type(causal_lm(model)).forward) else {}
     with lm_head_inputs(model, skip=False) as hidden:
         out = model(**prepared, use_cache=True, **extra)
     past, states, head_rows = cache_of(out), out.logits[:, -1], None
     vocabulary = states.shape[-1]
     length = prepared["input_ids"].shape[1]
-    if not isinstance(past, Cache):
-        raise ValueError(f"model: expected a transformers Cache from its prefill, got {type(past).__name__}")
-    if past.get_seq_length() != length:
+    if not isinstance(past, Cache) or type(past).__module__ != Cache.__module__ or not hasattr(past, "layers"):
+        # kept under another name, or of a kind of its own, whose rows nobody else can reorder
+        return _anew(model, prepared, want_hidden)
+    if not is_recurrent(past) and past.get_seq_length() != length:
         raise ValueError(
             f"model: expected a cache of all {length} prompt tokens from its prefill, got {past.get_seq_length()}"
         )
@@ -115,5 +122,19 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
         session = PackedSession(model, past, prepared, head_rows is not None)
     else:
         warn_once(f"decoding expands the prompt's cache to every beam instead of sharing it: {reason}")
-        session = ExpandedSession(model, past, prepared, head_rows is not None)
+        session = ExpandedSession(model, past, prepared, head_rows is not None, traits.pieces)
     return Prompts(states, session, head_rows, vocabulary)
+
+
+def _anew(model: nn.Module, prepared: Mapping[str, Any], want_hidden: bool) -> Prompts:
+    """Prompts whose continuations are encoded from their first token."""
+    warn_once(f"decoding encodes every sequence anew: {type(causal_lm(model)).__name__} cannot go on from its cache")
+    session, head_rows = RecomputedSession(model, prepared), None
+    logits = states = session.root()
+    if want_hidden and is_linear(causal_lm(model)):
+        session.hidden = True
+        hidden = session.root()
+        head_rows = HeadRows.of(causal_lm(model), hidden, logits)
+        session.hidden = head_rows is not None
+        states = logits if head_rows is None else hidden
+    return Prompts(states, session, head_rows, logits.shape[-1])

@@ -229,7 +229,7 @@ def attribute(
     sets, weights = coalitions(num_factors)
     base = np.zeros(items.shape)
     contributions = np.zeros((*items.shape, num_factors))
-    vocabulary = prompts.lm.config.get_text_config().vocab_size
+    vocabulary = prompts.lm.config.get_text_config(decoder=True).vocab_size
     for group in _batches(_siblings(codec, items), len(sets), vocabulary):
         for siblings, values in zip(group, _values(prompts, group, sets, trie, scoring, exclude, allowed), strict=True):
             if mixed_with is not None:

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from flr.config import IGNORE
 
 from .backbone import OUTPUT_CACHE
-from .forward import Batch, encode, goes_on, place_of_thoughts, plain_pieces, thoughts_among, with_thoughts
+from .base import cache_name, is_filled, text_arguments
+from .batch import Batch, encode, insertion_into, plain_pieces, thoughts_among, with_thoughts
 from .methods import Method
 from .outputs import FLROutput, ThoughtInputs
+from .verify import traits_of
 
 #: Arguments of a base model that the pieces are given one by one.
 _OURS = (
@@ -62,40 +64,45 @@ def finish_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     return output
 
 
-def flr_base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: Any) -> Any:
     """Forward of the base model ``self`` of a patched model.
 
-    That of the base model it was, but for input_ids that contain thought tokens, or that should.
+    That of the base model it was, but for input_ids that contain thought tokens, or that should. ``flr_inner`` says
+    that the call is our own, with ids beside embeddings.
     """
     model = self._flr_owner
     patch = model._flr_patch
     original = patch.base_forward(self)
     names = list(inspect.signature(type(self).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    ids, past, pending = given.get("input_ids"), given.get("cache", given.get("past_key_values")), patch.pending
-    if ids is None or goes_on(past):
+    ids, past, pending = given.get("input_ids"), given.get(cache_name(self) or "cache"), patch.pending
+    if flr_inner or ids is None or is_filled(past):
         return original(*args, **kwargs)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     is_thought = thoughts_among(patch.config, ids, None, past, None)
     rest = {k: v for k, v in given.items() if k not in _OURS}
     made, labels = None, None if pending is None else pending.labels
     if is_thought is None and pending is not None:
-        made = place_of_thoughts(model, ThoughtInputs(), ids, mask, positions, labels, rest)
+        made = insertion_into(model, ThoughtInputs(), ids, past, mask, positions, labels, rest)
     if is_thought is None and made is None:
         return original(*args, **kwargs)
     embeds, keep_cache = model.get_input_embeddings()(ids), bool(given.get("use_cache"))
+    seen = None if traits_of(model).embeds else ids
     if made is None:
         pieces = plain_pieces(embeds, mask, positions, is_thought, None)
+        pieces.ids = seen
     else:
-        pieces = with_thoughts(model, made, embeds, mask, positions, None)
-    encoded = encode(model, Batch(pieces, None, made, past, keep_cache), ThoughtInputs(), rest)
+        pieces = with_thoughts(model, made, embeds, seen, mask, positions, None)
+    batch = Batch(pieces, None, made, past, keep_cache, bool(rest.get("output_router_logits")))
+    encoded = encode(model, batch, ThoughtInputs(), text_arguments(rest))
     if pending is not None:
         pending.made = encoded.encoder.output(_shares(labels, pending.num_items))
-    return BaseModelOutputWithPast(
-        last_hidden_state=encoded.states(),
-        hidden_states=encoded.encoder.all_layers(encoded.inverse),
-        **{OUTPUT_CACHE: encoded.encoder.cache if keep_cache else None},
-    )
+    states, layers = encoded.states(), encoded.encoder.all_layers(encoded.inverse)
+    kept = {OUTPUT_CACHE: encoded.encoder.cache if keep_cache else None}
+    routers: Any = encoded.encoder.all_routers()
+    if routers is not None:
+        return MoeModelOutputWithPast(last_hidden_state=states, hidden_states=layers, router_logits=routers, **kept)
+    return BaseModelOutputWithPast(last_hidden_state=states, hidden_states=layers, **kept)
 
 
 def _shares(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | None:

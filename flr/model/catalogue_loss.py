@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from flr.config import IGNORE
 from flr.data.trie import CatalogueTrie
 
-from .head import MAX_LOSS_LOGITS, has_rows, head, is_unhooked, scale_logits
+from .head import MAX_LOSS_LOGITS, has_rows, head, is_linear, is_unhooked, scale_logits
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100
@@ -122,7 +122,7 @@ class CatalogueLoss:
         fanout = (children[parent + 1] - begin).masked_fill(target_nodes == IGNORE, 0)
         losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lm_head = model.get_output_embeddings()
-        gathers = has_rows(lm_head) and is_unhooked(lm_head)
+        gathers = is_linear(model) and has_rows(lm_head) and is_unhooked(lm_head)
 
         first = ((fanout > 1) & (parent == 0)).nonzero()[:, 0]
         if len(first):

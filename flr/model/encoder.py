@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flr.config import FLRConfig
 
-from .backbone import cache_argument, cache_of
+from .backbone import warn_once
+from .base import run_base
 from .outputs import FLROutput
 from .pieces import Pieces, take_columns
 from .reasoner import LOSSES, ReasonerOutput
@@ -19,12 +20,22 @@ class Encoder:
     """Runs the base model over the pieces of one batch and makes the thoughts between them."""
 
     def __init__(
-        self, model: Any, config: FLRConfig, inputs: Pieces, cache: Any, use_cache: bool, kwargs: dict[str, Any]
+        self,
+        model: Any,
+        config: FLRConfig,
+        inputs: Pieces,
+        cache: Any,
+        in_pieces: bool,
+        keep_cache: bool,
+        kwargs: dict[str, Any],
     ) -> None:
         self.model, self.config, self.inputs = model, config, inputs
-        self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
+        self.cache, self.kwargs = cache, kwargs
+        self.in_pieces = in_pieces  # each goes on in the cache; else every one begins at column 0, without a cache
+        self.keep_cache = keep_cache  # whether the caller wants the cache
         self.hidden: list[Tensor] = []  # last layer, piece by piece
         self.layers: list[tuple[Tensor, ...]] = []  # all layers, when asked for
+        self.routers: list[tuple[Tensor, ...]] = []  # logits of every layer's router, when asked for
         self.done = 0  # columns encoded
         self.steps: list[ReasonerOutput] = []
         self.step_rows: list[Tensor] = []
@@ -38,25 +49,32 @@ class Encoder:
         for n, column in enumerate(columns):
             self.encode(column)
             self.think(column, None if given is None else given[:, n])
-        self.encode(stop)
+        self.encode(stop, last=True)
 
-    def encode(self, stop: int) -> None:
-        """Encode columns up to ``stop``."""
-        start = self.done if self.use_cache else 0
+    def encode(self, stop: int, last: bool = False) -> None:
+        """Encode columns up to ``stop``; ``last`` if nothing follows."""
+        start = self.done if self.in_pieces else 0
         if stop <= start:
             return
-        out = self.model.base_model(
+        goes_on = self.in_pieces or last  # a pass that is done again must leave the caller's cache alone
+        out, cache = run_base(
+            self.model,
             **self.inputs.cut(start, stop),
-            **cache_argument(self.model.base_model, self.cache if self.use_cache else None),
-            use_cache=self.use_cache,
-            return_dict=True,
+            cache=self.cache if goes_on else None,
+            use_cache=self.in_pieces or (last and self.keep_cache),
             **self.kwargs,
         )
-        if not self.use_cache:
-            self.hidden, self.layers = [], []
-        self.cache = cache_of(out)
+        if self.in_pieces and cache is None and not last:
+            self.in_pieces = False  # some keep none in training: what follows begins at column 0 again
+            warn_once(f"{type(self.model).__name__} keeps no cache here: the prompt is encoded again for every thought")
+        if not self.in_pieces:
+            self.hidden, self.layers, self.routers = [], [], []
+        if goes_on:
+            self.cache = cache
+        if (routers := getattr(out, "router_logits", None)) is not None:
+            self.routers.append(routers)
         self.hidden.append(out.last_hidden_state)
-        if out.hidden_states is not None:
+        if getattr(out, "hidden_states", None) is not None:
             self.layers.append(out.hidden_states)
         self.done = stop
 
@@ -69,6 +87,14 @@ class Encoder:
             return None
         layers = tuple(torch.cat(parts, 1) for parts in zip(*self.layers, strict=True))
         return layers if inverse is None else tuple(take_columns(x, inverse, 0) for x in layers)
+
+    def all_routers(self) -> tuple[Tensor, ...] | None:
+        """Router logits [B·L, E] of every layer with experts over all columns, as one pass gives them."""
+        if len(self.routers) < 2:
+            return self.routers[0] if self.routers else None
+        batch = len(self.inputs.embeds)
+        layers = zip(*self.routers, strict=True)
+        return tuple(torch.cat([x.view(batch, -1, x.shape[-1]) for x in parts], 1).flatten(0, 1) for parts in layers)
 
     def think(self, column: int, given: Tensor | None = None) -> None:
         """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""

@@ -12,30 +12,23 @@ Where no KV cache can be used (gradient checkpointing) every piece starts from c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flr.config import IGNORE, FLRConfig
+from flr.config import IGNORE
 
-from .backbone import (
-    OUTPUT_CACHE,
-    cache_argument,
-    is_checkpointing,
-    position_limit,
-    position_rows,
-    reasoner_is_frozen,
-    warn_once,
-)
+from .backbone import is_checkpointing
+from .base import base_of, cache_name, given, text_arguments
+from .batch import Batch, Encoded, encode, insertion_into, plain_pieces, thoughts_among, with_thoughts
 from .encoder import Encoder
 from .group_forward import group_forward
 from .head import head, row_losses
-from .insertion import Insertion, follow, insertion, refuse_packed_positions, remember, warn_of_labels_everywhere
-from .outputs import FLRCausalLMOutput, GroupInputs, ThoughtInputs
-from .pieces import Pieces, inverse_columns, take_columns, thought_columns
-from .vocabulary import embedding_of
+from .insertion import follow
+from .outputs import FLRCausalLMOutput, FLROutput, GroupInputs, ThoughtInputs
+from .own_forward import original_forward, router_loss, wants_router_loss
+from .pieces import take_columns
+from .verify import traits_of
 
 
 def flr_forward(
@@ -69,220 +62,80 @@ def flr_forward(
     """
     own = ThoughtInputs.taken_from(kwargs)
     own.thought_start, own.insert_thought = thought_start, insert_thought
-    past_key_values = past_key_values if cache is None else cache  # two names of one argument
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
-    config = self._flr_patch.config
     self._flr_patch.pending = None  # the call has come to us: see flr.model.bypass
-    given: Any = input_ids if inputs_embeds is None else inputs_embeds
-    attention_mask, position_ids = follow(past_key_values, given, attention_mask, position_ids)
-    is_thought = thoughts_among(config, input_ids, inputs_embeds, past_key_values, own.thought_start)
+    name = cache_name(base_of(self))
+    past = past_key_values if cache is None else cache  # two names of one argument; a third is the family's own
+    if name is not None and name in kwargs:
+        past = kwargs.pop(name)
+    rows = input_ids if inputs_embeds is None else inputs_embeds
+    attention_mask, position_ids = follow(past, rows, attention_mask, position_ids)
+    is_thought = thoughts_among(self._flr_patch.config, input_ids, inputs_embeds, past, thought_start)
     made = None
-    if is_thought is None and not goes_on(past_key_values):
-        made = place_of_thoughts(self, own, given, attention_mask, position_ids, labels, kwargs)
+    if is_thought is None:
+        made = insertion_into(self, own, rows, past, attention_mask, position_ids, labels, kwargs)
     if is_thought is None and made is None and labels is None:  # nothing of ours: the model as it was
-        return self._flr_patch.original(self)(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **cache_argument(self, past_key_values),
+        return original_forward(self)(
+            **given(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                logits_to_keep=None if isinstance(logits_to_keep, int) and logits_to_keep == 0 else logits_to_keep,
+                **{name or "past_key_values": past},
+            ),
             **kwargs,
         )
-    return_dict = kwargs.pop("return_dict", None)
-    kwargs.pop("cache_position", None)  # of the whole input; a piece's follows from the cache
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
+    return_dict, token_types = kwargs.get("return_dict"), kwargs.pop("token_type_ids", None)
+    kwargs = text_arguments(kwargs)
+    routes = wants_router_loss(self, kwargs.get("output_router_logits"))
+    if routes:
+        kwargs["output_router_logits"] = True
+    ids = None if traits_of(self).embeds else _tokens(self, input_ids)
     if inputs_embeds is None:
         inputs_embeds = self.get_input_embeddings()(input_ids)
-    keep_cache = _keeps_cache(self, use_cache, past_key_values, labels)
     if made is None:
         pieces = plain_pieces(inputs_embeds, attention_mask, position_ids, is_thought, own.reasoner_mask)
-        batch = Batch(pieces, labels, None, past_key_values, keep_cache)
+        pieces.token_types, pieces.ids = token_types, ids
     else:
-        pieces = with_thoughts(self, made, inputs_embeds, attention_mask, position_ids, own.reasoner_mask)
-        moved = None if labels is None else take_columns(labels, made.source(), IGNORE)
-        batch = Batch(pieces, moved, made, past_key_values, keep_cache)
+        pieces = with_thoughts(self, made, inputs_embeds, ids, attention_mask, position_ids, own.reasoner_mask)
+        labels = None if labels is None else take_columns(labels, made.source(), IGNORE)
+    batch = Batch(pieces, labels, made, past, _keeps_cache(self, use_cache, past, labels), routes)
+    return _result(self, batch, own, kwargs, logits_to_keep, return_dict)
+
+
+def _result(
+    model: Any, batch: Batch, own: ThoughtInputs, kwargs: dict[str, Any], logits_to_keep: Any, return_dict: Any
+) -> Any:
     skip_logits = own.skip_logits
     if skip_logits is None:
-        skip_logits = self.training and labels is not None and made is None
-    encoded = encode(self, batch, own, kwargs, only_loss=skip_logits)
-    loss = weights = None
-    if encoded.labels is not None:
-        loss, weights = _loss(self, encoded.encoder, encoded.labels, own)
-    thoughts = encoded.encoder.output(weights)
-    if loss is not None and thoughts is not None:
-        loss = loss + thoughts.loss
+        skip_logits = model.training and batch.labels is not None and batch.made is None
+    encoded = encode(model, batch, own, kwargs, only_loss=skip_logits)
+    loss, thoughts, aux_loss = _losses(model, encoded.encoder, encoded.labels, own)
     out = FLRCausalLMOutput(
         loss=loss,
-        logits=None if skip_logits else _logits(self, encoded, logits_to_keep),
+        logits=None if skip_logits else _logits(model, encoded, logits_to_keep),
         hidden_states=encoded.encoder.all_layers(encoded.inverse),
         flr=thoughts,
-        **{OUTPUT_CACHE: encoded.encoder.cache if batch.keep_cache else None},
+        aux_loss=aux_loss,
+        router_logits=encoded.encoder.all_routers(),
     )
+    name = cache_name(base_of(model))
+    if batch.keep_cache and name is not None:
+        out[name] = encoded.encoder.cache
     return out.to_tuple() if return_dict is False else out
 
 
-@dataclass
-class Batch:
-    """A batch as the base model will see it."""
-
-    pieces: Pieces
-    labels: Tensor | None  # in the columns of ``pieces``
-    made: Insertion | None  # if the thoughts are not the caller's
-    past: Any
-    keep_cache: bool
-
-
-@dataclass
-class Encoded:
-    """A batch that has been encoded."""
-
-    encoder: Encoder
-    labels: Tensor | None  # in the encoder's columns
-    inverse: Tensor | None  # int64 [B, L], the encoder's column of each of the caller's; None where they are the same
-
-    def states(self) -> Tensor:
-        """Last hidden states [B, L, D] in the caller's columns."""
-        hidden = self.encoder.last_hidden()
-        return hidden if self.inverse is None else take_columns(hidden, self.inverse, 0)
-
-
-def encode(model: Any, batch: Batch, own: ThoughtInputs, kwargs: dict[str, Any], only_loss: bool = False) -> Encoded:
-    """Run the pieces of a batch with the thoughts between them; ``only_loss``: the last column may be left out."""
-    pieces, labels, made, config = batch.pieces, batch.labels, batch.made, model._flr_patch.config
-    checkpointing = model.training and is_checkpointing(model)
-    source, columns, length = None, [], pieces.embeds.shape[1]
-    if own.thought_start is not None and pieces.thinks:
-        columns = list(range(own.thought_start, own.thought_start + config.num_thoughts))
-    elif pieces.thinks:
-        if not batch.keep_cache:
-            pieces, source = pieces.shifted()
-        if source is not None and labels is not None:
-            labels = take_columns(labels, source, IGNORE)
-        columns = thought_columns(pieces.is_thought)
-    if checkpointing and columns:
-        warn_once("gradient checkpointing excludes the KV cache: the prompt is encoded once more for every thought")
-    stop = pieces.embeds.shape[1]
-    if only_loss and not batch.keep_cache and stop > 1 and (not columns or columns[-1] < stop - 1):
-        stop -= 1  # the last token predicts nothing: it needs no forward when only the loss is wanted
-    encoder = Encoder(model, config, pieces, batch.past, not checkpointing, kwargs)
-    encoder.run(columns, stop, own.thoughts)
-    inverse = None if source is None else inverse_columns(source, length)
-    if made is not None:
-        inverse = made.inverse() if inverse is None else inverse.gather(1, made.inverse())
-        if batch.keep_cache:
-            remember(encoder.cache, made)
-    return Encoded(encoder, labels, inverse)
-
-
-def goes_on(past_key_values: Any) -> bool:
-    """Whether there is a prompt before the batch."""
-    return past_key_values is not None and past_key_values.get_seq_length() > 0
-
-
-def _keeps_cache(model: Any, use_cache: bool | None, past_key_values: Any, labels: Tensor | None) -> bool:
+def _keeps_cache(model: Any, use_cache: bool | None, past: Any, labels: Tensor | None) -> bool:
     """Whether the caller gets a cache: as it asks, else as the base model does by default, but not for a loss."""
     if model.training and is_checkpointing(model):
         return False
     if use_cache is None:
-        by_default = labels is None and not model.training and model.config.get_text_config().use_cache
-        return past_key_values is not None or bool(by_default)
+        default = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
+        return past is not None or bool(labels is None and not model.training and default)
     return use_cache
-
-
-def thoughts_among(
-    config: FLRConfig, input_ids: Tensor | None, embeds: Tensor | None, past_key_values: Any, start: int | None
-) -> Tensor | None:
-    """bool [B, L], where thought tokens stand; None for a batch without any."""
-    if config.thought_count == 0:
-        return None
-    past = goes_on(past_key_values)
-    if input_ids is None:
-        if embeds is None or start is None or past:
-            return None
-        columns = torch.arange(embeds.shape[1], device=embeds.device)
-        return ((columns >= start) & (columns < start + config.num_thoughts)).expand(embeds.shape[:2])
-    if past and input_ids.shape[1] == 1:
-        return None  # a decoding step has nothing to look at
-    is_thought: Any = input_ids == config.thought_token_id
-    refusal = "input_ids: expected no thought token after the prefill, got one; pass it with the prompt"
-    if past and input_ids.device.type != "cpu":  # a look would make the host wait
-        if input_ids.device.type == "cuda":
-            torch._assert_async(~is_thought.any(), refusal)
-        return None
-    thinks = (start is not None and not past) or bool(is_thought.any())
-    if past and thinks:
-        raise ValueError(refusal)
-    return is_thought if thinks else None
-
-
-def place_of_thoughts(
-    model: Any,
-    own: ThoughtInputs,
-    given: Tensor | None,
-    mask: Any,
-    positions: Tensor | None,
-    labels: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Insertion | None:
-    """Where thoughts go into a batch without any; None where none are wanted."""
-    config = model._flr_patch.config
-    wanted = config.insert_thought if own.insert_thought is None else own.insert_thought
-    if not wanted or config.thought_count == 0 or given is None:
-        return None
-    if model.training and labels is None and kwargs.get("shift_labels") is None:
-        raise ValueError(
-            "labels: expected labels in training, which say where the prompt ends and the thought belongs, got none; "
-            "bring thought tokens, or turn insertion off with insert_thought=False"
-        )
-    _refuse_too_long(model, given.shape[1], positions)
-    made = insertion(given.shape[:2], given.device, config.num_thoughts, mask, labels, kwargs)
-    refuse_packed_positions(positions, mask)
-    if model.training and not model._flr_patch.checked:
-        model._flr_patch.checked = True
-        warn_of_labels_everywhere(made.place, mask)
-        if reasoner_is_frozen(model):
-            warn_once(
-                "the reasoner is frozen while other weights are trained, so the thought stays random: give PEFT's "
-                'config modules_to_save=["flr"]'
-            )
-    return made
-
-
-def _refuse_too_long(model: Any, length: int, positions: Tensor | None) -> None:
-    """Raise where the thoughts are what a learned table of positions has no row for."""
-    thoughts, limit = model._flr_patch.config.num_thoughts, position_limit(model.config)
-    if positions is None and limit is not None and length <= limit < length + thoughts and position_rows(model):
-        raise ValueError(
-            f"input_ids: expected at most {limit - thoughts} tokens, since the model has {limit} positions and "
-            f"{thoughts} of them are for thoughts, got {length}"
-        )
-
-
-def with_thoughts(
-    model: Any, made: Insertion, embeds: Tensor, mask: Any, positions: Tensor | None, reasoner_mask: Tensor | None
-) -> Pieces:
-    """A batch [B, L, D] that gets the thoughts ``made``."""
-    token = embedding_of(model, model._flr_patch.config.thought_token_id, embeds.device)
-    return made.pieces(embeds, mask, positions, reasoner_mask, token)
-
-
-def plain_pieces(
-    embeds: Tensor,
-    attention_mask: Any,
-    position_ids: Tensor | None,
-    is_thought: Tensor | None,
-    reasoner_mask: Tensor | None,
-) -> Pieces:
-    thinks = is_thought is not None
-    if is_thought is None:
-        is_thought = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    if reasoner_mask is not None and reasoner_mask.shape != is_thought.shape:
-        raise ValueError(f"reasoner_mask: expected shape {tuple(is_thought.shape)}, got {tuple(reasoner_mask.shape)}")
-    return Pieces(embeds, attention_mask, position_ids, is_thought, reasoner_mask, thinks)
 
 
 def _logits(model: Any, encoded: Encoded, keep: int | Tensor) -> Tensor:
@@ -295,9 +148,32 @@ def _logits(model: Any, encoded: Encoded, keep: int | Tensor) -> Tensor:
     return head(model, hidden)
 
 
+def _tokens(model: Any, input_ids: Tensor | None) -> Tensor:
+    if input_ids is None:
+        name = type(model).__name__
+        raise ValueError(f"input_ids: expected int64 [B, L], which {name} looks at beside embeddings, got None")
+    return input_ids
+
+
+def _losses(
+    model: Any, encoder: Encoder, targets: Tensor | None, own: ThoughtInputs
+) -> tuple[Tensor | None, FLROutput | None, Tensor | None]:
+    """The loss, of cross-entropy, the reasoner's regularisers and the routers' balance; the thoughts; the last part."""
+    loss = weights = aux_loss = None
+    if targets is not None:
+        loss, weights = _loss(model, encoder, targets, own)
+    made, routers = encoder.output(weights), encoder.all_routers()
+    if loss is not None and made is not None:
+        loss = loss + made.loss
+    if loss is not None and routers is not None:
+        added, aux_loss = router_loss(model, encoder.last_hidden(), routers, encoder.inputs.mask)
+        loss = loss + added.to(loss.device)
+    return loss, made, aux_loss
+
+
 def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
-    fixed_shapes = own.thought_start is not None and encoder.use_cache  # labels stand in the last piece only
+    fixed_shapes = own.thought_start is not None and encoder.in_pieces  # labels stand in the last piece only
     hidden = encoder.hidden[-1] if fixed_shapes else encoder.last_hidden()
     offset = encoder.done - hidden.shape[1]
     next_label = labels[:, offset + 1 : offset + 1 + hidden.shape[1]]

@@ -8,7 +8,8 @@ The members of a user are tokens of one row. A block mask lets each see the prom
 values exist once; positions go on after the prompt in every member. The last target token predicts nothing and has no
 column. With N > 1 thoughts each is noisy; thought n + 1 of a member is made from the prompt's hidden states and those
 of the member's own earlier thoughts, so the first thought is shared and the later ones are the member's own.
-Attention that takes no 4-D mask gets the prompt's cache expanded to B·G rows instead.
+Attention that takes no 4-D mask gets the prompt's cache expanded to B·G rows instead; where keys and values are not
+all that a model knows of a prompt, every member is encoded from its first token.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import backbone_trains, cache_argument, is_checkpointing, takes_positions
+from .backbone import backbone_trains, is_checkpointing, takes_positions
+from .base import run_base
 from .catalogue_loss import CatalogueLoss
 from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
 from .outputs import GroupInputs, GroupOutput
-from .packed_members import PackedMembers
+from .packed_members import PackedMembers, Prompt, encode_alone, shares_prompt
 from .reasoner import LOSSES, ReasonerOutput
+from .verify import traits_of
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, group: GroupInputs) -> None:
@@ -77,14 +80,15 @@ def _gradients(needed: bool) -> Iterator[None]:
         yield
 
 
-def _prefill(model: Any, embeds: Tensor, mask: Tensor, position_ids: Tensor) -> tuple[Tensor, DynamicCache]:
-    """Hidden states [B, L, D] of the prompts, and their keys and values."""
+def _prefill(
+    model: Any, embeds: Tensor, ids: Tensor | None, mask: Tensor, position_ids: Tensor
+) -> tuple[Tensor, DynamicCache | None]:
+    """Hidden states [B, L, D] of the prompts, and their keys and values; None where these are not all."""
+    if not shares_prompt(model):
+        return encode_alone(model, embeds, ids, mask), None
     cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
     positions = {"position_ids": position_ids} if takes_positions(model) else {}
-    given = cache_argument(model.base_model, cache)
-    out = model.base_model(
-        inputs_embeds=embeds, attention_mask=mask, use_cache=True, return_dict=True, **given, **positions
-    )
+    out, cache = run_base(model, embeds, ids, cache=cache, use_cache=True, attention_mask=mask, **positions)
     return out.last_hidden_state, cache
 
 
@@ -184,9 +188,13 @@ def group_forward(
 
     with _gradients(backbone_trains(model)):
         embeds = table(input_ids)  # [B, L + N, D]
-        history, kv = _prefill(model, embeds[:, :length], attention_mask[:, :length], position_ids[:, :length])
+        ids = None if traits_of(model).embeds else input_ids[:, :length]
+        prompt = embeds[:, :length]
+        history, kv = _prefill(model, prompt, ids, attention_mask[:, :length], position_ids[:, :length])
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
-    suffix = PackedMembers(model, kv, attention_mask[:, :length], position_ids[:, length, None], members)
+    begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length, None])
+    suffix = PackedMembers(model, begun, members)
+    thought_ids = group.targets.new_full((batch, members, 1), config.thought_token_id)
 
     valid = attention_mask[:, :length].bool()
     if reasoner_mask is not None:
@@ -198,13 +206,14 @@ def group_forward(
         embedding = made.noisy_thought(embeds[:, length + n] if anchor is None else anchor, grad_through_targets)
         if n < thoughts - 1:
             with _gradients(grad_through_targets):
-                made.extend(suffix.run(embedding[:, :, None]))
+                made.extend(suffix.run(embedding[:, :, None], thought_ids))
     logprobs = prompts = None
     if group.actions is None:
         target_tokens = targets[:, None].expand(-1, members, -1, -1)
         with _gradients(grad_through_targets):
             embeddings = torch.cat([embedding[:, :, None], target_tokens.to(embedding.dtype)], 2)
-            hidden = suffix.run(embeddings)  # [B, G, S, D]
+            target_ids = group.targets[:, None, : steps - 1].expand(-1, members, -1)
+            hidden = suffix.run(embeddings, torch.cat([thought_ids, target_ids], 2))  # [B, G, S, D]
             target_ids = group.targets if group.target_nodes is None else group.target_nodes
             mask = group.target_mask[:, None]
             logprobs = target_logprobs(model, hidden, target_ids[:, None], mask, group.catalogue_loss)
@@ -239,7 +248,7 @@ def target_logprobs(
     rows, targets = hidden[chosen], targets.expand(shape)[chosen]
     if catalogue_loss is not None:
         values = -catalogue_loss(model, rows, targets)
-    elif rows.shape[0] * model.config.get_text_config().vocab_size <= MAX_LOSS_LOGITS:
+    elif rows.shape[0] * model.config.get_text_config(decoder=True).vocab_size <= MAX_LOSS_LOGITS:
         values = -row_losses(model, rows, targets, 0.0)
     else:
         values = head_logprob(model, rows, targets)

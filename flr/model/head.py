@@ -13,29 +13,49 @@ from flr.config import IGNORE
 from flr_kernels import token_logprob
 from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 
+from .own_forward import own_logits
+
 #: Logits kept for the backward of the loss; above it, they are recomputed a block of rows at a time.
 MAX_LOSS_LOGITS = 1 << 26
 #: What makes logits more than hidden · weightᵀ (see :func:`head`).
-_SCALES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+_SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
 #: A number that is gathered and multiplied costs as much as this many multiply-adds of a matrix product: on a CPU
 #: measured; on a GPU expected from 30 bytes at 3 TB/s against float32 products at 60 TFLOP/s.
 _GATHER_COST = {"cpu": 40, "cuda": 300}
 
 
+def is_linear(model: Any) -> bool:
+    """Whether logits are the scaled product of states and lm_head; else the model's own forward makes them."""
+    patch = model.__dict__.get("_flr_patch")
+    return patch is None or patch.traits is None or patch.traits.linear_head
+
+
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states [..., D], as the model's own forward computes them."""
+    return scaled_head(model, hidden) if is_linear(model) else own_logits(model, hidden)
+
+
+def scaled_head(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of hidden states [..., D]: the lm_head's product, and what the config says of scales and caps."""
     return scale_logits(model, model.get_output_embeddings()(hidden))
 
 
 def scale_logits(model: Any, logits: Tensor) -> Tensor:
     """What follows the lm_head in ``model``, element by element."""
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
         logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
         logits = logits / scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-        logits = torch.tanh(logits / cap) * cap
+    for name in _SCALES[2:]:  # Gemma, RecurrentGemma, xLSTM
+        if (cap := getattr(config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -46,7 +66,7 @@ def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> 
         logits = head(model, h).float() if h.dtype != torch.float64 else head(model, h)
         return cross_entropy(logits, t, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
-    vocab = model.config.get_text_config().vocab_size
+    vocab = model.config.get_text_config(decoder=True).vocab_size
     if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS:
         return block(hidden, target)
     step = max(1, MAX_LOSS_LOGITS // (4 * vocab))
@@ -79,9 +99,10 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def is_plain(model: Any, head: nn.Module) -> bool:
     """Whether the model's logits are exactly hidden · weightᵀ, computed by ``nn.Linear`` itself."""
-    config = model.config.get_text_config()
+    config = model.config.get_text_config(decoder=True)
     return (
-        isinstance(head, nn.Linear)
+        is_linear(model)
+        and isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in vars(head)  # accelerate's hooks
         and head.bias is None
@@ -151,7 +172,7 @@ class HeadRows:
     def of(cls, lm: Any, hidden: Tensor, logits: Tensor) -> HeadRows | None:
         """Rows of ``lm``, if they give the ``logits`` [B, V] that it computed itself from ``hidden`` [B, D]."""
         module = lm.get_output_embeddings()
-        if not has_rows(module) or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
+        if not is_linear(lm) or not has_rows(module) or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
             return None
         rows = cls(lm)
         count, vocabulary = logits.shape
@@ -159,7 +180,8 @@ class HeadRows:
         row = torch.arange(count, device=logits.device).repeat_interleave(len(token) // max(count, 1))
         theirs = logits[row, token].float()
         error = (rows(hidden, row, token) - theirs).abs().amax()
-        return rows if bool(error <= 1e-2 * theirs.abs().amax().clamp_min(1e-6)) else None
+        share = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+        return rows if bool(error <= share * theirs.abs().amax().clamp_min(1e-6)) else None
 
     def __call__(self, hidden: Tensor, row: Tensor, token: Tensor) -> Tensor:
         """Logit of ``token`` int64 [n] after the state ``row`` int64 [n] of hidden [R, D], float32 [n].

@@ -40,9 +40,15 @@ class FLROutput:
 
 @dataclass
 class FLRCausalLMOutput(CausalLMOutputWithPast):
-    """``CausalLMOutputWithPast`` plus ``flr``, None for a batch without a thought."""
+    """``CausalLMOutputWithPast`` plus ``flr``, None for a batch without a thought.
+
+    ``aux_loss`` and ``router_logits`` are those of a mixture of experts, where they were asked for. A cache has the
+    name that the family gives it.
+    """
 
     flr: FLROutput | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import attention_types, cache_argument, packing_obstacle, takes_positions, warn_once
+from .backbone import attention_types, packing_obstacle, takes_positions, warn_once
+from .base import masks_by_type, right_padded, run_base
 from .outputs import GroupPrompts
+from .verify import traits_of
 
 
 def obstacle(model: Any) -> str | None:
@@ -17,7 +20,9 @@ def obstacle(model: Any) -> str | None:
     if (reason := packing_obstacle(model)) is not None:
         return reason
     odd = attention_types(model.config.get_text_config(decoder=True)) - {"full_attention", "sliding_attention"}
-    return f"it has layers of type {', '.join(sorted(odd))}" if odd else None
+    if odd:
+        return f"it has layers of type {', '.join(sorted(odd))}"
+    return None if traits_of(model).packing else f"{type(model).__name__} takes no 4-D mask"
 
 
 def member_mask(prompt_mask: Tensor, member: Tensor, offset: Tensor, last: int) -> Tensor:
@@ -32,25 +37,64 @@ def member_mask(prompt_mask: Tensor, member: Tensor, offset: Tensor, last: int) 
     return torch.cat([prompt, own.expand(len(prompt_mask), -1, -1)], -1)
 
 
+def shares_prompt(model: Any) -> bool:
+    """Whether a group's members can go on from the keys and values of one prompt, gradients included."""
+    traits = traits_of(model)
+    return traits.plain_cache and traits.gradients and traits.left_padding
+
+
+def encode_alone(model: Any, embeds: Tensor, ids: Tensor | None, mask: Tensor) -> Tensor:
+    """Hidden states [R, L, D] of rows encoded from their first token: without a cache, padded on the right.
+
+    Args:
+        embeds: [R, L, D]. ids: int64 [R, L] or None, as for ``run_base``. mask: [R, L], not 0 on tokens.
+    """
+    columns, length = right_padded(mask)
+    rows = torch.arange(len(mask), device=mask.device)[:, None]
+    seen = (torch.arange(mask.shape[1], device=mask.device) < length[:, None]).long()
+    ids = None if ids is None else ids[rows, columns]
+    out, _ = run_base(model, embeds[rows, columns], ids, attention_mask=seen)
+    return out.last_hidden_state[rows, columns.argsort(1)]
+
+
+@dataclass
+class Prompt:
+    """B encoded prompts of L tokens; ``ids`` and ``cache`` are None where they are not needed or not to be had."""
+
+    embeds: Tensor  # [B, L, D]
+    ids: Tensor | None  # int64 [B, L]
+    cache: DynamicCache | None
+    mask: Tensor  # int64 [B, L]
+    next_position: Tensor  # int64 [B, 1], of the first token behind it
+
+
 class PackedMembers:
     """The columns behind the prompts, what they may see, and the cache they are appended to."""
 
-    def __init__(self, model: Any, cache: DynamicCache, prompt_mask: Tensor, first: Tensor, members: int) -> None:
-        self.model, self.cache, self.prompt_mask, self.first, self.members = model, cache, prompt_mask, first, members
+    def __init__(self, model: Any, prompt: Prompt, members: int) -> None:
+        self.model, self.cache, self.members = model, prompt.cache, members
+        self.prompt_mask, self.first = prompt.mask, prompt.next_position
         self.config = model.config.get_text_config(decoder=True)
-        device = prompt_mask.device
+        device = self.prompt_mask.device
         self.member = torch.zeros(0, dtype=torch.int64, device=device)  # of every column
         self.offset = torch.zeros(0, dtype=torch.int64, device=device)  # tokens since the prompt
         self.positioned = takes_positions(model)
         reason = obstacle(model)
-        self.packed = reason is None
-        if reason is not None:
+        self.packed = reason is None and self.cache is not None
+        self.embeds: Tensor | None = None  # [B·G, L + t, D] of members that are encoded from their first token
+        self.ids: Tensor | None = None
+        if self.packed:
+            return
+        self.prompt_mask, self.first = (x.repeat_interleave(members, 0) for x in (self.prompt_mask, self.first))
+        if self.cache is not None:
             warn_once(f"the prompt's cache is expanded to every group member instead of shared: {reason}")
-            cache.batch_repeat_interleave(members)
-            self.prompt_mask, self.first = (x.repeat_interleave(members, 0) for x in (prompt_mask, first))
+            self.cache.batch_repeat_interleave(members)
+        else:
+            self.embeds = prompt.embeds.repeat_interleave(members, 0)
+            self.ids = None if prompt.ids is None else prompt.ids.repeat_interleave(members, 0)
 
-    def run(self, embeds: Tensor) -> Tensor:
-        """Hidden states [B, G, n, D] of the next n tokens of every member."""
+    def run(self, embeds: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states [B, G, n, D] of the next n tokens of every member, int64 [B, G, n]."""
         batch, members, length, size = embeds.shape
         offset = self.offset.max() + 1 if len(self.offset) else self.offset.new_zeros(())
         offsets = offset + torch.arange(length, device=embeds.device)
@@ -65,15 +109,23 @@ class PackedMembers:
             self.member, self.offset = torch.cat([self.member, member]), torch.cat([self.offset, offsets])
             mask = self._masks(member_mask(self.prompt_mask, self.member, self.offset, len(offsets)), embeds.dtype)
             rows = batch
-        out = self.model.base_model(
-            inputs_embeds=embeds.reshape(rows, -1, size),
-            attention_mask=mask,
-            **cache_argument(self.model.base_model, self.cache),
-            use_cache=True,
-            return_dict=True,
-            **({"position_ids": self.first + offsets} if self.positioned else {}),
-        )
-        return out.last_hidden_state.view(batch, members, length, size)
+        embeds, flat = embeds.reshape(rows, -1, size), ids.reshape(rows, -1)
+        if self.embeds is not None:
+            self.embeds = torch.cat([self.embeds, embeds.to(self.embeds.dtype)], 1)
+            self.ids = None if self.ids is None else torch.cat([self.ids, flat], 1)
+            hidden = encode_alone(self.model, self.embeds, self.ids, mask)[:, -length:]
+        else:
+            out, _ = run_base(
+                self.model,
+                embeds,
+                None if traits_of(self.model).embeds else flat,
+                cache=self.cache,
+                use_cache=True,
+                attention_mask=mask,
+                **({"position_ids": self.first + offsets} if self.positioned else {}),
+            )
+            hidden = out.last_hidden_state
+        return hidden.view(batch, members, length, size)
 
     def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
         """The prompts and thoughts alone; the last began a run of ``steps`` tokens, ``hidden`` [B, G, D] follows it."""
@@ -82,6 +134,7 @@ class PackedMembers:
         last = len(earlier) + torch.arange(self.members, device=device) * steps
         kept = torch.cat([earlier, last])
         plain = DynamicCache()
+        assert self.cache is not None
         layers: list[Any] = list(self.cache.layers)
         for n, layer in enumerate(layers):
             plain.update(layer.keys.detach()[:, :, kept], layer.values.detach()[:, :, kept], n)
@@ -89,17 +142,5 @@ class PackedMembers:
 
     def _masks(self, full: Tensor, dtype: torch.dtype) -> Any:
         """4-D masks of ``full`` [B, q, L + c]; by layer type where they differ."""
-
-        def finished(mask: Tensor) -> Tensor:
-            if self.config._attn_implementation != "eager":
-                return mask[:, None]
-            zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
-        types = attention_types(self.config)
-        if types == {"full_attention"}:
-            return finished(full)
-        columns = torch.cat([torch.arange(-self.prompt_mask.shape[1], 0, device=full.device), self.offset])
-        offsets = self.offset[-full.shape[1] :, None]
-        near = finished(full & (offsets - columns < self.config.sliding_window))
-        return near if len(types) == 1 else {"full_attention": finished(full), "sliding_attention": near}
+        prompt = torch.arange(-self.prompt_mask.shape[1], 0, device=full.device)
+        return masks_by_type(self.config, full, torch.cat([prompt, self.offset]), dtype)

@@ -15,13 +15,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from flr.config import FLRConfig
 
 from .backbone import is_patched
+from .base import base_of
 from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
 from .generate import flr_generate
-from .head import head
 from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
 from .saved_config import flr_save_pretrained
+from .verify import Traits, find_traits
 from .vocabulary import Tables, grow, teach, thought_id
 
 logger = logging.getLogger("flr")
@@ -44,6 +45,7 @@ class Patch:
     vocab_size: int | None  # rows of the embedding before it grew, else None
     own_vocab_size: bool  # whether the model had an attribute of that name before
     hooks: list[int]  # ids of ours
+    traits: Traits | None = None  # what holds for the model; None until it was tried, on the meta device
     pending: Any = None  # see flr.model.bypass
     checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
 
@@ -110,8 +112,11 @@ def patch_model(
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{peft}")
     if is_patched(model):
         raise ValueError("model: expected an unpatched model, got a patched one; call flr.unpatch_model first")
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or model.base_model is model:
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None or base_of(model) is model:
         raise ValueError(f"model: expected a decoder-only causal LM, got {type(model).__name__}")
+    text_config = model.config.get_text_config(decoder=True)
+    if not hasattr(text_config, "hidden_size"):
+        raise ValueError(f"model: expected hidden_size in its config, got {type(text_config).__name__} without one")
     unknown = set(options) - {f.name for f in dataclasses.fields(FLRConfig)}
     if unknown:
         raise ValueError(f"options: expected fields of FLRConfig, got {', '.join(sorted(unknown))}")
@@ -135,10 +140,10 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
         tokens = 0 if tokenizer is None else len(tokenizer)
         old_size = grow(model, max(config.thought_token_id + 1, tokens))
     embedding = model.get_input_embeddings().weight
-    reasoner = build_reasoner(model.config.get_text_config().hidden_size, config)
+    reasoner = build_reasoner(model.config.get_text_config(decoder=True).hidden_size, config)
     if reasoner is not None:
         model.flr = reasoner.to(embedding.device, torch.promote_types(embedding.dtype, torch.float32))
-    base = model.base_model
+    base = base_of(model)
     had = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
     if "forward" in base.__dict__:
         had["base.forward"] = base.__dict__["forward"]
@@ -160,9 +165,9 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.
     ignored = getattr(model.config, "keys_to_ignore_at_inference", None) or []
     model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
-    if embedding.device.type != "meta" and verify:
-        _verify_and_scale(model, patch)
-    _neutral_generation(model, config)
+    if embedding.device.type != "meta":
+        find_traits(model, patch, scale=verify)
+    _neutral_generation(model, patch)
     model.config.flr = config.to_dict()
 
 
@@ -173,7 +178,7 @@ class _Before:
         self.model, self.tables = model, Tables(model)
         self.attributes, self.options = dict(model.__dict__), dict(model.config.__dict__)
         self.modules = dict(model._modules)
-        self.base, self.base_attributes = model.base_model, dict(model.base_model.__dict__)
+        self.base, self.base_attributes = base_of(model), dict(base_of(model).__dict__)
         self.hooks = {name: dict(hooks) for name, hooks in model.__dict__.items() if "_hooks" in name}
 
     def restore(self) -> None:
@@ -209,9 +214,9 @@ def unpatch_model(model: Any) -> Any:
         model.__dict__.pop(name, None)
     remove_hooks(model, patch.hooks)
     for name in ("forward", "_flr_owner"):
-        model.base_model.__dict__.pop(name, None)
+        base_of(model).__dict__.pop(name, None)
     for name, value in patch.had.items():
-        owner = model.base_model if name.startswith("base.") else model
+        owner = base_of(model) if name.startswith("base.") else model
         owner.__dict__[name.removeprefix("base.")] = value
     del model.__dict__["_flr_patch"]
     if hasattr(model, "flr"):
@@ -229,41 +234,12 @@ def unpatch_model(model: Any) -> Any:
     return model
 
 
-@torch.no_grad()
-def _verify_and_scale(model: Any, patch: Patch) -> None:
-    """Check that base model and lm_head compose to the model's logits; measure scales; size the thought."""
-    config, training = patch.config, model.training
-    table = model.get_input_embeddings()
-    rows = table.weight.shape[0]
-    ids = (torch.arange(8, device=table.weight.device) * 7919 % rows)[None]
-    if config.thought_token_id is not None:
-        ids = torch.where(ids == config.thought_token_id, (ids + 1) % rows, ids)
-    model.eval()
-    try:
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        hidden = model.base_model(**inputs, return_dict=True).last_hidden_state
-        ours, theirs = head(model, hidden), patch.original(model)(**inputs).logits
-        if config.input_scale is None:
-            sample = table(torch.arange(min(rows, 4096), device=ids.device)).float()
-            config.input_scale = float(sample.square().mean().sqrt()) or 1.0
-        if config.variant == "flr":
-            thought = model.flr(hidden).thought.float()
-            model.flr.rescale(
-                config.init_scale * config.input_scale / max(float(thought.square().mean().sqrt()), 1e-12)
-            )
-    finally:
-        model.train(training)
-    error = (ours - theirs).float().abs().max() / theirs.float().abs().max().clamp_min(1e-6)
-    if not error < 1e-2:
-        raise ValueError(
-            f"model: expected lm_head(base_model(x)) to give the logits of {type(model).__name__}, "
-            f"got a relative difference of {float(error):.2g}; this architecture is not supported"
-        )
+def _neutral_generation(model: Any, patch: Patch) -> None:
+    """A generation config without shipped sampling options that never emits the thought token.
 
-
-def _neutral_generation(model: Any, config: FLRConfig) -> None:
-    """A generation config without shipped sampling options that never emits the thought token."""
-    shipped = model.generation_config
+    It does without a cache where the model's does not continue a prompt.
+    """
+    shipped, config = model.generation_config, patch.config
     if shipped is None:
         return
     kept = {k: getattr(shipped, k) for k in _KEPT_GENERATION if getattr(shipped, k, None) is not None}
@@ -278,6 +254,8 @@ def _neutral_generation(model: Any, config: FLRConfig) -> None:
         logger.warning("generation_config of the base model set aside: %s", dropped)
     if config.thought_token_id is not None:
         kept["suppress_tokens"] = [config.thought_token_id]
+    if patch.traits is not None and not patch.traits.steps:
+        kept["use_cache"] = False
     model.generation_config = GenerationConfig(**kept)
 
 

@@ -19,9 +19,11 @@ class Pieces:
     is_thought: Tensor  # bool [B, L]
     reasoner_mask: Tensor | None  # bool [B, L]
     thinks: bool = True  # whether ``is_thought`` may be true anywhere
+    ids: Tensor | None = None  # int64 [B, L], for families that look at the tokens beside their embeddings
+    token_types: Tensor | None = None  # int64 [B, L]
 
     def cut(self, start: int, stop: int) -> dict[str, Any]:
-        """Arguments of the base model for columns [start, stop); a 2-D mask spans the columns before them too."""
+        """Arguments of ``run_base`` for columns [start, stop); a 2-D mask spans the columns before them too."""
         mask = self.mask
         if isinstance(mask, dict):
             mask = {k: v if v is None else v[..., start:stop, :] for k, v in mask.items()}
@@ -30,7 +32,15 @@ class Pieces:
         elif mask is not None:
             mask = mask[:, :stop]
         positions = None if self.positions is None else self.positions[..., start:stop]
-        return {"inputs_embeds": self.embeds[:, start:stop], "attention_mask": mask, "position_ids": positions}
+        ids, types = (x if x is None else x[:, start:stop] for x in (self.ids, self.token_types))
+        embeds = self.embeds[:, start:stop]
+        return {
+            "embeds": embeds,
+            "ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "token_type_ids": types,
+        }
 
     def valid(self, stop: int) -> Tensor | None:
         """bool [B, stop] of the tokens before column ``stop`` that factors may attend to."""
@@ -62,11 +72,13 @@ class Pieces:
             positions = torch.arange(self.is_thought.shape[1], device=source.device)
         narrowed = self.reasoner_mask
         pieces = Pieces(
-            embeds=take_columns(self.embeds, source, 0),
+            embeds=take_columns(self.embeds, source, None),  # a column of zeros has no gradient in some norms
             mask=take_columns(torch.ones_like(self.is_thought) if mask is None else mask, source, 0),
             positions=take_columns(positions.expand(self.is_thought.shape), source, 0),
             is_thought=take_columns(self.is_thought, source, False),
             reasoner_mask=None if narrowed is None else take_columns(narrowed, source, False),
+            ids=None if self.ids is None else take_columns(self.ids, source, 0),
+            token_types=None if self.token_types is None else take_columns(self.token_types, source, 0),
         )
         return pieces, source
 
@@ -98,10 +110,12 @@ def shift_rows(is_thought: Tensor, mask: Tensor | None) -> Tensor | None:
     return source.masked_fill((source < 0) | (source >= length), -1)
 
 
-def take_columns(x: Tensor, source: Tensor, fill: float) -> Tensor:
-    """Columns of x [B, L, …] by ``source`` [B, L'], ``fill`` where it is -1."""
+def take_columns(x: Tensor, source: Tensor, fill: float | None) -> Tensor:
+    """Columns of x [B, L, …] by ``source`` [B, L'], ``fill`` where it is -1; None for anything that x holds."""
     rows = torch.arange(len(source), device=source.device)[:, None]
     taken = x[rows, source.clamp_min(0)]
+    if fill is None:
+        return taken
     return taken.masked_fill((source < 0).view(*source.shape, *[1] * (x.dim() - 2)), fill)
 
 

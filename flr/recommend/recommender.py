@@ -81,7 +81,7 @@ class Recommender(QueryBuilder):
         if config is not None and count and token != config.thought_token_id:
             raise ValueError(f"processor: expected the thought token {config.thought_token_id}, got {token}")
         self.device = next(lm.parameters()).device
-        self._vocabulary = size = int(lm.config.get_text_config().vocab_size)
+        self._vocabulary = size = int(lm.config.get_text_config(decoder=True).vocab_size)
         self.trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(self.device)
         if self.trie.num_items != len(processor.catalogue):
             raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")

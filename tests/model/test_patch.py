@@ -218,9 +218,10 @@ def test_a_model_whose_logits_do_not_compose_is_refused_and_left_alone():
     original = type(model).forward
 
     class Odd(type(model)):
-        def forward(self, *args, **kwargs):
+        def forward(self, *args, **kwargs):  # more than states go into the logits
+            kwargs["use_cache"] = kwargs.get("input_ids") is not None
             out = original(self, *args, **kwargs)
-            out.logits = out.logits.sin()
+            out.logits = out.logits + int(kwargs["use_cache"])
             return out
 
     model.__class__ = Odd

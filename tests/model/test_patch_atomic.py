@@ -63,7 +63,7 @@ STEPS = {
     "before the embedding grows": (vocabulary, "grow"),
     "after the embedding grew": (vocabulary, "_fill_new_rows"),
     "in the reasoner": (patching, "build_reasoner"),
-    "in the check": (patching, "_verify_and_scale"),
+    "in the check": (patching, "find_traits"),
     "in the generation config": (patching, "_neutral_generation"),
     "in the tokenizer": (patching, "teach"),
 }

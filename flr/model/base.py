@@ -1,0 +1,164 @@
+"""How a causal LM's base model is called: its arguments, its cache, its embeddings, and what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbone import attention_types, forward_parameters
+
+#: What families call the cache, in their base model's arguments and in its output.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
+_OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")
+
+
+def base_of(lm: Any) -> Any:
+    """The module of a causal LM that makes hidden states; the LM itself where it has none."""
+    base = lm.base_model
+    if base is lm:
+        base = getattr(lm, "model", lm)  # Llama 4's prefix names no attribute
+    inner = getattr(base, "decoder", None)  # what Bart, OPT and their kin call
+    if isinstance(inner, nn.Module) and "inputs_embeds" in forward_parameters(type(inner).forward):
+        return inner
+    return base
+
+
+def base_parameters(base: nn.Module) -> frozenset[str]:
+    """Arguments of a base model's forward; of the text model that it passes ``**kwargs`` to as well."""
+    names = forward_parameters(type(base).forward)
+    inner = getattr(base, "language_model", None)
+    if "kwargs" in names and isinstance(inner, nn.Module) and not names.intersection(_CACHE_NAMES):
+        return names | base_parameters(inner)
+    return names
+
+
+def cache_name(base: nn.Module) -> str | None:
+    """What the base model calls its cache; None where it has none."""
+    return next((name for name in _CACHE_NAMES if name in base_parameters(base)), None)
+
+
+@contextlib.contextmanager
+def embeddings_given(table: nn.Module, embeds: Tensor) -> Iterator[None]:
+    """``table`` gives ``embeds`` for the ids of its next call, whatever they are; other threads are left alone."""
+    thread = threading.get_ident()
+    used: list[bool] = []
+
+    def replace(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if used or threading.get_ident() != thread or output.shape != embeds.shape:
+            return None
+        used.append(True)
+        return embeds.clone()
+
+    handle = table.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_base(
+    model: Any,
+    embeds: Tensor,
+    ids: Tensor | None = None,
+    *,
+    cache: Any = None,
+    use_cache: bool = False,
+    **arguments: Any,
+) -> tuple[Any, Any]:
+    """The base model's output for embeddings [B, L, D], and its cache.
+
+    Args:
+        model: causal LM.
+        embeds: what the tokens are read as.
+        ids: int64 [B, L] for families that look at the tokens, too (embeddings of every layer, routing by token);
+            None for the others.
+        cache: what came before; None for nothing.
+        use_cache: whether a cache is wanted.
+        arguments: of the base model. Masks, positions and token types that it does not know are left out.
+    """
+    base = base_of(model)
+    taken, name = base_parameters(base), cache_name(base)
+    arguments = {k: v for k, v in arguments.items() if v is not None and (k not in _OPTIONAL or k in taken)}
+    if cache is not None and name is not None:
+        arguments[name] = cache
+    if "use_cache" in taken:
+        arguments["use_cache"] = use_cache
+    if ids is None:
+        out = base(inputs_embeds=embeds.clone(), return_dict=True, **arguments)  # CTRL scales them in place
+    else:
+        own = {"flr_inner": True} if "_flr_owner" in base.__dict__ else {}  # see flr.model.bypass
+        with embeddings_given(model.get_input_embeddings(), embeds):
+            out = base(input_ids=ids, return_dict=True, **own, **arguments)
+    return out, None if name is None else getattr(out, name, None)
+
+
+def is_recurrent(cache: Any) -> bool:
+    """Whether all layers of a cache are recurrent: such a one does not know how many tokens it has seen."""
+    layers: Any = getattr(cache, "layers", None)
+    return bool(layers) and all(hasattr(x, "has_previous_state") and not hasattr(x, "keys") for x in layers)
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens."""
+    if cache is None:
+        return False
+    if is_recurrent(cache):
+        return any(any(layer.has_previous_state.values()) for layer in cache.layers)
+    if hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length() > 0)
+    return bool(getattr(cache, "seqlen_offset", 1) > 0)  # xLSTM counts; RWKV's is a list that begins as None
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """Arguments that are not None: some forwards do not know those that most have."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def text_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What of a forward's other arguments goes to the base model at every piece of a batch.
+
+    Raises:
+        ValueError: a tensor, which belongs to the whole input and cannot be cut, or attentions.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: expected False for a batch that is encoded in pieces, got True")
+    whole = ("cache_position", "return_dict", "output_attentions")  # a piece's positions follow from the cache
+    kept = {name: value for name, value in kwargs.items() if name not in whole and value is not None}
+    for name, value in kept.items():
+        if isinstance(value, (Tensor, list, tuple, dict)):
+            raise ValueError(f"{name}: expected nothing but text in a batch with thoughts or labels, got it")
+    return kept
+
+
+def right_padded(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns [B, L] of a mask [B, L] that put what is seen first, in its order; and how many are seen, [B]."""
+    return (mask == 0).to(torch.int8).argsort(dim=1, stable=True), (mask != 0).sum(1)
+
+
+def masks_by_type(config: Any, seen: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
+    """What the attention takes for the last q of L + c columns that see ``seen`` bool [B, q, L + c] of all.
+
+    A 4-D mask [B, 1, q, L + c], or one for every type of layer where they differ.
+
+    Args:
+        config: of the text model, its layers "full_attention" or "sliding_attention".
+        position: int64 [L + c], of every column; differences between those of the last q and others matter.
+        dtype: of the states.
+    """
+
+    def finished(mask: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return mask[:, None]
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+    types = attention_types(config)
+    if types == {"full_attention"}:
+        return finished(seen)
+    near = finished(seen & (position[-seen.shape[1] :, None] - position < config.sliding_window))
+    return near if len(types) == 1 else {"full_attention": finished(seen), "sliding_attention": near}
