@@ -80,7 +80,9 @@ def test_states_of_prompts_with_thoughts_come_from_the_base_model_too():
 
 def test_a_model_wrapped_by_mixed_precision_is_not_gone_around():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # what other tests of this process asked for
     model = flr.patch_model(tiny_model())
     wake(model)
     inputs = supervised_batch("left", rows_without=4)
@@ -89,3 +91,4 @@ def test_a_model_wrapped_by_mixed_precision_is_not_gone_around():
     out = prepared(**inputs)
     assert out.logits.shape == expected.logits.shape
     torch.testing.assert_close(out.loss, expected.loss, rtol=2e-2, atol=2e-2)
+    AcceleratorState._reset_state(True)
