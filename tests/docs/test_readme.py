@@ -32,6 +32,13 @@ def test_the_first_lines_run(monkeypatch):
     assert model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 5)
 
 
+def test_the_number_of_families_is_that_of_the_sweep():
+    page = (ROOT / "docs/families.md").read_text()
+    numbers = re.search(r"equal to the two-pass .* on (\d+) of the (\d+) .*?other (\d+) are", page, re.S)
+    equal, of, refused = numbers.groups()
+    assert re.search(rf"on {equal} of the {of} causal-LM families .*?the other {refused} are", README, re.S)
+
+
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     code = example(1)
     monkeypatch.chdir(tmp_path)
