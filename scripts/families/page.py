@@ -16,12 +16,13 @@ Written by `python -m scripts.families`; see [training.md](training.md) for what
 transformers {version} can build from their own configurations; the other {refused} are refused with a reason.**
 {alone} more names are in its table of causal LMs, but it does not build them alone.
 
-Every family is built tiny, with random weights, and patched. What is compared, in float32 within 2e-5 (gradients
-1e-4) by norm: loss, logits and every gradient of a batch padded on the right and on the left with two thoughts, the
-routers' auxiliary loss where it has experts, greedy `generate` with its cache and without, beam search and exhaustive
-scores over a catalogue under both scorings, and the forward of a group of noisy thoughts with its gradients. The other
-side is computed row by row, without padding and without a cache: a full forward for the states, the reasoner, the
-thought's embedding, a full forward again. The sweep took {minutes:.0f} minutes of one core of a shared machine,
+Every family is built tiny, with random weights, and patched. What is compared, in float32 within 2e-5 by norm
+(gradients 1e-4, those below a hundredth of the largest as if they were that; scores of items 2e-4): loss, logits and
+every gradient of a batch with two thoughts, padded on the right and, where the model has `left_padding`, on the left;
+the routers' auxiliary loss where it has experts; greedy `generate` with its cache and without; beam search and
+exhaustive scores over a catalogue under both scorings; and the forward of a group of noisy thoughts with its
+gradients. The other side is computed row by row, without padding and without a cache: a full forward for the states,
+the reasoner, the thought's embedding, a full forward again. The sweep took {minutes:.0f} minutes of a shared machine,
 {most:.0f} s and {memory} MiB at most for a family.
 
 ## What is done where something does not hold
