@@ -15,6 +15,7 @@ from transformers.generation import (
 )
 
 from .backbone import cache_of
+from .base import is_filled
 from .insertion import Insertion, remember
 
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -73,10 +74,10 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
         if (value := _setting(model, config, kwargs, name)) is not None:
             raise ValueError(f"{name}: expected None, since candidates have no thought, got {value!r:.80}")
     past = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
-    if past is not None and past.get_seq_length() > 0:
+    if is_filled(past):
         raise ValueError(
             "past_key_values: expected an empty cache, since a thought needs the states of the whole prompt, got one "
-            f"of {past.get_seq_length()} tokens; pass the prompt alone"
+            "that holds tokens; pass the prompt alone"
         )
 
 

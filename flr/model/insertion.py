@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from flr.config import IGNORE, FLRConfig
 
 from .backbone import warn_once
+from .base import is_recurrent
 from .pieces import Pieces, take_columns
 
 _HOW = "bring thought tokens, or turn insertion off with insert_thought=False"
@@ -161,7 +162,7 @@ def follow(cache: Any, given: Tensor | None, mask: Any, positions: Tensor | None
     What counts them already (as ``cache.get_seq_length()`` does) is left alone.
     """
     made: Insertion | None = getattr(cache, "_flr_insertion", None)
-    if made is None or given is None:
+    if made is None or given is None or is_recurrent(cache):  # which has neither masks nor positions
         return mask, positions
     past = cache.get_seq_length()
     if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -69,7 +69,7 @@ class Naive:
                 handle.remove()
 
     def original(self, ids: Tensor, **arguments: Any) -> Any:
-        forward = self.model._flr_patch.original
+        forward = self.model._flr_patch.original(self.model)
         return forward(input_ids=ids, return_dict=True, **self.options, **arguments)
 
     def row(self, ids: Tensor, noise: Tensor | None = None, scale: float = 0.0) -> tuple[Tensor, list[Any], Tensor]:
