@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MoeModelOutputWithPast
 
 from flr.config import IGNORE
 
@@ -102,7 +102,7 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
     routers: Any = encoded.encoder.all_routers()
     if routers is not None:
         return MoeModelOutputWithPast(last_hidden_state=states, hidden_states=layers, router_logits=routers, **kept)
-    return BaseModelOutputWithPast(last_hidden_state=states, hidden_states=layers, **kept)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, hidden_states=layers, **kept)
 
 
 def _shares(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 import flr
 from flr.data.trie import CatalogueTrie
 from flr.decode import beam_search, score_all_items
+from flr.model.base import base_of
 from flr.model.outputs import GroupInputs
 
 from .tiny import THOUGHT, tiny_model
@@ -69,8 +70,13 @@ class Naive:
                 handle.remove()
 
     def original(self, ids: Tensor, **arguments: Any) -> Any:
-        forward = self.model._flr_patch.original(self.model)
-        return forward(input_ids=ids, return_dict=True, **self.options, **arguments)
+        """The model's own forward, its base model not looking for thoughts among the tokens."""
+        forward, base = self.model._flr_patch.original(self.model), base_of(self.model)
+        ours = base.__dict__.pop("forward")
+        try:
+            return forward(input_ids=ids, return_dict=True, **self.options, **arguments)
+        finally:
+            base.__dict__["forward"] = ours
 
     def row(self, ids: Tensor, noise: Tensor | None = None, scale: float = 0.0) -> tuple[Tensor, list[Any], Tensor]:
         """Logits [L, V] of one sequence int64 [L], what the reasoner gave, and log N of its noisy thoughts.
