@@ -261,7 +261,7 @@ def check_experts(model: Any) -> bool:
         theirs = naive.original(plain, attention_mask=mask, labels=labels)
         if getattr(theirs, "aux_loss", None) is None:
             return False
-        ours = model(input_ids=plain, attention_mask=mask, labels=labels, skip_logits=False)
+        ours = model(input_ids=plain, attention_mask=mask, labels=labels, skip_logits=False, insert_thought=False)
         compare("auxiliary loss without thoughts", ours.loss, theirs.loss)
         compare("auxiliary loss", ours.aux_loss, theirs.aux_loss)
         compare_gradients("auxiliary loss without thoughts", model, ours.loss, theirs.loss)
