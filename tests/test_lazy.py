@@ -37,7 +37,7 @@ def run_command(*words: str) -> str:
 
 
 def test_the_list_of_heavy_modules_finds_them():
-    assert {"numpy", "torch", "flr_kernels"} <= heavy_modules("import flr; flr.FLRConfig, flr.is_patched")
+    assert {"numpy", "torch", "flr_kernels"} <= heavy_modules("import flr; flr.FLRConfig, flr.patch_model")
 
 
 @pytest.mark.parametrize(

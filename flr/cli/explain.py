@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flr.config import option
-from flr.report.drawing import WITHOUT, can_draw
 
 from .parsing import REVISION, console, emit, parse
 
@@ -26,6 +25,8 @@ class ExplainOptions:
 
 def main(argv: list[str]) -> int:
     options, rest = parse("explain", ABOUT, (ExplainOptions,), argv)
+    from flr.report.drawing import WITHOUT, can_draw
+
     if not options.history:
         raise ValueError("history: expected item ids or titles, got none")
     if not (options.png or options.html or rest.json):

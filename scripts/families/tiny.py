@@ -171,11 +171,11 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model in training mode whose every weight matters."""
     config = tiny_config(family)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"{family}: expected at most {MAX_PARAMETERS} parameters, got {size}")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     with torch.no_grad():  # random biases and norm weights too, so that no term is trivially 0 or 1
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -94,6 +94,7 @@ class Chaos:
         def run() -> int:
             for stream in (1, 2):
                 os.dup2(write, stream)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))  # not files of pytest's
             torch.set_num_threads(1)
             before()
             return flr([command, *options])

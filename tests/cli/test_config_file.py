@@ -156,10 +156,10 @@ def test_training_arguments_from_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         f"output_dir: {tmp_path}\neval_strategy: no\nload_best_model_at_end: no\nuse_cpu: yes\nlearning_rate: 1e-4\n"
-        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}\nreport_to: [none]\n"
-        "save_steps: 0.5\nlabel_names: [a, no]\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5, names: [a, no]}\n"
+        "report_to: [none]\nsave_steps: 0.5\n"
     )
     args = parse("sft", "", (SFTConfig,), ["--config", str(path)])[0]
     assert (args.eval_strategy.value, args.load_best_model_at_end, args.learning_rate) == ("no", False, 1e-4)
-    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
-    assert (args.save_steps, args.label_names, args.report_to) == (0.5, ["a", "no"], [])
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5, "names": ["a", "no"]}
+    assert (args.save_steps, args.report_to) == (0.5, [])

@@ -67,7 +67,7 @@ MISTAKES = [
     ("sft TINY --architecture bert", "architecture: expected a causal LM, got bert, an encoder"),
     ("sft TINY --model {bert}", "model: expected a causal LM, got {bert}, an encoder"),
     ("rl DATA --model {bert} --output_dir {out}", "directory: expected a patched model's config.json"),
-    ("evaluate DATA --model {root}/absent", "directory: expected a folder with config.json, got {root}/absent"),
+    ("evaluate DATA --model {root}/absent", "directory: expected a folder with config.json or a model on the Hub, got"),
     # data
     ("sft TINY --data {root}/absent", "path: expected a folder or a file, got nothing at {root}/absent"),
     ("evaluate --planted_items 70 --planted_users 150 --model {run}", "data: expected the catalogue that {run} was"),

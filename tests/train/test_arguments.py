@@ -239,7 +239,7 @@ def test_workers_and_checkpointed_activations_give_the_same_weights(tmp_path):
         train.add_callback(Look())
         train.train()
         for name, parameter in train.model.named_parameters():
-            torch.testing.assert_close(parameter, plain[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(parameter, plain[name], rtol=1e-4, atol=1e-5)  # another order of sums
     assert seen == [True] * 6
 
 
