@@ -64,7 +64,7 @@ def message(error: Exception, command: str) -> str:
     """One line about why ``flr command`` stopped; an error of a kind that nobody expected is named by its type."""
     text = " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
-    if number in _NO_ROOM or any(mark in text for mark in _NO_ROOM_TEXTS):
+    if number in _NO_ROOM or (": expected " not in text and any(mark in text for mark in _NO_ROOM_TEXTS)):
         where = getattr(error, "filename", None) or "the folder that is written to"
         reason = os.strerror(number) if number else text[:_LONGEST]
         return f"{where}: expected room on its disk, got too little ({reason})"

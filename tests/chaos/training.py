@@ -134,7 +134,7 @@ class Chaos:
         if kind == "disk" and status == 1:
             self.counts["full disks"] += 1
             if f"flr {self.command}: {folder}" not in text.strip().split("\n")[-1]:
-                self.faults.append(f"full disk: expected one line that names {folder}, got {text[-300:]!r}")
+                self.faults.append(f"full disk: expected one line that names {folder}, got {text[-1500:]!r}")
         elif status == -signal.SIGKILL:
             self.counts[f"kills by {kind}"] += 1
         elif status != 0:
