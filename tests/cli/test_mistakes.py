@@ -218,4 +218,6 @@ def test_a_full_disk_is_one_line(tmp_path, limit):
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("flr sft: the folder that is written to: expected room")
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"flr sft: {tmp_path / 'run'}")
+    assert "expected to write it whole, got" in said
