@@ -80,6 +80,12 @@ def solve(case: tuple[str, str, str]) -> tuple[bool, str]:
 def main() -> int:
     pythons = supported((ROOT / "pyproject.toml").read_text())
     cases = list(product(pythons, PLATFORMS, MODES))
+    if sys.argv[1:] == ["--quick"]:  # every value once: Pythons, platforms, modes beside constraints.txt on Linux
+        usual = (pythons[0], PLATFORMS[0], "constraints")
+        cases = [case for case in cases if sum(a != b for a, b in zip(case, usual, strict=True)) <= 1]
+    elif sys.argv[1:]:
+        print(f"scripts/resolve.py: expected no argument or --quick, got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        return 2
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(solve, cases))
     for (python, platform, mode), (solved, text) in zip(cases, results, strict=True):
