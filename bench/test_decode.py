@@ -126,7 +126,7 @@ def test_scorings(shape, race):
     model = torch.nn.Module()
     model.lm_head = torch.nn.Linear(size, vocabulary, bias=False).to(DEVICE)
     model.get_output_embeddings = lambda: model.lm_head
-    model.config = type("Config", (), {"get_text_config": lambda self: self})()
+    model.config = type("Config", (), {"get_text_config": lambda self, **_: self})()
     scores = -torch.rand(users, beams_here, generator=generator).to(DEVICE).cumsum(1)
     running = hypotheses(beams_at(items, depth, users, beams_here).to(DEVICE), scores)
     rows = HeadRows(model)

@@ -27,7 +27,9 @@ def think(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Embeddings [B, L, D] of prompts whose last token is the thought's, the thought put in."""
     prompt, mask = input_ids[:, :-1], attention_mask[:, :-1]
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = model(input_ids=prompt, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+    out = model(
+        input_ids=prompt, attention_mask=mask, position_ids=positions, output_hidden_states=True, insert_thought=False
+    )
     thought = model.flr(out.hidden_states[-1], mask.bool(), prompt.shape[1] - 1).thought
     embeds = model.get_input_embeddings()(prompt)
     return torch.cat([embeds, thought[:, None].to(embeds.dtype)], dim=1)
@@ -53,6 +55,7 @@ def evaluate(
         index: token sequence, `end` included, to item.
     """
     out = model.generate(
+        insert_thought=False,
         inputs_embeds=think(model, input_ids, attention_mask),
         attention_mask=attention_mask,
         logits_processor=LogitsProcessorList([_Constraint(allowed)]),
