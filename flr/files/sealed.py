@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import hashlib
 import os
 import shutil
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .whole import PathLike, read_json, write_json
+from .whole import PathLike, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 
@@ -26,7 +25,7 @@ def seal_folder(folder: PathLike) -> None:
     root = Path(folder)
     files = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST):
-        files[path.relative_to(root).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(root).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
         _to_disk(path)
     write_json(root / MANIFEST, {"version": 1, "files": files})
     _to_disk(root / MANIFEST)
@@ -51,7 +50,7 @@ def check_seal(folder: PathLike) -> list[str]:
             raise ValueError(f"{path}: expected a file, got none")
         if path.stat().st_size != entry.get("size"):
             raise ValueError(f"{path}: expected {entry.get('size')} bytes, got {path.stat().st_size}")
-        if _sha256(path) != entry.get("sha256"):
+        if sha256(path) != entry.get("sha256"):
             raise ValueError(f"{path}: expected the content that was saved, got another one of the same size")
     return list(files)
 
@@ -144,11 +143,6 @@ def _lock(path: Path, folder: Path) -> int:
     os.ftruncate(handle, 0)
     os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
     return handle
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:

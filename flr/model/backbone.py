@@ -14,8 +14,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 logger = logging.getLogger("flr")
-#: The field of the installed transformers' outputs that holds the KV cache.
-OUTPUT_CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+#: What a KV cache is called: the first since transformers 5.24, the second before.
+CACHE_NAMES = ("cache", "past_key_values")
+#: The field of the installed transformers' outputs that holds it.
+OUTPUT_CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
 
 
 @functools.cache
@@ -109,12 +111,11 @@ def position_rows(model: Any) -> int | None:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """What a module class's forward calls its KV cache: ``cache`` since transformers 5.24, ``past_key_values`` before.
+    """What a module class's forward calls its KV cache, one of ``CACHE_NAMES``.
 
     A forward that names neither (a wrapper's ``**kwargs``) is given the name of the installed transformers' outputs.
     """
-    names = [name for name in ("cache", "past_key_values") if name in forward_parameters(forward)]
-    return names[0] if names else OUTPUT_CACHE
+    return next((name for name in CACHE_NAMES if name in forward_parameters(forward)), OUTPUT_CACHE)
 
 
 def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
@@ -124,8 +125,8 @@ def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """The KV cache in a forward's output, or None."""
-    found = getattr(output, "cache", None)
-    return found if found is not None else getattr(output, "past_key_values", None)
+    found = (getattr(output, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def attention_types(config: Any) -> set[str]:

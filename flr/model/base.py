@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import attention_types, forward_parameters
+from .backbone import CACHE_NAMES, attention_types, forward_parameters
 
-#: What families call the cache, in their base model's arguments and in its output.
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the first since transformers 5.24
+#: What families call the cache, in their base model's arguments and in its output; the last two are not KV caches.
+_CACHE_NAMES = (*CACHE_NAMES, "cache_params", "state")
 _OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")
 
 
@@ -37,7 +37,7 @@ def base_parameters(base: nn.Module) -> frozenset[str]:
     return names
 
 
-def cache_name(base: nn.Module) -> str | None:
+def base_cache_name(base: nn.Module) -> str | None:
     """What the base model calls its cache; None where it has none."""
     return next((name for name in _CACHE_NAMES if name in base_parameters(base)), None)
 
@@ -82,7 +82,7 @@ def run_base(
         arguments: of the base model. Masks, positions and token types that it does not know are left out.
     """
     base = base_of(model)
-    taken, name = base_parameters(base), cache_name(base)
+    taken, name = base_parameters(base), base_cache_name(base)
     arguments = {k: v for k, v in arguments.items() if v is not None and (k not in _OPTIONAL or k in taken)}
     if cache is not None and name is not None:
         arguments[name] = cache

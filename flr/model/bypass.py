@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from flr.config import IGNORE
 
 from .backbone import OUTPUT_CACHE
-from .base import cache_name, is_filled, text_arguments
+from .base import base_cache_name, is_filled, text_arguments
 from .batch import Batch, encode, insertion_into, plain_pieces, thoughts_among, with_thoughts
 from .methods import Method
 from .outputs import FLROutput, ThoughtInputs
@@ -75,7 +75,7 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
     original = patch.base_forward(self)
     names = list(inspect.signature(type(self).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    ids, past, pending = given.get("input_ids"), given.get(cache_name(self) or "cache"), patch.pending
+    ids, past, pending = given.get("input_ids"), given.get(base_cache_name(self) or "cache"), patch.pending
     if flr_inner or ids is None or is_filled(past):
         return original(*args, **kwargs)
     mask, positions = given.get("attention_mask"), given.get("position_ids")

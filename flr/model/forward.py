@@ -19,7 +19,7 @@ from torch import Tensor
 from flr.config import IGNORE
 
 from .backbone import is_checkpointing
-from .base import base_of, cache_name, given, text_arguments
+from .base import base_cache_name, base_of, given, text_arguments
 from .batch import Batch, Encoded, encode, insertion_into, plain_pieces, thoughts_among, with_thoughts
 from .encoder import Encoder
 from .group_forward import group_forward
@@ -65,7 +65,7 @@ def flr_forward(
     if group is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
     self._flr_patch.pending = None  # the call has come to us: see flr.model.bypass
-    name = cache_name(base_of(self))
+    name = base_cache_name(base_of(self))
     past = past_key_values if cache is None else cache  # two names of one argument; a third is the family's own
     if name is not None and name in kwargs:
         past = kwargs.pop(name)
@@ -122,7 +122,7 @@ def _result(
         aux_loss=aux_loss,
         router_logits=encoded.encoder.all_routers(),
     )
-    name = cache_name(base_of(model))
+    name = base_cache_name(base_of(model))
     if batch.keep_cache and name is not None:
         out[name] = encoded.encoder.cache
     return out.to_tuple() if return_dict is False else out

@@ -167,6 +167,16 @@ def tiny_config(family: str) -> PretrainedConfig:
     return config_class(**_options(default))
 
 
+@torch.no_grad()
+def enlarge_weights(model: PreTrainedModel) -> None:
+    """Large weights, and random biases and norm weights too, so that no term is trivially 0 or 1."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        else:
+            parameter.mul_(3)
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model in training mode whose every weight matters."""
     config = tiny_config(family)
@@ -176,11 +186,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
         raise ValueError(f"{family}: expected at most {MAX_PARAMETERS} parameters, got {size}")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    with torch.no_grad():  # random biases and norm weights too, so that no term is trivially 0 or 1
+    enlarge_weights(model)
+    with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(3)
+            if parameter.dim() != 1:
                 parameter[parameter == 0] = 0.02  # the padding's row, whose deviation would be 0
     return model.train()

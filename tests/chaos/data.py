@@ -9,7 +9,6 @@ import argparse
 import collections
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,12 +19,12 @@ import transformers
 
 from flr.data import RecDataset, RecProcessor
 
+from .attempt import attempt
 from .mutate_data import FORMS, damage
 
 #: Forms whose files are checked against what was saved: read at all, they hold the same.
 SEALED = ("prepared", "processor-id", "processor-title")
 _SECONDS = 30  # a reader that takes longer hangs
-_LONGEST = 4000  # characters of an error
 
 
 def same(one: Any, other: Any) -> bool:
@@ -57,30 +56,14 @@ def unsound(read: Any) -> str | None:
     return None if report.rows_kept + report.rows_bad <= report.rows_read else "more rows kept than read"
 
 
-def _alarm(*_: Any) -> None:
-    raise TimeoutError(f"no answer in {_SECONDS} s")
-
-
 def check(form: str, good: Path, seed: int, folder: Path) -> tuple[str, str | None]:
     """One case: ("equal", "other" or "refused", what is wrong or None)."""
     rng = random.Random(f"{form} {seed}")
     shutil.copytree(good, folder)
     done = damage(folder, rng)
-    signal.signal(signal.SIGALRM, _alarm)
-    signal.alarm(_SECONDS)
-    try:
-        read = FORMS[form][1](folder)
-    except (ValueError, OSError) as error:
-        text = str(error)
-        if isinstance(error, TimeoutError) or str(folder) not in text or len(text) > _LONGEST:
-            return "refused", f"{done}: {type(error).__name__} {text[:300]}"
-        return "refused", None
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return "refused", f"{done}: {type(error).__name__} {str(error)[:300]}"
-    finally:
-        signal.alarm(0)
+    read, fault = attempt(FORMS[form][1], folder, _SECONDS)
+    if fault is not None:
+        return "refused", f"{done}: {fault}" if fault else None
     if same(read, FORMS[form][1](good)):
         return "equal", None
     wrong = "read with other content than was saved" if form in SEALED else unsound(read)

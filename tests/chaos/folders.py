@@ -10,7 +10,6 @@ import collections
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,10 +22,10 @@ import transformers
 import flr
 from flr.data import Catalogue, RecProcessor, build_tokenizer
 
+from .attempt import attempt
 from .mutate_data import damage
 
 _SECONDS = 60  # a loader that takes longer hangs
-_LONGEST = 4000  # characters of an error
 
 
 def _made(codec: str, **options: Any) -> tuple[Any, RecProcessor]:
@@ -78,33 +77,16 @@ def answers(folder: Path) -> list[tuple[str, float]]:
     return [(item.item_id, round(item.score, 5)) for item in found]
 
 
-def _alarm(*_: Any) -> None:
-    raise TimeoutError(f"no answer in {_SECONDS} s")
-
-
 def check(form: str, good: Path, seed: int, folder: Path) -> tuple[str, str | None]:
     """One case: ("equal", "other" or "refused", what is wrong or None)."""
     rng = random.Random(f"{form} {seed}")
     shutil.copytree(good, folder)
     done = damage(folder, rng)
-    signal.signal(signal.SIGALRM, _alarm)
-    signal.alarm(_SECONDS)
-    try:
-        found = answers(folder)
-    except (ValueError, OSError) as error:
-        text = str(error)
-        named = str(folder) in text or (form == "adapter" and str(good) in text)
-        if isinstance(error, TimeoutError) or not named or len(text) > _LONGEST:
-            return "refused", f"{done}: {type(error).__name__} {text[:300]}"
-        return "refused", None
-    except FloatingPointError:  # weights that are NaN load, and are refused when they are to rank
-        return "refused", None
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return "refused", f"{done}: {type(error).__name__} {str(error)[:300]}"
-    finally:
-        signal.alarm(0)
+    places = (good,) if form == "adapter" else ()
+    # weights that are NaN load, and are refused when they are to rank
+    found, fault = attempt(answers, folder, _SECONDS, places, (FloatingPointError,))
+    if fault is not None:
+        return "refused", f"{done}: {fault}" if fault else None
     return ("equal" if found == answers(good) else "other"), None
 
 

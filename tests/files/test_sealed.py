@@ -1,13 +1,11 @@
 """Seals, moves that show no mixture, and the lock of a folder."""
 
-import os
 import signal
-import time
 
 import pytest
 
 from flr.files import check_seal, exclusive_folder, move_files, seal_folder
-from tests.helpers.kills import in_child, kill_at
+from tests.helpers.kills import in_child, kill_at, killed_inside
 
 
 def sealed(folder):
@@ -69,20 +67,15 @@ def test_files_move_so_that_a_kill_shows_no_mixture(tmp_path):
 
 
 def test_a_folder_has_one_process_inside(tmp_path):
-    read, write = os.pipe()
-
-    def hold():
+    def hold(stay):
         with exclusive_folder(tmp_path):
-            os.write(write, b"x")
-            time.sleep(60)
+            stay()
 
     def meanwhile(child):
-        os.read(read, 1)
         with pytest.raises(ValueError, match=f"no other run writes to, got .*, which process {child} on"):
             exclusive_folder(tmp_path).__enter__()
-        os.kill(child, signal.SIGKILL)
 
-    assert in_child(hold, meanwhile) == -signal.SIGKILL
+    assert killed_inside(hold, meanwhile) == -signal.SIGKILL
     with exclusive_folder(tmp_path):  # a dead process holds nothing
         with exclusive_folder(tmp_path):
             pass

@@ -59,6 +59,25 @@ def bound_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def killed_inside(work: Callable[[Callable[[], None]], Any], meanwhile: Callable[[int], None]) -> int:
+    """Run ``work`` in a fork, which stays where it calls its argument until it is killed; its status.
+
+    ``meanwhile`` is given the child's process id while the child is there.
+    """
+    read, write = os.pipe()
+
+    def stay() -> None:
+        os.write(write, b"x")
+        signal.pause()
+
+    def wait(child: int) -> None:
+        os.read(read, 1)
+        meanwhile(child)
+        os.kill(child, signal.SIGKILL)
+
+    return in_child(lambda: work(stay), wait)
+
+
 def in_child(function: Callable[[], int | None], wait: Callable[[int], None] | None = None) -> int:
     """Run ``function`` in a fork of this process; its exit status, or minus the signal that ended it.
 

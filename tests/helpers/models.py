@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 import flr
 from flr.data import Catalogue, HistoryViews, PromptTemplate, RecProcessor, build_tokenizer
 from flr.recommend.recommender import Recommender
+from scripts.families.tiny import enlarge_weights
 from tests.helpers.catalogues import DATA, named_catalogue
 
 VOCAB, HIDDEN = 61, 32
@@ -66,12 +67,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **options: Any) -> PreTrain
     """A model of two layers with large weights; ``options`` are those of its configuration."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **options))
-    with torch.no_grad():  # random biases and norm weights too, so that no term is trivially 0 or 1
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(3)
+    enlarge_weights(model)
     return model
 
 

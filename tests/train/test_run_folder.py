@@ -16,7 +16,7 @@ from flr.cli import main
 from flr.data import RecProcessor
 from flr.train.run_folder import begin, checkpoints, last_complete_checkpoint, newest_whole, rotate
 from tests.helpers.catalogues import DATA
-from tests.helpers.kills import bound_files, in_child, kill_at
+from tests.helpers.kills import bound_files, in_child, kill_at, killed_inside
 from tests.helpers.models import trainable
 from tests.helpers.training import grpo_trainer, sft_trainer
 
@@ -229,25 +229,22 @@ def test_rotation_keeps_what_is_needed(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    read, write = os.pipe()
-
     class Slow(flr.train.SFTTrainer):
         def training_step(self, *args):
-            os.write(write, b"x")
-            signal.pause()
+            self.stay()
 
-    def first():
+    def first(stay):
         model, processor = trainable()
         args = sft_trainer(tmp_path, model, processor, **STEPS).args
-        Slow(model, args, processor, DATA.train).train()
+        train = Slow(model, args, processor, DATA.train)
+        train.stay = stay
+        train.train()
 
     def second(child):
-        os.read(read, 1)
         with pytest.raises(ValueError, match=f"no other run writes to, got {tmp_path}, which process {child} on"):
             job(tmp_path).train()
-        os.kill(child, signal.SIGKILL)
 
-    assert in_child(first, second) == -signal.SIGKILL
+    assert killed_inside(first, second) == -signal.SIGKILL
     job(tmp_path).train()
 
 
