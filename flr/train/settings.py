@@ -133,7 +133,7 @@ def _of_processor(processor: RecProcessor, train: Interactions) -> dict[str, Any
         "template": dataclasses.asdict(processor.template),
         "views": None if views is None else dataclasses.asdict(views),
         "scoring": processor.scoring,
-        "data.items": f"{len(catalogue)} items {digest(_joined(catalogue.item_ids, catalogue.titles))}",
+        "data.items": f"{len(catalogue)} items {catalogue.digest()[:16]}",
         "data.codes": digest([codec.tokens, codec.offsets]),
         "data.prompts": digest([prompts.tokens.values, prompts.tokens.offsets]),
     }
