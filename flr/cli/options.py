@@ -184,7 +184,9 @@ class ModelOptions:
         from flr.model.backbone import causal_lm
 
         assert self.model is not None
-        model, processor = load_trained(self.model, dataset, self.revision, is_trainable=True)
+        model, processor = load_trained(
+            self.model, dataset, self.revision, is_trainable=True, max_prompt_tokens=data.max_prompt_tokens
+        )
         thought, prompts = causal_lm(model)._flr_patch.config.to_dict(), ("codec", "max_history", "max_title_tokens")
         saved = {**thought, **{name: getattr(processor, name) for name in prompts}, "template": processor.template.text}
         given = {**vars(data), **config.to_dict()}

@@ -55,8 +55,10 @@ def test_sft_goes_on_with_thought_prompts_and_views(start, tmp_path, capsys):
         assert main([*arguments, f"--{option}", value]) == 1
         assert message in capsys.readouterr().err
     again = tmp_path / "views"
-    assert main([*arguments[:-1], str(again), "--views_weight", "0.75", "--freeze_backbone", "true"]) == 0
+    changed = ["--views_weight", "0.75", "--max_prompt_tokens", "4", "--freeze_backbone", "true"]
+    assert main([*arguments[:-1], str(again), *changed]) == 0
     assert RecProcessor.from_pretrained(again).views.weight == 0.75
+    assert RecProcessor.from_pretrained(again).max_prompt_tokens == 4
     assert main(["sft", "--planted_items", "41", *DATA[2:], *TRAINING, *arguments[-6:]]) == 1
     assert "expected the catalogue that" in capsys.readouterr().err
 
