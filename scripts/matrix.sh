@@ -31,6 +31,7 @@ if [[ -z $folder ]]; then
   trap 'rm -rf "$folder"' EXIT
 fi
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-1}" # as pip: an index behind a proxy has one that uv's own list lacks
 unset PYTHONPATH VIRTUAL_ENV
 mkdir -p "$folder/source"
 git ls-files -z | tar --null -T - -c | tar -x -C "$folder/source"

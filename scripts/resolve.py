@@ -67,7 +67,8 @@ def solve(case: tuple[str, str, str]) -> tuple[bool, str]:
     python, platform, mode = case
     command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--all-extras", "--no-header", "--no-annotate"]
     command += ["--python-version", python, "--python-platform", platform, "--only-binary", ":all:", *MODES[mode]]
-    environment = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS}
+    # the system's certificates, as pip takes them: an index behind a proxy has one that uv's own list lacks
+    environment = {"UV_SYSTEM_CERTS": "1", **os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode:
         return False, done.stderr.strip()
