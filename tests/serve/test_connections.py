@@ -289,7 +289,7 @@ def exchange(server: Process, message: bytes) -> bytes:
 
 
 def test_300_slow_connections_and_256_descriptors_stop_nothing(tmp_path):
-    """A flood that comes back as soon as it is closed: others are answered, and the log stays below 50 kB."""
+    """A flood that comes back as soon as it is closed: others are answered, and it leaves few lines in the log."""
     model = save(tmp_path / "model")
     with serving(model, tmp_path / "log", "--header_timeout_s", "2", descriptors=256) as server:
         health = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -324,6 +324,7 @@ def test_300_slow_connections_and_256_descriptors_stop_nothing(tmp_path):
         assert slowest < 5
         limit = next(line for line in server.lines() if line.get("event") == "limit")
         assert "max_connections: descriptors suffice for" in limit["message"]
-        size = server.log.stat().st_size
-        print(f"slowest answer {slowest:.2f} s, log {size} bytes")
-        assert size < 50_000
+        # The requests of this test are logged too, as many as the machine is fast; what the flood causes is bounded.
+        others = [line for line in server.lines() if line.get("event") != "request" or line.get("status") != 200]
+        print(f"slowest answer {slowest:.2f} s, {len(others)} lines that are not of answered requests")
+        assert len(others) < 50
