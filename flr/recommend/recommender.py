@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 
 from flr.data import CSR, RecProcessor
@@ -118,6 +120,42 @@ class Recommender(QueryBuilder):
         if device is not None:
             model.to(device)
         return cls(model, RecProcessor.from_pretrained(folder))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
+        with self._lock:
+            self.model.save_pretrained(directory)
+            self.processor.save_pretrained(directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload recommender",
+        **options: Any,
+    ) -> str:
+        """Publish model and processor on the Hub, in one commit; returns its address.
+
+        A folder that a command of flr wrote has a model card, too: ``hf upload user/name FOLDER`` publishes that.
+
+        Args:
+            repo_id: ``"user/name"``; made where there is none.
+            private: of a repository that is made; None for the account's default.
+            token: for the Hub; None for the one that ``hf auth login`` stored.
+            commit_message: one line.
+            options: for ``huggingface_hub.upload_folder`` (revision, create_pr, commit_description).
+
+        Raises:
+            HfHubHTTPError: the Hub refuses.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message, **options)
+        return str(done.commit_url)
 
     def recommend(
         self,

@@ -11,7 +11,8 @@ for a client has a deadline, counted from its begin, so that a byte now and then
     closing   the last answer is sent, and what still comes is thrown away: ``LINGER_S`` or ``write_timeout_s``
 
 and an answer that is not read ends its connection after ``write_timeout_s`` without progress. A connection beyond the
-limit takes the place of the one that has waited for its client longest; where all are busy, it is answered 503.
+limit takes the place of the one that has waited for its client longest, which is answered 503 where it may still send
+a request: it may be a client that was slow for a moment. Where all are busy, the new one is answered 503.
 
 A client that closes its sending side after a request gets the answer. Closing the whole connection looks the same, so
 such a client is sent an interim ``100 Continue``: the system of one that has left refuses it, and the request is
@@ -47,6 +48,7 @@ LINGER_S, REPORT_S = 2.0, 10.0
 ACCEPTED_AT_ONCE = 16
 _CLOSING = 32  # connections at a time that may be closed slowly, beside those of the limit
 _SPARE = 64 + _CLOSING  # descriptors for files of a model that is reloaded, and for connections that are being closed
+_IN_USE, _RETRY = "all connections are in use; try again in 1 s", {"retry-after": "1"}
 _PROBE_S = 0.1
 _STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -81,7 +83,7 @@ class Connections:
     def opened(self, connection: Connection) -> bool:
         """Whether there is room for it, or the connection that has waited longest could make room."""
         self._open.add(connection)
-        room = len(self._open) <= self.limit or self._make_room("crowded")
+        room = len(self._open) <= self.limit or self._make_room()
         self.metrics.connections.set(len(self._open))
         return room
 
@@ -114,18 +116,18 @@ class Connections:
         """The event loop's handler of exceptions: without descriptors for the next connection, one makes room."""
         error = context.get("exception")
         if "socket" in context and isinstance(error, OSError) and error.errno in _STARVED:
-            if not self._make_room("starved"):
-                self.ended("starved")
+            self.ended("starved")
+            if longest := next(iter(self._waiting), None):  # without a farewell: its descriptor is needed now
+                longest.transport.abort()
+                self.closed(longest)
         else:
             loop.default_exception_handler(context)
 
-    def _make_room(self, reason: str) -> bool:
+    def _make_room(self) -> bool:
         longest = next(iter(self._waiting), None)
         if longest is None:
             return False
-        self.ended(reason)
-        longest.transport.abort()
-        self.closed(longest)
+        longest.make_room()
         return True
 
     def _report(self) -> None:
@@ -151,7 +153,15 @@ class Connection(H11Protocol):
         if self.shared.opened(self):
             self._watch()
         else:
-            self._refuse("refused", 503, "all connections are in use; try again in 1 s", {"retry-after": "1"})
+            self._refuse("refused", 503, _IN_USE, _RETRY)
+
+    def make_room(self) -> None:
+        """End it for another connection, with an answer where the client may still wait for one."""
+        if self._state in (State.HEAD, State.BODY):
+            self._refuse("crowded", 503, _IN_USE, _RETRY)
+        else:
+            self._abort("crowded")
+            self.shared.closed(self)
 
     def data_received(self, data: bytes) -> None:
         if self._state is not State.CLOSING:

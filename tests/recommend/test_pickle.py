@@ -29,9 +29,6 @@ def assert_same(given: list[list[tuple]], expected: list[list[tuple]]) -> None:
         np.testing.assert_allclose([item[2:] for item in items], [item[2:] for item in others], atol=1e-5)
 
 
-#: A patched model holds its forward as a bound method, which does not pickle; flr/model/patch.py has to change first.
-
-
 @functools.cache
 def used(variant: str) -> Recommender:
     """A recommender that has already answered, so that everything it keeps is there."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 from flr.data import CSR, Catalogue, HistoryViews, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.decode.mixture import ViewMixture
+from flr.recommend import recommender as module
 from flr.recommend.recommender import Recommender
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender, tiny_model
@@ -220,3 +224,36 @@ def test_a_csr_row_is_a_history():
     rows = CSR.from_rows([[3, 7], [1]])
     recommender = build_recommender()
     assert_same_recommendations(*recommender.recommend([rows.row(0), ["item_3", "item_7"]], k=2))
+
+
+class _Hub:
+    """Stands in for ``HfApi``: one repository, whose files are kept in a folder."""
+
+    folder: Path
+    asked: dict
+
+    def __init__(self, token):
+        _Hub.asked = {"token": token}
+
+    def create_repo(self, repo_id, private, exist_ok):
+        self.asked |= {"repo_id": repo_id, "private": private, "exist_ok": exist_ok}
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, repo_id, folder_path, **options):
+        self.asked |= {"uploaded": repo_id, **options}
+        shutil.copytree(folder_path, self.folder)
+        return SimpleNamespace(commit_url="https://hub/commit/1")
+
+
+def test_a_published_recommender_answers_alike(tmp_path, monkeypatch):
+    recommender, _Hub.folder = build_recommender(), tmp_path / "hub"
+    monkeypatch.setattr(module, "HfApi", _Hub)
+    assert recommender.push_to_hub("books", private=True, token="t", revision="v2") == "https://hub/commit/1"
+    assert _Hub.asked == {
+        "token": "t", "repo_id": "books", "private": True, "exist_ok": True, "uploaded": "me/books",
+        "commit_message": "Upload recommender", "revision": "v2",
+    }  # fmt: skip
+    twin = Recommender.from_pretrained(_Hub.folder)
+    expected = recommender.recommend([["item_3"]], k=4)[0]
+    for one, other in zip(twin.recommend([["item_3"]], k=4)[0], expected, strict=True):
+        assert (one.item_id, one.score) == (other.item_id, pytest.approx(other.score, abs=1e-5))

@@ -207,10 +207,14 @@ def test_the_connection_that_has_waited_longest_makes_room():
         waiting = [await opened(server) for _ in range(4)]
         kept, kept_writer = await opened(server, GET)
         await kept.readuntil(b"xx")  # the first of the waiting has made room
-        assert await waiting[0][0].read() == b""
+        waiting[0][1].write(GET)  # a client that was slow for a moment
+        told = [await rest(waiting[0][0])]
         busy = [await opened(server, GET.replace(b"/ ", b"/slow ", 1)) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        assert [await reader.read() for reader, _ in waiting] == [b""] * 4
+        told += [await rest(reader) for reader, _ in waiting[1:]]
+        for answer, _ in told:
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nretry-after: 1\r\n" in answer
+            assert answer.count(b"HTTP/1.1") == 1
         one_more = await opened(server)
         assert await kept.read() == b""  # idle between two requests
         one_more[1].write(GET)
