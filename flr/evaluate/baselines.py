@@ -14,6 +14,7 @@ from flr.data import CSR, Interactions
 
 from .metrics import ranks_from_scores
 
+_BLOCK = 1 << 21  # pairs of places at a time
 _TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
 
 
@@ -94,8 +95,8 @@ class ItemKNN(_Baseline):
         if backward < 0:
             raise ValueError(f"backward: expected at least 0, got {backward}")
         self.history_decay = history_decay
-        _, first, second, distance = np.unique(_pairs(train), axis=1)
-        forward = sp.csr_matrix((1.0 / distance, (first, second)), shape=(num_items, num_items))
+        first, second, distance, users = _pairs(train, num_items)
+        forward = sp.csr_matrix((users / distance, (first, second)), shape=(num_items, num_items))
         self.similarity = (forward + backward * forward.T).tocsr()  # [C, C]
 
     def scores(self, histories: CSR) -> np.ndarray:
@@ -106,19 +107,76 @@ class ItemKNN(_Baseline):
         return (weights @ self.similarity).toarray() + _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
 
 
-def _pairs(train: Interactions) -> np.ndarray:
-    """int64 [4, p]: user number, earlier item, later item and distance of every ordered pair of places in a row."""
-    lengths = np.diff(train.histories.offsets) + 1
+def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of places in one row, each once a user: earlier item, later item, distance, how many users; int64 [p].
+
+    Users are worked off in blocks, so that beside the result, whole numbers that do not depend on the order of
+    addition, only a block's pairs are in memory.
+    """
+    numbers: dict[str, int] = {}
+    user = np.array([numbers.setdefault(name, len(numbers)) for name in train.users], np.int64)
+    by_user = np.argsort(user, kind="stable")
+    lengths = np.diff(train.histories.offsets)[by_user] + 1
+    width = int(lengths.max(initial=1))  # above every distance
+    size = num_items**2 * width  # of the key of a pair without its user
+    if size >= 2**63:
+        raise ValueError(f"num_items: expected C² times the longest row below 2^63, got {num_items}, {width}")
+    ends = np.cumsum(np.bincount(user, minlength=len(numbers)))  # of the users' rows, in by_user
+    pairs = np.concatenate(([0], np.cumsum(lengths * (lengths - 1) // 2)))
+    total = _Counts()
+    start = first_user = 0
+    while first_user < len(ends):
+        last_user = int(np.searchsorted(pairs[ends], pairs[start] + _BLOCK, side="right"))
+        last_user = max(first_user + 1, min(last_user, first_user + (2**63 - 1) // size))
+        end = int(ends[last_user - 1])
+        rows = train.select(by_user[start:end])
+        keys = np.unique(_keys(rows, user[by_user[start:end]] - first_user, num_items, width))
+        total.add(keys % size)
+        start, first_user = end, last_user
+    keys, users = total.merged()
+    return keys // (num_items * width), keys // width % num_items, keys % width, users
+
+
+def _keys(rows: Interactions, user: np.ndarray, num_items: int, width: int) -> np.ndarray:
+    """int64 [p]: ((user · C + earlier item) · C + later item) · width + distance of every ordered pair of places."""
+    lengths = np.diff(rows.histories.offsets) + 1
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     items = np.empty(offsets[-1], dtype=np.int64)
     is_target = np.zeros(len(items), dtype=bool)
     is_target[offsets[1:] - 1] = True
-    items[~is_target], items[is_target] = train.histories.values, train.targets
-    row = np.repeat(np.arange(len(train)), lengths)
-    _, number = np.unique(np.asarray(train.users, dtype=object).astype(str), return_inverse=True)
-    pairs = [np.zeros((4, 0), dtype=np.int64)]
+    items[~is_target], items[is_target] = rows.histories.values, rows.targets
+    row = np.repeat(np.arange(len(rows)), lengths)
+    keys = [np.zeros(0, dtype=np.int64)]
     for distance in range(1, int(lengths.max(initial=1))):
         earlier = np.flatnonzero(row[distance:] == row[:-distance])
-        users, later = number[row[earlier]], earlier + distance
-        pairs.append(np.stack([users, items[earlier], items[later], np.full(len(earlier), distance)]))
-    return np.concatenate(pairs, axis=1)
+        pair = (user[row[earlier]] * num_items + items[earlier]) * num_items + items[earlier + distance]
+        keys.append(pair * width + distance)
+    return np.concatenate(keys)
+
+
+class _Counts:
+    """How often each key came, added up in parts that are merged when they outgrow the sum."""
+
+    def __init__(self) -> None:
+        self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._parts: list[np.ndarray] = []
+        self._waiting = 0
+
+    def add(self, keys: np.ndarray) -> None:
+        self._parts.append(keys)
+        self._waiting += len(keys)
+        if self._waiting > max(_BLOCK, len(self._keys)):
+            self.merged()
+
+    def merged(self) -> tuple[np.ndarray, np.ndarray]:
+        """Different keys, ascending, and their counts."""
+        new, count = np.unique(np.concatenate([self._keys[:0], *self._parts]), return_counts=True)
+        self._parts, self._waiting = [], 0
+        if len(new):
+            at = np.searchsorted(self._keys, new)
+            known = at < len(self._keys)
+            known[known] = self._keys[at[known]] == new[known]
+            self._counts[at[known]] += count[known]
+            self._keys = np.insert(self._keys, at[~known], new[~known])
+            self._counts = np.insert(self._counts, at[~known], count[~known])
+        return self._keys, self._counts
