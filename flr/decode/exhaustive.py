@@ -117,12 +117,15 @@ def rank_one_token(
     check_vocabulary(trie, logits.shape[-1])
     trie = trie.to(logits.device)
     allows = item_filter(trie, len(logits), allowed, exclude)
-    own = logits[:, trie.tokens[1:].long()].float()  # children of the root are the leaves in order
+    leaf = trie.leaf_of_item.expand(len(logits), -1)
+    # the root's children are the leaves in order
+    scores = logits.index_select(1, trie.tokens[1:][trie.leaf_of_item].long()).float()
+    denied = None if allows.all else allows.count(leaf, leaf + 1) == 0
     if scoring == "full":
-        by_leaf = own - log_normaliser(logits)[:, None]
+        scores -= log_normaliser(logits)[:, None]
     else:
-        by_leaf = torch.log_softmax(own.masked_fill(~_allowed_leaves(trie, allows, len(own)), -torch.inf), dim=-1)
-    return _by_item(by_leaf, trie, allows)
+        scores = torch.log_softmax(scores if denied is None else scores.masked_fill_(denied, -torch.inf), dim=-1)
+    return _checked(scores if denied is None else scores.masked_fill_(denied, -torch.inf))
 
 
 def _allowed_leaves(trie: CatalogueTrie, allows: ItemFilter, rows: int) -> torch.Tensor:
@@ -131,10 +134,15 @@ def _allowed_leaves(trie: CatalogueTrie, allows: ItemFilter, rows: int) -> torch
 
 
 def _by_item(by_leaf: torch.Tensor, trie: CatalogueTrie, allows: ItemFilter) -> torch.Tensor:
-    scores = by_leaf.masked_fill(~_allowed_leaves(trie, allows, len(by_leaf)), -torch.inf)
-    if bool(scores.isnan().any()):
+    if not allows.all:
+        by_leaf = by_leaf.masked_fill(~_allowed_leaves(trie, allows, len(by_leaf)), -torch.inf)
+    return _checked(by_leaf)[:, trie.leaf_of_item]
+
+
+def _checked(scores: torch.Tensor) -> torch.Tensor:
+    if bool(scores.amax(1).isnan().any()):  # which is NaN where one of them is
         raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-    return scores[:, trie.leaf_of_item]
+    return scores
 
 
 def _edge_scores(

@@ -70,17 +70,59 @@ def ranks_from_scores(scores: torch.Tensor, targets: torch.Tensor, groups: torch
     """
     if scores.ndim != 2 or targets.shape != (len(scores),):
         raise ValueError(f"scores: expected [B, C] and targets [B], got {list(scores.shape)} and {list(targets.shape)}")
-    if bool(scores.isnan().any()):
+    if bool(scores.amax(1).isnan().any()):
         raise ValueError("scores: expected numbers, got NaN")
-    if groups is not None:
+    own = scores.gather(1, targets[:, None])
+    if groups is None:
+        ranks = _at_least(scores, own)
+    else:
         if groups.shape != scores.shape[1:]:
             raise ValueError(f"groups: expected [{scores.shape[1]}], got {list(groups.shape)}")
-        best = scores.new_full((len(scores), int(groups.max()) + 1), -torch.inf)
-        scores = best.scatter_reduce_(1, groups.expand_as(scores), scores, "amax")
-        targets = groups[targets]
-    own = scores.gather(1, targets[:, None])
-    ranks = (scores >= own).sum(1)
+        own, ranks = _by_group(scores, own, targets, groups)
     return ranks.masked_fill(own[:, 0] == -torch.inf, NOT_FOUND)
+
+
+def _by_group(
+    scores: torch.Tensor, own: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score [B, 1] of the target's group, which is that of its best item, and the group's rank [B]."""
+    shared = (groups.bincount()[groups] > 1).nonzero()[:, 0]  # few items share their title with others
+    if not len(shared):
+        return own, _at_least(scores, own)
+    label = torch.full_like(groups, -1)
+    label[shared] = groups[shared].unique(return_inverse=True)[1]
+    those = scores[:, shared]
+    best = scores.new_full((len(scores), int(label.max()) + 1), -torch.inf)
+    best.scatter_reduce_(1, label[shared].expand_as(those), those, "amax")
+    group = label[targets][:, None]
+    own = torch.where(group >= 0, best.gather(1, group.clamp_min(0)), own)
+    return own, _at_least(scores, own) - _at_least(those, own) + _at_least(best, own)
+
+
+def _at_least(scores: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """How many scores [B, C] of each row are at least its bound [B, 1], int64 [B]."""
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return (scores >= bound).sum(1)
+    # torch adds up booleans one by one; numpy counts them as bits, and a row stays in the cache
+    counts = [np.count_nonzero(row >= least) for row, least in zip(scores.numpy(), bound.numpy(), strict=True)]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def top_items(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k items, or all, of float scores [B, C]: their scores and int64 indices; of equals the smaller first.
+
+    >>> top_items(torch.tensor([[0.5, 0.1, 0.5, 0.5]]), 2)[1].tolist()
+    [[0, 2]]
+    """
+    k = min(k, scores.shape[1])
+    best, items = scores.topk(k, dim=1)
+    last = best[:, -1:]  # topk takes any of the items that are level with it
+    tied = ((_at_least(scores, last) > k) & (last[:, 0] > -torch.inf)).nonzero()[:, 0]
+    if len(tied):
+        items[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    items = items.sort(dim=1).values
+    best, order = scores.gather(1, items).sort(dim=1, descending=True, stable=True)
+    return best, items.gather(1, order)
 
 
 def ranks_from_lists(

@@ -29,9 +29,8 @@ from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, scor
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.model.backbone import causal_lm, evaluating, position_limit
-from flr_kernels.order import order_key
 
-from .metrics import group_ids, ranks_from_lists, ranks_from_scores
+from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items
 from .parts import Ranked, fingerprint, in_parts
 from .result import EvalResult
 
@@ -219,12 +218,7 @@ def _check_rows(interactions: Interactions, num_items: int) -> None:
 
 
 def _from_scores(scores: torch.Tensor, targets: np.ndarray, groups: torch.Tensor, top_k: int) -> Ranked:
-    if scores.dtype == torch.float32:
-        key = order_key(scores, torch.arange(scores.shape[1], device=scores.device))  # ties: smaller index first
-        items = key.topk(min(top_k, scores.shape[1]), dim=1).indices
-    else:
-        items = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    best = scores.gather(1, items)
+    best, items = top_items(scores, top_k)
     items = items.masked_fill(best == -torch.inf, -1)
     missing = top_k - items.shape[1]
     items = nn.functional.pad(items, (0, missing), value=-1)
