@@ -47,6 +47,7 @@ def in_full_precision(model: Any) -> Any:
 
 
 def summarise(args: TrainingArguments, facts: dict[str, Any], outcome: Any, results: dict[str, Any]) -> dict[str, Any]:
-    """The summary of a run: its folder, ``facts`` about it, steps and seconds of the trainer's ``outcome``, results."""
+    """The summary of a run: its folder, ``facts`` about it, length and speed of the ``outcome``, results."""
     length = {"steps": outcome.global_step, "seconds": outcome.metrics.get("train_runtime")}
+    length |= {name: outcome.metrics[name] for name in ("padding", "tokens_per_second") if name in outcome.metrics}
     return {"output_dir": str(args.output_dir), **facts, **length, **results}

@@ -13,13 +13,14 @@ from .amazon import prepare_amazon
 from .augment import CATALOGUE_USER, Augment, Neighbours
 from .catalogue import Catalogue
 from .codecs import ItemCodec, build_codec
-from .collator import EpochSampler, InteractionDataset, SFTCollator, expand_prefixes
+from .collator import InteractionDataset, SFTCollator, expand_prefixes
 from .interactions import CSR, Interaction, Interactions, RecDataset
 from .planted import planted_dataset
 from .processor import RecProcessor
 from .prompt import HistoryViews, PromptTemplate
 from .readers import load_dataset
 from .report import BadRow, ReadReport
+from .sampler import EpochSampler, LengthGroupedSampler
 from .tokenizers import build_tokenizer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "InteractionDataset",
     "Interactions",
     "ItemCodec",
+    "LengthGroupedSampler",
     "Neighbours",
     "PromptTemplate",
     "ReadReport",

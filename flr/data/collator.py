@@ -1,22 +1,20 @@
-"""Batches for supervised training, and the data set and sampler that feed them."""
+"""Batches for supervised training, and the data set that feeds them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from flr.config import IGNORE
 
-from .augment import Augment, uniforms
+from .augment import Augment
 from .interactions import CSR, Interaction, Interactions, places_within
 from .processor import RecProcessor
 from .prompt import finish_batch, left_pad
-
-_ORDER = 5  # stream of random numbers of the sampler
 
 
 class SFTCollator:
@@ -85,8 +83,8 @@ class InteractionDataset(Dataset[Interaction]):
     """Interactions for a DataLoader or ``transformers.Trainer``.
 
     Rows carry their number and the epoch, from which :class:`SFTCollator` derives its random numbers. The epoch comes
-    with the index where that is a pair (epoch, row), as :class:`EpochSampler` gives; else it is the one last set by
-    ``set_epoch`` (a DataLoader's persistent workers do not see that, so prefer the sampler).
+    with the index where that is a pair (epoch, row), as a sampler of :mod:`flr.data.sampler` gives; else it is
+    the one last set by ``set_epoch`` (a DataLoader's persistent workers do not see that, so prefer the sampler).
 
     Example:
         >>> rows = InteractionDataset(Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2]))
@@ -107,41 +105,6 @@ class InteractionDataset(Dataset[Interaction]):
 
     def set_epoch(self, epoch: int) -> None:
         """Epoch of the rows given from now on."""
-        self.epoch = epoch
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Every row once an epoch, as pairs (epoch, row), in an order that depends on (seed, epoch) alone.
-
-    Return it from a Trainer's ``_get_train_sampler``: the Trainer calls ``set_epoch`` before every epoch and, when it
-    resumes, skips the batches already seen, so a killed run goes on with the batches that it would have had.
-
-    Example:
-        >>> sampler = EpochSampler(3, seed=0)
-        >>> sampler.set_epoch(2)
-        >>> sorted(sampler)
-        [(2, 0), (2, 1), (2, 2)]
-    """
-
-    def __init__(self, size: int, seed: int = 0, shuffle: bool = True) -> None:
-        self.size = size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self.size)
-        if self.shuffle:
-            key = np.array([(self.seed * 0x9E3779B1 + self.epoch) % 2**64], np.uint64)
-            order = np.argsort(uniforms(key, _ORDER, self.size)[0], kind="stable")
-        epoch = self.epoch
-        return ((epoch, row) for row in order.tolist())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Epoch of the next iteration."""
         self.epoch = epoch
 
 

@@ -238,6 +238,13 @@ class RecProcessor:
         entries[places] = np.repeat(places_within(counts) + (given - counts)[item_rows], sizes)
         return Segment(CSR(tokens, offsets), entries)
 
+    def prompt_lengths(self, histories: CSR) -> np.ndarray:
+        """Tokens of every prompt, thoughts included, int64 [B], as :meth:`prompts` makes them."""
+        kept, gap = self.kept(histories), len(self._separator)
+        ends = offsets_of(self.item_codec.lengths[kept.values] + gap)
+        of_items = ends[kept.offsets[1:]] - ends[kept.offsets[:-1]]
+        return self._fixed + of_items - gap * (kept.lengths > 0)
+
     def kept(self, histories: CSR) -> CSR:
         """The items that prompts show: the latest ``max_history`` of each history, fewer where they would not fit.
 

@@ -84,14 +84,19 @@ def _state_checksums(model: nn.Module) -> Iterator[bytes]:
 
 
 def fingerprint(
-    settings: Mapping[str, Any], model: nn.Module, processor: RecProcessor, prompts: CSR, interactions: Interactions
+    settings: Mapping[str, Any],
+    model: nn.Module,
+    processor: RecProcessor,
+    prompts: CSR,
+    interactions: Interactions,
+    order: np.ndarray,
 ) -> str:
-    """A name for parts that settings, weights, items and rows with their prompts would give again."""
+    """A name for parts that settings, weights, items and rows with their prompts, in this order, would give again."""
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12)
     for chunk in _state_checksums(model):
         digest.update(chunk)
     codec, histories = processor.item_codec, interactions.histories
-    inputs = (prompts.values, prompts.offsets, codec.tokens, codec.offsets, histories.values, histories.offsets)
+    inputs = (order, prompts.values, prompts.offsets, codec.tokens, codec.offsets, histories.values, histories.offsets)
     for array in (*inputs, interactions.targets, group_ids(processor.catalogue.titles)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

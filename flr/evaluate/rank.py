@@ -4,8 +4,10 @@
     result.save("runs/cds")
     rich.print(result.table(evaluate_scorer(Popularity(dataset.train, C), dataset.test, dataset.catalogue)))
 
-Rows are worked off in the order of their prompts' lengths; what a row gets depends neither on the batch it is in nor on
-the padding. With an output directory each finished part is a file, so that a killed evaluation goes on where it was.
+Rows are worked off in the order of their prompts' lengths, the longest first: a batch holds little padding, memory that
+does not suffice shows at once, and the time that a progress bar expects is too long rather than too short. What a row
+gets depends neither on the batch it is in nor on the padding. With an output directory each finished part is a file, so
+that a killed evaluation goes on where it was.
 """
 
 from __future__ import annotations
@@ -123,10 +125,10 @@ def evaluate(
     settings |= {"top_k": top_k, "codec": processor.codec}
     rank = _ranker(model, processor, interactions, trie, settings)
     prompts = processor.prompts(interactions.histories).tokens
-    order = np.argsort(prompts.lengths, kind="stable")
+    order = _longest_first(prompts.lengths)
     folder = None
     if output_dir is not None:
-        folder = Path(output_dir) / "parts" / fingerprint(settings, model, processor, prompts, interactions)
+        folder = Path(output_dir) / "parts" / fingerprint(settings, model, processor, prompts, interactions, order)
     shared |= {"name": name, "batch_size": batch_size, "order": order, "folder": folder}
     result = _result(rank, interactions, len(processor.catalogue), settings, **shared)
     if output_dir is not None:
@@ -165,7 +167,8 @@ def _by_mixture(
     """:func:`evaluate` with views; ``options`` are those of :func:`evaluate_scorer`."""
     processor = mixture.processor
     with evaluating(mixture.model):
-        result = evaluate_scorer(mixture, interactions, processor.catalogue, **options)
+        order = _longest_first(processor.prompt_lengths(interactions.histories))
+        result = evaluate_scorer(mixture, interactions, processor.catalogue, order=order, **options)
     result.settings |= {"scoring": mixture.scoring, "num_beams": mixture.num_beams, "codec": processor.codec}
     result.settings["views"] = asdict(mixture.views)
     if output_dir is not None:
@@ -184,8 +187,12 @@ def evaluate_scorer(
     samples: int = 1000,
     seed: int = 0,
     progress: bool = False,
+    order: np.ndarray | None = None,
 ) -> EvalResult:
-    """:func:`evaluate` for what scores the catalogue directly, e.g. the baselines: exact ranks, ties against it."""
+    """:func:`evaluate` for what scores the catalogue directly, e.g. the baselines: exact ranks, ties against it.
+
+    ``order`` is a permutation of the rows, int64 [n], by which they are worked off; the result has them as they are.
+    """
     _check_rows(interactions, len(catalogue))
     groups = torch.from_numpy(group_ids(catalogue.titles))
 
@@ -199,7 +206,9 @@ def evaluate_scorer(
 
     settings = {"method": "exhaustive", "exclude_seen": exclude_seen, "top_k": top_k}
     shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
-    return _result(rank, interactions, len(catalogue), settings, name=scorer.name, batch_size=batch_size, **shared)
+    return _result(
+        rank, interactions, len(catalogue), settings, name=scorer.name, batch_size=batch_size, order=order, **shared
+    )
 
 
 def padded_rows(rows: CSR) -> torch.Tensor:
@@ -208,6 +217,11 @@ def padded_rows(rows: CSR) -> torch.Tensor:
     padded = np.full((len(lengths), int(lengths.max(initial=0))), -1, dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = rows.values
     return torch.from_numpy(padded)
+
+
+def _longest_first(lengths: np.ndarray) -> np.ndarray:
+    """The rows by length, equal ones as they stand."""
+    return np.argsort(-lengths, kind="stable")
 
 
 def _check_rows(interactions: Interactions, num_items: int) -> None:

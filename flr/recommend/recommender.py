@@ -211,9 +211,14 @@ class Recommender(QueryBuilder):
         lists = Recommendations()
         if isinstance(histories, UserHistories):
             lists.users, lists.column = histories.users, histories.column
+        # similar lengths together: less padding
+        order = np.argsort(-self.processor.prompt_lengths(CSR.from_rows([q.history for q in queries])), kind="stable")
+        found: list[list[Recommendation]] = []
         with self._lock:
             for first in range(0, len(queries), part):
-                lists += self.ranked(queries[first : first + part], num_beams, scoring, shares)[0]
+                chosen = [queries[row] for row in order[first : first + part].tolist()]
+                found += self.ranked(chosen, num_beams, scoring, shares)[0]
+        lists += [found[place] for place in np.argsort(order).tolist()]
         return lists
 
     def rows_at_once(self, num_beams: int) -> int:

@@ -34,7 +34,7 @@ REFUSED: dict[str, str] = {
     "bf16_full_eval": "the evaluation computes as the model does: load it in bfloat16",
     "fp16_full_eval": "the evaluation computes as the model does: load it in float16 to evaluate",
     "logging_nan_inf_filter": "a loss that is not finite ends the run instead of being left out of the mean",
-    "length_column_name": "rows have no columns",
+    "length_column_name": "rows have no columns; lengths are those of the prompts",
     "optim_target_modules": "parameters are grouped here: the reasoner, the token tables, the others",
     "use_liger_kernel": "it replaces the forward that makes the thought",
     "liger_kernel_config": "it replaces the forward that makes the thought",
@@ -65,7 +65,7 @@ REFUSED_BY_GRPO: dict[str, str] = {
     "activation_checkpointing_kwargs": "there is no checkpointing",
     "average_tokens_across_devices": "the loss is divided by the users of all processes",
 }
-SAMPLING = ("random", "sequential")
+SAMPLING = ("random", "group_by_length", "sequential")
 
 
 def _check_flags(args: Any, refused: Mapping[str, str]) -> None:
@@ -92,6 +92,11 @@ class RecTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir, and start anew.")
     eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
     eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
+    train_sampling_strategy: str = option(
+        "random",
+        "Order of training rows: random; sequential; group_by_length: those of a batch are of similar length, which "
+        "saves padding (the length of their prompts before --augment_* changes them).",
+    )
     remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")
     logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
     eval_strategy: str = option("epoch", "When to rank the valid split: no, steps, epoch.")
@@ -105,7 +110,7 @@ class RecTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         _check_flags(self, REFUSED)
         if self.train_sampling_strategy not in SAMPLING:
-            wanted = f"{' or '.join(SAMPLING)}, since rows have no lengths to sort by"
+            wanted = f"one of {', '.join(SAMPLING)}"
             raise ValueError(f"train_sampling_strategy: expected {wanted}, got {self.train_sampling_strategy!r}")
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")

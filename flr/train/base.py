@@ -8,18 +8,16 @@ import dataclasses
 import logging
 import math
 import shutil
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from flr.data import EpochSampler, InteractionDataset, Interactions, RecProcessor
+from flr.data import EpochSampler, InteractionDataset, Interactions, LengthGroupedSampler, RecProcessor
 from flr.decode import CatalogueTrie
 from flr.evaluate import EvalResult, evaluate
 from flr.files import check_seal, exclusive_folder, move_files, place_folder, read_json, seal_folder
@@ -39,8 +37,10 @@ from .run_folder import (
     best_checkpoint,
     record,
     rotate,
+    writing,
 )  # fmt: skip
 from .settings import run_settings
+from .throughput import COUNTS, Throughput, counted
 
 logger = logging.getLogger("flr")
 
@@ -95,12 +95,14 @@ class RecTrainer(Trainer):
         self.label_smoother = None  # done in the model's forward
         self._best = _BestInPlace()
         self.add_callback(self._best)
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
         raise NotImplementedError
 
     def _numbered_batch(self, rows: list[Any]) -> dict[str, Any]:
-        return {**self._batch(rows), "rows": torch.tensor([row.row for row in rows])}
+        return counted({**self._batch(rows), "rows": torch.tensor([row.row for row in rows])})
 
     def _grouped_optimizer(self, model: Any) -> torch.optim.Optimizer:
         raise NotImplementedError
@@ -108,7 +110,13 @@ class RecTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(rows), seed=seed, shuffle=self.args.train_sampling_strategy == "random")
+        strategy = self.args.train_sampling_strategy
+        if strategy != "group_by_length":
+            return EpochSampler(len(rows), seed=seed, shuffle=strategy == "random")
+        interactions, processor = rows.interactions, self.processor
+        lengths, targets = processor.prompt_lengths(interactions.histories), processor.item_codec.lengths
+        batch = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(lengths, batch, targets[interactions.targets], seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -161,7 +169,9 @@ class RecTrainer(Trainer):
                 self._best.place = best_checkpoint(
                     args.output_dir, read_json(Path(self._start.checkpoint) / STATE_NAME)
                 )
-            return super().train(self._start.checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(self._start.checkpoint, trial, ignore_keys_for_eval)
+            output.metrics.update(self._throughput.total(self._mean, self.args.world_size))
+            return output
         with self.running(resume_from_checkpoint or False) as start:
             for notice in start.notices:
                 logger.warning(notice)
@@ -181,7 +191,7 @@ class RecTrainer(Trainer):
         """Save model, processor and state in ``output_dir``, and that the run is finished, with its ``summary``."""
         folder = str(self.args.output_dir)
         self.save_model(folder)
-        with _writes(Path(folder)):
+        with writing(Path(folder)):
             self.save_state()
             if self.args.should_save:
                 record(folder, self.settings, summary=dict(summary))
@@ -207,10 +217,19 @@ class RecTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._throughput.begin()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            self._throughput.add(batch)
+        return batches, num_items
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the processes."""
+        return x if self.args.world_size == 1 else self.accelerator.reduce(x.to(self.args.device), "mean").cpu()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("rows")
+        inputs.pop(COUNTS)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
@@ -286,6 +305,8 @@ class RecTrainer(Trainer):
             self._best_result = result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._throughput.line(self._mean, self.args.world_size)
         try:
             super().log(logs, start_time)
         except OSError as error:
@@ -300,7 +321,7 @@ class RecTrainer(Trainer):
         # a checkpoint is a folder of its own that is renamed as a whole
         staging = target if _internal_call else target / STAGING
         check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
-        with contextlib.nullcontext() if _internal_call else _writes(target):
+        with contextlib.nullcontext() if _internal_call else writing(target):
             if self.args.should_save and not _internal_call:
                 shutil.rmtree(staging, ignore_errors=True)
             super().save_model(str(staging), _internal_call=True)
@@ -327,7 +348,7 @@ class RecTrainer(Trainer):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
         self._run_dir = str(root / STAGING)
         keep = self.state.best_model_checkpoint
-        with _writes(root / name):
+        with writing(root / name):
             try:
                 self._in_main(lambda: shutil.rmtree(root / STAGING, ignore_errors=True))
                 super()._save_checkpoint(model, trial)
@@ -362,19 +383,6 @@ class _BestInPlace(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.place is not None and self.place.is_dir():
             state.best_model_checkpoint = str(self.place)
-
-
-@contextlib.contextmanager
-def _writes(place: Path) -> Iterator[None]:
-    """Errors of writing, in whatever form the libraries raise them, as one OSError that names ``place``."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, RuntimeError) and not any(f.filename.endswith("torch/serialization.py") for f in frames):
-            raise
-        text = str(error).strip().split("\n")[0]
-        raise OSError(f"{place}: expected to write it whole, got {text}") from error
 
 
 def _spread(rows: Interactions | None, most: int | None) -> Interactions | None:

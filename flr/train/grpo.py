@@ -31,6 +31,7 @@ from .finite import name_rows
 from .group_batches import GroupCollator, RepeatedBlocks
 from .policy_loss import clipped_surrogate
 from .rewards import RewardInputs, Rewards
+from .throughput import COUNTS
 
 
 @dataclass
@@ -135,6 +136,7 @@ class LatentGRPOTrainer(RecTrainer):
         model.eval()  # no dropout: noise on the thought is the only chance
         inputs = dict(inputs)
         inputs.pop("rows", None)
+        inputs.pop(COUNTS, None)
         items = inputs.pop("items")
         group = GroupInputs(
             inputs.pop("targets"),
@@ -289,8 +291,9 @@ class LatentGRPOTrainer(RecTrainer):
         size, parts = self.args.per_device_eval_batch_size, []
         model: Any = self.model
         model.eval()
+        order = np.argsort(-self.processor.prompt_lengths(rows.histories), kind="stable")  # little padding a batch
         for start in range(0, len(rows), size):
-            batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            batch = collate([rows[i] for i in order[start : start + size].tolist()])
             batch = self._prepare_inputs(self._with_target_nodes(batch))
             del batch["items"]
             group = GroupInputs(
@@ -302,4 +305,4 @@ class LatentGRPOTrainer(RecTrainer):
             )
             logprobs = model(**batch, group=group).logprobs[:, 0]
             parts.append((logprobs.sum(-1) / group.target_mask.sum(-1)).double().cpu().numpy())
-        return np.concatenate(parts)
+        return np.concatenate(parts)[np.argsort(order)]

@@ -7,13 +7,17 @@ run (:mod:`flr.train.settings`), and a finished run leaves one in its folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from flr.files import PathLike, check_seal, read_json, write_json
 
@@ -199,3 +203,16 @@ def rotate(output_dir: PathLike, limit: int | None, keep: set[str]) -> None:
         if left > max(limit, len(keep)) and folder.name not in keep:
             discard(folder)
             left -= 1
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Errors of writing, in whatever form the libraries raise them, as one OSError that names ``place``."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, RuntimeError) and not any(f.filename.endswith("torch/serialization.py") for f in frames):
+            raise
+        text = str(error).strip().split("\n")[0]
+        raise OSError(f"{place}: expected to write it whole, got {text}") from error

@@ -13,6 +13,7 @@ from flr.data import Augment, Interactions, RecProcessor, SFTCollator
 from .arguments import SFTConfig
 from .base import RecTrainer
 from .settings import of_augment
+from .throughput import COUNTS
 
 
 class SFTTrainer(RecTrainer):
@@ -94,6 +95,7 @@ class SFTTrainer(RecTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs.pop("rows", None)
+        inputs.pop(COUNTS, None)
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
         if self.catalogue_loss is not None:

@@ -34,21 +34,6 @@ PROCESSOR = RecProcessor(build_tokenizer(DATA.catalogue), DATA.catalogue)
 EVERYTHING = Augment(prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)
 
 
-def test_sampler_is_a_permutation_an_epoch():
-    sampler = EpochSampler(50, seed=3)
-    epochs = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        pairs = list(sampler)
-        assert {number for number, _ in pairs} == {epoch}
-        assert sorted(row for _, row in pairs) == list(range(50))
-        epochs.append([row for _, row in pairs])
-        assert pairs == list(sampler)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert list(EpochSampler(3, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
-    assert len(sampler) == 50
-
-
 def batches(workers=0, accelerate=False, skip=0, epoch=2, persistent=False):
     dataset = InteractionDataset(DATA.train.select(range(50)))
     sampler = EpochSampler(len(dataset), seed=7)

@@ -21,6 +21,7 @@ from flr.data import (
     SFTCollator,
     build_tokenizer,
 )
+from tests.helpers.catalogues import DATA
 
 TITLES = ["Kind of Blue", "Blue Train", "Blue Train", "A Love Supreme", "", "Ü & <b>", "Giant Steps", "Time Out"]
 SIDS = [(f"<a_{n % 2}>", f"<b_{n % 3}>", f"<c_{n % 2}>") for n in range(8)]
@@ -352,3 +353,17 @@ def test_errors():
         collator([])
     with pytest.raises(ValueError, match=r"rows: expected targets in 0\.\.7, got 9\.\.9"):
         collator([Interaction("u", np.array([1]), 9)])
+
+
+@pytest.mark.parametrize("codec", ["title", "sid", "id"])
+@pytest.mark.parametrize("bound", [None, 26])
+def test_lengths_are_those_of_the_prompts(codec, bound):
+    catalogue = DATA.catalogue
+    tokenizer = build_tokenizer(catalogue, codec, vocab_size=400)
+    template = PromptTemplate("{history} so", separator=", ") if codec == "title" else None
+    processor = RecProcessor(tokenizer, catalogue, codec, template, 4, num_thoughts=2, max_prompt_tokens=bound)
+    histories = CSR.from_rows([[], [1], [3, 3, 5], *([row.history for row in DATA.train])])
+    expected = processor.prompts(histories).tokens.lengths
+    assert processor.prompt_lengths(histories).tolist() == expected.tolist()
+    assert len(set(expected.tolist())) > 3
+    assert processor.prompt_lengths(CSR.from_rows([])).tolist() == []

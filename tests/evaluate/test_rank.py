@@ -12,7 +12,7 @@ from rich.console import Console
 
 import flr
 import flr.evaluate
-from flr.data import CSR, Catalogue, Interactions, RecProcessor, build_tokenizer
+from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor, build_tokenizer
 from flr.evaluate import EvalResult, evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 from tests.helpers.inputs import row_of
@@ -115,6 +115,24 @@ def test_batch_size_does_not_matter(codec, scoring):
         assert other.intervals == results[0].intervals
         assert other.items.tolist() == results[0].items.tolist()
         np.testing.assert_allclose(other.scores, results[0].scores, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("views", [None, HistoryViews(0.5, 0.6)])
+def test_the_longest_prompts_come_first_and_results_as_the_rows_stand(views):
+    model, processor = make_model("title")
+    processor.views = views
+    rows, widths = make_rows(), []
+    expected = [evaluate(model, processor, rows.select([i]), progress=False) for i in range(len(rows))]
+    handle = model.register_forward_hook(lambda m, a, k, o: widths.append(k["input_ids"].shape), with_kwargs=True)
+    result = evaluate(model, processor, rows, batch_size=4, progress=False)
+    handle.remove()
+    assert result.ranks["item"].tolist() == [one.ranks["item"][0] for one in expected]
+    assert result.items.tolist() == [one.items[0].tolist() for one in expected]
+    longest = processor.prompt_lengths(rows.histories)
+    prompts = [width for size, width in widths if width >= longest.min() and size in (3, 4)]
+    if views is None:
+        assert prompts == sorted(prompts, reverse=True)
+    assert prompts[0] == longest.max()
 
 
 @pytest.mark.parametrize("codec", ["id", "title"])

@@ -100,10 +100,11 @@ def test_arguments_may_be_built_again_from_themselves(tmp_path, config):
     assert dataclasses.replace(args, seed=3).seed == 3
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
-def test_orders_that_need_lengths_are_refused(tmp_path, strategy):
-    with pytest.raises(ValueError, match="train_sampling_strategy: expected random or sequential"):
-        SFTConfig(output_dir=str(tmp_path), train_sampling_strategy=strategy)
+def test_another_order_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="train_sampling_strategy: expected one of random, group_by_length, sequential"
+    ):
+        SFTConfig(output_dir=str(tmp_path), train_sampling_strategy="batch_rebalance")
 
 
 MAKE = {"sft": lambda folder, **options: sft_trainer(folder, *trainable(), **options), "rl": grpo_trainer}
