@@ -92,6 +92,11 @@ class RecTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir, and start anew.")
     eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
     eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None,
+        "Compute in bfloat16 beside float32 weights (autocast). Default: where flr trains a model that it was given, "
+        "on a GPU that has bfloat16.",
+    )
     remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")
     logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
     eval_strategy: str = option("epoch", "When to rank the valid split: no, steps, epoch.")
