@@ -93,9 +93,8 @@ def trained_parameters(model: nn.Module) -> str:
             counts[key] = counts.get(key, 0) + size
     parts = ", ".join(f"{part} {size:,} in {dtype}" for (part, dtype), size in counts.items())
     trained = sum(counts.values())
-    return f"training {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%}): {parts or 'none'}".replace(
-        "%)", " %)"
-    )
+    share = 100 * trained / max(total, 1)
+    return f"training {trained:,} of {total:,} parameters ({share:.2f} %): {parts or 'none'}"
 
 
 def _part(name: str) -> str:

@@ -43,6 +43,9 @@ def test_every_command_takes_what_sft_wrote(adapter, tmp_path, capsys):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["r"] == 2
     assert config["lora_alpha"] == 4  # twice the rank
+    saved = load_file(adapter / "adapter_model.safetensors")
+    rows = {len(value) for name, value in saved.items() if "embed_tokens" in name or "lm_head" in name}
+    assert rows == {41}  # forty items and the thought, and not the whole table beside them
     assert main(["evaluate", "--model", str(adapter), *DATA, "--dtype", "float32"]) == 0
     assert main(["recommend", "--model", str(adapter), *HISTORY]) == 0
     assert main(["explain", "--model", str(adapter), *HISTORY, "--json"]) == 0
