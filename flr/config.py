@@ -14,6 +14,12 @@ _MOST, _MOST_SIZE = 1024, 1 << 16  # thoughts and refinements; the size of a fac
 #: What a token competes with, the vocabulary or its siblings: ``scoring`` of decoding, ``normalisation`` of training.
 Normalisation: TypeAlias = Literal["full", "catalogue"]
 
+#: What weights may be loaded in; "auto" leaves it to the checkpoint, or to what is done with them.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: What transformers may compute a backbone's attention by.
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
 #: The label of a position that carries no loss, as everywhere in transformers.
 IGNORE = -100
 

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))  # for bench
 
 from bench.harness import facts  # noqa: E402
 from flr.cli import rl, sft  # noqa: E402
-from flr.cli.options import AugmentOptions, DataOptions, ModelOptions  # noqa: E402
+from flr.cli.backbone import ModelOptions  # noqa: E402
+from flr.cli.options import AugmentOptions, DataOptions  # noqa: E402
 from flr.cli.parsing import parse  # noqa: E402
 from flr.config import FLRConfig  # noqa: E402
 from flr.data import HistoryViews, RecDataset, RecProcessor  # noqa: E402

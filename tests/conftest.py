@@ -17,8 +17,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those marked slow begin, so that no worker is waited for at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those marked slow begin, so that no worker is waited for at the end; a real model is not loaded unasked."""
+    if "reallm" not in config.getoption("-m"):
+        real = [item for item in items if item.get_closest_marker("reallm")]
+        items[:] = [item for item in items if item not in real]
+        config.hook.pytest_deselected(items=real)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": "turn raw Amazon reviews, RecBole or Parquet logs into a folder that the other commands read",
     "sft": "train a recommender on an interaction log",
     "rl": "reinforce the thoughts of a trained recommender: latent GRPO",
+    "merge": "write an adapter and its base model as one model",
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "recommend": "top-k items for histories, with each factor's share",

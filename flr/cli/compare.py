@@ -14,7 +14,8 @@ from rich.table import Table
 
 from flr.config import FLRConfig, option
 
-from .options import AugmentOptions, DataOptions, ModelOptions
+from .backbone import ModelOptions
+from .options import AugmentOptions, DataOptions
 from .parsing import console, emit, parse
 from .sft import train
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 #: The extra that brings a package which a plain installation may lack.
 EXTRAS = {
     "fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "starlette": "serve", "pydantic": "serve",
-    "peft": "peft", "matplotlib": "plots", "tensorboard": "tensorboard", "cut_cross_entropy": "cce",
-    "pytest": "bench", "pytest_benchmark": "bench",
+    "peft": "peft", "bitsandbytes": "qlora", "gguf": "gguf", "matplotlib": "plots", "tensorboard": "tensorboard",
+    "cut_cross_entropy": "cce", "pytest": "bench", "pytest_benchmark": "bench",
 }  # fmt: skip
 _LONGEST = 300  # characters of an error that others wrote
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -8,12 +8,13 @@ from flr.config import option
 
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
+from .weights import WeightOptions
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(WeightOptions):
     """What to evaluate, and how."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> int:
     from .card import measured, model_facts, update_card
 
     dataset = data.load()
-    model, processor = load_trained(options.model, dataset, options.revision, max_prompt_tokens=data.max_prompt_tokens)
+    limit = data.max_prompt_tokens
+    model, processor = load_trained(
+        options.model, dataset, options.revision, max_prompt_tokens=limit, **options.as_saved()
+    )
     rows = getattr(dataset, options.split)
     result = evaluate(
         model,

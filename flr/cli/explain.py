@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from flr.config import option
 
 from .parsing import REVISION, console, emit, parse
+from .weights import WeightOptions
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
 
 @dataclass
-class ExplainOptions:
+class ExplainOptions(WeightOptions):
     """For which history, and where to."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
@@ -39,9 +40,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("png: expected matplotlib for a picture, got none; pip install 'flr[plots]'")
     from flr.recommend import Recommender
 
-    explanation = Recommender.from_pretrained(options.model, revision=options.revision).explain(
-        options.history, k=options.k
-    )
+    recommender = Recommender.from_pretrained(options.model, revision=options.revision, **options.as_saved())
+    explanation = recommender.explain(options.history, k=options.k)
     if options.png:
         explanation.heatmap(options.png)
         console.print(f"written: {options.png}")

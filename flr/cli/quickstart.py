@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from flr.config import FLRConfig, option
 
 from . import rl
+from .backbone import ModelOptions
 from .compare import METRICS, MODES, CompareOptions, compare, mode_table, print_table, run_row, seed_difference
-from .options import AugmentOptions, DataOptions, ModelOptions
+from .options import AugmentOptions, DataOptions
 from .parsing import console, emit, parse
 
 if TYPE_CHECKING:

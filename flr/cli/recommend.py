@@ -10,12 +10,13 @@ from rich.table import Table
 from flr.config import option
 
 from .parsing import REVISION, console, emit, parse
+from .weights import WeightOptions
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
 
 @dataclass
-class RecommendOptions:
+class RecommendOptions(WeightOptions):
     """For whom, and how many."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     options, rest = parse("recommend", ABOUT, (RecommendOptions,), argv)
     from flr.recommend import Recommender
 
-    recommender = Recommender.from_pretrained(options.model, revision=options.revision)
+    recommender = Recommender.from_pretrained(options.model, revision=options.revision, **options.as_saved())
     histories = [options.history]
     if not options.history:
         histories = [line.rstrip("\n").split("\t") for line in sys.stdin if line.strip()]

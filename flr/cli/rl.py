@@ -10,7 +10,8 @@ from flr.config import option
 
 from .options import DataOptions, load_trained
 from .parsing import REVISION, console, emit, parse
-from .training import in_full_precision, summarise, training_run
+from .training import summarise, training_run
+from .weights import WeightOptions
 
 if TYPE_CHECKING:
     from flr.data import RecDataset, RecProcessor
@@ -20,7 +21,7 @@ ABOUT = "Reinforcement after SFT: noisy thoughts of each user, rewarded by what 
 
 
 @dataclass
-class RLOptions:
+class RLOptions(WeightOptions):
     """What to start from."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
@@ -36,18 +37,22 @@ def train(
     """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     from transformers import set_seed
 
+    from flr.model.folder import ADAPTER_CONFIG, local_folder
     from flr.train import LatentGRPOTrainer
+    from flr.train.precision import choose_autocast
 
     from .card import measured, model_facts, save_card
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
-    model, processor = load_trained(
-        options.model, dataset, options.revision, is_trainable=True, max_prompt_tokens=data.max_prompt_tokens
-    )
+    choose_autocast(args)
+    adapted = (local_folder(options.model, revision=options.revision) / ADAPTER_CONFIG).is_file()
+    loading = options.to_train(args.train_backbone and not adapted, args.use_cpu)
+    limit = data.max_prompt_tokens
+    model, processor = load_trained(options.model, dataset, options.revision, True, limit, **loading)
     if data.views() is not None:
         processor.views = data.views()
-    trainer = LatentGRPOTrainer(in_full_precision(model), args, processor, dataset.train, dataset.valid)
+    trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
     with training_run(trainer) as start:
         if not start.finished:
             start.summary = _reinforce(trainer, options, args)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig
 
-from .options import AugmentOptions, DataOptions, ModelOptions
+from .backbone import ModelOptions
+from .options import AugmentOptions, DataOptions
 from .parsing import console, emit, parse
-from .training import in_full_precision, summarise, training_run
+from .training import summarise, training_run
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -32,14 +33,17 @@ def train(
 
     from flr.model.backbone import causal_lm
     from flr.train import SFTTrainer
+    from flr.train.precision import choose_autocast
 
     from .card import measured, model_facts, save_card
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
-    model, processor = model_options.build(data, config, dataset, args.seed)
+    if model_options.model is not None:
+        choose_autocast(args)
+    model, processor = model_options.build(data, config, dataset, args.seed, args.use_cpu)
     rows, changes = augment.apply(dataset, processor.max_history)
-    trainer = SFTTrainer(in_full_precision(model), args, processor, rows, dataset.valid, changes)
+    trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     with training_run(trainer) as start:
         if not start.finished:
             outcome = trainer.train()

@@ -29,21 +29,22 @@ def training_run(trainer: Any) -> Iterator[Start]:
             trainer.load_finished()
             start.summary["output_dir"] = folder
             console.print(f"{folder} holds the end of this run, {trainer.state.global_step} steps; nothing to do")
-        elif start.checkpoint is not None:
-            console.print(f"continuing from {start.checkpoint}")
+        else:
+            _announce(trainer, start)
         yield start
         if not start.finished:
             trainer.conclude(start.summary)
 
 
-def in_full_precision(model: Any) -> Any:
-    """``model``; in float32 where it was float16, whose range is too small for an optimizer's steps."""
-    import torch
+def _announce(trainer: Any, start: Start) -> None:
+    """What is trained, and from where on."""
+    from flr.train.precision import trained_parameters
 
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        console.print("the model is in float16: its weights are trained in float32 (--fp16 true computes in float16)")
-        model = model.float()
-    return model
+    computed = {"bf16": ", computed in bfloat16", "fp16": ", computed in float16"}
+    how = computed.get(getattr(trainer.accelerator, "mixed_precision", None) or "no", "")
+    console.print(f"{trained_parameters(trainer.model)}{how}", soft_wrap=True, markup=False)
+    if start.checkpoint is not None:
+        console.print(f"continuing from {start.checkpoint}")
 
 
 def summarise(args: TrainingArguments, facts: dict[str, Any], outcome: Any, results: dict[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_to
         sequences = _sid_sequences(catalogue, tokenizer)
     elif name == "title":
         end = int(token_ids(tokenizer, [END_TOKEN], special=True)[0])
-        bodies = _title_tokens(catalogue.titles, tokenizer)
+        bodies = title_tokens(catalogue.titles, tokenizer)
         if max_title_tokens is not None:
             starts, ends = bodies.offsets[:-1], bodies.offsets[1:]
             bodies = bodies.slice(starts, np.minimum(ends, starts + max_title_tokens))
@@ -221,8 +221,8 @@ def _sid_sequences(catalogue: Catalogue, tokenizer: Any) -> CSR:
     return sequences
 
 
-def _title_tokens(titles: list[str], tokenizer: Any) -> CSR:
-    """Titles as plain text. Text that looks like a token of the tokenizer (as "<|item_end|>") never becomes that token.
+def title_tokens(titles: list[str], tokenizer: Any) -> CSR:
+    """Token ids of titles as plain text. Text that looks like a token (as "<|item_end|>") never becomes that token.
 
     Our own tokens all begin with "<|", so such titles are tokenised in pieces cut between "<" and "|", whether or not
     the tokens have been added yet; that keeps the result the same before and after they are. Other special tokens are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import nn
 from flr.files import naming, read_json
 
 from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_shapes
+from .gguf import GGUF_KEY
 
 _PREFIX = "base_model.model."  # of names of weights that PEFT writes
-_LIMIT = 1 << 22  # bytes of an adapter_config.json
+_LIMIT = 1 << 26  # bytes of an adapter_config.json, which lists the tokens whose rows are the adapter's
+_TOKENS = "trainable_token_indices"
 
 
 def base_name(folder: Path) -> str:
@@ -29,13 +32,21 @@ def base_name(folder: Path) -> str:
     return name
 
 
-def check_adapter(folder: Path, reasoner: nn.Module | None, rows: int, made: bool) -> None:
+def base_revision(folder: Path) -> str | None:
+    """The branch, tag or commit of the base model that the adapter in ``folder`` was trained on, if it says one."""
+    revision = read_json(folder / ADAPTER_CONFIG, _LIMIT).get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: revision: expected a name, got {revision!r}")
+    return revision
+
+
+def check_adapter(folder: Path, reasoner: nn.Module | None, rows: range, made: bool) -> None:
     """Refuse an adapter that leaves a part of the thought to chance.
 
     Args:
         folder: of the adapter.
         reasoner: that of the patched base model.
-        rows: tokens that were added to the base model beside the thought, whose embeddings nothing else holds.
+        rows: ids of tokens that were added to the base model beside the thought, whose embeddings nothing else holds.
         made: the base model came without a reasoner, so that the adapter must hold all of it.
 
     Raises:
@@ -48,9 +59,19 @@ def check_adapter(folder: Path, reasoner: nn.Module | None, rows: int, made: boo
         wrong = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
         wanted = "weights of the whole reasoner (modules_to_save=['flr'])"
         raise ValueError(f"directory: expected {wanted} in {folder / ADAPTER_WEIGHTS}, got others for {wrong}")
-    if rows > 0 and not any("embed" in name or "wte" in name or "token_adapter" in name for name in shapes):
-        wanted = f"embeddings of the {rows} tokens that were added to the base model"
+    if not rows:
+        return
+    wanted = f"embeddings of the {len(rows)} tokens that were added to the base model"
+    if not any("embed" in name or "wte" in name or "token_adapter" in name for name in shapes):
         raise ValueError(f"directory: expected {wanted} in {folder / ADAPTER_WEIGHTS}, found none")
+    if any("token_adapter" in name for name in shapes):
+        given = read_json(folder / ADAPTER_CONFIG, _LIMIT).get(_TOKENS)
+        lists = given.values() if isinstance(given, dict) else [given]
+        for ids in lists:
+            known = set(ids) if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else set()
+            if missing := [row for row in rows if row not in known]:
+                got = f"none for {len(missing)} of them, e.g. {missing[0]}"
+                raise ValueError(f"{folder / ADAPTER_CONFIG}: {_TOKENS}: expected {wanted}, got {got}")
 
 
 def adapts_thought(folder: Path) -> bool:
@@ -65,4 +86,26 @@ def wrap(model: Any, folder: Path, is_trainable: bool) -> Any:
     except ImportError as error:
         raise ValueError(f"peft: expected the package peft, which reads the adapter in {folder}, got none") from error
     with naming(folder, "an adapter that fits its base model"):
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        return save_rows_alone(peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable))
+
+
+def save_rows_alone(model: Any) -> Any:
+    """``model``, a ``PeftModel``: where it holds rows of chosen tokens, it saves them and not the whole table beside.
+
+    PEFT adds the table wherever the vocabulary has grown, although no other row of it has changed.
+    """
+    if getattr(model.peft_config[model.active_adapter], _TOKENS, None):
+        model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
+    return model
+
+
+def merged(model: Any) -> Any:
+    """The patched model that answers as ``model``, a ``PeftModel``, without it; ``model`` is used up.
+
+    Weights are added in their own dtype: float32 loses nothing.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"model: expected an adapter on a model, got {type(model).__name__} without one")
+    whole = model.merge_and_unload(safe_merge=True)
+    whole.config.__dict__.pop(GGUF_KEY, None)
+    return whole.eval()

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from flr.config import FLRConfig
 
-from .adapter import adapts_thought, base_name, check_adapter, wrap
+from .adapter import adapts_thought, base_name, base_revision, check_adapter, wrap
+from .attention import check_attention
 from .folder import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -31,6 +32,7 @@ from .folder import (
     weight_files,
     weight_shapes,
 )
+from .gguf import GGUF_KEY, check_name, gguf_arguments, unpacked
 from .patch import patch_model
 from .reasoner import build_reasoner
 from .saved_config import SavedConfig, holds_patched_model, read_config
@@ -38,7 +40,7 @@ from .saved_config import SavedConfig, holds_patched_model, read_config
 #: Keyword arguments of transformers' loaders that have one value here.
 _FIXED = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": False, "subfolder": ""}
 #: Those that a configuration may have an attribute of, too.
-_LOADERS = ("dtype", "torch_dtype", "quantization_config", "device_map")
+_LOADERS = ("dtype", "torch_dtype", "quantization_config", "device_map", "gguf_file")
 
 
 def from_pretrained(
@@ -142,34 +144,44 @@ def _load_adapter(
     """The adapter in ``folder`` on its base model, patched already or as config.json beside the adapter says."""
     name = base_name(folder)
     here = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
-    elsewhere = {key: value for key, value in hub.items() if key != "revision"}
-    base = folder if here else local_folder(name, variant, **elsewhere)
+    beside = read_config(folder) if (folder / CONFIG).is_file() else None
+    packed = None if beside is None else getattr(beside.base, GGUF_KEY, None)
+    if packed is not None:
+        check_name(packed, f"{folder / CONFIG}: {GGUF_KEY}")
+    base = folder if here else local_folder(name, variant, packed, **{**hub, "revision": base_revision(folder)})
     if not here and (base / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder / ADAPTER_CONFIG}: expected a whole base model, got {name!r}, an adapter")
-    beside = read_config(folder) if (folder / CONFIG).is_file() else None
-    patched, added = holds_patched_model(base), 0
+    patched, added = packed is None and holds_patched_model(base), range(0)
     if patched:
         model = load_saved(base, read_config(base), variant, **kwargs)
-        options = model._flr_patch.config
     else:
-        model = _load_backbone(base, "", None, variant=variant, **kwargs)
         if config is None and beside is None:
             wanted = "config.json of the patched model beside the adapter (model.config.save_pretrained), or config="
             raise ValueError(f"directory: expected {wanted} for {folder}, got neither")
-        options = config or beside.options  # type: ignore[union-attr]
-        rows = model.get_input_embeddings().weight.shape[0]
-        wanted_rows = rows if beside is None else int(beside.base.get_text_config().vocab_size)
-        if options.thought_count and options.thought_token_id is None:
-            raise ValueError("config: expected thought_token_id, got None")
-        added = wanted_rows - rows - (options.thought_token_id == wanted_rows - 1)
-        if added > 0:
-            model.resize_token_embeddings(wanted_rows, mean_resizing=False)
-        patch_model(model, config=options, verify=False)
+        own = {} if packed is None else gguf_arguments(base, packed)
+        model = _load_backbone(base, "", None, variant=variant, **{**kwargs, **own})
+        added = _patch_base(model, config or beside.options, None if beside is None else beside.base)  # type: ignore[union-attr]
+    options = model._flr_patch.config
     given = config or (beside.options if beside is not None else None)
     if given is not None and given != options:
         raise ValueError(f"config: expected the thought of the base model, {options}, got {given}")
     check_adapter(folder, getattr(model, "flr", None), added, not patched)
+    if packed is not None:
+        setattr(model.config, GGUF_KEY, packed)
     return wrap(model, folder, is_trainable).eval()
+
+
+def _patch_base(model: Any, options: FLRConfig, beside: PreTrainedConfig | None) -> range:
+    """Give a plain base model the rows and the thought that an adapter needs; returns those but the thought's."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    wanted = rows if beside is None else int(beside.get_text_config().vocab_size)
+    if options.thought_count and options.thought_token_id is None:
+        raise ValueError("config: expected thought_token_id, got None")
+    added = range(rows, wanted - (options.thought_token_id == wanted - 1))
+    if added:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+    patch_model(model, config=options, verify=False)
+    return added
 
 
 class _Quiet(logging.Filter):
@@ -184,9 +196,15 @@ def _load_backbone(folder: Path, prefix: str, config: PreTrainedConfig | None, *
     for name, only in _FIXED.items():
         if (value := kwargs.pop(name, None)) not in (None, only):
             raise ValueError(f"{name}: expected {only!r}, got {value!r}")
+    check_attention(kwargs.get("attn_implementation"))
     for name in HUB_OPTIONS:  # the files are here
         kwargs.pop(name, None)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if config is None else copy.deepcopy(config)
+    packed = kwargs.get("gguf_file")
+    if config is None:
+        where = {} if packed is None else {"gguf_file": packed}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
+    else:
+        config = copy.deepcopy(config)
     for name in [name for name in kwargs if hasattr(config, name) and name not in _LOADERS]:
         setattr(config, name, kwargs.pop(name))
     reports = logging.getLogger("transformers.modeling_utils")
@@ -208,7 +226,7 @@ def _load_backbone(folder: Path, prefix: str, config: PreTrainedConfig | None, *
             raise ValueError(
                 f"directory: expected a whole model in {folder}, got {len(keys)} {name} weights, e.g. {min(keys)!r}"
             )
-    return model
+    return model if packed is None else unpacked(model)
 
 
 def holds_thought(folder: Path) -> bool:

@@ -36,7 +36,7 @@ _BESIDE = (
 )  # what goes with the weights
 
 
-def local_folder(name: PathLike, variant: str | None = None, **hub: Any) -> Path:
+def local_folder(name: PathLike, variant: str | None = None, gguf_file: str | None = None, **hub: Any) -> Path:
     """The folder ``name``, or the files of the model ``name`` on the Hub, downloaded into its cache.
 
     A folder on this machine goes before a model of that name, as in transformers; a ``Path`` is always a folder. Of a
@@ -45,6 +45,7 @@ def local_folder(name: PathLike, variant: str | None = None, **hub: Any) -> Path
     Args:
         name: a folder, or ``"user/name"``.
         variant: of the weights' file names, ``model.VARIANT.safetensors``.
+        gguf_file: the file that holds the weights instead.
         hub: of :data:`HUB_OPTIONS`, as for ``huggingface_hub.snapshot_download``.
 
     Raises:
@@ -63,6 +64,7 @@ def local_folder(name: PathLike, variant: str | None = None, **hub: Any) -> Path
     except HFValidationError:
         raise OSError(f"directory: expected a folder with {CONFIG} or a model on the Hub, got {folder}") from None
     weights = [f"model.{variant}*.safetensors"] if variant else [WEIGHTS, "model-*.safetensors"]
+    weights = weights if gguf_file is None else [gguf_file]
     try:
         found = snapshot_download(name, allow_patterns=[*_BESIDE, *weights], ignore_patterns=["*/*"], **hub)
     except OSError as error:

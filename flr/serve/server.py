@@ -139,7 +139,8 @@ def bind(host: str, port: int) -> socket.socket:
 def load(settings: Settings) -> Recommender:
     """The model in ``settings.model``."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {} if settings.dtype is None else {"dtype": settings.dtype}
+    given = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Recommender.from_pretrained(settings.model, device, revision=settings.revision, **options)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flr.config import MAX_BEAMS, MAX_ENTRIES, MAX_K, check_normalisation, option
+from flr.config import ATTENTION, MAX_BEAMS, MAX_ENTRIES, MAX_K, check_normalisation, option
 
 TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE = "FLR_SERVE_TOKEN", "FLR_SERVE_ADMIN_TOKEN"
 _SHORTEST_TOKEN = 16
@@ -30,6 +30,9 @@ class Settings:
     port: int = option(8000, "Port; 0 for any free one (the first log line tells which).")
     device: str | None = option(None, "Where the model runs, e.g. cuda. Default: cuda where there is one.")
     dtype: str | None = option(None, "Backbone's dtype, e.g. bfloat16. Default: as saved.")
+    attn_implementation: str | None = option(
+        None, f"How the backbone computes its attention: {', '.join(ATTENTION)}. Default: what transformers chooses."
+    )
     threads: int = option(0, "CPU threads of the model; 0 leaves it to PyTorch.")
 
     max_batch_size: int = option(32, "Requests that are computed together.")
@@ -104,6 +107,9 @@ class Settings:
         check_normalisation("scoring", self.scoring, "auto")
         if self.dtype not in (None, *_DTYPES):
             raise ValueError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.attn_implementation not in (None, *ATTENTION):
+            wanted = f"one of {', '.join(ATTENTION)}"
+            raise ValueError(f"attn_implementation: expected {wanted}, got {self.attn_implementation!r}")
 
     @property
     def loopback(self) -> bool:

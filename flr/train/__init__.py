@@ -6,7 +6,7 @@ from flr.lazy import attach
 
 if TYPE_CHECKING:
     from .arguments import LatentGRPOConfig, SFTConfig
-    from .features import init_item_embeddings, item_features
+    from .features import init_item_embeddings, init_new_tokens, item_features
     from .grpo import LatentGRPOTrainer
     from .neighbours import item_neighbours, with_catalogue_rows
     from .rewards import RewardInputs, Rewards
@@ -17,7 +17,7 @@ else:  # flr sft --help reads the arguments alone
         __name__,
         {
             "arguments": ["LatentGRPOConfig", "SFTConfig"],
-            "features": ["init_item_embeddings", "item_features"],
+            "features": ["init_item_embeddings", "init_new_tokens", "item_features"],
             "grpo": ["LatentGRPOTrainer"],
             "neighbours": ["item_neighbours", "with_catalogue_rows"],
             "rewards": ["RewardInputs", "Rewards"],
@@ -34,6 +34,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "init_item_embeddings",
+    "init_new_tokens",
     "item_features",
     "item_neighbours",
     "last_complete_checkpoint",

@@ -97,6 +97,11 @@ class RecTrainingArguments(TrainingArguments):
         "Order of training rows: random; sequential; group_by_length: those of a batch are of similar length, which "
         "saves padding (the length of their prompts before --augment_* changes them).",
     )
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None,
+        "Compute in bfloat16 beside float32 weights (autocast). Default: where flr trains a model that it was given, "
+        "on a GPU that has bfloat16.",
+    )
     remove_unused_columns: bool = option(False, "Must stay false: rows are interactions.")
     logging_nan_inf_filter: bool = option(False, "Must stay false: a loss that is not finite ends the run.")
     eval_strategy: str = option("epoch", "When to rank the valid split: no, steps, epoch.")

@@ -1,6 +1,7 @@
-"""Item embeddings from what is known about the items, for models that are trained from scratch.
+"""Embeddings of items' tokens from what is known about the items: their titles.
 
-A table of random vectors knows nothing of an item that occurs once, or never, in training; its title does.
+A table of random vectors knows nothing of an item that occurs once, or never, in training; its title does. A model that
+is trained from scratch gets features of the titles' words, a pretrained one the embeddings that it has for them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ import torch
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
+from torch import Tensor
 
-from flr.data import Catalogue, RecProcessor
+from flr.data import CSR, Catalogue, RecProcessor
+from flr.data.codecs import END_TOKEN, title_tokens
+
+_CHUNK = 1 << 16  # tokens of titles whose embeddings are read at a time
 
 
 def title_tfidf(catalogue: Catalogue) -> sp.csr_matrix:
@@ -85,10 +90,7 @@ def init_item_embeddings(
     generator = torch.Generator().manual_seed(seed)
     rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     features = features @ rotation.to(table)
-    tokens = torch.from_numpy(codec.tokens.astype(np.int64)).to(table.device)
-    owner = torch.repeat_interleave(torch.arange(len(codec)), torch.from_numpy(np.diff(codec.offsets))).to(table.device)
-    total = torch.zeros_like(table).index_add_(0, tokens, features[owner])
-    count = torch.bincount(tokens, minlength=len(table)).to(table)
+    total, count = _over_items(features, processor, len(table))
     rows = (count > 0) & (total.abs().sum(1) > 0)
     mean = total[rows] / count[rows, None]
     if codec.name == "sid":  # what the codes share says nothing about any of them
@@ -97,3 +99,80 @@ def init_item_embeddings(
     mean = mean * (target / mean.square().mean().sqrt())
     for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
         weight[rows] = mean.to(weight)
+
+
+def _over_items(features: Tensor, processor: RecProcessor, rows: int) -> tuple[Tensor, Tensor]:
+    """Sums [rows, D] over the items that carry a token of the features [C, D] of an item, and their number [rows]."""
+    codec = processor.item_codec
+    tokens = torch.from_numpy(codec.tokens.astype(np.int64)).to(features.device)
+    owner = torch.repeat_interleave(torch.arange(len(codec)), torch.from_numpy(np.diff(codec.offsets)))
+    total = features.new_zeros(rows, features.shape[1]).index_add_(0, tokens, features[owner.to(features.device)])
+    return total, torch.bincount(tokens, minlength=rows).to(features)
+
+
+@torch.no_grad()
+def init_new_tokens(model: Any, processor: RecProcessor, known: int, how: str = "text") -> list[str]:
+    """Fill the rows of tokens that a pretrained model has not seen, in its input and its output table.
+
+    "text": a token stands for the items that carry it, and starts at the mean over them of the mean of their titles'
+    token embeddings. Means of many tokens lie close together; so what differs between them is scaled, row by row, to
+    the RMS distance of the known tokens from their mean. "mean", and tokens that stand for no text (the end of an
+    item, items without a title): the mean of the known tokens.
+
+    Args:
+        model: a causal LM with a row for every token of ``processor.tokenizer``; changed in place.
+        processor: its items' tokens were added to the tokenizer.
+        known: tokens of the tokenizer before; rows from there on are filled.
+        how: "text" or "mean".
+
+    Returns:
+        Lines for the user, where titles are missing.
+
+    Raises:
+        ValueError: ``how`` is neither.
+    """
+    if how not in ("text", "mean"):
+        raise ValueError(f"init_items: expected text or mean, got {how!r}")
+    new = torch.arange(known, len(processor.tokenizer))
+    titles = title_tokens(processor.catalogue.titles, processor.tokenizer) if how == "text" and len(new) else None
+    pair = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    found = torch.zeros(len(new), dtype=torch.bool)
+    for weight in {id(weight): weight for weight in pair}.values():
+        old = weight[:known].float()
+        centre = old.mean(0)
+        weight[new] = centre.to(weight)
+        if titles is None:
+            continue
+        spread = (old - centre).square().mean().sqrt()
+        rows, found = _from_titles(weight, processor, titles, new)
+        apart = rows - rows.mean(0)
+        size = apart.square().mean(1, keepdim=True).sqrt()
+        weight[new[found]] = (rows.mean(0) + apart * (spread / size).where(size > 1e-6 * spread, 0)).to(weight)
+    if titles is None or (left := _untitled(processor, known, new[~found])) == 0:
+        return []
+    wanted = f"{left:,} new tokens of items start from the mean of all tokens: their items have no title"
+    return [wanted]
+
+
+def _from_titles(weight: Tensor, processor: RecProcessor, titles: CSR, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [n, D] of those of the tokens ``new`` [N] that stand for titled items, and which these are, bool [N]."""
+    count = torch.from_numpy(np.diff(titles.offsets)).to(weight.device)
+    owner = torch.repeat_interleave(torch.arange(len(count), device=weight.device), count)
+    tokens = torch.from_numpy(titles.values.astype(np.int64)).to(weight.device)
+    means = weight.new_zeros(len(count), weight.shape[1], dtype=torch.float32)
+    for part in torch.arange(len(tokens)).split(_CHUNK):
+        means.index_add_(0, owner[part], weight[tokens[part]].float())
+    means /= count.clamp_min(1)[:, None]
+    titled = torch.cat([(count > 0).float()[:, None], means], 1)  # an item without a title adds nothing
+    total, _ = _over_items(titled, processor, len(weight))
+    total = total[new.to(weight.device)]
+    ends = processor.tokenizer.convert_tokens_to_ids(END_TOKEN)  # every item's
+    found = (total[:, 0] > 0).cpu() & (new != (-1 if ends is None else ends))
+    return total[found, 1:] / total[found, :1], found
+
+
+def _untitled(processor: RecProcessor, known: int, left: Tensor) -> int:
+    """How many of the new tokens ``left`` are carried by items."""
+    tokens = np.unique(processor.item_codec.tokens)
+    ends = processor.tokenizer.convert_tokens_to_ids(END_TOKEN)
+    return int(np.isin(left.numpy(), tokens[(tokens >= known) & (tokens != ends)]).sum())

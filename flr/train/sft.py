@@ -85,7 +85,7 @@ class SFTTrainer(RecTrainer):
                 continue
             if ".flr." in f".{name}":
                 key = (slow, args.reasoner_weight_decay)
-            elif id(parameter) in tables:
+            elif id(parameter) in tables or ".trainable_tokens_delta." in name:
                 key = (table_rate, table_decay)
             else:
                 key = (args.learning_rate, args.weight_decay if name in decayed else 0.0)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 import flr
 from flr.cli import main
+from flr.cli.backbone import ModelOptions
 from flr.cli.card import changed_settings
-from flr.cli.options import AugmentOptions, DataOptions, ModelOptions
+from flr.cli.options import AugmentOptions, DataOptions
 from flr.data import RecProcessor
 from flr.model.saved_config import MODEL_TYPE
 from flr.train import SFTConfig

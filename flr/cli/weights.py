@@ -1,0 +1,92 @@
+"""Options that say how weights are loaded and which of them are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flr.config import ATTENTION, DTYPES, option
+
+from .options import check_option
+
+if TYPE_CHECKING:
+    from flr.train.lora import LoraSettings
+
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class WeightOptions:
+    """How weights are held, and by what the attention is computed."""
+
+    dtype: str = option(
+        "auto",
+        f"What the backbone's weights are loaded in: {', '.join(DTYPES)}. Default: float32 for weights that are "
+        "trained, else as saved.",
+    )
+    attn_implementation: str | None = option(
+        None, f"How the backbone computes its attention: {', '.join(ATTENTION)}. Default: what transformers chooses."
+    )
+
+    def __post_init__(self) -> None:
+        check_option(self, f"one of {', '.join(DTYPES)}", self.dtype in DTYPES, "dtype")
+        known = self.attn_implementation in (None, *ATTENTION)
+        check_option(self, f"one of {', '.join(ATTENTION)}", known, "attn_implementation")
+
+    def attention(self) -> dict[str, Any]:
+        """The loader's argument that names the attention, if one is asked for."""
+        return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+
+    def as_saved(self) -> dict[str, Any]:
+        """The loader's arguments for a model that is not trained."""
+        return {**({} if self.dtype == "auto" else {"dtype": self.dtype}), **self.attention()}
+
+    def to_train(self, trained: bool, use_cpu: bool) -> dict[str, Any]:
+        """The loader's arguments for a model whose backbone is trained, or frozen; see ``flr.train.precision``."""
+        from flr.train.precision import dtype_to_load
+
+        return {"dtype": dtype_to_load(self.dtype, trained, use_cpu), **self.attention()}
+
+
+@dataclass
+class LoraOptions:
+    """Adapters instead of weights."""
+
+    lora_rank: int = option(0, "Train low-rank adapters (LoRA) of this rank instead of the backbone; 0 for none.")
+    lora_alpha: float | None = option(None, "LoRA: the product is scaled by alpha / rank. Default: twice the rank.")
+    lora_dropout: float = option(0.0, "LoRA: dropout on the adapters' input.")
+    lora_targets: str = option(
+        _ALL_LINEAR, "LoRA: names of layers with a comma between, e.g. q_proj,v_proj; all-linear leaves out the head."
+    )
+    load_in_4bit: bool = option(False, "LoRA: hold the backbone in four bits (QLoRA, by bitsandbytes).")
+
+    def __post_init__(self) -> None:
+        check_option(self, "an integer >= 0", self.lora_rank >= 0, "lora_rank")
+        check_option(self, "a positive number", self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha")
+        check_option(self, "a number in [0, 1)", 0 <= self.lora_dropout < 1, "lora_dropout")
+        check_option(self, "names of layers", all(self._names()), "lora_targets")
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                default = LoraOptions.__dataclass_fields__[name].default
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(f"{name}: expected a lora_rank beside it, got {value!r} alone")
+
+    def _names(self) -> list[str]:
+        return [name.strip() for name in self.lora_targets.split(",")]
+
+    def lora(self) -> LoraSettings | None:
+        """What to add; None for nothing."""
+        if not self.lora_rank:
+            return None
+        from flr.train.lora import LoraSettings
+
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraSettings(self.lora_rank, alpha, self.lora_dropout, tuple(self._names()))
+
+    def quantised(self, use_cpu: bool) -> dict[str, Any]:
+        """The loader's argument for four bits, if they are asked for."""
+        if not self.load_in_4bit:
+            return {}
+        from flr.train.lora import quantisation
+
+        return {"quantization_config": quantisation(use_cpu)}
