@@ -13,6 +13,7 @@ from .sources import SourceFile
 from .text_log import Columns, ItemColumns, RawLog, Request, described, text_events, text_titles, titles_of
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
+_TIMES = ("timestamp", "time", "date", "datetime")
 
 
 def read_recbole(path: Path, request: Request) -> RawLog:
@@ -20,8 +21,9 @@ def read_recbole(path: Path, request: Request) -> RawLog:
 
     The header names fields as ``user_id:token``. Fields that ``request`` does not name are found: user_id, or the one
     token field with "user" in its name; item_id, or the one other token field, or the one whose name ends in _id;
-    timestamp, or the one float field with "time" or "date" in its name; title or name, or the one field whose name ends
-    so. Where no one field is meant, the error says between which to choose. Times are kept in the file's unit.
+    timestamp, or the one float field called time, date or datetime or ending in timestamp; title or name, or the one
+    field whose name ends so. Where no one field is meant, the error says between which to choose. Times are kept in the
+    file's unit.
     """
     file = _inter_file(path)
     report = request.report
@@ -111,8 +113,8 @@ def _items(fields: dict[str, str], user: str) -> list[str]:
 
 def _times(fields: dict[str, str]) -> list[str]:
     floats = [name for name, kind in fields.items() if kind == "float"]
-    found = [name for name in floats if "time" in name.lower() or "date" in name.lower()]
-    return ["timestamp"] if "timestamp" in floats else found
+    found = [name for name in floats if name.lower() in _TIMES or name.lower().endswith("timestamp")]
+    return ["timestamp"] if "timestamp" in floats else found  # not "times", which counts
 
 
 def _about(items: SourceFile, item: str, request: Request) -> ItemColumns | None:

@@ -71,7 +71,9 @@ def test_fields_of_other_data_sets(tmp_path):
     assert "ml.inter: fields taken for item artist_id" in dataset.report.notes
 
     rows = ["\t".join([*row.split("\t")[:2], "1.5", "3", "yes", row.split("\t")[3]]) for row in ROWS]
-    header = "user_id:token\tproduct_id:token\tplay_hours:float\tpage:token\tearly_access:token\ttimestamp:float"
+    header = "user_id:token\tproduct_id:token\ttimes:float\tproducts:token\tearly_access:token\ttimestamp:float"
+    with pytest.raises(ValueError, match="split: expected 'leave_one_out' for a log without times"):
+        load_dataset(recbole(tmp_path / "counted", rows, header.replace("timestamp", "page")))
     games = [
         "app_name:token_seq\ttitle:token_seq\tid:token\ttags:token_seq",
         *(f"x\tGame {n}\ti{n}\tfun" for n in range(5)),
