@@ -22,7 +22,7 @@ class DataOptions:
     """What to learn from."""
 
     data: str = option("planted", "Folder or file of interactions, or 'planted' for generated data.")
-    data_format: str = option("auto", "auto, prepared, csv, recbole or parquet.")
+    data_format: str = option("auto", "auto, prepared, or a kind of flr prepare: csv, recbole, parquet, movielens, …")
     codec: str = option("id", "How an item is written: title, sid or id.")
     template: str | None = option(None, "Prompt text with the placeholder {history}. Default: by codec.")
     max_history: int = option(10, "Latest items of a history that enter the prompt.")

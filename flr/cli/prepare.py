@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
 from .parsing import console, emit, parse
 
-ABOUT = "Turn raw logs into a prepared folder: flr prepare amazon | recbole | parquet | csv --source … --output …"
-KINDS = ("amazon", "recbole", "parquet", "csv")
+if TYPE_CHECKING:
+    from flr.data.sources import Progress
+
+ABOUT = "Turn logs into a prepared folder: flr prepare KIND --source … --output …; docs/data.md describes every kind."
+KINDS = ("movielens", "amazon", "steam", "yelp", "goodreads", "recbole", "parquet", "csv", "sequences")
+_CORE = 5  # k of the k-core filter where nobody says
 
 
 @dataclass
 class PrepareOptions:
     """What to read and how to split it."""
 
-    source: str | None = option(None, "amazon: reviews .json(l)(.gz); else a file or folder.")
-    metadata: str | None = option(None, "amazon: metadata file with the titles.")
+    source: str | None = option(None, "File, folder or, for public data sets, zip archive.")
+    metadata: str | None = option(None, "File that describes the items: titles, or for sequences their codes.")
     output: str = option("data/prepared", "Folder to write.")
-    split: str = option(
-        "time", "time (8:1:1) or leave_one_out, which leaks: it trains on events later than other users' test events."
+    user: str | None = option(None, "Column of users; sequences: none, where a line holds items alone.")
+    item: str | None = option(None, "Column of items.")
+    time: str | None = option(None, "Column of times.")
+    title: str | None = option(None, "Column of titles.")
+    split: str | None = option(
+        None,
+        "time (8:1:1) or leave_one_out, which leaks: it trains on events later than other users' test events. "
+        "Default: time; sequences have no times: leave_one_out.",
     )
-    max_history: int = option(10, "Items of a history.")
-    min_interactions: int = option(5, "k of the k-core filter over users and items.")
-    since: str | None = option(None, "amazon: keep reviews from this ISO date on.")
-    until: str | None = option(None, "amazon: keep reviews before this ISO date.")
-    max_bad_share: float = option(0.01, "Share of malformed rows above which to refuse.")
+    max_history: int | None = option(None, "Items of a history. Default: 10.")
+    min_interactions: int | None = option(
+        None, f"k of the k-core filter over users and items, 0 for none. Default: {_CORE}; sequences: 0."
+    )
+    since: str | None = option(None, "Keep events from this ISO date, or number of seconds since 1970, on.")
+    until: str | None = option(None, "Keep events before this ISO date, or number of seconds since 1970.")
+    max_bad_share: float | None = option(None, "Share of malformed rows above which to refuse. Default: 0.01.")
 
 
 def main(argv: list[str]) -> int:
@@ -37,19 +52,41 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"kind: expected flr prepare {' | '.join(KINDS)}, got {kind!r}")
     if options.source is None:
         raise ValueError("source: expected a file or folder, got none")
-    from flr.data import load_dataset, prepare_amazon
+    from flr.data import load_dataset
+    from flr.data.readers import options_of
 
-    splitting = () if kind == "csv" else ("split", "max_history", "min_interactions")
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("max_bad_share", *splitting)}
-    with console.status(f"reading {options.source}"):
-        if kind == "amazon":
-            given |= {"since": options.since, "until": options.until}
-            dataset = prepare_amazon(options.source, options.metadata, **given)
-        else:
-            dataset = load_dataset(options.source, kind, **given)
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in ("source", "output") and getattr(options, field.name) is not None
+    }
+    takes = options_of(options.source, kind)
+    if "since" in takes:  # events as they happened; sequences and split rows were chosen by whoever wrote them
+        given.setdefault("min_interactions", _CORE)
+    with _progress() as progress:
+        if "progress" in takes:
+            given["progress"] = progress
+        dataset = load_dataset(options.source, kind, **given)
     dataset.save(options.output)
-    console.print(dataset.report)
-    console.print(f"{dataset!r} written to {options.output}")
+    console.print(str(dataset.report), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{dataset!r} written to {options.output}", markup=False, highlight=False, soft_wrap=True)
     sizes = {name: len(getattr(dataset, name)) for name in ("catalogue", "train", "valid", "test")}
     emit({"output": options.output, **sizes}, rest.json)
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each file that is read."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"reading {name}", total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield advance

@@ -1,6 +1,6 @@
 """Data for sequential recommendation: catalogues, interaction logs, item codecs, prompts and training batches.
 
-    dataset = load_dataset("folder")                        # prepared, published CSV form, RecBole atomic, Parquet
+    dataset = load_dataset("folder")                        # docs/data.md has every form
     tokenizer = build_tokenizer(dataset.catalogue, "id")    # or any fast Hugging Face tokenizer
     processor = RecProcessor(tokenizer, dataset.catalogue, codec="id")
     batch = SFTCollator(processor)([dataset.train[0], dataset.train[1]])
@@ -9,16 +9,16 @@ An item is an index 0..C-1 into the :class:`Catalogue`; ids are strings. Errors 
 what was expected and what was given.
 """
 
-from .amazon import prepare_amazon
 from .augment import CATALOGUE_USER, Augment, Neighbours
 from .catalogue import Catalogue
 from .codecs import ItemCodec, build_codec
+from .codes import read_codes
 from .collator import InteractionDataset, SFTCollator, expand_prefixes
 from .interactions import CSR, Interaction, Interactions, RecDataset
 from .planted import planted_dataset
 from .processor import RecProcessor
 from .prompt import HistoryViews, PromptTemplate
-from .readers import load_dataset
+from .readers import FORMATS, load_dataset
 from .report import BadRow, ReadReport
 from .sampler import EpochSampler, LengthGroupedSampler
 from .tokenizers import build_tokenizer
@@ -26,6 +26,7 @@ from .tokenizers import build_tokenizer
 __all__ = [
     "CATALOGUE_USER",
     "CSR",
+    "FORMATS",
     "Augment",
     "BadRow",
     "Catalogue",
@@ -47,5 +48,5 @@ __all__ = [
     "expand_prefixes",
     "load_dataset",
     "planted_dataset",
-    "prepare_amazon",
+    "read_codes",
 ]

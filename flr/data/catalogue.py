@@ -94,7 +94,8 @@ class Catalogue:
             item: column of ids, text or integers; None for "item_id" or "item".
             title: column of text; None for "title", and without one an item's id is its title, as it is for a null.
             sid: column of semantic IDs, lists of codes or text (one code); None for "sid", if there is one.
-            attributes: columns of numbers, bools or text without nulls to keep as attributes.
+            attributes: columns of numbers, bools, text or moments without nulls to keep as attributes (moments as
+                seconds since 1970).
 
         Raises:
             ValueError: a column that is missing or of another type, an id that is null, empty or repeated.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,39 +12,50 @@ from .frames import codes, find_column, has_column, id_column, missing_rows, tim
 from .report import ReadReport
 
 
-@dataclass
 class LogBuilder:
-    """Collects events one by one; users and items are numbered in order of appearance."""
+    """Collects events block by block; users and items are numbered in order of appearance."""
 
-    users: dict[str, int] = field(default_factory=dict)
-    items: dict[str, int] = field(default_factory=dict)
-    user_codes: array[int] = field(default_factory=lambda: array("q"))
-    item_codes: array[int] = field(default_factory=lambda: array("q"))
-    times: array[float] = field(default_factory=lambda: array("d"))  # exact for integers up to 2^53
+    def __init__(self) -> None:
+        self._names: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._codes: tuple[array[int], array[int]] = (array("q"), array("q"))
+        self._times: list[np.ndarray] = []
 
-    def add(self, user: str, item: str, time: float) -> None:
-        """One event."""
-        self.user_codes.append(self.users.setdefault(user, len(self.users)))
-        self.item_codes.append(self.items.setdefault(item, len(self.items)))
-        self.times.append(time)
+    def __len__(self) -> int:
+        return len(self._codes[0])
 
-    def build(self, timed: bool = True, per_second: int = 1) -> InteractionLog:
-        """The events so far; ``timed`` False where the source has no times, ``per_second`` their units in a second."""
-        return InteractionLog(
-            list(self.users),
-            list(self.items),
-            np.array(self.user_codes, np.int64),
-            np.array(self.item_codes, np.int64),
-            np.array(self.times, np.float64) if timed else None,
-            per_second,
-        )
+    def add(self, users: pa.Array, items: pa.Array, times: np.ndarray | None) -> None:
+        """Some events: text [n], text [n], int64 or float64 [n] (None everywhere, where there are no times)."""
+        for names, kept, values in zip(self._names, self._codes, (users, items), strict=True):
+            encoded = values.dictionary_encode()
+            known = [names.setdefault(text, len(names)) for text in encoded.dictionary.to_pylist()]
+            numbers = np.array(known, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+            kept.frombytes(numbers.astype(np.int64).tobytes())
+        if times is not None:
+            self._times.append(times)
+
+    def build(self, per_second: int | None = None) -> InteractionLog:
+        """The events so far; ``per_second`` units of their times are a second, None where that is not known.
+
+        Raises:
+            ValueError: whole numbers that a float does not hold beside fractions.
+        """
+        times = np.concatenate(self._times) if self._times else None
+        if times is not None and times.dtype.kind == "f":
+            whole = [int(np.abs(part).max(initial=0)) for part in self._times if part.dtype.kind == "i"]
+            if max(whole, default=0) >= 2**53:
+                raise ValueError(
+                    f"time: expected whole numbers alone, or all below 2^53, got {max(whole)} and fractions"
+                )
+        users, items = (np.frombuffer(kept, np.int64) for kept in self._codes)
+        user_names, item_ids = map(list, self._names)
+        return InteractionLog(user_names, item_ids, users, items, times, per_second)
 
 
 @dataclass
 class InteractionLog:
     """n events: user and item numbers int64 [n], times int64 or float64 [n] or None (rows are then in their order).
 
-    ``per_second`` of a time's units are a second; it is 1 where the unit is not known.
+    ``per_second`` of a time's units are a second; None where the unit is not known.
     """
 
     user_names: list[str]
@@ -52,7 +63,7 @@ class InteractionLog:
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray | None
-    per_second: int = 1
+    per_second: int | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -68,8 +79,8 @@ class InteractionLog:
         return order[np.argsort(self.users[order], kind="stable")]
 
     def seconds(self, order: np.ndarray) -> np.ndarray | None:
-        """Times of the events ``order``, whole ones of the unit of ``Interactions.timestamps``, int64."""
-        return None if self.times is None else np.floor(self.times[order] // self.per_second).astype(np.int64)
+        """Times of the events ``order``, int64: whole seconds, or whole units where these are not known."""
+        return None if self.times is None else np.floor(self.times[order] // (self.per_second or 1)).astype(np.int64)
 
 
 def read_events(
@@ -104,7 +115,7 @@ def read_events(
         column = find_column(names, role, asked, name)
         columns.append((column, id_column(table, column, name)))
     (_, users), (_, items) = columns
-    times, per_second = None, 1
+    times, per_second = None, None
     if has_column(names, "time", time):
         column = find_column(names, "time", time, name)
         times, per_second = time_column(table, column, name)

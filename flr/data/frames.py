@@ -142,6 +142,8 @@ def id_column(table: pa.Table, column: str, name: str) -> pa.Array:
     """A column of text or integers as text; nulls stay nulls."""
     values = _flat(table[column])
     kind = values.type
+    if pa.types.is_decimal(kind) and kind.scale == 0:  # integers of a database
+        values, kind = values.cast(pa.string()), pa.string()
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         hint = ""
         if pa.types.is_floating(kind):
@@ -150,8 +152,8 @@ def id_column(table: pa.Table, column: str, name: str) -> pa.Array:
     return values.cast(pa.large_string())
 
 
-def time_column(table: pa.Table, column: str, name: str) -> tuple[pa.Array, int]:
-    """Times as int64 or float64, and how many of their unit are a second (1 where the unit is not known).
+def time_column(table: pa.Table, column: str, name: str) -> tuple[pa.Array, int | None]:
+    """Times as int64 or float64, and how many of their unit are a second (None where the unit is not known).
 
     Timestamps with a zone are moments; those without, and dates, are taken as UTC.
     """
@@ -162,10 +164,10 @@ def time_column(table: pa.Table, column: str, name: str) -> tuple[pa.Array, int]
     if pa.types.is_timestamp(kind):
         return values.cast(pa.int64()), _PER_SECOND[kind.unit]
     if pa.types.is_floating(kind):
-        return values.cast(pa.float64()), 1
+        return values.cast(pa.float64()), None
     if pa.types.is_integer(kind) or pa.types.is_null(kind):
         try:
-            return values.cast(pa.int64()), 1
+            return values.cast(pa.int64()), None
         except pa.ArrowInvalid as error:
             raise ValueError(f"{name}: column {column!r}: expected times that fit int64, got {error}") from error
     raise ValueError(f"{name}: column {column!r}: expected numbers, dates or timestamps, got {kind}")
@@ -189,10 +191,13 @@ def codes(values: pa.Array, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def plain_array(values: pa.ChunkedArray | pa.Array) -> np.ndarray | None:
-    """A column of numbers, bools or text without nulls as an array; None for any other."""
+    """A column of numbers, bools, text or moments (as seconds since 1970) without nulls; None for any other."""
     flat = _flat(values)
     if flat.null_count or pa.types.is_null(flat.type):
         return None
+    if pa.types.is_date(flat.type) or pa.types.is_timestamp(flat.type):
+        ticks, per_second = time_column(pa.table({"time": flat}), "time", "time")
+        return np.asarray(ticks.to_numpy(zero_copy_only=False) // (per_second or 1))
     if is_text(flat.type):
         return np.array(flat.to_pylist(), str)
     if any(test(flat.type) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)):
@@ -203,6 +208,21 @@ def plain_array(values: pa.ChunkedArray | pa.Array) -> np.ndarray | None:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a type of Arrow is text, in any of its layouts (string views are new in pyarrow 16)."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """The same table with string views as large strings, in lists too: pyarrow's functions lack them.
+
+    >>> without_views(pa.table({"x": pa.array(["a"]).cast(pa.string_view())})).schema.field("x").type
+    DataType(large_string)
+    """
+    for place, field in enumerate(table.schema):
+        kind = field.type
+        values = getattr(kind, "value_type", kind)
+        if str(values) == "string_view":
+            wanted = pa.large_string() if values is kind else pa.large_list(pa.large_string())
+            table = table.set_column(place, field.name, table.column(place).cast(wanted))
+    return table
 
 
 def to_frame(table: pa.Table, kind: str | None = None, *, like: Any = None) -> Any:

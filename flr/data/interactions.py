@@ -258,10 +258,10 @@ class Interactions:
                 "target": pa.types.is_integer,
             },
         )
-        for name in table.column_names:
-            if table[name].null_count:
-                raise ValueError(f"{path}: column {name!r}: expected no nulls, got {table[name].null_count}")
         with naming(path, "the rows that were saved"):
+            for name in table.column_names:
+                if table[name].null_count:
+                    raise ValueError(f"{path}: column {name!r}: expected no nulls, got {table[name].null_count}")
             history = table["history"].combine_chunks()
             if isinstance(history, pa.ChunkedArray):  # an empty table keeps its (absent) chunks
                 history = pa.concat_arrays(history.chunks) if history.num_chunks else pa.array([], history.type)

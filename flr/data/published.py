@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import ast
 import csv
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flr.files import NOT_UTF8, PathLike, bounded_lines, read_json, shown
 
 from .catalogue import Catalogue
+from .codes import split_codes
+from .delimited import csv_rows
 from .interactions import PARTS, Interactions, RecDataset
 from .report import ReadReport
 
 _NEEDED = ("user_id", "history_item_id", "item_id")
 _MAX_CELL = 1 << 17  # characters of a list cell; csv's own limit is the same
 _MAX_LINE = 1 << 20  # characters of a line of items.txt
-_CODE = re.compile(r"<[^<>]+>")
 
 
 def is_published(folder: Path) -> bool:
@@ -93,7 +92,7 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
         listed = index.get(item_id)
         if listed is not None and not (isinstance(listed, list) and all(isinstance(code, str) for code in listed)):
             raise ValueError(f"{index_file}: expected a list of codes for id {shown(item_id)}, got {shown(listed)}")
-        parsed = _split_sid(sid) if sid else ()
+        parsed = split_codes(sid) if sid else ()
         chosen = tuple(listed) if listed else parsed
         if not chosen:
             raise ValueError(f"{folder}: expected a semantic ID for every item, got none for id {shown(item_id)}")
@@ -108,11 +107,6 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
     return Catalogue(ids, titles, codes)
 
 
-def _split_sid(text: str) -> tuple[str, ...]:
-    codes = tuple(_CODE.findall(text))
-    return codes if "".join(codes) == text else (text,)
-
-
 def _read_rows(file: Path, catalogue: Catalogue, report: ReadReport) -> Interactions:
     index = {item_id: position for position, item_id in enumerate(catalogue.item_ids)}
     users: list[str] = []
@@ -121,7 +115,7 @@ def _read_rows(file: Path, catalogue: Catalogue, report: ReadReport) -> Interact
     timestamps: list[int] = []
     other_titles = 0
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as text:
-        rows = _rows(csv.reader(text, strict=True))  # lenient, an open quote joins two rows to one that looks good
+        rows = csv_rows(csv.reader(text, strict=True))  # lenient, an open quote joins two rows to one that looks good
         header = next(rows, (1, [], None, 1))[1]
         missing = [name for name in _NEEDED if name not in header]
         if missing:
@@ -159,21 +153,6 @@ class _BadCell(Exception):
     def __init__(self, reason: str, lines: int = 1) -> None:
         super().__init__(reason)
         self.lines = lines
-
-
-def _rows(reader: Any) -> Iterator[tuple[int, list[str], str | None, int]]:
-    """(first line, cells, error, lines taken) of every row that is not blank; csv's own errors do not end the file."""
-    before = 0
-    while True:
-        try:
-            cells, error = next(reader), None
-        except StopIteration:
-            return
-        except csv.Error as problem:
-            cells, error = [], str(problem)
-        line, lines, before = before + 1, max(reader.line_num - before, 1), reader.line_num
-        if cells or error:
-            yield line, cells, error, lines
 
 
 def _literal_list(cell: str) -> list[Any]:

@@ -2,67 +2,58 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from flr.files import NOT_UTF8, PathLike, bounded_lines, check_regular, shown
+from flr.files import check_regular, shown
 
-from .events import LogBuilder
-from .interactions import RecDataset
-from .report import ReadReport
-from .splits import split_log, titled_catalogue
+from .delimited import Dialect, first_line
+from .sources import SourceFile
+from .text_log import Columns, ItemColumns, RawLog, Request, described, text_events, text_titles, titles_of
 
 _TYPES = ("token", "token_seq", "float", "float_seq")
-_MAX_LINE = 1 << 20  # characters
-_TITLES = ("title", "name")
+_TIMES = ("timestamp", "time", "date", "datetime")
 
 
-def read_recbole(
-    path: PathLike,
-    *,
-    split: str = "time",
-    max_history: int = 10,
-    min_interactions: int = 1,
-    user_field: str = "user_id",
-    item_field: str = "item_id",
-    time_field: str = "timestamp",
-    title_field: str | None = None,
-    max_bad_share: float = 0.01,
-    name: str | None = None,
-) -> RecDataset:
-    """Read RecBole atomic files: ``path`` is an .inter file or a folder with exactly one.
+def read_recbole(path: Path, request: Request) -> RawLog:
+    """Events and titles of atomic files: ``path`` is an .inter file or a folder with exactly one.
 
-    The header names fields as ``user_id:token``. The item file's title is ``title_field``, or the one field whose name
-    ends in "title" or "name". Timestamps are kept in the file's unit. ``split="leave_one_out"`` **leaks the future**
-    (see :func:`flr.data.splits.split_log`). Malformed rows are counted and refused past ``max_bad_share``.
+    The header names fields as ``user_id:token``. Fields that ``request`` does not name are found: user_id, or the one
+    token field with "user" in its name; item_id, or the one other token field, or the one whose name ends in _id;
+    timestamp, or the one float field called time, date or datetime or ending in timestamp; title or name, or the one
+    field whose name ends so. Where no one field is meant, the error says between which to choose. Times are kept in the
+    file's unit.
     """
-    file = _inter_file(Path(path))
-    report = ReadReport(source=str(file))
-    log = LogBuilder()
-    fields, rows = _open(file, report)
-    for needed in (user_field, item_field):
-        if needed not in fields:
-            raise ValueError(f"{file}: expected a field {needed!r}, got {shown(list(fields))}")
-    timed = time_field in fields
-    user_at, item_at, time_at = fields[user_field], fields[item_field], fields.get(time_field, 0)
-    for line, cells in rows:
-        time = _number(cells[time_at]) if timed else 0.0
-        ids = cells[user_at], cells[item_at]
-        if not all(ids) or NOT_UTF8 in "".join(ids):
-            got = f"{ids[0][:80]!r}, {ids[1][:80]!r}"
-            report.add_bad(file.name, line, f"expected {user_field} and {item_field} in UTF-8, got {got}")
-        elif time is None:
-            report.add_bad(file.name, line, f"{time_field}: expected a finite number, got {cells[time_at][:80]!r}")
-        else:
-            log.add(cells[user_at], cells[item_at], time)
-    report.check(max_bad_share)
-    items = file.with_suffix(".item")
-    titles = _titles(items, item_field, title_field, max_bad_share, report) if items.is_file() else {}
-
-    describe = partial(titled_catalogue, titles=titles, report=report)
-    return split_log(log.build(timed), split, max_history, min_interactions, name or file.stem, report, describe)
+    file = _inter_file(path)
+    report = request.report
+    report.source = str(file)
+    source = SourceFile(file, None, request.progress)
+    fields = _fields(source)
+    user = _field(fields, "user", request.user, _users(fields), file)
+    item = _field(fields, "item", request.item, _items(fields, user), file)
+    times = _times(fields)
+    time = _field(fields, "time", request.time, times, file) if request.time or times else None
+    unusual = [f"{role} {name}" for role, name, usual in
+               (("user", user, "user_id"), ("item", item, "item_id"), ("time", time, "timestamp"))
+               if name not in (usual, None)]  # fmt: skip
+    if unusual:
+        report.notes.append(f"{file.name}: fields taken for {', '.join(unusual)}")
+    dialect = Dialect("\t", tuple(fields), quoted=False)
+    events = text_events(source, dialect, Columns(user, item, time), report)
+    report.check(request.max_bad_share)
+    if request.metadata is not None:
+        metadata = SourceFile(Path(request.metadata), None, request.progress)
+        own = partial(titles_of, metadata, request, usual=ItemColumns(item, ("title",)))
+        return RawLog(events, file.stem, described(request, own))
+    items = SourceFile(file.with_suffix(".item"))
+    if not items.path.is_file():
+        if request.title is not None:
+            raise ValueError(f"title: expected {items.name} beside {file.name}, or metadata, got none")
+        return RawLog(events, file.stem, described(request))
+    about = _about(items, item, request)
+    titles = about and partial(text_titles, items, Dialect("\t", tuple(_fields(items)), quoted=False), about, request)
+    return RawLog(events, file.stem, described(request, titles or None))
 
 
 def inter_files(folder: Path) -> list[Path]:
@@ -80,72 +71,65 @@ def _inter_file(path: Path) -> Path:
     return files[0]
 
 
-def _open(file: Path, report: ReadReport) -> tuple[dict[str, int], Iterator[tuple[int, list[str]]]]:
-    """Columns by field name, and the rows with one cell a field; ``report`` counts all rows and notes the others."""
-    check_regular(file, "a text file")
-    lines = _lines(file)
-    _, header = next(lines, (1, None))
-    if header is None:
-        raise ValueError(f"{file}: expected a header, got an empty file")
-    fields: dict[str, int] = {}
-    for column, cell in enumerate(header.lstrip("\ufeff").split("\t")):
+def _fields(file: SourceFile) -> dict[str, str]:
+    """Type by name of the fields, in their order."""
+    check_regular(file.path, "a text file")
+    fields: dict[str, str] = {}
+    for cell in first_line(file).split("\t"):
         field, colon, kind = cell.rpartition(":")
         if not colon or kind not in _TYPES or field in fields:
             wanted = f"a header of different NAME:TYPE cells (types {_TYPES})"
             raise ValueError(f"{file}: expected {wanted}, got {cell[:80]!r}")
-        fields[field] = column
-
-    def rows() -> Iterator[tuple[int, list[str]]]:
-        for number, line in lines:
-            report.rows_read += 1
-            cells = [] if line is None else line.split("\t")
-            if len(cells) == len(fields):
-                yield number, cells
-            else:
-                got = f"more than {_MAX_LINE} characters" if line is None else f"{len(cells)} cells"
-                report.add_bad(file.name, number, f"expected {len(fields)} cells, got {got}")
-
-    return fields, rows()
+        fields[field] = kind
+    return fields
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str | None]]:
-    """(number, text) of every line that is not empty, without its end; None for one past the size bound."""
-    with open(file, encoding="utf-8", errors="replace", newline="\n") as stream:
-        for number, line in bounded_lines(stream, _MAX_LINE):
-            text = None if line is None else line.rstrip("\r\n")
-            if text != "":
-                yield number, text
+def _field(fields: dict[str, str], role: str, asked: str | None, found: Sequence[str], file: Path) -> str:
+    if asked is not None and asked not in fields:
+        raise ValueError(f"{role}: expected a field of {file}, {shown(list(fields))}, got {asked!r}")
+    if asked is None and len(found) != 1:
+        got = shown(list(found or fields))
+        raise ValueError(f"{file}: expected one field for {role}, got {got}; choose with {role}=")
+    return found[0] if asked is None else asked
 
 
-def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and abs(value) < 2**53 else None
+def _tokens(fields: dict[str, str]) -> list[str]:
+    return [name for name, kind in fields.items() if kind == "token"]
 
 
-def _titles(
-    file: Path, item_field: str, title_field: str | None, max_bad_share: float, report: ReadReport
-) -> dict[str, str]:
-    own = ReadReport(source=str(file))
-    fields, rows = _open(file, own)
-    if item_field not in fields:
-        raise ValueError(f"{file}: expected a field {item_field!r}, got {shown(list(fields))}")
-    if title_field is None:
-        candidates = [field for field in fields if field != item_field and field.lower().endswith(_TITLES)]
-        if len(candidates) != 1:
-            lacking = f"no single field for titles among {shown(list(fields))}"
-            report.notes.append(f"{file.name}: {lacking}; name it with title_field")
-            return {}
-        title_field = candidates[0]
-    if title_field not in fields:
-        raise ValueError(f"title_field: expected one of {shown(list(fields))}, got {title_field!r}")
-    titles: dict[str, str] = {}
-    for _, cells in rows:
-        titles.setdefault(cells[fields[item_field]], cells[fields[title_field]].strip())
-    own.check(max_bad_share)
-    if replaced := sum(NOT_UTF8 in title for title in titles.values()):
-        report.notes.append(f"{file.name}: {replaced} titles are not UTF-8; {NOT_UTF8} stands for what is not")
-    report.notes.extend(f"malformed item: {bad.file}:{bad.line}: {bad.reason}" for bad in own.examples)
-    return titles
+def _users(fields: dict[str, str]) -> list[str]:
+    tokens = _tokens(fields)
+    named = [name for name in tokens if "user" in name.lower()]
+    return ["user_id"] if "user_id" in tokens else named or (tokens[:1] if len(tokens) == 2 else [])
+
+
+def _items(fields: dict[str, str], user: str) -> list[str]:
+    tokens = [name for name in _tokens(fields) if name != user]
+    if "item_id" in tokens:
+        return ["item_id"]
+    ids = [name for name in tokens if name.lower().endswith("_id") or name.lower() == "id"]
+    return tokens if len(tokens) == 1 else ids or tokens
+
+
+def _times(fields: dict[str, str]) -> list[str]:
+    floats = [name for name, kind in fields.items() if kind == "float"]
+    found = [name for name in floats if name.lower() in _TIMES or name.lower().endswith("timestamp")]
+    return ["timestamp"] if "timestamp" in floats else found  # not "times", which counts
+
+
+def _about(items: SourceFile, item: str, request: Request) -> ItemColumns | None:
+    """Where an .item file has ids and titles; None, and a note, where no one field is meant for titles."""
+    fields = _fields(items)
+    asked = request.item if request.item in fields else item if item in fields else None
+    key = _field(fields, "item", asked, _items(fields, ""), items.path)
+    if request.title is not None:
+        return ItemColumns(key, (_field(fields, "title", request.title, (), items.path),))
+    texts = [name for name, kind in fields.items() if name != key and kind in ("token", "token_seq")]
+    for ending in ("title", "name"):
+        exact = [name for name in texts if name.lower() == ending]
+        found = exact or [name for name in texts if name.lower().endswith(ending)]
+        if len(found) == 1:
+            return ItemColumns(key, (found[0],))
+    lacking = f"no single field for titles among {shown(list(fields))}"
+    request.report.notes.append(f"{items.name}: {lacking}; name it with title")
+    return None

@@ -14,7 +14,7 @@ from .report import ReadReport
 SPLITS = ("time", "leave_one_out")
 LEAK_NOTE = (
     "leave_one_out leaks: a user's last item is tested wherever it lies in time, so training data contains events "
-    "later than other users' test events; use split='time' for figures that could be had in use"
+    "later than other users' test events; "
 )
 
 
@@ -55,18 +55,16 @@ def split_log(
         log: the events.
         split: "time" or "leave_one_out".
         max_history: items of a history, at least 1.
-        min_interactions: k of the k-core filter, applied before anything else; 1 for none.
+        min_interactions: k of the k-core filter, applied before anything else; 0 or 1 for none.
         name, report: of the data set; ``report`` gets counts and notes.
         describe: gives the catalogue of a list of item ids (those that are left, in order of first appearance in the
             source).
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    for option, value in (("max_history", max_history), ("min_interactions", min_interactions)):
-        if value < 1:
-            raise ValueError(f"{option}: expected at least 1, got {value}")
+    check_splitting(split, max_history, min_interactions)
     if split == "time" and log.times is None:
         raise ValueError(f"split: expected 'leave_one_out' for a log without times, got 'time' ({report.source})")
+    if len(log) == 0:
+        raise ValueError(f"{report.source}: expected events, got none")
     log = _filtered(log, min_interactions, report)
     used, items = np.unique(log.items, return_inverse=True)
     catalogue = describe([log.item_ids[code] for code in used.tolist()])
@@ -101,6 +99,15 @@ def split_log(
             )
     report.rows_kept, report.users, report.items = len(log), num_users, len(catalogue)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name, report)
+
+
+def check_splitting(split: str, max_history: int, min_interactions: int) -> None:
+    """ValueError for an option that :func:`split_log` does not take."""
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
+    for option, value, least in (("max_history", max_history, 1), ("min_interactions", min_interactions, 0)):
+        if value < least:
+            raise ValueError(f"{option}: expected at least {least}, got {value}")
 
 
 def titled_catalogue(item_ids: Sequence[str], titles: dict[str, str], report: ReadReport) -> Catalogue:
@@ -145,7 +152,11 @@ def time_cuts(times: np.ndarray, shares: Sequence[float]) -> list[int]:
 
 
 def _leak(train: Interactions, test: Interactions) -> str:
-    if train.timestamps is None or test.timestamps is None or not len(train) or not len(test):
-        return ""
+    if train.timestamps is None or test.timestamps is None:
+        return "how many is not known without times"
+    advice = "use split='time' for figures that could be had in use"
+    if not len(train) or not len(test):
+        return advice
     later = 1 - np.searchsorted(np.sort(train.timestamps), test.timestamps, side="right") / len(train)
-    return f" (here: seen from a test event, {100 * later.mean():.0f} % of the training targets lie in the future)"
+    seen = f"seen from a test event, {100 * later.mean():.0f} % of the training targets lie in the future"
+    return f"{advice} (here: {seen})"

@@ -9,33 +9,32 @@ from typing import Any
 
 import pyarrow as pa
 
-from flr.files import PathLike, read_parquet
+from flr.files import PathLike, check_regular, read_parquet
 
 from .catalogue import Catalogue
 from .events import read_events
-from .frames import ALIASES, as_table, find_column, has_column, id_column, is_text, kind_of, pick, plain_array
-from .interactions import RecDataset
+from .frames import (
+    ALIASES,
+    as_table,
+    find_column,
+    has_column,
+    id_column,
+    is_text,
+    kind_of,
+    pick,
+    plain_array,
+    without_views,
+)
 from .report import ReadReport
-from .splits import split_log, titled_catalogue
+from .sources import SourceFile
+from .splits import titled_catalogue
+from .text_log import RawLog, Request, described, titles_of
 
 LOG_NAME, ITEMS_NAME = "interactions.parquet", "items.parquet"
 
 
-def read_tables(
-    log: PathLike | Any,
-    items: PathLike | Any = None,
-    *,
-    user: str | None = None,
-    item: str | None = None,
-    time: str | None = None,
-    title: str | None = None,
-    split: str = "time",
-    max_history: int = 10,
-    min_interactions: int = 1,
-    max_bad_share: float = 0.01,
-    name: str | None = None,
-) -> RecDataset:
-    """Read a log, one row an event, and a table of its items.
+def read_tables(log: PathLike | Any, request: Request) -> RawLog:
+    """Events of a log, one row an event, and a table of its items.
 
     Ids may be text or integers. Times are numbers in any unit, dates or timestamps (kept as seconds; without a zone
     they are UTC). A row with a null or a NaN is malformed; its line is the row's number from 1.
@@ -43,34 +42,51 @@ def read_tables(
     Args:
         log: a Parquet file, a folder with interactions.parquet and, where there is one, items.parquet, or a frame
             (pandas, polars, pyarrow, ``datasets.Dataset``; see :mod:`flr.data.frames`).
-        items: a Parquet file or a frame with a column of ids; a title, a sid (text or a list of codes) and others
-            (numbers, bools, text), which become attributes of the catalogue, may be there.
-        user, item, time: columns of the log; None for "user_id" or "user", "item_id" or "item", "timestamp" or "time".
-            ``item`` is looked for among the items' columns too.
-        title: column of the items; None for "title".
-        split: "time" or "leave_one_out", which **leaks the future** (see :func:`flr.data.splits.split_log`).
-        max_history: items of a history, at least 1.
-        min_interactions: k of the k-core filter over users and items.
-        max_bad_share: malformed rows allowed, 0..1.
-        name: of the data set; by default of the file, or the kind of the frame.
+        request: ``metadata`` is a file or a frame with a column of ids; a title, a sid (text or a list of codes) and
+            others (numbers, bools, text, moments), which become attributes of the catalogue, may be there. Of a file
+            that is not Parquet titles alone are read. Without metadata a column of titles beside the events counts.
     """
+    report, metadata = request.report, request.metadata
+    asked = {"user": request.user, "item": request.item, "time": request.time}
     if isinstance(log, (str, os.PathLike)):
         file = Path(log)
         if file.is_dir():
-            if items is None and (file / ITEMS_NAME).is_file():
-                items = file / ITEMS_NAME
+            if metadata is None and (file / ITEMS_NAME).is_file():
+                metadata = file / ITEMS_NAME
             file = file / LOG_NAME
         table, source, shown = read_parquet(file, {}), str(file), file.name
-        name = name or (file.parent.name if file.name == LOG_NAME else file.stem)
+        name = file.parent.name if file.name == LOG_NAME else file.stem
     else:
-        table = pick(log, "log", user=user, item=item, time=time)
+        wanted = asked if metadata is not None else {**asked, "title": request.title}
+        table = pick(log, "log", **wanted)
         source = shown = "log"
-        name = name or kind_of(log)
-    report = ReadReport(source=source)
-    columns = {"user": user, "item": item, "time": time}
-    events = read_events(table, report, source, shown=shown, max_bad_share=max_bad_share, **columns)
-    describe = partial(_catalogue, items=items, item=item, title=title, report=report)
-    return split_log(events, split, max_history, min_interactions, name, report, describe)
+        name = kind_of(log)
+    report.source = source
+    events = read_events(table, report, source, shown=shown, max_bad_share=request.max_bad_share, **asked)
+    if metadata is None and has_column(table.column_names, "title", request.title):
+        own = partial(_titles_beside, table, request, source)
+        return RawLog(events, name, described(request, own))
+    if isinstance(metadata, (str, os.PathLike)):
+        items = SourceFile(Path(metadata), None, request.progress)
+        check_regular(items.path, "a file that describes items")
+        if not items.is_parquet:
+            return RawLog(events, name, described(request, partial(titles_of, items, request)))
+    item, title = request.item, request.title
+    return RawLog(events, name, partial(_catalogue, items=metadata, item=item, title=title, report=report))
+
+
+def _titles_beside(table: pa.Table, request: Request, source: str, item_ids: list[str]) -> dict[str, str]:
+    """The first title of every item, out of the log."""
+    title = find_column(table.column_names, "title", request.title, source)
+    item = find_column(table.column_names, "item", request.item, source)
+    kind = table.schema.field(title).type
+    if not is_text(getattr(kind, "value_type", kind)):
+        raise ValueError(f"{source}: column {title!r}: expected text, got {kind}")
+    titles: dict[str, str] = {}
+    for item_id, text in zip(id_column(table, item, source).to_pylist(), table[title].to_pylist(), strict=True):
+        if text and item_id is not None:
+            titles.setdefault(item_id, text)
+    return titles
 
 
 def _catalogue(
@@ -80,8 +96,9 @@ def _catalogue(
     if items is None:
         return titled_catalogue(item_ids, {}, report)
     is_file = isinstance(items, (str, os.PathLike))
-    source, shown = (str(items), Path(items).name) if is_file else ("items", "items")
+    source, shown = (str(items), Path(items).name) if is_file else ("metadata", "metadata")
     table = read_parquet(items, {}) if is_file else as_table(items, source)
+    table = without_views(table)
     names = table.column_names
     columns = {"item": find_column(names, "item", item if item in names else None, source)}
     for role, asked in (("title", title), ("sid", None)):

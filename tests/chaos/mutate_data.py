@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flr.data import RecDataset, RecProcessor, build_tokenizer, load_dataset, planted_dataset, prepare_amazon
+from flr.data import RecDataset, RecProcessor, build_tokenizer, load_dataset, planted_dataset
 from tests.helpers.logs import ROWS, recbole
 
 _DATA = planted_dataset(num_items=20, num_users=30, seed=3)
@@ -73,13 +74,42 @@ def _amazon(folder: Path) -> None:
         stream.writelines(json.dumps({"asin": f"i{i}", "title": f"Title {i}"}) + "\n" for i in range(5))
 
 
+def _movielens(folder: Path) -> None:
+    folder.mkdir()
+    rows = (f"{u}::{(u + i) % 5}::5::{10**9 + 100 * i + u}\n" for u in range(10) for i in range(5))
+    (folder / "ratings.dat").write_text("".join(rows))
+    (folder / "movies.dat").write_bytes("".join(f"{i}::Amélie {i}::Drama\n" for i in range(5)).encode("latin-1"))
+
+
+def _steam(folder: Path) -> None:
+    folder.mkdir()
+    days = [{"username": f"u{u}", "product_id": str((u + i) % 5), "date": f"2015-01-{1 + i + 5 * (u % 5):02}"}
+            for u in range(10) for i in range(5)]  # fmt: skip
+    with gzip.open(folder / "steam_reviews.json.gz", "wt") as stream:
+        stream.writelines(f"{day}\n" for day in days)
+    (folder / "steam_games.json").write_text("".join(f"{{u'id': u'{i}', u'title': u'Game {i}'}}\n" for i in range(5)))
+
+
+def _log(folder: Path) -> None:
+    folder.mkdir()
+    rows = (f'u{u},"i{(u + i) % 5}",2015-01-{1 + i + 5 * (u % 5):02}\n' for u in range(10) for i in range(5))
+    (folder / "log.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
+
+
+def _sequences(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "inter.json").write_text(json.dumps({f"u{u}": [(u + i) % 5 for i in range(5)] for u in range(10)}))
+    (folder / "index.json").write_text(json.dumps({str(i): ["<a_1>", f"<b_{i}>"] for i in range(5)}))
+    (folder / "item.json").write_text(json.dumps({str(i): {"title": f"Title {i}"} for i in range(5)}))
+
+
 def _processor(folder: Path, codec: str = "id") -> None:
     catalogue = _DATA.catalogue
     RecProcessor(build_tokenizer(catalogue, codec, vocab_size=300), catalogue, codec).save_pretrained(folder)
 
 
 def _read_amazon(folder: Path) -> RecDataset:
-    return prepare_amazon(folder / "reviews.json", folder / "meta.json.gz", min_interactions=1)
+    return load_dataset(folder / "reviews.json", "amazon", metadata=folder / "meta.json.gz")
 
 
 #: What makes a folder of each form, and what reads it.
@@ -90,6 +120,10 @@ FORMS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "recbole": (_recbole, load_dataset),
     "parquet": (_parquet, load_dataset),
     "amazon": (_amazon, _read_amazon),
+    "movielens": (_movielens, partial(load_dataset, format="movielens")),
+    "steam": (_steam, partial(load_dataset, format="steam")),
+    "log": (_log, lambda folder: load_dataset(folder / "log.csv", "csv")),
+    "sequences": (_sequences, load_dataset),
     "processor-id": (_processor, RecProcessor.from_pretrained),
     "processor-title": (partial(_processor, codec="title"), RecProcessor.from_pretrained),
 }
@@ -181,14 +215,14 @@ def _cells(file: Path, rng: random.Random) -> None:
 
 
 def _values(file: Path, rng: random.Random) -> None:
-    """A value somewhere in JSON: another one, gone, huge, or nested a thousand and a hundred thousand levels deep."""
+    """A value somewhere in JSON or a Python dict: another one, gone, huge, nested up to a hundred thousand levels."""
     opener = gzip.open if file.suffix == ".gz" else open
     with opener(file, "rt", encoding="utf-8") as stream:
-        lines = (
-            [stream.read()] if file.suffix == ".json" and file.name != "reviews.json" else stream.read().splitlines()
-        )
+        whole = file.suffix == ".json" and file.name not in ("reviews.json", "steam_games.json")
+        lines = [stream.read()] if whole else stream.read().splitlines()
     place = rng.randrange(len(lines))
-    root = json.loads(lines[place])
+    is_python = file.name.startswith("steam_")
+    root = ast.literal_eval(lines[place]) if is_python else json.loads(lines[place])
     node, key = root, None
     while isinstance(node, (dict, list)) and node and (key is None or rng.random() < 0.7):
         parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
@@ -202,7 +236,7 @@ def _values(file: Path, rng: random.Random) -> None:
     raw = rng.choice(
         (rng.choice(_HUGE[:7]), "[" * deep + "]" * deep, '{"a":' * deep + "1" + "}" * deep, '"' + "x" * 500_000 + '"')
     )
-    lines[place] = json.dumps(root).replace('"@"', raw)
+    lines[place] = repr(root).replace("'@'", raw) if is_python else json.dumps(root).replace('"@"', raw)
     with opener(file, "wt", encoding="utf-8") as stream:
         stream.write("\n".join(lines))
 

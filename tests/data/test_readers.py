@@ -13,5 +13,7 @@ def test_load_dataset_errors(tmp_path):
         load_dataset(tmp_path)
     with pytest.raises(ValueError, match=r"format: expected one of .* got 'xml'"):
         load_dataset(tmp_path, format="xml")
-    with pytest.raises(ValueError, match="options: expected none for format 'prepared', got 'split'"):
+    with pytest.raises(
+        ValueError, match=r"split: expected none for .* \(prepared; it was read and split before\), got 'time'"
+    ):
         load_dataset(tmp_path, format="prepared", split="time")

@@ -1,10 +1,12 @@
 """K-cores and splits of a log."""
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flr.data import Catalogue, ReadReport, prepare_amazon
+from flr.data import Catalogue, ReadReport, load_dataset
 from flr.data.events import InteractionLog, LogBuilder
 from flr.data.splits import k_core, split_log, titled_catalogue
 
@@ -14,7 +16,7 @@ EVENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0,
 def build(events) -> InteractionLog:
     log = LogBuilder()
     for user, item, time in events:
-        log.add(f"u{user}", f"i{item}", time)
+        log.add(pa.array([f"u{user}"]), pa.array([f"i{item}"]), np.array([time]))
     return log.build()
 
 
@@ -80,7 +82,7 @@ def test_leave_one_out_states_its_leak():
     split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
     # users one after the other: from user u's test event, the training targets of the later users lie in the future
     assert "38 % of the training targets lie in the future" in report.notes[-1]
-    assert "leak" in prepare_amazon.__doc__
+    assert "leak" in load_dataset.__doc__
 
 
 def test_split_errors():
@@ -89,7 +91,7 @@ def test_split_errors():
     for change, message in (
         ({"split": "random"}, "split: expected one of"),
         ({"max_history": 0}, "max_history: expected at least 1, got 0"),
-        ({"min_interactions": 0}, "min_interactions: expected at least 1, got 0"),
+        ({"min_interactions": -1}, "min_interactions: expected at least 0, got -1"),
         ({}, "expected .* rows from split='time', got none of 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -71,3 +71,61 @@ def test_parquet_bad_rows_and_columns(tmp_path):
     with pytest.raises(ValueError, match="expected 'leave_one_out' for a log without times"):
         load_dataset(file)
     assert len(load_dataset(file, split="leave_one_out").test) == 10
+
+
+def as_views(values):
+    return values.cast(pa.string_view())
+
+
+@pytest.mark.parametrize(
+    "layout", [as_views, lambda values: values.cast(pa.large_string()), lambda values: values.dictionary_encode()]
+)
+def test_layouts_of_text_and_moments(tmp_path, layout):
+    """Views, large strings and categories, as polars, DuckDB and pandas write them, in the log and in the items."""
+    log = log_table(item=[str((u + i) % 5) for u in range(10) for i in range(5)])
+    moments = pa.array([1_400_000_000_000 + 1000 * t for t in log["timestamp"].to_pylist()]).cast(
+        pa.timestamp("ms", "Europe/Berlin")
+    )
+    pq.write_table(
+        pa.table({"user": layout(log["user"]), "item": layout(log["item"]), "timestamp": moments}),
+        tmp_path / "interactions.parquet",
+    )
+    column = lambda *values: layout(pa.chunked_array([values]))  # noqa: E731
+    items = {
+        "item": column(*"01234"),
+        "title": column(*"ABCDE"),
+        "brand": column(*"xyxyx"),
+        "sid": pa.array([["<a>", f"<{n}>"] for n in range(5)], pa.list_(pa.string_view())),
+        "released": pa.array([datetime(2020, 1, 1 + n) for n in range(5)], pa.timestamp("us", "UTC")),
+        "day": pa.array([18262] * 5, pa.int32()).cast(pa.date32()),
+        "stock": pa.chunked_array([range(5)]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(items), tmp_path / "items.parquet")
+    dataset = load_dataset(tmp_path, since="2014-05-13", until="2014-05-14")
+    catalogue = dataset.catalogue
+    assert (catalogue.item_ids, catalogue.titles) == (list("01234"), list("ABCDE"))
+    assert catalogue.sids == [("<a>", f"<{n}>") for n in range(5)]
+    attributes = {name: values.tolist() for name, values in catalogue.attributes.items()}
+    assert attributes == {
+        "brand": list("xyxyx"), "stock": [0, 1, 2, 3, 4], "day": [18262 * 86400] * 5,
+        "released": [1577836800 + 86400 * n for n in range(5)],
+    }  # fmt: skip
+    assert dataset.train.timestamps.min() == 1_400_000_100
+    assert dataset.test.targets.tolist() == load_dataset(log_table()).test.targets.tolist()
+
+
+def test_titles_beside_events_and_in_a_csv_file(tmp_path):
+    titles = [f"Item {(u + i) % 5}" for u in range(10) for i in range(5)]
+    beside = log_table(title=titles, label=[title.upper() for title in titles])
+    assert load_dataset(beside).catalogue.titles == [f"Item {n}" for n in range(5)]
+    pq.write_table(beside, tmp_path / "log.parquet")
+    assert load_dataset(tmp_path / "log.parquet", title="label").catalogue.titles == [f"ITEM {n}" for n in range(5)]
+    (tmp_path / "about.csv").write_text("item,title\n" + "".join(f'{n},"Cup, {n}"\n' for n in range(5)))
+    dataset = load_dataset(tmp_path / "log.parquet", metadata=tmp_path / "about.csv")
+    assert dataset.catalogue.titles == [f"Cup, {n}" for n in range(5)]
+    with pytest.raises(ValueError, match=r"log: expected a column name \(title=\), got"):
+        load_dataset(log_table(), title="name")
+    with pytest.raises(ValueError, match="column 'user': expected text or integers, got decimal"):
+        load_dataset(log_table(user=pa.array([1] * 50).cast(pa.decimal128(21, 1))))
+    whole = load_dataset(log_table(user=pa.array([u for u in range(10) for _ in range(5)]).cast(pa.decimal128(21, 0))))
+    assert whole.test.users == [name[1:] for name in load_dataset(log_table()).test.users]
