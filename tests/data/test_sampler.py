@@ -1,5 +1,6 @@
 """The order of rows: every one once an epoch, and those of similar length together."""
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -94,6 +95,9 @@ def test_every_process_gets_its_part_of_rows_that_are_alike():
     shards = [list(BatchSamplerShard(BatchSampler(sampler, size, False), world, i)) for i in range(world)]
     seen = [row for shard in shards for batch in shard for _, row in batch]
     assert set(seen) == set(range(len(LENGTHS)))
+    again = [row for row, times in Counter(seen).items() if times > 1]
+    assert 0 < len(again) < world * size
+    assert set(again) <= set(rows_of(sampler)[: world * size]), "accelerate fills the last step with rows of the first"
     steps = [[LENGTHS[[row for _, row in batch]].max() for batch in step] for step in zip(*shards, strict=True)]
     apart = [max(widths) - min(widths) for widths in steps[:-1]]  # the last one has what was left over
     assert np.mean(apart) < 9

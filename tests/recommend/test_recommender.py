@@ -124,6 +124,8 @@ def test_a_batch_equals_its_users_alone():
 def test_many_users_are_worked_off_in_parts(monkeypatch):
     recommender = build_recommender()
     whole = recommender.recommend(HISTORIES * 2, k=3)
+    for history, found in zip(HISTORIES * 2, whole, strict=True):  # in their order, whatever their lengths
+        assert_same_recommendations(recommender.recommend([history], k=3)[0], found)
     monkeypatch.setattr("flr.recommend.recommender._MAX_USERS", 3)
     monkeypatch.setattr("flr.explain.attribution._MAX_ROWS", 10)
     for a, b in zip(recommender.recommend(HISTORIES * 2, k=3), whole, strict=True):
