@@ -137,3 +137,30 @@ def test_rows_that_an_adapter_lacks_are_refused(tmp_path):
             ):
                 flr.from_pretrained(tmp_path / "adapter")
         model = wrapped.unload()
+
+
+def test_a_backbone_in_four_bits_is_trained_beside(tmp_path):
+    """Sizes of a layer are multiples of the 64 weights that share a scale."""
+    pytest.importorskip("bitsandbytes")
+    base = tiny_model(hidden_size=128, intermediate_size=128, head_dim=32)
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base", quantization_config=quantisation(use_cpu=True))
+    flr.patch_model(model, config=flr.FLRConfig(num_factors=2, thought_token_id=THOUGHT))
+    model = add_lora(model, SETTINGS, [5, THOUGHT], str(tmp_path / "base"))
+    packed = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer").weight
+    assert packed.dtype == torch.uint8
+    before = packed.clone()
+    inputs = torch.tensor([[3, 4, 5, THOUGHT, 6]])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(input_ids=inputs, labels=inputs).loss.backward()
+        optimizer.step()
+    assert torch.equal(packed, before)
+    moved = [p for name, p in model.named_parameters() if "lora_B" in name]
+    assert all(bool(p.any()) for p in moved)
+    model.save_pretrained(tmp_path / "adapter")
+    model.config.save_pretrained(tmp_path / "adapter")
+    loaded = flr.from_pretrained(tmp_path / "adapter")  # on the base model as it was saved
+    q_proj = loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+    assert q_proj.weight.dtype == torch.float32
+    assert torch.isfinite(loaded(input_ids=inputs).logits).all()
