@@ -43,6 +43,12 @@ ROOMS = (
     Room("data", "flr/data/", "catalogue, codecs, trie, logs, prompts, batches", ("files", "config")),
     Room("report", "flr/report/", "HTML pages, plots, model cards", ("files",)),
     Room("model", "flr/model/", "the latent thought in a causal LM", ("kernels", "files", "config", "data.trie")),
+    Room(
+        "sids",
+        "flr/sids/",
+        "semantic IDs: embeddings, codebooks",
+        ("lazy", "files", "config", "data", "model.folder"),
+    ),
     Room("decode", "flr/decode/", "from a prompt to items", ("kernels", "config", "data", "model")),
     Room("explain", "flr/explain/", "what the factors did", ("data", "model", "decode")),
     Room(

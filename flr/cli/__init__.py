@@ -14,6 +14,7 @@ from .errors import UsageError, message
 COMMANDS = {
     "quickstart": "the whole tour on generated data: train, compare, explain, report (minutes, no input needed)",
     "prepare": "turn logs (public sets, RecBole, CSV, Parquet, sequences) into a folder that the other commands read",
+    "sids": "make semantic IDs for the items of a prepared folder, or read them from a file",
     "sft": "train a recommender on an interaction log",
     "rl": "reinforce the thoughts of a trained recommender: latent GRPO",
     "merge": "write an adapter and its base model as one model",

@@ -9,63 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
 from torch import Tensor
 
-from flr.data import CSR, Catalogue, RecProcessor
+from flr.data import CSR, RecProcessor
 from flr.data.codecs import END_TOKEN, title_tokens
+from flr.data.features import item_features
+
+__all__ = ["init_item_embeddings", "init_new_tokens", "item_features"]
 
 _CHUNK = 1 << 16  # tokens of titles whose embeddings are read at a time
-
-
-def title_tfidf(catalogue: Catalogue) -> sp.csr_matrix:
-    """TF-IDF of the titles' words and of their character 3- to 5-grams, rows of unit length: float64 [C, features]."""
-    titles = [title or "?" for title in catalogue.titles]
-    words = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b", stop_words="english")
-    pieces = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=2)
-    blocks = [_fit(vectoriser, titles) for vectoriser in (words, pieces)]
-    return normalize(sp.hstack(blocks, format="csr"))
-
-
-def _fit(vectoriser: TfidfVectorizer, titles: list[str]) -> sp.csr_matrix:
-    try:
-        return vectoriser.fit_transform(titles)
-    except ValueError:  # nothing but stop words, or no piece that occurs twice
-        return sp.csr_matrix((len(titles), 1))
-
-
-def item_features(catalogue: Catalogue, size: int, seed: int = 0, power: float = 0.5) -> np.ndarray:
-    """Title features of every item: :func:`title_tfidf` reduced by a truncated SVD.
-
-    Args:
-        size: columns. seed: of the SVD.
-        power: directions are scaled by their singular value to this power, >= 0. 1 is the plain SVD, in which words
-            that many titles share (a genre) come first; less lets rare words (a name) count.
-
-    Returns:
-        float32 [C, size]; rows of unit length (zero for an item whose title has no known feature). Fewer than ``size``
-        informative columns are filled up with zeros.
-
-    Example:
-        >>> catalogue = Catalogue(["a", "b", "c"], ["Blue Train", "Blue Train (live)", "Giant Steps"])
-        >>> x = item_features(catalogue, 8)
-        >>> x.shape, bool(x[0] @ x[1] > x[0] @ x[2])
-        ((3, 8), True)
-    """
-    if size < 1:
-        raise ValueError(f"size: expected a positive number, got {size}")
-    tfidf = title_tfidf(catalogue)
-    rank = min(size, min(tfidf.shape) - 1)
-    features = np.zeros((len(catalogue), size), np.float32)
-    if rank >= 1:
-        svd = TruncatedSVD(rank, random_state=seed)
-        reduced = svd.fit_transform(tfidf)
-        features[:, :rank] = normalize(reduced * np.maximum(svd.singular_values_, 1e-12) ** (power - 1))
-    return features
 
 
 @torch.no_grad()

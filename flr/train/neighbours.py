@@ -1,6 +1,6 @@
 """Which items are likely with an item: soft targets for sparse data, from the training rows and the titles alone.
 
-M_ij = Σ over training histories of decay^(gap - 1) for j after i, half that for j before i
+M    = flr.data.features.cooccurrence of the training rows
 T_ij = M_ij + content · cos(title_i, title_j),   j ≠ i for the title's part
 weights of item i: its largest T_ij, to the power 1 / temperature, normalised
 """
@@ -8,27 +8,9 @@ weights of item i: its largest T_ij, to the power 1 / temperature, normalised
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse as sp
 
 from flr.data import CATALOGUE_USER, CSR, Catalogue, Interactions, Neighbours
-
-from .features import title_tfidf
-
-
-def cooccurrence(train: Interactions, num_items: int, decay: float = 0.8, backward: float = 0.5) -> sp.csr_matrix:
-    """M [C, C]. Every pair of positions of a user's sequence counts once, though rows are overlapping windows of it."""
-    pairs: dict[tuple[str, int, int], float] = {}
-    for row in train:
-        sequence = [*row.history.tolist(), row.target]
-        for gap in range(1, len(sequence)):
-            for i, j in zip(sequence, sequence[gap:], strict=False):
-                key = (row.user, i, j)
-                pairs[key] = max(pairs.get(key, 0.0), decay ** (gap - 1))
-    if not pairs:
-        return sp.csr_matrix((num_items, num_items))
-    rows, columns = np.array([key[1:] for key in pairs]).T
-    forward = sp.csr_matrix((list(pairs.values()), (rows, columns)), shape=(num_items, num_items))
-    return (forward + backward * forward.T).tocsr()
+from flr.data.features import cooccurrence, text_tfidf
 
 
 def item_neighbours(
@@ -62,7 +44,7 @@ def item_neighbours(
     size = len(catalogue)
     top = min(top, size)
     together = cooccurrence(train, size)
-    tfidf = title_tfidf(catalogue)
+    tfidf = text_tfidf(catalogue.titles)
     items, weights = np.zeros((size, top), np.int32), np.zeros((size, top))
     for start in range(0, size, 1024):
         rows = np.arange(start, min(start + 1024, size))

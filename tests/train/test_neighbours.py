@@ -3,21 +3,9 @@
 import numpy as np
 import pytest
 
-from flr.data import CATALOGUE_USER, Augment, InteractionDataset, Interactions
+from flr.data import CATALOGUE_USER, Augment, InteractionDataset
 from flr.train import item_neighbours, with_catalogue_rows
-from flr.train.neighbours import cooccurrence
 from tests.helpers.catalogues import DATA
-
-
-def test_cooccurrence_by_hand():
-    train = Interactions(["u", "u", "v"], [[0, 1], [1, 2], [2]], [2, 3, 0])
-    # u: 0 1 2 and 1 2 3 (the pair 1 2 counts once); v: 2 0
-    matrix = cooccurrence(train, 4, decay=0.8, backward=0.5).toarray()
-    expected = np.zeros((4, 4))
-    for i, j, weight in [(0, 1, 1), (1, 2, 1), (0, 2, 0.8), (2, 3, 1), (1, 3, 0.8), (2, 0, 1)]:
-        expected[i, j] += weight
-        expected[j, i] += weight / 2
-    np.testing.assert_allclose(matrix, expected)
 
 
 def test_neighbours_are_drawn_by_weight_and_reproducibly():
