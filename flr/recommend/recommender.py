@@ -123,8 +123,9 @@ class Recommender(QueryBuilder):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
+        model: Any = self.model
         with self._lock:
-            self.model.save_pretrained(directory)
+            model.save_pretrained(directory)
             self.processor.save_pretrained(directory)
 
     def push_to_hub(
