@@ -78,7 +78,7 @@ class Chaos:
         await closed_loop(client, "/v1/recommend", bodies, 16)
         self.rate = 2 * len(bodies) / (time.perf_counter() - start)
         stop = asyncio.Event()
-        slow = [asyncio.create_task(self._slow(server, stop, i)) for i in range(self.slow)]
+        slow = [asyncio.create_task(self._slow(server, stop)) for _ in range(self.slow)]
         start, events = time.monotonic(), asyncio.create_task(self._events(client))
         while not events.done() or time.monotonic() - start < 0.7 * self.seconds:
             await self._load(server, max(1.0, self.seconds / 10), generations={1: 0, 2: 1})
@@ -109,12 +109,8 @@ class Chaos:
         new.symlink_to(model)
         new.replace(self.link)
 
-    async def _slow(self, server: Process, stop: asyncio.Event, number: int) -> None:
-        """A client that begins a request and never ends it, again and again.
-
-        They do not begin all at once: the clients whose answers count live on the same event loop, and would be slow.
-        """
-        await asyncio.sleep(4 * number / self.slow)
+    async def _slow(self, server: Process, stop: asyncio.Event) -> None:
+        """A client that begins a request and never ends it, again and again; all of them begin at once."""
         while not stop.is_set():
             with contextlib.suppress(OSError, asyncio.TimeoutError):
                 reader, writer = await asyncio.open_connection(server.host, server.port)
