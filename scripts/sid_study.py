@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flr.cli.options import AugmentOptions, DataOptions, ModelOptions
+from flr.cli.backbone import ModelOptions
+from flr.cli.options import AugmentOptions, DataOptions
 from flr.cli.sft import train
 from flr.config import FLRConfig
-from flr.data import CSR, Catalogue, Interactions, RecDataset
+from flr.data import Catalogue, RecDataset, load_dataset
 from flr.evaluate import EvalResult, evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN
 from flr.files import read_json, write_json
@@ -37,23 +38,6 @@ RESULT, PAGE = ROOT / "docs/results/sid_study.json", ROOT / "docs/semantic-ids.m
 MARKED = re.compile(r"(<!-- sid_study -->\n).*?(<!-- /sid_study -->)", re.S)
 SETS = ("published", "cooccurrence", "random")
 METRICS = ("hr@10", "ndcg@10")
-
-
-def read_instruments(folder: Path, max_history: int) -> RecDataset:
-    """The data set of ``inter.json`` and ``index.json``, split leave-one-out."""
-    codes = read_json(folder / "index.json")
-    order = sorted(codes, key=int)
-    catalogue = Catalogue(order, order, [tuple(codes[item]) for item in order])
-    parts = {part: ([], [], []) for part in ("train", "valid", "test")}
-    for user, items in read_json(folder / "inter.json").items():
-        for place in range(1, len(items)):
-            part = {len(items) - 1: "test", len(items) - 2: "valid"}.get(place, "train")
-            users, histories, targets = parts[part]
-            users.append(user)
-            histories.append(items[max(0, place - max_history) : place])
-            targets.append(items[place])
-    rows = {part: Interactions(u, CSR.from_rows(h), np.array(t)) for part, (u, h, t) in parts.items()}
-    return RecDataset(catalogue, **rows, name="instruments")
 
 
 def with_codes(dataset: RecDataset, name: str, seed: int) -> tuple[RecDataset, dict]:
@@ -172,7 +156,7 @@ def main() -> None:
         return
     if args.data is None:
         parser.error("data: expected the folder of inter.json and index.json, got none")
-    dataset = read_instruments(args.data, args.max_history)
+    dataset = load_dataset(args.data, "sequences", max_history=args.max_history)
     names = ("steps", "batch_size", "learning_rate", "hidden_size", "max_history", "every", "seed")
     report = {"budget": {name: getattr(args, name) for name in names}, "sets": {}, "differences": {}}
     for name in args.sets:
