@@ -24,7 +24,7 @@ def dtype_to_load(dtype: str, trained: bool, use_cpu: bool = False) -> str:
 
     Args:
         dtype: one of :data:`flr.config.DTYPES`. "auto" is float32 for weights that are trained, and for all on a CPU,
-            most of which are slower in half precision; a frozen backbone on a GPU keeps the checkpoint's own.
+            where bfloat16 pays on some kinds only; a frozen backbone on a GPU keeps the checkpoint's own.
         trained: whether these weights are trained, and not adapters or a reasoner beside them.
         use_cpu: the machine's GPU is not used.
 
