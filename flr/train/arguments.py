@@ -120,6 +120,8 @@ class RecTrainingArguments(TrainingArguments):
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
         super().__post_init__()
+        if self.fsdp and self.device.type == "cpu":
+            raise ValueError("fsdp: expected GPUs, got processes on the CPU, where accelerate would do DDP in silence")
         if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 

@@ -107,6 +107,11 @@ def test_another_order_is_refused(tmp_path):
         SFTConfig(output_dir=str(tmp_path), train_sampling_strategy="batch_rebalance")
 
 
+def test_what_accelerate_would_not_do_on_a_cpu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fsdp: expected GPUs, got processes on the CPU"):
+        SFTConfig(output_dir=str(tmp_path), use_cpu=True, fsdp="full_shard")
+
+
 MAKE = {"sft": lambda folder, **options: sft_trainer(folder, *trainable(), **options), "rl": grpo_trainer}
 BASE = {"max_steps": 3, "learning_rate": 1e-2, "seed": 3, "lr_scheduler_type": "linear"}
 _weights = {}
