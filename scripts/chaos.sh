@@ -4,7 +4,8 @@
 #     scripts/chaos.sh                  # all parts, their full length
 #     scripts/chaos.sh training ops     # these
 #
-# Exit status 1 where a part found a fault. docs/reliability.md has what each promises and its last figures.
+# Figures go to docs/results/chaos_*.json; `python scripts/reliability.py` makes the tables of docs/reliability.md of them.
+# Exit status 1 where a part found a fault. docs/reliability.md has what each promises.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -16,6 +17,6 @@ for part in ${*:-training data folders server ops}; do
         continue
     fi
     echo "== $part"
-    python -m "tests.chaos.$part" || status=1
+    python -m "tests.chaos.$part" --json "docs/results/chaos_$part.json" || status=1
 done
 exit $status

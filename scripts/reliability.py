@@ -39,7 +39,10 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"| {f} | {' | '.join(str(values.get(f, 0)) for values in tried.values())} |" for f in figures]
     if facts:
         changed = " with changes" if facts["dirty"] else ""
-        lines += ["", f"Commit {facts['commit']}{changed}, {facts['date'][:10]}, {facts['device']}."]
+        lines += [
+            "",
+            f"`{facts['command']}`: commit {facts['commit']}{changed}, {facts['date'][:10]}, {facts['device']}.",
+        ]
     return "\n".join(lines)
 
 

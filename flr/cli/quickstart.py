@@ -95,7 +95,7 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
         epochs = 1 if options.quick else 2
         args = LatentGRPOConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **_TRAINING)
         console.print(f"[bold]flr + rl[/bold], seed {seed}: latent GRPO on the model of mode flr")
-        model, processor, _ = rl.train(rl.RLOptions(str(root / f"flr-{seed}")), data, args, dataset)
+        model, processor, _ = rl.train(rl.RLOptions(model=str(root / f"flr-{seed}")), data, args, dataset)
         result = evaluate(model, processor, dataset.test, output_dir=folder / "test", name="flr + rl")
         results.append(result)
         outcome["rows"].append(run_row("flr + rl", seed, result, started))

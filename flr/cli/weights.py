@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _ALL_LINEAR = "all-linear"
 
 
-@dataclass
+@dataclass(kw_only=True)  # classes that add these fields keep the order of their own
 class WeightOptions:
     """How weights are held, and by what the attention is computed."""
 
@@ -48,7 +48,7 @@ class WeightOptions:
         return {"dtype": dtype_to_load(self.dtype, trained, use_cpu), **self.attention()}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoraOptions:
     """Adapters instead of weights."""
 

@@ -20,9 +20,12 @@ import transformers
 from flr.data import RecDataset, RecProcessor
 
 from .attempt import attempt
+from .figures import keep
 from .mutate_data import FORMS, damage
 
 #: Forms whose files are checked against what was saved: read at all, they hold the same.
+#: As it was saved; otherwise, and sound; with one error that names the file; and what must not come.
+OUTCOMES = ("equal", "other", "refused", "wrong")
 SEALED = ("prepared", "processor-id", "processor-title")
 _SECONDS = 30  # a reader that takes longer hangs
 
@@ -70,9 +73,9 @@ def check(form: str, good: Path, seed: int, folder: Path) -> tuple[str, str | No
     return "other", None if wrong is None else f"{done}: {wrong}"
 
 
-def run(cases: int, seed: int = 0) -> tuple[collections.Counter[str], list[str]]:
-    """Outcomes by form, and the cases in which something is wrong."""
-    outcomes: collections.Counter[str] = collections.Counter()
+def run(cases: int, seed: int = 0) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+    """How often each outcome came, by form, and the cases in which something is wrong."""
+    outcomes = {name: collections.Counter[str]() for name in OUTCOMES}
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         for form, (make, _) in FORMS.items():
@@ -81,7 +84,7 @@ def run(cases: int, seed: int = 0) -> tuple[collections.Counter[str], list[str]]
             form = list(FORMS)[case % len(FORMS)]
             folder = Path(place) / f"case{case}"
             outcome, reason = check(form, Path(place) / form, case, folder)
-            outcomes[f"{form} {outcome}"] += 1
+            outcomes["wrong" if reason else outcome][form] += 1
             if reason is not None:
                 wrong.append(f"case {case} ({form}): {reason}")
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,12 +95,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to which the figures are added")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     outcomes, wrong = run(args.cases, args.seed)
-    for name, count in sorted(outcomes.items()):
-        print(f"{name}: {count}")
+    for name, forms in outcomes.items():
+        print(f"{name}: {dict(forms)}")
     print(*wrong, f"{args.cases} cases, {len(wrong)} wrong", sep="\n")
+    keep(args.json, outcomes)
     return int(bool(wrong))
 
 

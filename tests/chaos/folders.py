@@ -23,6 +23,7 @@ import flr
 from flr.data import Catalogue, RecProcessor, build_tokenizer
 
 from .attempt import attempt
+from .figures import keep
 from .mutate_data import damage
 
 _SECONDS = 60  # a loader that takes longer hangs
@@ -113,11 +114,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to which the figures are added")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     outcomes, wrong = run(args.cases, args.seed)
     print(*wrong, json.dumps({**outcomes, "cases": args.cases, "seed": args.seed, "faults": len(wrong)}), sep="\n")
+    keep(args.json, outcomes)
     return int(bool(wrong))
 
 

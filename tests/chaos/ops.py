@@ -24,6 +24,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ import torch
 import flr_kernels
 from flr_kernels import reference
 from tests.helpers.trie_steps import call, case
+
+from .figures import keep
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Largest difference to the definition in float64, of the largest number: rounding of sums in the accumulation dtype.
@@ -283,10 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to which the figures are added")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     figures = run(options.calls, options.seed)
     print(json.dumps(figures))
+    keep(options.json, {figures.pop("part"): figures})
     return 1 if figures["failures"] else 0
 
 

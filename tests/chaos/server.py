@@ -30,6 +30,8 @@ from flr.recommend import Recommender
 from tests.helpers.catalogues import named_catalogue
 from tests.helpers.serving import ADMIN, Process, assert_same_items, mixed_requests, offline, save, serving
 
+from .figures import keep
+
 FLAGS = ("--max_queue", "24", "--max_batch_size", "8", "--max_connections", "300", "--header_timeout_s", "5")
 ENVIRONMENT = {"FLR_SERVE_ADMIN_TOKEN": ADMIN}
 
@@ -171,9 +173,11 @@ def run(seconds: float, slow: int = 1000) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--json", type=Path, help="file to which the figures are added")
     options = parser.parse_args(argv)
     figures = run(options.seconds)
     print(json.dumps(figures))
+    keep(options.json, {figures.pop("part"): figures})
     return 1 if figures["failures"] else 0
 
 

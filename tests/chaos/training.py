@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench.harness import facts
 from flr.cli import main as flr
-from flr.files import read_json, write_json
 from flr.train.run_folder import checkpoints, newest_whole
 from tests.helpers.kills import bound_files, in_child, kill_at
+
+from .figures import keep
 
 COMMANDS = ("sft", "rl")
 _DATA = ["--planted_items", "60", "--planted_users", "150", "--use_cpu", "true", "--report_to", "none",
@@ -205,9 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{command}: {results[command]}")
         print("".join(f"  {fault}\n" for fault in chaos.faults), file=sys.stderr, end="")
         status = status or int(bool(chaos.faults))
-    if options.json is not None:
-        before = read_json(options.json) if options.json.exists() else {}
-        write_json(options.json, {**before, **results, "facts": facts()})
+    keep(options.json, results)
     return status
 
 
