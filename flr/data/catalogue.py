@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from flr.files import PathLike, naming, read_parquet, write_parquet
 
-from .frames import as_table, column_names, find_column, has_column, id_column, is_text, plain_array
+from .frames import as_table, column_names, find_column, has_column, holds_text, id_column, is_text, plain_array
 
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -124,7 +124,7 @@ class Catalogue:
         titles, sids = ids, None
         if "title" in columns:
             kind = table.schema.field(columns["title"]).type
-            if not (is_text(kind) or is_text(getattr(kind, "value_type", kind)) or pa.types.is_null(kind)):
+            if not (holds_text(kind) or pa.types.is_null(kind)):
                 raise ValueError(f"{name}: column {columns['title']!r}: expected text, got {kind}")
             listed = table[columns["title"]].to_pylist()
             titles = [title or item_id for item_id, title in zip(ids, listed, strict=True)]

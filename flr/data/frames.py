@@ -210,6 +210,11 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view"
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether values of a type of Arrow are text, as they are or as categories; a list of texts is none."""
+    return is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
 def without_views(table: pa.Table) -> pa.Table:
     """The same table with string views as large strings, in lists too: pyarrow's functions lack them.
 

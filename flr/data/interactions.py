@@ -16,7 +16,7 @@ from flr.files import PathLike, atomic_folder, naming, read_json, read_parquet, 
 
 from .catalogue import Catalogue
 from .events import read_events
-from .frames import is_text, pick
+from .frames import holds_text, pick
 from .report import ReadReport
 
 PARTS = ("train", "valid", "test")
@@ -253,7 +253,7 @@ class Interactions:
         table = read_parquet(
             path,
             {
-                "user": lambda kind: is_text(getattr(kind, "value_type", kind)),
+                "user": holds_text,
                 "history": lambda kind: pa.types.is_large_list(kind) or pa.types.is_list(kind),
                 "target": pa.types.is_integer,
             },

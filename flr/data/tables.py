@@ -18,8 +18,8 @@ from .frames import (
     as_table,
     find_column,
     has_column,
+    holds_text,
     id_column,
-    is_text,
     kind_of,
     pick,
     plain_array,
@@ -80,7 +80,7 @@ def _titles_beside(table: pa.Table, request: Request, source: str, item_ids: lis
     title = find_column(table.column_names, "title", request.title, source)
     item = find_column(table.column_names, "item", request.item, source)
     kind = table.schema.field(title).type
-    if not is_text(getattr(kind, "value_type", kind)):
+    if not holds_text(kind):
         raise ValueError(f"{source}: column {title!r}: expected text, got {kind}")
     titles: dict[str, str] = {}
     for item_id, text in zip(id_column(table, item, source).to_pylist(), table[title].to_pylist(), strict=True):
@@ -111,7 +111,7 @@ def _catalogue(
     titles: dict[str, str] = {}
     if "title" in columns:
         kind = table.schema.field(columns["title"]).type
-        if not is_text(getattr(kind, "value_type", kind)):
+        if not holds_text(kind):
             raise ValueError(f"{source}: column {columns['title']!r}: expected text, got {kind}")
         listed = table[columns["title"]].to_pylist()
         titles = {item_id: text or "" for item_id, text in zip(ids, listed, strict=True)}

@@ -6,9 +6,10 @@ opens them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flr.config import FLRConfig
+from flr.files import naming
 
 from .adapter import adapts_thought, base_name, base_revision, check_adapter, wrap
 from .attention import check_attention
@@ -98,12 +100,26 @@ def load_from(
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
     folder = local_folder(directory, variant, **hub)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, config, is_trainable, variant, hub, kwargs), folder
+        with _blaming(folder, *kwargs):
+            return _load_adapter(folder, config, is_trainable, variant, hub, kwargs), folder
     if config is not None:
         raise ValueError("config: expected None for a whole model, whose config.json says it, got an FLRConfig")
-    model = load_saved(folder, read_config(folder), variant, **kwargs)
+    with _blaming(folder, *kwargs):
+        model = load_saved(folder, read_config(folder), variant, **kwargs)
     model.name_or_path = model.config.name_or_path = str(directory)  # not the place in the Hub's cache
     return model, folder
+
+
+@contextlib.contextmanager
+def _blaming(folder: Path, *arguments: str) -> Iterator[None]:
+    """Errors that the content of ``folder`` may cause, in whichever library, name it; not those of an argument."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        if str(error).split(":")[0] in ("config", *arguments):
+            raise
+        with naming(folder, "a model whose files fit together"):
+            raise
 
 
 def load_saved(folder: Path, saved: SavedConfig, variant: str | None = None, **kwargs: Any) -> Any:
@@ -148,7 +164,10 @@ def _load_adapter(
     packed = None if beside is None else getattr(beside.base, GGUF_KEY, None)
     if packed is not None:
         check_name(packed, f"{folder / CONFIG}: {GGUF_KEY}")
-    base = folder if here else local_folder(name, variant, packed, **{**hub, "revision": base_revision(folder)})
+    try:
+        base = folder if here else local_folder(name, variant, packed, **{**hub, "revision": base_revision(folder)})
+    except OSError as error:
+        raise OSError(f"{folder / ADAPTER_CONFIG}: base model: {error}") from error
     if not here and (base / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder / ADAPTER_CONFIG}: expected a whole base model, got {name!r}, an adapter")
     patched, added = packed is None and holds_patched_model(base), range(0)

@@ -26,6 +26,7 @@ REMEDY = "pip install flr, then import flr"
 MODEL_TYPE = f"flr ({REMEDY})"
 ARCHITECTURE = "FLRForCausalLM"
 _LIMIT = 1 << 24  # bytes of a config.json
+_LONGEST = 600  # characters that an error says of what is in it
 
 
 class SavedConfig(NamedTuple):
@@ -103,11 +104,17 @@ def base_config(values: Any, name: str) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **own)
     except ValueError as error:
         if "Unrecognized model identifier" not in str(error):
-            raise ValueError(f"{name}: expected a configuration of {model_type}, got {error}") from error
+            raise ValueError(f"{name}: expected a configuration of {model_type}, got {_short(error)}") from error
         wanted = "a model type that comes with transformers (code in a folder is never run)"
         raise ValueError(f"{name}: expected {wanted}, got {model_type!r}") from None
     except (TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{name}: expected a configuration of {model_type}, got {error}") from error
+        raise ValueError(f"{name}: expected a configuration of {model_type}, got {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, in one line of bounded length: a file may hold any text."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def is_patched_config(values: dict[str, Any]) -> bool:
@@ -133,7 +140,7 @@ def _options(file: Path, values: dict[str, Any]) -> FLRConfig:
     try:
         return FLRConfig.from_dict(options)
     except (TypeError, ValueError) as error:  # a number where text belongs fails at its first comparison
-        raise ValueError(f"{file}: flr: {error}") from error
+        raise ValueError(f"{file}: flr: {_short(error)}") from error
 
 
 def flr_save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:

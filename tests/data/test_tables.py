@@ -51,6 +51,17 @@ def test_parquet(tmp_path):
     assert len(shifts) == 1  # the zone of the machine
 
 
+def test_lists_of_text_are_no_text(tmp_path):
+    pq.write_table(log_table(), tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": list(range(5)), "title": [["a"]] * 5}), tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match=r"items\.parquet: column 'title': expected text, got list"):
+        load_dataset(tmp_path)
+    pq.write_table(log_table(title=[["a"]] * 50), tmp_path / "interactions.parquet")
+    (tmp_path / "items.parquet").unlink()
+    with pytest.raises(ValueError, match=r"interactions\.parquet: column 'title': expected text, got list"):
+        load_dataset(tmp_path)
+
+
 def test_parquet_bad_rows_and_columns(tmp_path):
     file = tmp_path / "log.parquet"
     good = log_table()

@@ -52,6 +52,35 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
         flr.from_pretrained(tmp_path / "ours")
 
 
+def test_whatever_is_wrong_with_a_folder_names_it(tmp_path):
+    folder = tmp_path / "ours"
+    patched_model().eval().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value * math.nan for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=f"{folder}: model: expected "):
+        flr.from_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "generation_config.json").write_text('{"eos_token_id": ' + "1" * 100_000 + "}")
+    with pytest.raises(
+        ValueError, match=f"{folder}: expected a model whose files fit together, got ValueError: Exceeds"
+    ):
+        flr.from_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    _set(folder, "flr", "sparsity_target", value="x" * 10_000)
+    with pytest.raises(ValueError, match=r"config\.json: flr: sparsity_target: expected one of .*…$") as error:
+        flr.from_pretrained(folder)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_base_model_that_is_not_there_names_the_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/no/such/place"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(OSError, match=f"{tmp_path / 'adapter_config.json'}: base model: directory: expected"):
+        flr.from_pretrained(tmp_path)
+
+
 def _set(folder, *path, value):
     """Change one value in the folder's config.json."""
     values = json.loads((folder / "config.json").read_text())
