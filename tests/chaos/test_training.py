@@ -1,4 +1,4 @@
-"""The short form of the chaos run: two cuts each."""
+"""The short form of the chaos run: two kills each."""
 
 import pytest
 
@@ -12,4 +12,4 @@ def test_training_ends_as_if_undisturbed(tmp_path, command):
     counts = chaos.run(2)
     assert chaos.faults == []
     assert counts["runs ended"] == counts["bit-equal"] >= 1
-    assert chaos.cuts() == 2
+    assert chaos.kills() == 2

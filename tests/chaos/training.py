@@ -162,16 +162,16 @@ class Chaos:
         if not same:
             self.faults.append(f"{folder.name}: expected the weights of the quiet run, got others")
 
-    def cuts(self) -> int:
-        return self.counts["kills by time"] + self.counts["kills by operation"] + self.counts["full disks"]
+    def kills(self) -> int:
+        return self.counts["kills by time"] + self.counts["kills by operation"]
 
     def run(self, kills: int) -> dict[str, Any]:
-        """Cut ``kills`` times, in as many runs as that takes, then let the last one end."""
+        """Kill ``kills`` times, and fill the disk now and then, in as many runs as that takes; the last one ends."""
         number = 0
-        while self.cuts() < kills and not self.faults:
+        while self.kills() < kills and not self.faults:
             number += 1
             folder = self.root / f"run-{number}"
-            while self.cuts() < kills and self.cut(folder) != 0 and not self.faults:
+            while self.kills() < kills and self.cut(folder) != 0 and not self.faults:
                 if self.random.random() < 0.25:
                     self.flip(folder)
                 elif faults := [f for f in newest_whole(folder)[1] if not self.counts["bits flipped"]]:
@@ -186,7 +186,7 @@ class Chaos:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", default=COMMANDS, help="sft, rl; both by default")
-    parser.add_argument("--kills", type=int, default=20, help="kills and full disks of each command")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to which the figures are added")
     options = parser.parse_args(argv)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             counts = chaos.run(options.kills)
         finally:
             shutil.rmtree(root, ignore_errors=True)
-        results[command] = {**counts, "cuts": chaos.cuts(), "faults": len(chaos.faults), "seed": options.seed,
+        results[command] = {**counts, "kills": chaos.kills(), "faults": len(chaos.faults), "seed": options.seed,
                             "seconds": round(time.monotonic() - started)}  # fmt: skip
         print(f"{command}: {results[command]}")
         print("".join(f"  {fault}\n" for fault in chaos.faults), file=sys.stderr, end="")
