@@ -17,6 +17,9 @@ Normalisation: TypeAlias = Literal["full", "catalogue"]
 #: What weights may be loaded in; "auto" leaves it to the checkpoint, or to what is done with them.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+#: Instead of names of layers: adapters on all linear ones but the head's, as PEFT calls it.
+ALL_LINEAR = "all-linear"
+
 #: What transformers may compute a backbone's attention by.
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 

@@ -164,11 +164,11 @@ class ModelOptions(LoraOptions, WeightOptions):
         An option that has its default is taken for not given: views alone are changed by giving others.
         """
         from flr.model.backbone import causal_lm
-        from flr.model.folder import ADAPTER_CONFIG
+        from flr.model.folder import is_adapter
         from flr.train.precision import raise_trained
 
         assert self.model is not None
-        adapted = (folder / ADAPTER_CONFIG).is_file()
+        adapted = is_adapter(folder)
         if adapted and self.lora_rank:
             wanted = (
                 f"0, since {self.model} is an adapter, which is trained further; flr merge makes a whole model of it"

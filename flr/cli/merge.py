@@ -41,12 +41,12 @@ def merge(options: MergeOptions) -> dict[str, str | int]:
     from flr.model.adapter import merged
     from flr.model.backbone import causal_lm
     from flr.model.checkpoint import load_from
-    from flr.model.folder import ADAPTER_CONFIG, local_folder
+    from flr.model.folder import ADAPTER_CONFIG, is_adapter, local_folder
 
     if not options.output:
         raise ValueError("output: expected a folder to write, got none")
     folder, output = local_folder(options.model, revision=options.revision), Path(options.output)
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not is_adapter(folder):
         raise ValueError(f"model: expected the folder of an adapter, with {ADAPTER_CONFIG}, got {options.model}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output: expected a new or an empty folder, got {output}")

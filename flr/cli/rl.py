@@ -37,7 +37,7 @@ def train(
     """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     from transformers import set_seed
 
-    from flr.model.folder import ADAPTER_CONFIG, local_folder
+    from flr.model.folder import is_adapter, local_folder
     from flr.train import LatentGRPOTrainer
     from flr.train.precision import choose_autocast
 
@@ -46,7 +46,7 @@ def train(
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
     choose_autocast(args)
-    adapted = (local_folder(options.model, revision=options.revision) / ADAPTER_CONFIG).is_file()
+    adapted = is_adapter(local_folder(options.model, revision=options.revision))
     loading = options.to_train(args.train_backbone and not adapted, args.use_cpu)
     limit = data.max_prompt_tokens
     model, processor = load_trained(options.model, dataset, options.revision, True, limit, **loading)

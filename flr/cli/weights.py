@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flr.config import ATTENTION, DTYPES, option
+from flr.config import ALL_LINEAR, ATTENTION, DTYPES, option
 
 from .options import check_option
 
 if TYPE_CHECKING:
     from flr.train.lora import LoraSettings
-
-_ALL_LINEAR = "all-linear"
 
 
 @dataclass(kw_only=True)  # classes that add these fields keep the order of their own
@@ -56,7 +54,7 @@ class LoraOptions:
     lora_alpha: float | None = option(None, "LoRA: the product is scaled by alpha / rank. Default: twice the rank.")
     lora_dropout: float = option(0.0, "LoRA: dropout on the adapters' input.")
     lora_targets: str = option(
-        _ALL_LINEAR, "LoRA: names of layers with a comma between, e.g. q_proj,v_proj; all-linear leaves out the head."
+        ALL_LINEAR, "LoRA: names of layers with a comma between, e.g. q_proj,v_proj; all-linear leaves out the head."
     )
     load_in_4bit: bool = option(False, "LoRA: hold the backbone in four bits (QLoRA, by bitsandbytes).")
 

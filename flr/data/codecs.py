@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from .catalogue import Catalogue
-from .interactions import CSR, places_within
+from .interactions import CSR, numbered, places_within
 
 CodecName = Literal["title", "sid", "id"]
 CODEC_NAMES: tuple[CodecName, ...] = ("title", "sid", "id")
@@ -180,11 +180,9 @@ def _keys(sequences: CSR) -> list[bytes]:
 
 def _groups(sequences: CSR) -> tuple[np.ndarray, np.ndarray]:
     """Group number of every row (equal rows share one) and its rank in the group by row number, int64 [rows] each."""
-    keys = _keys(sequences)
-    numbers: dict[bytes, int] = {}
-    group = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
-    rank = np.empty(len(keys), np.int64)
-    rank[np.argsort(group, kind="stable")] = places_within(np.bincount(group, minlength=len(numbers)))
+    group = numbered(_keys(sequences))
+    rank = np.empty(len(group), np.int64)
+    rank[np.argsort(group, kind="stable")] = places_within(np.bincount(group))
     return group, rank
 
 

@@ -13,6 +13,7 @@ from flr.files import PathLike, check_regular, naming, read_json, shown
 
 _CODE = re.compile(r"<[^<>]+>")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"  # of the levels, as the field's papers name their codes
+MAX_LEVELS = len(_LETTERS)
 _MAX_BYTES = 1 << 32
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle")
 _NAMES = ("codes", "sids", "indices")  # of the tensor in a file that holds several
@@ -92,8 +93,8 @@ def code_name(level: int, code: int) -> str:
     >>> code_name(1, 3)
     '<b_3>'
     """
-    if level >= len(_LETTERS):
-        raise ValueError(f"levels: expected at most {len(_LETTERS)}, got {level + 1}")
+    if level >= MAX_LEVELS:
+        raise ValueError(f"levels: expected at most {MAX_LEVELS}, got {level + 1}")
     return f"<{_LETTERS[level]}_{code}>"
 
 
@@ -110,11 +111,16 @@ def codes_of_array(codes: Any, items: int, name: str) -> list[tuple[str, ...]]:
     if array.shape[0] == array.shape[1] > 1:
         raise ValueError(f"{wanted}, got {list(array.shape)}, which could be either; use JSON")
     array = array if array.shape[0] == items else array.T
-    if array.shape[1] > len(_LETTERS):
-        raise ValueError(f"{wanted} with at most {len(_LETTERS)} levels, got {list(array.shape)}")
+    if array.shape[1] > MAX_LEVELS:
+        raise ValueError(f"{wanted} with at most {MAX_LEVELS} levels, got {list(array.shape)}")
     if array.min() < 0:
         raise ValueError(f"{name}: expected codes >= 0, got {array.min()}")
-    return [tuple(map(code_name, range(len(row)), row)) for row in array.tolist()]
+    return names_of(array)
+
+
+def names_of(codes: np.ndarray) -> list[tuple[str, ...]]:
+    """The texts of codes int [items, levels], of at most ``MAX_LEVELS`` levels."""
+    return [tuple(map(code_name, range(len(row)), row)) for row in codes.tolist()]
 
 
 def _tensor(file: Path) -> np.ndarray:

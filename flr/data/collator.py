@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from flr.config import IGNORE
 
 from .augment import Augment
-from .interactions import CSR, Interaction, Interactions, places_within
+from .interactions import CSR, Interaction, Interactions, numbered, places_within
 from .processor import RecProcessor
 from .prompt import finish_batch, left_pad
 
@@ -143,8 +143,7 @@ def expand_prefixes(
     rows = np.concatenate([np.arange(given), source])
     all_starts, all_ends = np.concatenate([offsets[:-1], starts]), np.concatenate([offsets[1:], ends])
     all_targets = np.concatenate([interactions.targets, targets])
-    numbers: dict[str, int] = {}
-    user = np.array([numbers.setdefault(name, len(numbers)) for name in interactions.users], np.int64)[rows]
+    user = numbered(interactions.users)[rows]
     groups = [user, all_targets.astype(np.int64)]
     dominated = _ends_another(values, all_starts, all_ends, groups, np.arange(len(rows)) < given)
     chosen = np.concatenate([np.arange(given), given + np.flatnonzero(~dominated[given:])])

@@ -11,7 +11,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from .catalogue import Catalogue
-from .interactions import Interactions
+from .interactions import Interactions, numbered
+from .pairs import item_pairs
 
 
 def text_tfidf(texts: Sequence[str]) -> sp.csr_matrix:
@@ -80,20 +81,14 @@ def cooccurrence(train: Interactions, num_items: int, decay: float = 0.8, backwa
     """
     if train.max_index >= num_items:
         raise ValueError(f"num_items: expected above the largest item index {train.max_index}, got {num_items}")
-    histories, rows = train.histories, len(train)
-    items = np.insert(histories.values.astype(np.int64), histories.offsets[1:], train.targets)
-    lengths = np.diff(histories.offsets) + 1
-    row = np.repeat(np.arange(rows), lengths)
-    numbers: dict[str, int] = {}
-    user = np.array([numbers.setdefault(name, len(numbers)) for name in train.users], np.int64)
-    if len(numbers) * num_items * num_items >= 1 << 63:
-        raise ValueError(f"train: expected users x items² below 2^63, got {len(numbers)} users, {num_items} items")
+    user = numbered(train.users)
+    users = int(user.max(initial=-1)) + 1
+    if users * num_items * num_items >= 1 << 63:
+        raise ValueError(f"train: expected users x items² below 2^63, got {users} users, {num_items} items")
     keys, gaps = [np.zeros(0, np.int64)], []
-    for gap in range(1, int(lengths.max(initial=1))):
-        first = np.flatnonzero(row[gap:] == row[:-gap])
-        pair = (user[row[first]] * num_items + items[first]) * num_items + items[first + gap]
-        keys.append(np.unique(pair))
-        gaps.append(np.full(len(keys[-1]), gap))
+    for pairs in item_pairs(train):
+        keys.append(np.unique((user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later))
+        gaps.append(np.full(len(keys[-1]), pairs.gap))
     found, place = np.unique(np.concatenate(keys), return_index=True)  # the first place is that of the smallest gap
     weights = decay ** (np.concatenate([np.zeros(0), *gaps])[place] - 1.0)
     i, j = found // num_items % num_items, found % num_items

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -333,6 +333,16 @@ class RecDataset:
         train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
         with naming(folder, "parts of one data set"):
             return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
+
+
+def numbered(values: Iterable[Hashable]) -> np.ndarray:
+    """int64 [n]: equal values get equal numbers, 0.. in order of first appearance.
+
+    >>> numbered(["b", "a", "b"]).tolist()
+    [0, 1, 0]
+    """
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

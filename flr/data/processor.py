@@ -240,7 +240,7 @@ class RecProcessor:
 
     def prompt_lengths(self, histories: CSR) -> np.ndarray:
         """Tokens of every prompt, thoughts included, int64 [B], as :meth:`prompts` makes them."""
-        kept, gap = self.kept(histories), len(self._separator)
+        kept, gap = self._fitting(histories)[1], len(self._separator)
         ends = offsets_of(self.item_codec.lengths[kept.values] + gap)
         of_items = ends[kept.offsets[1:]] - ends[kept.offsets[:-1]]
         return self._fixed + of_items - gap * (kept.lengths > 0)
@@ -251,16 +251,7 @@ class RecProcessor:
         What does not fit into :attr:`prompt_limit` tokens is left out from the front, item by item. It is counted in
         ``items_left_out``, and the first time a warning says how many there are.
         """
-        ends = histories.offsets[1:]
-        latest = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
-        if self.prompt_limit is None:
-            return latest
-        room = self.prompt_limit - self._fixed + len(self._separator)
-        offsets = self.item_codec.offsets
-        sizes = offsets[latest.values + 1] - offsets[latest.values]
-        cumulative = offsets_of(sizes + len(self._separator))
-        starts = np.searchsorted(cumulative, cumulative[latest.offsets[1:]] - room, side="left")
-        kept = latest.slice(np.maximum(starts, latest.offsets[:-1]), latest.offsets[1:])
+        latest, kept = self._fitting(histories)
         lost = latest.lengths - kept.lengths
         if (total := int(lost.sum())) and not self.items_left_out:
             rows = f"{np.count_nonzero(lost)} of {len(lost)} histories"
@@ -270,6 +261,19 @@ class RecProcessor:
             )
         self.items_left_out += total
         return kept
+
+    def _fitting(self, histories: CSR) -> tuple[CSR, CSR]:
+        """The latest ``max_history`` items of each history, and those of them that fit."""
+        ends = histories.offsets[1:]
+        latest = histories.slice(np.maximum(histories.offsets[:-1], ends - self.max_history), ends)
+        if self.prompt_limit is None:
+            return latest, latest
+        room = self.prompt_limit - self._fixed + len(self._separator)
+        offsets = self.item_codec.offsets
+        sizes = offsets[latest.values + 1] - offsets[latest.values]
+        cumulative = offsets_of(sizes + len(self._separator))
+        starts = np.searchsorted(cumulative, cumulative[latest.offsets[1:]] - room, side="left")
+        return latest, latest.slice(np.maximum(starts, latest.offsets[:-1]), latest.offsets[1:])
 
     def _text_tokens(self, text: str) -> list[int]:
         if not text:

@@ -142,7 +142,7 @@ def read_public(kind: str, path: Path, request: Request) -> RawLog:
     report.check(request.max_bad_share)
     items = source.find(*layout.items) if request.metadata is None and not source.is_file else None
     if request.metadata is not None:
-        items = SourceFile(Path(request.metadata), None, request.progress)
+        items = request.metadata_file()
     if items is None and request.title is not None:
         raise ValueError(f"title: expected a file of items ({' or '.join(layout.items)}, or metadata), got none")
     if layout.renumbered is not None:

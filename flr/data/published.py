@@ -47,9 +47,7 @@ def read_published(path: PathLike, *, max_bad_share: float = 0.01, name: str | N
     report.rows_kept = sum(map(len, parts))
     report.users = len({user for part in parts for user in part.users})
     report.items = len(catalogue)
-    shared = len(catalogue) - len(set(catalogue.titles))
-    if shared:
-        report.notes.append(f"{shared} items have a title that an earlier item has too")
+    report.note_repeated("title", catalogue.titles)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name or folder.name, report)
 
 
@@ -101,9 +99,7 @@ def _read_items(folder: Path, report: ReadReport) -> Catalogue:
     if differing:
         rule = "differ between items.txt and sid.index.json; the latter's are used"
         report.notes.append(f"{differing} semantic IDs {rule}")
-    repeated = len(codes) - len(set(codes))
-    if repeated:
-        report.notes.append(f"{repeated} items have a semantic ID that an earlier item has too")
+    report.note_repeated("semantic ID", codes)
     return Catalogue(ids, titles, codes)
 
 

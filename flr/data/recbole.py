@@ -43,8 +43,7 @@ def read_recbole(path: Path, request: Request) -> RawLog:
     events = text_events(source, dialect, Columns(user, item, time), report)
     report.check(request.max_bad_share)
     if request.metadata is not None:
-        metadata = SourceFile(Path(request.metadata), None, request.progress)
-        own = partial(titles_of, metadata, request, usual=ItemColumns(item, ("title",)))
+        own = partial(titles_of, request.metadata_file(), request, usual=ItemColumns(item, ("title",)))
         return RawLog(events, file.stem, described(request, own))
     items = SourceFile(file.with_suffix(".item"))
     if not items.path.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ class ReadReport:
         if len(self.examples) < MAX_EXAMPLES:
             reason = reason if len(reason) <= _REASON_LENGTH else reason[:_REASON_LENGTH] + "…"
             self.examples.append(BadRow(file, line, reason))
+
+    def note_repeated(self, what: str, values: Sequence[Hashable]) -> None:
+        """Say how many items have a ``what`` that an earlier one has."""
+        if repeated := len(values) - len(set(values)):
+            self.notes.append(f"{repeated} items have a {what} that an earlier item has too")
 
     def check(self, max_bad_share: float) -> None:
         """ValueError where more than ``max_bad_share`` (0..1) of the rows read are malformed."""

@@ -56,7 +56,7 @@ def read_sequences(path: Path, request: Request) -> RawLog:
         if found is not None:
             about.add(found)
     if request.metadata is not None:
-        about.add(SourceFile(Path(request.metadata)))
+        about.add(request.metadata_file())
     log = LogBuilder()
     rows = _json_rows(file) if is_json else _line_rows(file, request.user is None)
     for users, items in _blocks(rows, file.name, report, about):
@@ -183,8 +183,7 @@ class _About:
             return plain
         name, table = self._codes
         codes = codes_of_table(table, item_ids, name)
-        if repeated := len(codes) - len(set(codes)):
-            self._request.report.notes.append(f"{repeated} items have a semantic ID that an earlier item has too")
+        self._request.report.note_repeated("semantic ID", codes)
         return Catalogue(plain.item_ids, plain.titles, codes)
 
 

@@ -50,6 +50,10 @@ class Request:
     report: ReadReport = field(default_factory=ReadReport)
     progress: Progress | None = None
 
+    def metadata_file(self) -> SourceFile:
+        """``metadata``, a file."""
+        return SourceFile(Path(self.metadata), None, self.progress)
+
 
 class RawLog(NamedTuple):
     """What a reader gives: events, a name, and the catalogue of a list of item ids."""
@@ -240,7 +244,7 @@ def table_log(request: Request, file: SourceFile, name: str) -> RawLog:
     report.check(request.max_bad_share)
     own = None
     if request.metadata is not None:
-        own = partial(titles_of, SourceFile(Path(request.metadata), None, request.progress), request)
+        own = partial(titles_of, request.metadata_file(), request)
     elif has_column(names, "title", request.title):
         at = ItemColumns(item, (find_column(names, "title", request.title, str(file)),))
         own = partial(text_titles, file, dialect, at, request)

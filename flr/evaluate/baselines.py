@@ -11,6 +11,8 @@ import scipy.sparse as sp
 import torch
 
 from flr.data import CSR, Interactions
+from flr.data.interactions import numbered
+from flr.data.pairs import item_pairs
 
 from .metrics import ranks_from_scores
 
@@ -113,15 +115,14 @@ def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray,
     Users are worked off in blocks, so that beside the result, whole numbers that do not depend on the order of
     addition, only a block's pairs are in memory.
     """
-    numbers: dict[str, int] = {}
-    user = np.array([numbers.setdefault(name, len(numbers)) for name in train.users], np.int64)
+    user = numbered(train.users)
     by_user = np.argsort(user, kind="stable")
     lengths = np.diff(train.histories.offsets)[by_user] + 1
     width = int(lengths.max(initial=1))  # above every distance
     size = num_items**2 * width  # of the key of a pair without its user
     if size >= 2**63:
         raise ValueError(f"num_items: expected C² times the longest row below 2^63, got {num_items}, {width}")
-    ends = np.cumsum(np.bincount(user, minlength=len(numbers)))  # of the users' rows, in by_user
+    ends = np.cumsum(np.bincount(user))  # of the users' rows, in by_user
     pairs = np.concatenate(([0], np.cumsum(lengths * (lengths - 1) // 2)))
     total = _Counts()
     start = first_user = 0
@@ -139,18 +140,10 @@ def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray,
 
 def _keys(rows: Interactions, user: np.ndarray, num_items: int, width: int) -> np.ndarray:
     """int64 [p]: ((user · C + earlier item) · C + later item) · width + distance of every ordered pair of places."""
-    lengths = np.diff(rows.histories.offsets) + 1
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    items = np.empty(offsets[-1], dtype=np.int64)
-    is_target = np.zeros(len(items), dtype=bool)
-    is_target[offsets[1:] - 1] = True
-    items[~is_target], items[is_target] = rows.histories.values, rows.targets
-    row = np.repeat(np.arange(len(rows)), lengths)
     keys = [np.zeros(0, dtype=np.int64)]
-    for distance in range(1, int(lengths.max(initial=1))):
-        earlier = np.flatnonzero(row[distance:] == row[:-distance])
-        pair = (user[row[earlier]] * num_items + items[earlier]) * num_items + items[earlier + distance]
-        keys.append(pair * width + distance)
+    for pairs in item_pairs(rows):
+        pair = (user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later
+        keys.append(pair * width + pairs.gap)
     return np.concatenate(keys)
 
 

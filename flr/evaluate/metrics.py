@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from flr.data.interactions import numbered
+
 HR_CUTOFFS = (1, 5, 10, 20)
 NDCG_CUTOFFS = (5, 10, 20)
 COVERAGE_CUTOFF = 10
@@ -47,8 +49,7 @@ def group_ids(titles: Sequence[str]) -> np.ndarray:
     >>> group_ids(["b", "a", "b"]).tolist()
     [0, 1, 0]
     """
-    number: dict[str, int] = {}
-    return np.array([number.setdefault(title, len(number)) for title in titles], dtype=np.int64)
+    return numbered(titles)
 
 
 def ranks_from_scores(scores: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from flr.config import FLRConfig
 
-from .folder import ADAPTER_CONFIG, HUB_OPTIONS, local_folder
+from .folder import HUB_OPTIONS, is_adapter, local_folder
 from .saved_config import MODEL_TYPE, SavedConfig, document
 from .saved_config import base_config as config_of
 
@@ -64,7 +64,7 @@ class FLRForCausalLM:
             kwargs.pop(name, None)
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
         folder = local_folder(directory, variant, **hub)
-        if config is None or (folder / ADAPTER_CONFIG).is_file():
+        if config is None or is_adapter(folder):
             return from_pretrained(str(directory), variant=variant, **hub, **kwargs)
         saved = SavedConfig(config.base_config, FLRConfig.from_dict(config.flr))
         return load_saved(folder, saved, variant, **kwargs)

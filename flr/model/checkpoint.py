@@ -29,6 +29,7 @@ from .folder import (
     INDEX,
     WEIGHTS,
     PathLike,
+    is_adapter,
     local_folder,
     read_weights,
     weight_files,
@@ -99,7 +100,7 @@ def load_from(
     """As :func:`from_pretrained`: the model, and the folder on this machine where the files beside it lie."""
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if kwargs.get(name) is not None}
     folder = local_folder(directory, variant, **hub)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         with _blaming(folder, *kwargs):
             return _load_adapter(folder, config, is_trainable, variant, hub, kwargs), folder
     if config is not None:
@@ -168,7 +169,7 @@ def _load_adapter(
         base = folder if here else local_folder(name, variant, packed, **{**hub, "revision": base_revision(folder)})
     except OSError as error:
         raise OSError(f"{folder / ADAPTER_CONFIG}: base model: {error}") from error
-    if not here and (base / ADAPTER_CONFIG).is_file():
+    if not here and is_adapter(base):
         raise ValueError(f"{folder / ADAPTER_CONFIG}: expected a whole base model, got {name!r}, an adapter")
     patched, added = packed is None and holds_patched_model(base), range(0)
     if patched:
@@ -254,7 +255,7 @@ def holds_thought(folder: Path) -> bool:
     Raises:
         OSError, ValueError: it holds no model.
     """
-    if (folder / CONFIG).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+    if (folder / CONFIG).is_file() or not is_adapter(folder):
         return holds_patched_model(folder)
     base = base_name(folder)
     return adapts_thought(folder) or holds_patched_model(local_folder(base))

@@ -36,6 +36,11 @@ _BESIDE = (
 )  # what goes with the weights
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` is that of an adapter (PEFT), and not of a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 def local_folder(name: PathLike, variant: str | None = None, gguf_file: str | None = None, **hub: Any) -> Path:
     """The folder ``name``, or the files of the model ``name`` on the Hub, downloaded into its cache.
 

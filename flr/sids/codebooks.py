@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flr.data.codes import MAX_LEVELS, names_of
 from flr.files import PathLike, atomic_file, check_regular
 
 from .kmeans import nearest
 
 METHODS = ("rq-kmeans", "rq-vae")
-MAX_LEVELS, MAX_CODES = len(string.ascii_lowercase), 1 << 16
+MAX_CODES = 1 << 16
 _ROWS = 1 << 15  # embeddings at a time
 _MOST_BYTES = 1 << 32  # of a file of codebooks
 
@@ -60,13 +60,12 @@ class Codebooks:
 
     def __post_init__(self) -> None:
         levels, codes, size = self.books.shape
-        wanted = {"prices": (levels, codes)}
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         if not (1 <= levels <= MAX_LEVELS and 2 <= codes <= MAX_CODES):
             expected = f"1 to {MAX_LEVELS} levels of 2 to {MAX_CODES} codes"
             raise ValueError(f"books: expected {expected}, got {levels} of {codes}")
-        if tuple(self.prices.shape) != wanted["prices"]:
+        if tuple(self.prices.shape) != (levels, codes):
             raise ValueError(f"prices: expected [{levels}, {codes}], got {list(self.prices.shape)}")
         for name, layers, ends in (
             ("encoder", self.encoder, (self.width, size)),
@@ -228,8 +227,7 @@ def code_names(codes: np.ndarray) -> list[tuple[str, ...]]:
     array = np.asarray(codes)
     if array.ndim != 2 or array.shape[1] > MAX_LEVELS:
         raise ValueError(f"codes: expected [C, L] of at most {MAX_LEVELS} levels, got {list(array.shape)}")
-    letters = string.ascii_lowercase
-    return [tuple(f"<{letters[level]}_{code}>" for level, code in enumerate(row)) for row in array.tolist()]
+    return names_of(array)
 
 
 def code_report(sids: Sequence[tuple[str, ...]], codes: int | None = None) -> dict[str, Any]:

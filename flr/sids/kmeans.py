@@ -10,11 +10,12 @@ and equal points share a code, however many they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+Advance = Callable[[], None]
 _CELLS = 1 << 26  # of points x codes at a time
 _STEPS = 30  # of soft assignments
 _ROUNDS = 600  # of the auction
@@ -117,6 +118,28 @@ def fit_centroids(
         if balance and (last or iteration >= half):
             prices = balanced_prices(points, centroids, balance, prices, last)
         yield centroids, prices
+
+
+def fit_residual(
+    points: Tensor,
+    levels: int,
+    codes: int,
+    balance: float,
+    iterations: int,
+    generator: torch.Generator,
+    advance: Advance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Books [L, K, D] and prices [L, K]: every level on what the ones before leave; ``advance`` after an iteration."""
+    books, prices = [], []
+    for _ in range(levels):
+        for step in fit_centroids(points, codes, balance, iterations, generator):
+            centroids, price = step
+            if advance is not None:
+                advance()
+        books.append(centroids)
+        prices.append(price)
+        points = points - centroids[nearest(points, centroids, price)]
+    return torch.stack(books), torch.stack(prices)
 
 
 def means(points: Tensor, code: Tensor, centroids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from .codebooks import MAX_CODES, MAX_LEVELS, METHODS, Codebooks, check_embeddings
-from .kmeans import balanced_prices, fit_centroids, nearest
+from flr.data.codes import MAX_LEVELS
+
+from .codebooks import MAX_CODES, METHODS, Codebooks, check_embeddings
+from .kmeans import Advance, balanced_prices, fit_residual, nearest
 from .rqvae import train_autoencoder
 
-Advance = Callable[[], None]
 _CELLS = 1 << 28  # of embeddings x codes at a time: more embeddings than fit are sampled
 
 
@@ -62,7 +63,7 @@ def fit_codes(
     points = centred / scale
     if method == "rq-kmeans":
         with _bar(progress, "residual k-means", levels * iterations) as advance:
-            books, prices = _residual(points, levels, codes, balance, iterations, generator, advance)
+            books, prices = fit_residual(points, levels, codes, balance, iterations, generator, advance)
         return Codebooks(method, books, prices, mean, scale)
     with _bar(progress, "RQ-VAE", epochs) as advance:
         encoder, decoder, latents, books = train_autoencoder(
@@ -85,27 +86,6 @@ def check_sizes(items: int, method: str, levels: int, codes: int, balance: float
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-
-
-def _residual(
-    points: Tensor,
-    levels: int,
-    codes: int,
-    balance: float,
-    iterations: int,
-    generator: torch.Generator,
-    advance: Advance,
-) -> tuple[Tensor, Tensor]:
-    """Books [L, K, D] and prices [L, K]: every level on what the ones before leave."""
-    books, prices = [], []
-    for _ in range(levels):
-        for step in fit_centroids(points, codes, balance, iterations, generator):
-            centroids, price = step
-            advance()
-        books.append(centroids)
-        prices.append(price)
-        points = points - centroids[nearest(points, centroids, price)]
-    return torch.stack(books), torch.stack(prices)
 
 
 def _prices(points: Tensor, books: Tensor, balance: float) -> Tensor:

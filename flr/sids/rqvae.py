@@ -9,14 +9,13 @@ was trained a little without codes. After an epoch, a centroid that no item chos
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from .codebooks import Layers, run_layers
-from .kmeans import fit_centroids, nearest
+from .kmeans import Advance, fit_residual, nearest
 
 _HIDDEN = (512, 256)  # sizes of the layers between embedding and latent
 _COMMITMENT = 0.25  # β
@@ -32,7 +31,7 @@ def train_autoencoder(
     epochs: int,
     size: int,
     generator: torch.Generator,
-    advance: Callable[[], None],
+    advance: Advance,
 ) -> tuple[Layers, Layers, Tensor, Tensor]:
     """Encoder, decoder, latents [n, D] and books [L, K, D] for points float32 [n, E] of about unit scale."""
     width = points.shape[1]
@@ -45,7 +44,7 @@ def train_autoencoder(
     warm = max(1, int(_WARM * epochs))
     for epoch in range(epochs):
         if epoch == warm or (books is None and epoch == epochs - 1):
-            books = nn.Parameter(_start(run_layers(encoder, points).detach(), levels, codes, generator))
+            books = _start(encoder, points, levels, codes, generator)
             optimizer.add_param_group({"params": [books]})
         for batch in torch.randperm(len(points), generator=generator).split(size_of_batch):
             part = points[batch.to(points.device)]
@@ -63,9 +62,15 @@ def train_autoencoder(
                 revive(books.data, run_layers(encoder, points), generator)
         advance()
     if books is None:  # one epoch
-        books = nn.Parameter(_start(run_layers(encoder, points).detach(), levels, codes, generator))
+        books = _start(encoder, points, levels, codes, generator)
     with torch.no_grad():
         return _frozen(encoder), _frozen(decoder), run_layers(encoder, points), books.detach()
+
+
+@torch.no_grad()
+def _start(encoder: Layers, points: Tensor, levels: int, codes: int, generator: torch.Generator) -> nn.Parameter:
+    """Books that begin as residual k-means of the latents."""
+    return nn.Parameter(fit_residual(run_layers(encoder, points), levels, codes, 0, _ITERATIONS, generator)[0])
 
 
 @torch.no_grad()
@@ -96,16 +101,6 @@ def _quantised(latent: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
         loss = loss + _COMMITMENT * nn.functional.mse_loss(rest, centroid.detach())
         total, rest = total + centroid, rest - centroid.detach()
     return total, loss
-
-
-def _start(latents: Tensor, levels: int, codes: int, generator: torch.Generator) -> Tensor:
-    books, rest = [], latents
-    free = torch.zeros(codes, device=latents.device)
-    for _ in range(levels):
-        *_, (centroids, _) = fit_centroids(rest, codes, 0, _ITERATIONS, generator)
-        books.append(centroids)
-        rest = rest - centroids[nearest(rest, centroids, free)]
-    return torch.stack(books)
 
 
 def _layers(sizes: list[int], generator: torch.Generator, like: Tensor) -> Layers:

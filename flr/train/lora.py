@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from flr.config import ALL_LINEAR
 from flr.data import RecProcessor
 from flr.data.codecs import END_TOKEN
 from flr.model.adapter import save_rows_alone
@@ -23,7 +24,6 @@ from flr.model.backbone import is_patched
 
 from .precision import raise_trained
 
-ALL_LINEAR = "all-linear"
 _OWN_OF_TITLES = re.compile(rf"<\|same_\d+\|>|{re.escape(END_TOKEN)}")
 
 
