@@ -14,6 +14,7 @@ from .base import run_base
 from .outputs import FLROutput
 from .pieces import Pieces, take_columns
 from .reasoner import LOSSES, ReasonerOutput
+from .verify import traits_of
 
 
 class Encoder:
@@ -57,9 +58,17 @@ class Encoder:
         if stop <= start:
             return
         goes_on = self.in_pieces or last  # a pass that is done again must leave the caller's cache alone
+        arguments = self.inputs.cut(start, stop)
+        if goes_on and not last and (kept := self._kept(start, arguments)) is not None:
+            states, self.cache = kept
+            self.hidden.append(states)
+            self.done = stop
+            return
+        if traits_of(self.model).embeds:
+            arguments["ids"] = None
         out, cache = run_base(
             self.model,
-            **self.inputs.cut(start, stop),
+            **arguments,
             cache=self.cache if goes_on else None,
             use_cache=self.in_pieces or (last and self.keep_cache),
             **self.kwargs,
@@ -77,6 +86,16 @@ class Encoder:
         if getattr(out, "hidden_states", None) is not None:
             self.layers.append(out.hidden_states)
         self.done = stop
+
+    def _kept(self, start: int, arguments: dict[str, Any]) -> tuple[Tensor, Any] | None:
+        """States and cache of the prompts, where training keeps them and nothing else is wanted of them."""
+        kept = self.model._flr_patch.prompt_cache
+        if kept is None or start or self.cache is not None or self.kwargs or not torch.is_grad_enabled():
+            return None
+        ids = arguments["ids"]
+        if ids is None or arguments["token_type_ids"] is not None:
+            return None
+        return kept.states(ids, arguments["attention_mask"], arguments["position_ids"])
 
     def last_hidden(self) -> Tensor:
         return self.hidden[0] if len(self.hidden) == 1 else torch.cat(self.hidden, 1)

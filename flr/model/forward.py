@@ -93,7 +93,7 @@ def flr_forward(
     routes = wants_router_loss(self, kwargs.get("output_router_logits"))
     if routes:
         kwargs["output_router_logits"] = True
-    ids = None if traits_of(self).embeds else _tokens(self, input_ids)
+    ids = input_ids if traits_of(self).embeds else _tokens(self, input_ids)
     if inputs_embeds is None:
         inputs_embeds = self.get_input_embeddings()(input_ids)
     if made is None:

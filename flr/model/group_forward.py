@@ -81,11 +81,15 @@ def _gradients(needed: bool) -> Iterator[None]:
 
 
 def _prefill(
-    model: Any, embeds: Tensor, ids: Tensor | None, mask: Tensor, position_ids: Tensor
+    model: Any, embeds: Tensor, tokens: Tensor, mask: Tensor, position_ids: Tensor
 ) -> tuple[Tensor, DynamicCache | None]:
     """Hidden states [B, L, D] of the prompts, and their keys and values; None where these are not all."""
+    ids = None if traits_of(model).embeds else tokens
     if not shares_prompt(model):
         return encode_alone(model, embeds, ids, mask), None
+    kept = model._flr_patch.prompt_cache
+    if kept is not None and (found := kept.states(tokens, mask, position_ids)) is not None:
+        return found
     cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
     positions = {"position_ids": position_ids} if takes_positions(model) else {}
     out, cache = run_base(model, embeds, ids, cache=cache, use_cache=True, attention_mask=mask, **positions)
@@ -190,7 +194,9 @@ def group_forward(
         embeds = table(input_ids)  # [B, L + N, D]
         ids = None if traits_of(model).embeds else input_ids[:, :length]
         prompt = embeds[:, :length]
-        history, kv = _prefill(model, prompt, ids, attention_mask[:, :length], position_ids[:, :length])
+        history, kv = _prefill(
+            model, prompt, input_ids[:, :length], attention_mask[:, :length], position_ids[:, :length]
+        )
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
     begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length, None])
     suffix = PackedMembers(model, begun, members)

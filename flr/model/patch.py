@@ -47,6 +47,7 @@ class Patch:
     hooks: list[int]  # ids of ours
     traits: Traits | None = None  # what holds for the model; None until it was tried, on the meta device
     pending: Any = None  # see flr.model.bypass
+    prompt_cache: Any = None  # a PromptCache while a training uses one
     checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:

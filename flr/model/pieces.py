@@ -19,7 +19,7 @@ class Pieces:
     is_thought: Tensor  # bool [B, L]
     reasoner_mask: Tensor | None  # bool [B, L]
     thinks: bool = True  # whether ``is_thought`` may be true anywhere
-    ids: Tensor | None = None  # int64 [B, L], for families that look at the tokens beside their embeddings
+    ids: Tensor | None = None  # int64 [B, L]; None for a caller's embeddings
     token_types: Tensor | None = None  # int64 [B, L]
 
     def cut(self, start: int, stop: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers.integrations import is_tensorboard_available
 from flr.config import check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
 
+from .prompts import check_prompt_cache
 from .rewards import Rewards
 
 POLICIES = ("thoughts", "tokens")
@@ -97,6 +98,12 @@ class RecTrainingArguments(TrainingArguments):
         "Order of training rows: random; sequential; group_by_length: those of a batch are of similar length, which "
         "saves padding (the length of their prompts before --augment_* changes them).",
     )
+    prompt_cache: str = option(
+        "none",
+        "With a frozen backbone: keep the prompts' states from epoch to epoch, in memory or on disk (in output_dir, "
+        "while the run lasts), so that each prompt is read once a run.",
+    )
+    prompt_cache_gb: float = option(4.0, "Bound of what prompt_cache keeps, in 10^9 bytes, in every process.")
     bf16: bool | None = option(  # type: ignore[assignment]
         None,
         "Compute in bfloat16 beside float32 weights (autocast). Default: where flr trains a model that it was given, "
@@ -119,6 +126,7 @@ class RecTrainingArguments(TrainingArguments):
             raise ValueError(f"train_sampling_strategy: expected {wanted}, got {self.train_sampling_strategy!r}")
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
+        check_prompt_cache(self)
         super().__post_init__()
         if self.fsdp and self.device.type == "cpu":
             raise ValueError("fsdp: expected GPUs, got processes on the CPU, where accelerate would do DDP in silence")

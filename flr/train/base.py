@@ -26,6 +26,7 @@ from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.saved_config import write_config
 
 from .finite import check_trainable, check_weights, name_rows, rows_at_fault
+from .prompts import keeping_prompts
 from .run_folder import (
     MARKS,
     MODEL_FILES,
@@ -169,8 +170,10 @@ class RecTrainer(Trainer):
                 self._best.place = best_checkpoint(
                     args.output_dir, read_json(Path(self._start.checkpoint) / STATE_NAME)
                 )
-            output = super().train(self._start.checkpoint, trial, ignore_keys_for_eval)
+            with keeping_prompts(self.accelerator.unwrap_model(self.model), args) as kept:
+                output = super().train(self._start.checkpoint, trial, ignore_keys_for_eval)
             output.metrics.update(self._throughput.total(self._mean, self.args.world_size))
+            output.metrics.update({} if kept is None else kept.figures())
             return output
         with self.running(resume_from_checkpoint or False) as start:
             for notice in start.notices:

@@ -25,7 +25,7 @@ APART = {
     "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "dataloader_in_order", "per_device_eval_batch_size", "skip_memory_metrics",
-    "torch_empty_cache_steps", "debug", "eval_on_start",
+    "torch_empty_cache_steps", "debug", "eval_on_start", "prompt_cache_gb",
 }  # fmt: skip
 #: Of a model's configuration: where it came from, not what it is.
 _ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "use_cache")
