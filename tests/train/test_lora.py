@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import flr
@@ -12,6 +13,7 @@ from flr.data.codecs import END_TOKEN
 from flr.model.backbone import causal_lm
 from flr.train.lora import LoraSettings, add_lora, own_tokens, quantisation
 from tests.helpers.models import THOUGHT, patched_model, tiny_model, trainable
+from tests.helpers.processes import in_processes
 from tests.helpers.training import sft_trainer
 
 pytest.importorskip("peft")
@@ -164,3 +166,23 @@ def test_a_backbone_in_four_bits_is_trained_beside(tmp_path):
     q_proj = loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
     assert q_proj.weight.dtype == torch.float32
     assert torch.isfinite(loaded(input_ids=inputs).logits).all()
+
+
+def _trained_adapters(rank: int, world: int, path: str) -> dict[str, torch.Tensor]:
+    """What is trained, after three steps of sixteen rows over ``world`` processes."""
+    torch.manual_seed(0)  # PEFT draws one factor of every adapter
+    model, processor = adapted("sid")
+    options = {"learning_rate": 1e-2, "max_steps": 3, "ddp_backend": "gloo" if dist.is_initialized() else None}
+    trainer = sft_trainer(f"{path}/out-{rank}", model, processor, per_device_train_batch_size=16 // world, **options)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_two_processes_train_the_adapters_of_one(tmp_path):
+    one = _trained_adapters(0, 1, str(tmp_path))
+    two = in_processes(_trained_adapters, 2, tmp_path, 2, str(tmp_path))
+    moved = {name for name, value in one.items() if "lora_B" in name and value.abs().max() > 1e-3}
+    assert moved
+    for name, value in one.items():
+        torch.testing.assert_close(two[0][name], two[1][name], rtol=0, atol=0)
+        torch.testing.assert_close(two[0][name], value, rtol=1e-3, atol=2e-5)
