@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 logger = logging.getLogger("flr")
@@ -18,6 +19,24 @@ logger = logging.getLogger("flr")
 CACHE_NAMES = ("cache", "past_key_values")
 #: The field of the installed transformers' outputs that holds it.
 OUTPUT_CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+_FIXED = contextvars.ContextVar("flr.fixed_shapes", default=False)
+
+
+@contextlib.contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """On a CPU, compute inside as on another device: nothing waits for a value, no shape depends on one."""
+    token = _FIXED.set(True)
+    try:
+        yield
+    finally:
+        _FIXED.reset(token)
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether reading values of ``x`` costs nothing: it lies in the CPU's memory, and :func:`fixed_shapes` is off."""
+    return x.device.type == "cpu" and not _FIXED.get()
 
 
 @functools.cache

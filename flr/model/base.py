@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbone import CACHE_NAMES, attention_types, forward_parameters
+from .backbone import CACHE_NAMES, attention_types, forward_parameters, may_look, packing_obstacle
 
 #: What families call the cache, in their base model's arguments and in its output; the last two are not KV caches.
 _CACHE_NAMES = (*CACHE_NAMES, "cache_params", "state")
@@ -83,6 +83,9 @@ def run_base(
     """
     base = base_of(model)
     taken, name = base_parameters(base), base_cache_name(base)
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not may_look(mask):
+        arguments["attention_mask"] = _prepared_mask(model, mask, embeds)
     arguments = {k: v for k, v in arguments.items() if v is not None and (k not in _OPTIONAL or k in taken)}
     if cache is not None and name is not None:
         arguments[name] = cache
@@ -95,6 +98,22 @@ def run_base(
         with embeddings_given(model.get_input_embeddings(), embeds):
             out = base(input_ids=ids, return_dict=True, **own, **arguments)
     return out, None if name is None else getattr(out, name, None)
+
+
+def _prepared_mask(model: Any, mask: Tensor, embeds: Tensor) -> Tensor:
+    """A mask [B, c + L] as the 4-D one that SDPA takes, where transformers would look whether it has padding at all.
+
+    A row of padding sees itself, so that nothing in it is without a number. As it is where layers differ, where other
+    attention makes use of the two dimensions, and while the model's traits are being found.
+    """
+    patch = model.__dict__.get("_flr_patch")
+    config = model.config.get_text_config(decoder=True)
+    known = patch is not None and patch.traits is not None and patch.traits.packing and packing_obstacle(model) is None
+    if not known or config._attn_implementation != "sdpa" or attention_types(config) != {"full_attention"}:
+        return mask
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    own = columns[-embeds.shape[1] :, None]
+    return (((own >= columns) & mask[:, None].bool()) | (own == columns))[:, None]
 
 
 def is_recurrent(cache: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flr.config import IGNORE, FLRConfig
 
-from .backbone import is_checkpointing, position_limit, position_rows, reasoner_is_frozen, warn_once
+from .backbone import is_checkpointing, may_look, position_limit, position_rows, reasoner_is_frozen, warn_once
 from .base import is_filled
 from .encoder import Encoder
 from .insertion import Insertion, insertion, refuse_packed_positions, remember, warn_of_labels_everywhere
@@ -94,6 +94,8 @@ def thoughts_among(
         return None  # a decoding step has nothing to look at
     is_thought: Any = input_ids == config.thought_token_id
     refusal = "input_ids: expected no thought token after the prefill, got one; pass it with the prompt"
+    if not may_look(input_ids) and start is not None and not goes_on:
+        return is_thought
     if goes_on and input_ids.device.type != "cpu":  # a look would make the host wait
         if input_ids.device.type == "cuda":
             torch._assert_async(~is_thought.any(), refusal)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from flr.config import IGNORE
 from flr.data.trie import CatalogueTrie
 
+from .backbone import may_look
 from .head import MAX_LOSS_LOGITS, has_rows, head, is_linear, is_unhooked, scale_logits
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, D of 128 and 1024: 67 to 290).
@@ -59,6 +60,8 @@ class CatalogueLoss:
         self.trie = trie
         self.output_dropout = output_dropout
         host = self._arrays(torch.device("cpu"))
+        fanout = host.children.diff()
+        self._root, self._widest = int(host.children[1]), int(fanout[1:].max()) if len(fanout) > 1 else 0
         self._span = trie.max_token + 1
         self._keys = host.parents[1:] * self._span + host.tokens[1:]  # ascending, as nodes are numbered
 
@@ -120,13 +123,15 @@ class CatalogueLoss:
         parent = parents[child]
         begin = children[parent]
         fanout = (children[parent + 1] - begin).masked_fill(target_nodes == IGNORE, 0)
+        if not may_look(target_nodes):
+            return self._of_all_rows(model, hidden, (parent, begin, fanout, child), smoothing)
         losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lm_head = model.get_output_embeddings()
         gathers = is_linear(model) and has_rows(lm_head) and is_unhooked(lm_head)
 
         first = ((fanout > 1) & (parent == 0)).nonzero()[:, 0]
         if len(first):
-            scores = _at(model, hidden[first], tokens[1 : int(children[1])], gathers).to(losses.dtype)
+            scores = _at(model, hidden[first], tokens[1 : self._root], gathers).to(losses.dtype)
             values = cross_entropy(scores, child[first] - 1, reduction="none", label_smoothing=smoothing)
             losses = losses.index_copy(0, first, values)
 
@@ -144,10 +149,44 @@ class CatalogueLoss:
             losses = losses.index_copy(0, later, torch.cat(parts))
         return losses
 
+    def _of_all_rows(self, model: Any, hidden: Tensor, places: tuple[Tensor, ...], smoothing: float) -> Tensor:
+        """Losses [M] whose shapes do not depend on the targets: all logits, a block of rows at a time."""
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        step = max(1, MAX_LOSS_LOGITS // vocabulary)
+        if len(hidden) <= step:
+            return self._of_rows(model, hidden, smoothing, *places)
+        parts = [
+            checkpoint(self._of_rows, model, h, smoothing, *rest, use_reentrant=False)
+            for h, *rest in zip(*(x.split(max(1, step // 4)) for x in (hidden, *places)), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _of_rows(
+        self, model: Any, hidden: Tensor, smoothing: float, parent: Tensor, begin: Tensor, fanout: Tensor, child: Tensor
+    ) -> Tensor:
+        tokens = self._arrays(hidden.device).tokens
+        logits = head(model, hidden).to(torch.promote_types(hidden.dtype, torch.float32))
+        first = logits[:, tokens[1 : self._root]]
+        column = torch.arange(self._widest, device=hidden.device)
+        inside = column < fanout.masked_fill(parent == 0, 1).clamp_min(1)[:, None]
+        among = tokens[(begin[:, None] + column).clamp_max(len(tokens) - 1)]
+        below = logits.gather(1, among)
+        at_root = parent == 0
+        total = first.logsumexp(-1)
+        own = logits.gather(1, tokens[child][:, None])[:, 0]
+        if self._widest:
+            total = torch.where(at_root, total, below.masked_fill(~inside, -torch.inf).logsumexp(-1))
+        if smoothing:
+            mean = first.mean(-1)
+            if self._widest:
+                mean = torch.where(at_root, mean, below.masked_fill(~inside, 0).sum(-1) / inside.sum(-1))
+            own = (1 - smoothing) * own + smoothing * mean
+        return torch.where(fanout > 1, total - own, 0)
+
     def root_log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities [B, V] of first tokens from logits [B, V], normalised over the root's children."""
-        children, tokens, _ = self._arrays(logits.device)
-        return logits - logits[:, tokens[1 : int(children[1])]].logsumexp(-1, keepdim=True)
+        tokens = self._arrays(logits.device).tokens
+        return logits - logits[:, tokens[1 : self._root]].logsumexp(-1, keepdim=True)
 
 
 def _at(model: Any, hidden: Tensor, tokens: Tensor, gathers: bool) -> Tensor:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from .backbone import backbone_trains, is_checkpointing, takes_positions
+from flr.config import IGNORE
+
+from .backbone import backbone_trains, is_checkpointing, may_look, takes_positions
 from .base import run_base
 from .catalogue_loss import CatalogueLoss
 from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
@@ -62,8 +64,8 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
     if model.training and is_checkpointing(model):
         raise ValueError("gradient checkpointing: expected off, got on; it excludes the KV cache that members share")
-    if input_ids.device.type != "cpu":
-        return  # looking at the data would wait for the device
+    if not may_look(input_ids):
+        return  # which would wait for the device
     if not bool((input_ids[:, -thoughts:] == config.thought_token_id).all()):
         raise ValueError(f"input_ids: expected {thoughts} thought tokens at the end of every row, got others")
     if not bool((attention_mask.diff(dim=1) >= 0).all() and (attention_mask[:, -thoughts - 1 :] != 0).all()):
@@ -246,16 +248,23 @@ def target_logprobs(
 ) -> Tensor:
     """log p of targets [B, 1, S] given hidden states [B, G, S, D]: [B, G, S], 0 where ``mask`` [B, 1, S] is false.
 
-    With a ``catalogue_loss``, targets are its nodes. The lm_head runs on target rows alone; their logits are kept for
-    the backward where they are few, else recomputed.
+    With a ``catalogue_loss``, targets are its nodes. On a CPU the lm_head runs on target rows alone; elsewhere on all,
+    since a choice of rows would wait for the device. Their logits are kept for the backward where they are few, else
+    recomputed.
     """
     shape = hidden.shape[:-1]
     chosen = mask.expand(shape)
-    rows, targets = hidden[chosen], targets.expand(shape)[chosen]
+    fixed = not may_look(mask)
+    if fixed:
+        rows, targets = hidden.flatten(0, -2), targets.expand(shape).masked_fill(~chosen, IGNORE).flatten()
+    else:
+        rows, targets = hidden[chosen], targets.expand(shape)[chosen]
     if catalogue_loss is not None:
         values = -catalogue_loss(model, rows, targets)
     elif rows.shape[0] * model.config.get_text_config(decoder=True).vocab_size <= MAX_LOSS_LOGITS:
         values = -row_losses(model, rows, targets, 0.0)
     else:
-        values = head_logprob(model, rows, targets)
+        values = head_logprob(model, rows, targets.clamp_min(0))
+    if fixed:
+        return torch.where(chosen, values.view(shape), 0.0)
     return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(chosen, values)

@@ -12,6 +12,7 @@ from flr.data import Augment, HistoryViews, InteractionDataset, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
 from flr.model import catalogue_loss
+from flr.model.backbone import fixed_shapes
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.train import LatentGRPOConfig, LatentGRPOTrainer, item_neighbours
 from tests.helpers.catalogues import DATA
@@ -62,11 +63,22 @@ def patched(family="llama"):
 CHOSEN = [0, 2, 3, 1, 6, 24, 12]
 
 
-@pytest.mark.parametrize("cost", [0, 1 << 40], ids=["gathered", "full-logits"])
+@pytest.fixture(params=[0, 1 << 40, "fixed"], ids=["gathered", "full-logits", "fixed-shapes"])
+def way(request, monkeypatch):
+    """Every way to compute the loss."""
+    if request.param != "fixed":
+        monkeypatch.setattr(catalogue_loss, "_GATHER_COST", request.param)
+        yield
+        return
+    with fixed_shapes():
+        yield
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gemma2"])
-def test_loss_and_gradients_equal_a_naive_sum(family, smoothing, cost, monkeypatch):
-    monkeypatch.setattr(catalogue_loss, "_GATHER_COST", cost)  # phi has a bias, gemma2 a softcap, qwen2 tied tables
+def test_loss_and_gradients_equal_a_naive_sum(family, smoothing):
+    """Phi has a bias, Gemma 2 a softcap, Qwen 2 tied tables."""
     model, inputs = patched(family), batch(CHOSEN)
     if family == "gemma2":  # its attention gives NaN in float64 where a padding row sees nothing
         inputs["attention_mask"][:] = 1
@@ -81,9 +93,8 @@ def test_loss_and_gradients_equal_a_naive_sum(family, smoothing, cost, monkeypat
     assert_same_gradients(actual, gradients_of(model, expected), 1e-6 if family == "gemma2" else 1e-11)
 
 
-@pytest.mark.parametrize("cost", [0, 1 << 40], ids=["gathered", "full-logits"])
-def test_recomputed_in_blocks_it_is_the_same(cost, monkeypatch):
-    monkeypatch.setattr(catalogue_loss, "_GATHER_COST", cost)
+@pytest.mark.usefixtures("way")
+def test_recomputed_in_blocks_it_is_the_same(monkeypatch):
     model, inputs, loss_of = patched(), batch(CHOSEN), CatalogueLoss(catalogue())
     inputs["labels"] = loss_of.target_nodes(inputs["labels"])
     whole = model(**inputs, catalogue_loss=loss_of).loss

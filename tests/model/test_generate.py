@@ -107,7 +107,7 @@ class Tokenizer:
     """As much of one as a streamer needs."""
 
     def decode(self, ids, **kwargs):
-        return " ".join(map(str, torch.as_tensor(ids).tolist())) + "\n"
+        return " ".join(map(str, torch.as_tensor(ids).reshape(-1).tolist())) + "\n"  # one token or several
 
 
 def test_observers_see_the_callers_tokens_only(model, capsys):
