@@ -21,11 +21,11 @@ from flr.data import EpochSampler, InteractionDataset, Interactions, LengthGroup
 from flr.decode import CatalogueTrie
 from flr.evaluate import EvalResult, evaluate
 from flr.files import check_seal, exclusive_folder, move_files, place_folder, read_json, seal_folder
-from flr.model.backbone import causal_lm, is_patched, position_limit
+from flr.model.backbone import causal_lm, is_patched, may_look, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.saved_config import write_config
 
-from .finite import check_trainable, check_weights, name_rows, rows_at_fault
+from .finite import LateLook, check_trainable, check_weights, loss_fault, norm_fault, rows_at_fault
 from .prompts import keeping_prompts
 from .run_folder import (
     MARKS,
@@ -96,6 +96,8 @@ class RecTrainer(Trainer):
         self.label_smoother = None  # done in the model's forward
         self._best = _BestInPlace()
         self.add_callback(self._best)
+        self._late = LateLook()
+        self.add_callback(self._late)
         self._throughput = Throughput()
         self.add_callback(self._throughput)
 
@@ -234,9 +236,15 @@ class RecTrainer(Trainer):
         rows = inputs.pop("rows")
         inputs.pop(COUNTS)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            raise ValueError(f"{self._fault(model, inputs, rows, num_items_in_batch)} in step {step}")
+        step = self.state.global_step + 1
+        # what is looked at later has lost its batch and its weights
+        now = may_look(loss)
+        self._late.add(
+            loss,
+            lambda: (
+                f"{self._fault(model, inputs, rows, num_items_in_batch) if now else loss_fault(rows)} in step {step}"
+            ),
+        )
         return loss
 
     def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:
@@ -246,18 +254,14 @@ class RecTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(part), num_items_in_batch=num_items)
 
         # a forward of one process alone would wait for the others
-        found = rows_at_fault(loss_of, inputs, rows) if self.args.world_size == 1 else name_rows(rows)
-        return f"loss: expected a finite number, got another for {found}"
+        return loss_fault(rows_at_fault(loss_of, inputs, rows) if self.args.world_size == 1 else rows)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # a scaler leaves out steps that overflow, and takes smaller numbers then
-        scaled = getattr(self.accelerator, "scaler", None) is not None
-        if not scaled and not torch.isfinite(torch.as_tensor(norm)):
-            raise ValueError(
-                f"gradient: expected a finite norm, got {float(norm)} in step {self.state.global_step + 1}, while the "
-                "loss was finite; try a lower learning rate, float32 or bfloat16"
-            )
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return norm  # it leaves out steps that overflow, and takes smaller numbers then
+        value, step = torch.as_tensor(norm), self.state.global_step + 1
+        self._late.add(value, lambda: norm_fault(value, step))
         return norm
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

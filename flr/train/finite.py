@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
+
+from flr.model.backbone import may_look
 
 _SHOWN = 8
+_UNSEEN = 512  # values that are not looked at
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -32,8 +36,52 @@ def check_weights(model: nn.Module, step: int) -> None:
         )
 
 
-def rows_at_fault(loss_of: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any], rows: torch.Tensor) -> str:
-    """The rows of a batch whose own loss is not finite, or all of them where none is so alone.
+class LateLook(TrainerCallback):
+    """Values of a training that must be finite.
+
+    On the CPU each is looked at when it comes. Those of a device are looked at where the trainer waits for it anyway:
+    before it logs, evaluates or saves, and at the end of an epoch. Steps that came meanwhile have spoilt the weights in
+    memory, and none on disk.
+    """
+
+    def __init__(self) -> None:
+        self._finite: list[torch.Tensor] = []
+        self._faults: list[Callable[[], str]] = []
+
+    def add(self, value: torch.Tensor, fault: Callable[[], str]) -> None:
+        """Watch ``value``; ``fault()`` says what is wrong where it is not finite.
+
+        Raises:
+            ValueError: it is not, and lies on the CPU.
+        """
+        if may_look(value):
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(fault())
+            return
+        self._finite.append(torch.isfinite(value).all())
+        self._faults.append(fault)
+        if len(self._finite) >= _UNSEEN:
+            self.look()
+
+    def look(self) -> None:
+        """ValueError for the first value that was not finite."""
+        finite, faults = self._finite, self._faults
+        self._finite, self._faults = [], []
+        if finite and not all(seen := torch.stack(finite).tolist()):
+            raise ValueError(faults[seen.index(False)]())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.look()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look()
+
+
+def rows_at_fault(
+    loss_of: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any], rows: torch.Tensor
+) -> torch.Tensor:
+    """The numbers of the rows of a batch whose own loss is not finite, or all of them where none is so alone.
 
     Args:
         loss_of: the loss of a part of the batch.
@@ -47,7 +95,16 @@ def rows_at_fault(loss_of: Callable[[dict[str, Any]], torch.Tensor], inputs: dic
             loss = loss_of({**inputs, **{name: x[i : i + 1] for name, x in batched.items()}})
         if not bool(torch.isfinite(loss).all()):
             found.append(i)
-    return name_rows(rows[found] if found else rows)
+    return rows[found] if found else rows
+
+
+def loss_fault(rows: torch.Tensor) -> str:
+    return f"loss: expected a finite number, got another for {name_rows(rows)}"
+
+
+def norm_fault(norm: torch.Tensor, step: int) -> str:
+    found = f"expected a finite norm, got {float(norm)} in step {step}, while the loss was finite"
+    return f"gradient: {found}; try a lower learning rate, float32 or bfloat16"
 
 
 def name_rows(rows: torch.Tensor) -> str:

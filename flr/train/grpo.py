@@ -225,10 +225,8 @@ class LatentGRPOTrainer(RecTrainer):
         del self._rollouts[self._micro_batch :]
         self._rollouts.append(_Rollout(result.rewards.detach(), advantages, now.detach(), out.actions))
         self._note(reward=result.mean, reward_std=result.std, reward_clean=result.rewards[:, 0].detach())
-        ends = torch.stack([advantages.min(), advantages.max()]).float().cpu()
-        self._extremes = torch.stack(
-            [torch.minimum(self._extremes[0], ends[0]), torch.maximum(self._extremes[1], ends[1])]
-        )
+        least, most = self._extremes.to(advantages.device)
+        self._extremes = torch.stack([torch.minimum(least, advantages.min()), torch.maximum(most, advantages.max())])
 
     def _ranks(self, model: Any, prompts: dict, items: torch.Tensor, out: GroupOutput) -> torch.Tensor:
         """Place [B, G] of the target in the list that constrained decoding gives each member, 0 where it is not in it.

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from flr.cli import main
+from flr.model.backbone import fixed_shapes
 from flr.train import Rewards
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import tiny_llama, trainable
 from tests.helpers.training import grpo_trainer, sft_trainer
+from tests.helpers.waits import HostWaits
 
 ITEM = int(DATA.train[5].history[-1])
 
@@ -138,3 +140,58 @@ def test_a_half_precision_folder_is_trained_in_full_precision(tmp_path, capsys, 
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("make", ["sft", "rl"])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_on_a_device_the_look_comes_with_the_log(tmp_path, make, fault):
+    """Nothing waits in between, the error has the first bad step, and nothing is saved after it."""
+    options = {"max_steps": 6, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if make == "sft":
+        train = sft_trainer(tmp_path, *trainable(), **options)
+    else:
+        train = grpo_trainer(tmp_path, **options)
+
+    def poison(module, args, output):
+        return output * math.nan if train.state.global_step == 2 else output
+
+    if fault == "loss":
+        train.model.get_input_embeddings().register_forward_hook(poison)
+    else:
+        train.model.flr.key.register_hook(
+            lambda gradient: gradient * (math.inf if train.state.global_step == 2 else 1.0)
+        )
+    with fixed_shapes(), pytest.raises(ValueError, match=rf"{fault}: expected a finite .* in step 3"):
+        train.train()
+    assert train.state.global_step == 4
+    assert [x.name for x in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("make", ["sft", "rl"])
+@pytest.mark.parametrize("codec", ["id", "sid"])
+def test_a_step_of_a_trainer_waits_for_nothing(tmp_path, make, codec):
+    options = {"max_steps": 2, "logging_steps": 9}
+    if make == "sft":
+        train = sft_trainer(tmp_path, *trainable(codec), **options)
+        own = train._batch
+        train._batch = lambda rows: {
+            **own(rows),
+            "thought_start": int((own(rows)["labels"] != -100).any(0).int().argmax()) - 1,
+        }
+    else:
+        train = grpo_trainer(tmp_path, codec, **options)
+    waits = HostWaits()
+    for name in ("training_step", "_get_grad_norm"):
+        setattr(train, name, under(waits, getattr(train, name)))
+    with fixed_shapes():
+        train.train()
+    assert train.state.global_step == 2
+    assert dict(waits.found) == {}
+
+
+def under(mode, function):
+    def inside(*args, **kwargs):
+        with mode:
+            return function(*args, **kwargs)
+
+    return inside
