@@ -10,9 +10,11 @@ The states are returned in the caller's columns, and the regularisers are added 
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, MoeModelOutputWithPast
 
@@ -85,6 +87,8 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
     if is_thought is None and pending is not None:
         made = insertion_into(model, ThoughtInputs(), ids, past, mask, positions, labels, rest)
     if is_thought is None and made is None:
+        if pending is None:
+            _refuse_unseen(model)
         return original(*args, **kwargs)
     embeds, keep_cache = model.get_input_embeddings()(ids), bool(given.get("use_cache"))
     seen = None if traits_of(model).embeds else ids
@@ -103,6 +107,29 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
     if routers is not None:
         return MoeModelOutputWithPast(last_hidden_state=states, hidden_states=layers, router_logits=routers, **kept)
     return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states, hidden_states=layers, **kept)
+
+
+def _refuse_unseen(model: Any) -> None:
+    """Raise where a training runs the base model in a forward that replaced ours, and that was not called as a module.
+
+    Nobody has seen the labels then, and no thought would be trained.
+    """
+    config, forward = model._flr_patch.config, model.__dict__.get("forward")
+    replaced = forward is not None and not isinstance(forward, Method)
+    trains = config.insert_thought and config.thought_count and model.training and torch.is_grad_enabled()
+    if replaced and trains and _is_called(model):
+        raise ValueError(
+            "forward: expected a call of the model itself, whose hooks see the labels, got one of a forward that took "
+            "the place of flr's; PEFT before 0.21 calls it so: upgrade it, or bring thought tokens"
+        )
+
+
+def _is_called(model: Any) -> bool:
+    """Whether a method of ``model`` is running, somewhere above."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_locals.get("self") is not model:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def _shares(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | None:

@@ -65,6 +65,18 @@ def test_what_ours_refuses_is_refused_there_too_and_nothing_is_left_behind():
     torch.testing.assert_close(plain, tiny_model().base_model(ids).last_hidden_state)
 
 
+def test_a_forward_that_is_called_past_the_hooks_is_refused():
+    """As PEFT before 0.21 does: nobody has seen the labels, and no thought would be trained."""
+    model, inputs = fuse(one_line()), supervised_batch("left", rows_without=4)
+    with pytest.raises(ValueError, match="forward: expected a call of the model itself"):
+        model.forward(**inputs)
+    assert model(**inputs).loss > 0
+    with torch.no_grad():
+        model.forward(**inputs)
+    model.eval()
+    model.forward(**inputs)
+
+
 def test_states_of_prompts_with_thoughts_come_from_the_base_model_too():
     model = one_line().eval()
     token = model._flr_patch.config.thought_token_id

