@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
+from flr.model.folded_heads import folded_heads
 from flr.model.verify import traits_of
 
 from .session import model_states, slots
@@ -176,4 +177,5 @@ class PackedSession:
             dtype = self.layers[0].dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
         arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]
+        with folded_heads():
+            return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]
