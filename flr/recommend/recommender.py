@@ -106,7 +106,12 @@ class Recommender(QueryBuilder):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], device: torch.device | str | None = None, **kwargs: Any
+        cls,
+        directory: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        *,
+        like: RecProcessor | None = None,
+        **kwargs: Any,
     ) -> Recommender:
         """Load a patched model and its processor from one folder; it reads safetensors, JSON and Parquet, no pickle.
 
@@ -114,6 +119,7 @@ class Recommender(QueryBuilder):
             directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote; its folder, or the id
                 ``"user/name"`` of a model on the Hub. The processor may lie beside an adapter.
             device: where to put the model; None leaves it where it was loaded.
+            like: a processor whose catalogue is taken over where it is the same (see ``RecProcessor.from_pretrained``).
             kwargs: for flr.from_pretrained (revision, token, dtype, attn_implementation, …).
 
         Raises:
@@ -122,7 +128,7 @@ class Recommender(QueryBuilder):
         model, folder = load_from(directory, **kwargs)
         if device is not None:
             model.to(device)
-        return cls(model, RecProcessor.from_pretrained(folder))
+        return cls(model, RecProcessor.from_pretrained(folder, like))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
