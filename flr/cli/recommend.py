@@ -26,6 +26,7 @@ class RecommendOptions(WeightOptions):
     num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
     on_unknown: str = option("raise", "raise or skip items that the catalogue lacks.")
+    shares: bool | None = option(None, "Compute each factor's share. None: for --history, not for histories on stdin.")
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
         num_beams=options.num_beams,
         exclude_seen=options.exclude_seen,
         on_unknown=options.on_unknown,
+        shares=bool(options.history) if options.shares is None else options.shares,
     )
     for history, items in zip(histories, recommended, strict=True):
         table = Table("item", "title", "log-probability", "factor shares", title=" → ".join(history[-3:]))

@@ -24,6 +24,7 @@ from tokenizers import AddedToken
 
 from .catalogue import Catalogue
 from .interactions import CSR, numbered, places_within
+from .trie import CatalogueTrie
 
 CodecName = Literal["title", "sid", "id"]
 CODEC_NAMES: tuple[CodecName, ...] = ("title", "sid", "id")
@@ -57,6 +58,7 @@ class ItemCodec:
     tokens: np.ndarray
     offsets: np.ndarray
     _index: dict[bytes, int] = field(default_factory=dict, init=False, repr=False)
+    _trie: CatalogueTrie | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", np.ascontiguousarray(self.tokens, np.int32))
@@ -67,6 +69,22 @@ class ItemCodec:
         if clash is not None:
             short, long = (f"item {item} {self.encode(item)}" for item in clash)
             raise ValueError(f"sequences: expected no item's tokens to begin another's, got {short} that begins {long}")
+
+    @classmethod
+    def known(cls, name: CodecName, tokens: np.ndarray, offsets: np.ndarray, trie: CatalogueTrie) -> ItemCodec:
+        """A codec that was whole when it was saved, with its trie: nothing is checked again."""
+        codec = object.__new__(cls)
+        parts = {"name": name, "tokens": tokens, "offsets": offsets, "_index": {}, "_trie": trie}
+        for field_name, value in parts.items():
+            object.__setattr__(codec, field_name, value)
+        return codec
+
+    def trie(self) -> CatalogueTrie:
+        """The trie of all sequences, on the CPU, made at first use."""
+        if self._trie is None:
+            object.__setattr__(self, "_trie", CatalogueTrie.from_sequences(self.tokens, self.offsets))
+        assert self._trie is not None
+        return self._trie
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

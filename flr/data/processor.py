@@ -22,6 +22,7 @@ from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .interactions import CSR, Interactions, offsets_of, places_within
 from .prompt import MAX_TEXT, HistoryViews, PromptTemplate, Segment, finish_batch, left_pad
 from .saved_tokenizer import load_tokenizer
+from .token_store import Stored, read_store, store_key, write_store
 
 logger = logging.getLogger("flr")
 
@@ -49,6 +50,7 @@ class RecProcessor:
             It must leave room for the template and the longest item.
         max_title_tokens: codec "title" only, cuts long titles.
         views: how evaluation and recommendation weigh several views of a history; None for the whole prompt alone.
+        item_codec: of this catalogue and tokenizer where it is there already; built when None.
         scoring: "full" or "catalogue", what the model's probabilities are normalised over unless the caller says
             otherwise (see :mod:`flr.decode`); training sets it to its own normalisation.
 
@@ -87,6 +89,7 @@ class RecProcessor:
         max_title_tokens: int | None = None,
         views: HistoryViews | None = None,
         scoring: str = "full",
+        item_codec: ItemCodec | None = None,
     ) -> None:
         _whole("max_history", max_history, 1)
         _whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
@@ -108,7 +111,13 @@ class RecProcessor:
         self.thought_token_id: int | None = None
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
-        self.item_codec: ItemCodec = build_codec(codec, catalogue, tokenizer, max_title_tokens=max_title_tokens)
+        if item_codec is None:
+            item_codec = build_codec(codec, catalogue, tokenizer, max_title_tokens=max_title_tokens)
+        if (item_codec.name, len(item_codec)) != (codec, len(catalogue)):
+            wanted, got = f"{codec!r} of {len(catalogue)} items", f"{item_codec.name!r} of {len(item_codec)}"
+            raise ValueError(f"item_codec: expected {wanted}, got {got}")
+        self.item_codec: ItemCodec = item_codec
+        self._store_key: str | None = None
         pad, eos, bos = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id
         self.pad_token_id: int = next((token for token in (pad, eos) if token is not None), 0)
         start = bos if bos is not None else eos
@@ -285,7 +294,8 @@ class RecProcessor:
         return tokens
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer files, catalogue.parquet and processor_config.json into the folder ``path``.
+        """Write tokenizer files, catalogue.parquet, item_tokens.safetensors (see :mod:`flr.data.token_store`) and
+        processor_config.json into the folder ``path``.
 
         The last file goes first and comes last: a save that was cut short is no processor rather than a mixed one.
         """
@@ -297,6 +307,8 @@ class RecProcessor:
             for file in sorted(temporary.iterdir()):
                 os.replace(file, folder / file.name)
         self.catalogue.save(folder / CATALOGUE_NAME)
+        digests = self.digests()
+        write_store(folder, self.item_codec, self.max_title_tokens, digests)
         write_json(
             folder / CONFIG_NAME,
             {
@@ -311,13 +323,18 @@ class RecProcessor:
                 "scoring": self.scoring,
                 "vocabulary_size": len(self.tokenizer),
                 "codec_tokens": len(self.item_codec.tokens),
-                "digests": self.digests(),
+                "digests": digests,
             },
         )
 
     @classmethod
-    def from_pretrained(cls, path: PathLike) -> RecProcessor:
+    def from_pretrained(cls, path: PathLike, like: RecProcessor | None = None) -> RecProcessor:
         """Read what :meth:`save_pretrained` wrote.
+
+        Args:
+            path: the folder.
+            like: a processor that was loaded before. Where catalogue and tokenizer files are the same, byte by byte,
+                its catalogue and item codec are taken over, which neither of the two may change.
 
         Raises:
             ValueError: naming the file that is missing or damaged, or not the one that was saved with the others.
@@ -327,7 +344,13 @@ class RecProcessor:
         config = read_json(file, _MAX_CONFIG)
         if config.get("version") != _VERSION:
             raise ValueError(f"{file}: expected version {_VERSION}, got {shown(config.get('version'), 80)}")
-        catalogue = Catalogue.load(folder / CATALOGUE_NAME)
+        with naming(file, "the settings of a processor"):
+            key = store_key(folder, config["codec"], config["max_title_tokens"])
+        if like is not None and like._store_key == key:
+            catalogue, stored = like.catalogue, Stored(like.item_codec, config.get("digests", {}))
+        else:
+            catalogue = Catalogue.load(folder / CATALOGUE_NAME)
+            stored = read_store(folder, key, config["codec"], len(catalogue))
         # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
         with naming(folder, "a tokenizer"):
             tokenizer = load_tokenizer(folder, config.get("tokenizer_class"))
@@ -341,6 +364,7 @@ class RecProcessor:
                 **{name: config[name] for name in _SETTINGS},
                 views=None if config.get("views") is None else HistoryViews(**config["views"]),
                 scoring=config.get("scoring", "full"),  # absent before there was a choice
+                item_codec=None if stored is None else stored.codec,
             )
             processor.fit_positions(config.get("max_positions"))  # absent before there was a bound
             rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
@@ -350,8 +374,11 @@ class RecProcessor:
                 f"{folder}: expected tokenizer and catalogue of this {CONFIG_NAME}: (vocabulary, the same after "
                 f"rebuilding the codec, thought token id, item tokens) {shown(saved)}, got {rebuilt}"
             )
+        processor._store_key = key
         expected = config.get("digests", {})  # absent in older folders
-        for name, digest in processor.digests().items() if expected else ():
+        same = stored is not None and stored.digests == expected  # of the files that the store's key names
+        digests = {"tokens": processor._tokens_digest()} if same else processor.digests()
+        for name, digest in digests.items() if expected else ():
             if not isinstance(expected, dict) or expected.get(name) != digest:
                 wanted = f"the {name} of this {CONFIG_NAME}"
                 raise ValueError(f"{folder}: expected {wanted}, got another one (its digest differs)")
@@ -364,16 +391,19 @@ class RecProcessor:
         template. They depend on what the files say and not on how.
         """
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+        return {
+            "catalogue": self.catalogue.digest(),
+            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "tokens": self._tokens_digest(),
+        }
+
+    def _tokens_digest(self) -> str:
         parts = [self._prefix, self._suffix, self._separator, self.item_codec.tokens, self.item_codec.offsets]
         tokens = hashlib.sha256()
         for part in parts:
             array = np.asarray(part, "<i8")
             tokens.update(np.array(len(array), "<i8").tobytes() + array.tobytes())
-        return {
-            "catalogue": self.catalogue.digest(),
-            "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-            "tokens": tokens.hexdigest(),
-        }
+        return tokens.hexdigest()
 
 
 def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:

@@ -19,7 +19,7 @@ M nodes, C items; nothing is padded to the longest item: 16 bytes a node and 8 a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -99,8 +99,12 @@ class CatalogueTrie:
 
     @classmethod
     def from_codec(cls, codec: Codec) -> CatalogueTrie:
-        """Trie of a codec: anything with ``tokens`` int [total] and ``offsets`` int [C + 1]."""
-        return cls.from_sequences(codec.tokens, codec.offsets)
+        """Trie of a codec: anything with ``tokens`` int [total] and ``offsets`` int [C + 1].
+
+        A codec that keeps its own (``trie()``, as :class:`flr.data.ItemCodec` does) gives that.
+        """
+        own: Callable[[], CatalogueTrie] | None = getattr(codec, "trie", None)
+        return cls.from_sequences(codec.tokens, codec.offsets) if own is None else own()
 
     @classmethod
     def from_sequences(cls, tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> CatalogueTrie:
@@ -336,10 +340,14 @@ class CatalogueTrie:
 
     def save(self, path: str | Path) -> None:
         """Write the arrays to a safetensors file; the file appears complete or not at all."""
-        arrays = {name: getattr(self, name).contiguous().cpu() for name in _ARRAYS}
-        arrays["level_start"] = torch.tensor(self.level_start, dtype=torch.int64)
+        arrays = self.arrays()
         with atomic_file(path) as temporary:
-            save_file(arrays, temporary, metadata={"format": _FORMAT, "sha256": _digest(arrays)})
+            save_file(arrays, temporary, metadata={"format": _FORMAT, "sha256": array_digest(arrays)})
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """All that it consists of, on the CPU, by name."""
+        arrays = {name: getattr(self, name).contiguous().cpu() for name in _ARRAYS}
+        return {**arrays, "level_start": torch.tensor(self.level_start, dtype=torch.int64)}
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> CatalogueTrie:
@@ -351,13 +359,13 @@ class CatalogueTrie:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r:.80}")
                 arrays = {name: file.get_tensor(name) for name in (*_ARRAYS, "level_start")}
-            if metadata.get("sha256") not in (None, _digest(arrays)):  # None in older files
+            if metadata.get("sha256") not in (None, array_digest(arrays)):  # None in older files
                 raise ValueError(f"{path}: expected the arrays that were saved, got others (the digest differs)")
-            return cls._whole(path, arrays).to(device)
+            return cls.from_arrays(path, arrays).to(device)
 
     @classmethod
-    def _whole(cls, path: str | Path, arrays: dict[str, torch.Tensor]) -> CatalogueTrie:
-        """A trie of arrays whose sizes and values fit each other."""
+    def from_arrays(cls, path: str | Path, arrays: dict[str, torch.Tensor]) -> CatalogueTrie:
+        """A trie of :meth:`arrays` read from ``path``; ValueError where sizes and values do not fit each other."""
         level_start = arrays.pop("level_start").tolist()
         nodes, items = len(arrays["tokens"]), len(arrays["items"])
         sizes = {"children": nodes + 1, "leaf_begin": nodes, "leaf_end": nodes, "lengths": items}
@@ -372,7 +380,8 @@ class CatalogueTrie:
         return cls(**arrays, level_start=level_start)
 
 
-def _digest(arrays: dict[str, torch.Tensor]) -> str:
+def array_digest(arrays: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)};".encode())

@@ -14,6 +14,7 @@ Semantics are those of transformers' ``generate(num_beams=W, early_stopping="nev
 So with W >= C it is exact. A step of ``full`` is a token. A step of ``catalogue`` leads from branching to branching
 of the trie of allowed items: tokens without alternative have log-probability 0, the model reads them together with the
 next choice, and an item is complete where nothing else can follow. Its logits are computed for the children alone.
+On a CPU ``full`` reads the levels at which no hypothesis branches in one forward, too (see ``runs``).
 Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the index.
 
 On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does
@@ -35,7 +36,7 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
 from .filters import item_filter
-from .prompts import num_prompts, prefill
+from .prompts import Prompts, num_prompts, prefill
 from .scoring import Scoring, check_vocabulary
 from .search import BeamResult, Search, nothing_found
 
@@ -55,6 +56,7 @@ def beam_search(
     only: torch.Tensor | None = None,
     categories: torch.Tensor | None = None,
     wanted: torch.Tensor | int | None = None,
+    prompts: Prompts | None = None,
 ) -> BeamResult:
     """The k best items for each user's prompt.
 
@@ -71,6 +73,8 @@ def beam_search(
         scoring: "full" or "catalogue".
         allowed, exclude, only, categories, wanted: which items may be given, see ``item_filter``; None allows all.
         length_penalty: scores are divided by (tokens of the item) ** length_penalty.
+        prompts: of these inputs where they are encoded already, with hidden states wanted for "catalogue" (see
+            ``prefill``). The search uses them up.
 
     Returns:
         BeamResult of items int64 [B, k] and scores float32 [B, k] (log-probabilities when length_penalty is 0). An item
@@ -94,7 +98,8 @@ def beam_search(
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
     with evaluating(model):
-        prompts = prefill(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
+        if prompts is None:
+            prompts = prefill(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
         device = prompts.states.device
         trie = trie.to(device)

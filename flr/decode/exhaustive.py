@@ -71,7 +71,7 @@ def score_all_items(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        root, session, head_rows, vocabulary = prefill(
+        root, session, head_rows, vocabulary, _ = prefill(
             model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue"
         )
         check_vocabulary(trie, vocabulary)
@@ -86,7 +86,8 @@ def score_all_items(
             if len(block.tokens):
                 below = session.tree(block.tokens, block.parents, block.depths)
                 states = torch.cat([states, below], dim=1)
-            edges = _edge_scores(states, head_rows, block, trie, allows, scoring)
+            row, child = (torch.as_tensor(x, device=device) for x in (block.edge_row, block.edge_child))
+            edges = edge_scores(states, head_rows, row, child, trie, allows, scoring)
             padded = torch.cat([edges, edges.new_zeros(users, 1)], dim=1)
             by_leaf[:, block.begin : block.end] = padded[:, torch.as_tensor(block.paths, device=device)].sum(-1)
         return _by_item(by_leaf, trie, allows)
@@ -145,17 +146,23 @@ def _checked(scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _edge_scores(
+def edge_scores(
     states: torch.Tensor,
     head_rows: HeadRows | None,
-    block: _Block,
+    row: torch.Tensor,
+    child: torch.Tensor,
     trie: CatalogueTrie,
     allows: ItemFilter,
     scoring: Scoring,
 ) -> torch.Tensor:
-    """Log-probability of every edge of the block, [B, E], from the states [B, 1 + n, …] at its upper nodes."""
-    row = torch.as_tensor(block.edge_row, device=states.device)
-    child = torch.as_tensor(block.edge_child, device=states.device)
+    """Log-probabilities of E edges of the trie, float32 [B, E].
+
+    Args:
+        states: [B, 1 + n, …] at the upper nodes: logits, or hidden states where there are ``head_rows``.
+        row, child: int64 [E], which of the 1 + n an edge leaves, and the node that it leads to. Under ``catalogue``
+            every child of an upper node that has an edge is among them.
+        allows: of B users.
+    """
     token = trie.tokens[child].long()
     if head_rows is None:
         raw = states[:, row, token].float()  # [B, E]

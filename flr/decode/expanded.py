@@ -19,6 +19,8 @@ from .session import model_states, slots
 class ExpandedSession:
     """Every hypothesis is a row with a cache of its own."""
 
+    reads_runs = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -40,7 +42,11 @@ class ExpandedSession:
         self.paths: torch.Tensor | None = self.mask.new_zeros((self.rows, 1, 0), dtype=torch.int64)
         self.depth = self.mask.new_zeros((self.rows, 1), dtype=torch.int64)
 
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
+    ) -> torch.Tensor:
+        if every:
+            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
         if lengths is not None:
             return self._again(tokens, parents, lengths)
         rows, width = tokens.shape

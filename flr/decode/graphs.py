@@ -173,7 +173,7 @@ def _entry(model: nn.Module, search: Search, prompts: Prompts) -> _Entry:
     key = (
         weights, prompts.states.device, prompts.states.dtype, id(search.trie), users,
         -(-session.length // _PROMPT_STEP), search.num_beams, search.k, search.scoring, search.length_penalty,
-        type(search.allows), shapes, session.additive,
+        type(search.allows), shapes, session.config._attn_implementation,
     )  # fmt: skip
     with _lock:
         known = _entries.setdefault(model, OrderedDict())

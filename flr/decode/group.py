@@ -30,11 +30,15 @@ from .session import slots
 class _Members:
     """A session of B·G users over one whose rows are B prompts; see ``Session``."""
 
+    reads_runs = True
+
     def __init__(self, packed: PackedSession, batch: int, members: int) -> None:
         self.packed, self.shape, self.width = packed, (batch, members), 1
         self.left = torch.arange(batch * members, device=packed.depth.device)  # members that still search
 
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
+    ) -> torch.Tensor:
         members, width = self.shape[1], parents.shape[1]
         # hypotheses of a user: member by member
         first = torch.arange(members, device=tokens.device)[:, None] * self.width
@@ -49,9 +53,9 @@ class _Members:
             begin = (each.cumsum(1) - each).view_as(taken).gather(1, owner)
             place = owner // width * everyone.shape[1] + begin + offset.clamp_min(0)
             tokens = everyone.view(self.shape[0], -1).gather(1, place)
-        states = self.packed.step(tokens, side_by_side, taken)
+        states = self.packed.step(tokens, side_by_side, taken, every=every)
         self.width = width
-        return states.view(-1, width, states.shape[-1])[self.left]
+        return states.view(-1, width, *states.shape[2:])[self.left]
 
     def _everyone(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [B·G, …] of x, which has those of the members left; zeros for the others."""

@@ -12,6 +12,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
+from flr.model.base import attention_mask
+from flr.model.folded_heads import folded_heads
 from flr.model.verify import traits_of
 
 from .session import model_states, slots
@@ -81,6 +83,7 @@ class _AppendLayer(DynamicLayer):
 class PackedSession:
     """Hypotheses of a user are the tokens of one row; see the module's text."""
 
+    reads_runs = True
     sees: torch.Tensor  # bool [B, w, columns], of each hypothesis the suffix columns it may look at
     depth: torch.Tensor  # int64 [B, w], how many tokens it has
 
@@ -92,11 +95,12 @@ class PackedSession:
         layers: list[Any] = list(past.layers)
         self.layers = [_AppendLayer(layer.keys, layer.values) for layer in layers]
         self.cache = Cache(layers=[*self.layers])
-        config = causal_lm(model).config.get_text_config(decoder=True)
-        self.additive = config._attn_implementation == "eager"
+        self.config = causal_lm(model).config.get_text_config(decoder=True)
         self.reset()
 
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
+    ) -> torch.Tensor:
         count, columns = tokens.shape[1], self.sees.shape[-1]
         inherited = self.sees.gather(1, parents[..., None].expand(-1, -1, columns))
         depth = self.depth.gather(1, parents)
@@ -115,8 +119,13 @@ class PackedSession:
         self.sees = torch.cat([inherited, mine], dim=-1)
         self.depth = depth + lengths
         states = self._forward(tokens, self.next_position + depth.gather(1, owner) + offset.clamp_min(0), sees)
-        last = (lengths.cumsum(1) - 1).clamp(0, count - 1)
-        return states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))
+        end = lengths.cumsum(1)
+        if every:
+            place = (end - lengths)[..., None] + torch.arange(int(lengths.max()), device=tokens.device)
+        else:
+            place = end - 1
+        rows = torch.arange(len(states), device=tokens.device).view(-1, *[1] * (place.dim() - 1))
+        return states[rows, place.clamp(0, count - 1)]
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         if self.sees.shape[-1]:
@@ -171,9 +180,8 @@ class PackedSession:
             layer.truncate(self.length)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
-        mask = torch.cat([self.prompt_seen.expand(-1, tokens.shape[1], -1), sees], dim=-1)[:, None]
-        if self.additive:
-            dtype = self.layers[0].dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        seen = torch.cat([self.prompt_seen.expand(-1, tokens.shape[1], -1), sees], dim=-1)
+        mask = attention_mask(self.config, seen, self.layers[0].dtype)
         arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]
+        with folded_heads():
+            return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]

@@ -72,14 +72,23 @@ def prepare_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, tor
     return append_thoughts(lm._flr_patch.config, prepared) if is_patched(lm) else prepared
 
 
+class Thinking(NamedTuple):
+    """A patched model's prefill: what it was given, the thoughts that it made, and the cache as it left it."""
+
+    prepared: Mapping[str, Any]
+    output: Any  # FLROutput
+    past: Any
+
+
 class Prompts(NamedTuple):
     """Prompts of B users after the prefill: states [B, …], the session that continues them, and how to make logits of
-    hidden states (None where the states are logits)."""
+    hidden states (None where the states are logits). Where a patched model thought, what it made, too."""
 
     states: torch.Tensor
     session: Session
     head_rows: HeadRows | None
     vocabulary: int
+    thinking: Thinking | None = None
 
 
 def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidden: bool = False) -> Prompts:
@@ -123,7 +132,8 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
     else:
         warn_once(f"decoding expands the prompt's cache to every beam instead of sharing it: {reason}")
         session = ExpandedSession(model, past, prepared, head_rows is not None, traits.pieces)
-    return Prompts(states, session, head_rows, vocabulary)
+    made = getattr(out, "flr", None)
+    return Prompts(states, session, head_rows, vocabulary, None if made is None else Thinking(prepared, made, past))
 
 
 def _anew(model: nn.Module, prepared: Mapping[str, Any], want_hidden: bool) -> Prompts:

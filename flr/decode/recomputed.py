@@ -23,6 +23,8 @@ _TOKENS = 1 << 14
 class RecomputedSession:
     """Hypotheses are token sequences, encoded in groups of one length; see ``Session``."""
 
+    reads_runs = False
+
     def __init__(self, model: nn.Module, prepared: Mapping[str, Any], hidden: bool = False) -> None:
         self.model, self.hidden = model, hidden
         self.prompts = {k: v for k, v in prepared.items() if k not in ("attention_mask", "position_ids")}
@@ -35,7 +37,11 @@ class RecomputedSession:
         self.paths = torch.zeros(rows, 1, 0, dtype=torch.int64, device=self.mask.device)  # padded at the end
         self.depth = torch.zeros(rows, 1, dtype=torch.int64, device=self.mask.device)
 
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
+    ) -> torch.Tensor:
+        if every:
+            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
         width = parents.shape[1]
         added = torch.ones_like(parents) if lengths is None else lengths
         begin = added.cumsum(1) - added

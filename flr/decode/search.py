@@ -16,6 +16,7 @@ from flr_kernels.order import order_key
 
 from .filters import ItemFilter
 from .prompts import Prompts
+from .runs import Run, next_run, read_run
 from .scoring import Scoring, log_normaliser, token_logits
 from .session import Session, slots
 
@@ -136,7 +137,8 @@ class Search:
         result, users = state.best, torch.arange(count, device=device)
         host_knows = _sync_is_free(device) or self.skips_forced
         broken = torch.zeros((), dtype=torch.bool, device=device)
-        for step in range(self.trie.depth):
+        step = 0
+        while step < self.trie.depth:
             plan, tokens = self.plan(state) if self.skips_forced else None, None
             if step or plan is not None:
                 numbers = self.numbers(state, plan)
@@ -158,9 +160,17 @@ class Search:
                         )
                         state = state.of(unfinished)
                         session.select(unfinished)
-            self.forward(state, session, step, plan, tokens)
+            run = None
+            if step and session.reads_runs and not self.skips_forced and _sync_is_free(device):
+                run = next_run(self.trie, self.allows, state.running, step, prompts.vocabulary)
+            if run is not None and run.size:
+                self.read(state, session, step, run)
+                step += run.size
+            else:
+                self.forward(state, session, step, plan, tokens)
             if not self.level(state, step):
                 break
+            step += 1
         if bool(broken | state.broken.any()):
             raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
         return _put(result, users, state.best)
@@ -201,6 +211,12 @@ class Search:
             after = session.step(trie.tokens[node.clamp_min(1)].long(), running.parent, plan.lengths)
             state.states = torch.where((plan.lengths > 0)[..., None], after, state.states) if step == 0 else after
         state.overflow = state.overflow | (plan.lengths.sum(1) > tokens)
+
+    def read(self, state: State, session: Session, step: int, run: Run) -> None:
+        """The model reads hypotheses' last tokens and the run that follows; items that end in it are collected."""
+        state.running, complete, state.states, broken = read_run(self.trie, run, state.running, step, session)
+        state.broken = state.broken | broken
+        state.best = self._collect(state.best, complete)
 
     def level(self, state: State, step: int) -> bool:
         """Choose among the hypotheses' children; False where no longer item can exist."""

@@ -31,16 +31,22 @@ class Session(Protocol):
     States are logits [..., V] in the model's dtype or, where ``prefill`` was asked for them, hidden states [..., D].
     """
 
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    reads_runs: bool  # whether ``step`` can give the states after every token
+
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
+    ) -> torch.Tensor:
         """Append tokens to w hypotheses a user.
 
         Args:
             tokens: int64 [B, n] tokens of the first new hypothesis, then of the second, …; padded at the end.
             parents: int64 [B, w] which hypothesis of the previous step (column, 0 at the first) each continues.
             lengths: int64 [B, w] how many tokens each adds, at most n a user; None for one each (n = w).
+            every: with lengths, and where the session ``reads_runs``.
 
         Returns:
-            states [B, w, …] after the last token of each; undefined where the length is 0.
+            states [B, w, …] after the last token of each; undefined where the length is 0. With ``every`` after each
+            token, [B, w, m, …] for m = lengths.max(), undefined past a length.
         """
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .attribution import ThinkingPrompts
+from .thinking import ThinkingPrompts
 
 
 @torch.no_grad()

@@ -23,31 +23,28 @@ Source: L. S. Shapley, "A value for n-person games", 1953.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
-from flr.decode.prompts import prepare_inputs
-from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, takes_positions
-from flr.model.head import head
-from flr.model.outputs import FLROutput
+from flr.decode.exhaustive import edge_scores
+from flr.model.head import HeadRows, head
+
+from .asked import Asked, asked_of
+from .thinking import ThinkingPrompts
 
 #: Up to this K every set of factors is computed.
 EXACT_FACTORS = 6
 #: Summed magnitude of log-probabilities below which contributions are rounding errors.
-NOISE = 1e-6
-_MAX_LOGITS = 1 << 25  # of one forward over suffixes, 128 MiB in float32
-_MAX_ROWS = 512
+NOISE = 1e-5
+_MAX_CELLS = 1 << 25  # logits, or log-probabilities of edges, at a time: 128 MiB in float32
+_MAX_ROWS, _MAX_TOKENS = 512, 1 << 14  # of one forward
 
 
 @functools.cache
@@ -99,219 +96,98 @@ def influence_shares(contributions: np.ndarray) -> np.ndarray:
     return np.where(total > NOISE, size / np.where(total > NOISE, total, 1), alike)
 
 
-@dataclass
-class ThinkingPrompts:
-    """Prompts of B users, encoded once, and the parts of their thoughts; L columns without those of N thoughts."""
-
-    lm: Any
-    embeds: Tensor  # [B, L, D]
-    mask: Tensor  # int64 [B, L]
-    positions: Tensor | None  # int64 [B, L + N]
-    anchors: Tensor  # [B, N, D], the thought's embedding without factors
-    contributions: Tensor  # [B, N, K, D]
-    output: FLROutput
-    layers: list[Any] | None  # cache layers cut to L columns; None where this cache cannot be cut
-
-
-@torch.no_grad()
-def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> ThinkingPrompts | None:
-    """Encode prompts with a patched model; None where its variant has no factors.
-
-    Args:
-        model: in eval mode. inputs: a processor's output for B prompts.
-        reserve: how many tokens will follow the thoughts at most.
-    """
-    lm = causal_lm(model)
-    if not is_patched(lm) or lm._flr_patch.config.variant not in ("flr", "latentr3"):
-        return None
-    config = lm._flr_patch.config
-    prepared = prepare_inputs(model, inputs)
-    if not takes_positions(lm):
-        del prepared["position_ids"]
-    out = lm(**prepared, use_cache=True, logits_to_keep=1)
-    ids, count = prepared["input_ids"], config.num_thoughts
-    if not bool((ids[:, -count:] == config.thought_token_id).all()):
-        raise ValueError(f"inputs: expected prompts that end with {count} thought tokens")
-    length = ids.shape[1] - count
-    embeds = lm.get_input_embeddings()(ids)
-    anchors = embeds[:, length:]
-    if config.anchor == "none":
-        anchors = torch.zeros_like(anchors)
-    elif config.anchor == "last":
-        anchors = embeds[:, length - 1 : length].expand_as(anchors)
-    return ThinkingPrompts(
-        lm=lm,
-        embeds=embeds[:, :length],
-        mask=prepared["attention_mask"][:, :length],
-        positions=prepared.get("position_ids"),
-        anchors=anchors,
-        contributions=torch.stack([step.contributions for step in out.flr.steps], 1),
-        output=out.flr,
-        layers=_cut(cache_of(out), length, length + count + reserve),
-    )
-
-
-def _cut(cache: Any, length: int, longest: int) -> list[Any] | None:
-    """The cache's layers with their first ``length`` columns; None unless they hold every column and keep doing so."""
-    layers = []
-    for layer in getattr(cache, "layers", [None]):
-        window = getattr(layer, "sliding_window", None)
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or (window is not None and longest >= window):
-            return None
-        if not layer.is_initialized:
-            return None
-        cut = copy.copy(layer)
-        cut.keys, cut.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-        if hasattr(cut, "cumulative_length"):
-            cut.cumulative_length = length
-        layers.append(cut)
-    return layers
-
-
-def _suffix_logits(prompts: ThinkingPrompts, user: Tensor, thoughts: Tensor, tokens: Tensor) -> Tensor:
-    """Logits [R, S, V] after thoughts [R, N, D] and after each of tokens [R, S - 1] behind the prompts of users [R]."""
-    lm, after = prompts.lm, tokens.shape[1]
-    suffix = torch.cat([thoughts, lm.get_input_embeddings()(tokens)], 1)
-    mask = torch.cat([prompts.mask[user], prompts.mask.new_ones(suffix.shape[:2])], 1)
-    inputs: dict[str, Any] = {"attention_mask": mask, "use_cache": prompts.layers is not None}
-    if prompts.layers is None:
-        inputs["inputs_embeds"] = torch.cat([prompts.embeds[user], suffix], 1)
-    else:
-        layers = [copy.copy(layer) for layer in prompts.layers]
-        for layer in layers:
-            layer.keys, layer.values = layer.keys[user], layer.values[user]
-        inputs |= {"inputs_embeds": suffix, **cache_argument(lm.base_model, Cache(layers=layers))}
-    if prompts.positions is not None:
-        known = prompts.positions[user]
-        positions = torch.cat([known, known[:, -1:] + 1 + torch.arange(after, device=user.device)], 1)
-        inputs["position_ids"] = positions[:, -inputs["inputs_embeds"].shape[1] :]
-    hidden = lm.base_model(**inputs).last_hidden_state
-    return head(lm, hidden[:, -(1 + after) :])
-
-
-@dataclass
-class _Siblings:
-    """Items of one user's list whose tokens differ in the last one only: the model runs once for all of them."""
-
-    user: int
-    prefix: tuple[int, ...]
-    columns: list[int]  # places in the user's list
-    last: list[int]  # last tokens
-
-
 @torch.no_grad()
 def attribute(
     prompts: ThinkingPrompts,
-    codec: Any,
     items: np.ndarray,
+    scores: np.ndarray,
     trie: CatalogueTrie,
     scoring: Scoring = "full",
     exclude: Tensor | None = None,
     allowed: Tensor | None = None,
     mixed_with: tuple[np.ndarray, np.ndarray] | None = None,
+    head_rows: HeadRows | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Contributions of the factors to the log-probabilities of items.
 
+    The set of all factors is not computed again: its value is the score. The others cost one forward over the trie
+    nodes above the items, each read once a set and a user, behind the prompts' keys and values.
+
     Args:
         prompts: from :func:`think`.
-        codec: the item codec (``encode(i)``).
         items: int64 [B, k] item indices, -1 for none.
-        trie: of the codec, on the model's device.
+        scores: [B, k], their log-probabilities with all factors, as a search gave them.
+        trie: of the catalogue, on the model's device.
         scoring, exclude, allowed: as the items were ranked with (see :mod:`flr.decode`): the values are those scores.
         mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v
             is the logarithm of that, the rest is taken as it is.
+        head_rows: of ``prefill``, so that ``catalogue`` needs the logits of a node's children alone.
 
     Returns:
         base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K];
         base + contributions.sum(-1) is the item's score. 0 where the item is -1.
     """
-    num_factors = prompts.contributions.shape[2]
-    sets, weights = coalitions(num_factors)
-    base = np.zeros(items.shape)
-    contributions = np.zeros((*items.shape, num_factors))
-    vocabulary = prompts.lm.config.get_text_config(decoder=True).vocab_size
-    for group in _batches(_siblings(codec, items), len(sets), vocabulary):
-        for siblings, values in zip(group, _values(prompts, group, sets, trie, scoring, exclude, allowed), strict=True):
-            if mixed_with is not None:
-                log_weight, log_rest = (x[siblings.user, siblings.columns] for x in mixed_with)
-                values = np.logaddexp(values + log_weight, log_rest)
-            base[siblings.user, siblings.columns] = values[0]
-            contributions[siblings.user, siblings.columns] = (weights @ values).T
-    return base, contributions
+    sets, weights = coalitions(prompts.contributions.shape[2])
+    values = np.zeros((len(sets), *items.shape))
+    values[-1] = np.where(items >= 0, scores, 0.0)
+    allows = item_filter(trie, len(items), allowed, exclude)
+    asked = asked_of(trie, allows, items, scoring)
+    for group in _batches(asked, len(sets) - 1, prompts.anchors.shape[1]):
+        users = torch.tensor([one.tree.user for one in group], device=prompts.embeds.device)
+        step = _sets_at_once(group, len(sets) - 1, prompts.anchors.shape[1])
+        for first in range(0, len(sets) - 1, step):
+            chosen = slice(first, min(first + step, len(sets) - 1))
+            part = torch.from_numpy(sets[chosen]).to(users.device, prompts.contributions.dtype)
+            thoughts = torch.einsum("ak,enkd->eand", part, prompts.contributions[users])
+            thoughts = thoughts.to(prompts.anchors.dtype) + prompts.anchors[users][:, None]
+            states = prompts.states([one.tree for one in group], thoughts)
+            for one, own in zip(group, states, strict=True):
+                found = _values(prompts.lm, one, own[:, : 1 + len(one.tree)], trie, allows, scoring, head_rows)
+                values[chosen, one.tree.user, one.columns] = found
+    if mixed_with is not None:
+        values[:-1] = np.logaddexp(values[:-1] + mixed_with[0], mixed_with[1])
+    values = np.where(items >= 0, values, 0.0)
+    return values[0], np.moveaxis(np.tensordot(weights, values, 1), 0, -1)
 
 
-def _siblings(codec: Any, items: np.ndarray) -> list[_Siblings]:
-    entries: dict[tuple[int, tuple[int, ...]], _Siblings] = {}
-    for user, column in np.argwhere(items >= 0).tolist():
-        *prefix, last = (int(token) for token in codec.encode(int(items[user, column])))
-        entry = entries.setdefault((user, tuple(prefix)), _Siblings(user, tuple(prefix), [], []))
-        entry.columns.append(column)
-        entry.last.append(last)
-    return sorted(entries.values(), key=lambda entry: len(entry.prefix))
-
-
-def _batches(entries: list[_Siblings], num_sets: int, vocabulary: int) -> Iterator[list[_Siblings]]:
-    """Runs of entries (by ascending length) whose forward stays within bounds; at least one entry each."""
-    batch: list[_Siblings] = []
-    for entry in entries:
+def _batches(asked: Sequence[Asked], num_sets: int, num_thoughts: int) -> Iterator[list[Asked]]:
+    """Runs (by ascending length) whose forward stays within bounds; at least one each."""
+    batch: list[Asked] = []
+    for one in sorted(asked, key=lambda one: len(one.tree)):
         rows = (len(batch) + 1) * num_sets
-        if batch and (rows > _MAX_ROWS or rows * (len(entry.prefix) + 1) * vocabulary > _MAX_LOGITS):
+        if batch and (rows > _MAX_ROWS or rows * (len(one.tree) + num_thoughts) > _MAX_TOKENS):
             yield batch
             batch = []
-        batch.append(entry)
+        batch.append(one)
     if batch:
         yield batch
 
 
+def _sets_at_once(group: Sequence[Asked], num_sets: int, num_thoughts: int) -> int:
+    """How many sets of factors one forward takes: all, or where a tree alone is too much for that, fewer."""
+    if len(group) > 1:
+        return num_sets
+    return max(1, min(num_sets, _MAX_ROWS, _MAX_TOKENS // (len(group[0].tree) + num_thoughts)))
+
+
 def _values(
-    prompts: ThinkingPrompts,
-    group: list[_Siblings],
-    sets: np.ndarray,
+    lm: Any,
+    one: Asked,
+    states: Tensor,
     trie: CatalogueTrie,
+    allows: ItemFilter,
     scoring: Scoring,
-    exclude: Tensor | None,
-    allowed: Tensor | None,
-) -> Iterator[np.ndarray]:
-    """v of every set of factors, float64 [A, items of the entry], for every entry."""
-    device = prompts.embeds.device
-    tokens = pad_sequence([torch.tensor(entry.prefix, dtype=torch.int64) for entry in group], batch_first=True)
-    users = torch.tensor([entry.user for entry in group], device=device)
-    parts = prompts.contributions[users]  # [E, N, K, D]
-    chosen = torch.from_numpy(sets).to(device, parts.dtype)
-    anchors = prompts.anchors[users]
-    thoughts = torch.einsum("ak,enkd->eand", chosen, parts).to(anchors.dtype) + anchors[:, None]
-    number = len(sets)
-    rows, behind = users.repeat_interleave(number), tokens.to(device).repeat_interleave(number, 0)
-    logits = _suffix_logits(prompts, rows, thoughts.flatten(0, 1), behind).float()
-    logits = logits.view(len(group), number, tokens.shape[1] + 1, -1)  # [E, A, S, V]
-    if scoring == "full":
-        norm = logits.logsumexp(-1)
-    else:
-        if exclude is not None:
-            exclude = exclude.to(device)[users]
-        if allowed is not None and allowed.ndim == 2:
-            allowed = allowed.to(device)[users]
-        norm = _catalogue_norm(logits, group, item_filter(trie, len(group), allowed, exclude), trie)
-    scores = logits - norm[..., None]
-    for row, entry in enumerate(group):
-        size, own = len(entry.prefix), scores[row].double()  # [A, S, V]
-        path = own[:, range(size), entry.prefix].sum(-1, keepdim=True) if size else 0.0  # [A, 1]
-        yield (path + own[:, size, entry.last]).cpu().numpy()
-
-
-def _catalogue_norm(logits: Tensor, group: list[_Siblings], allows: ItemFilter, trie: CatalogueTrie) -> Tensor:
-    """logsumexp [E, A, S] over the tokens that lead from an entry's prefix to allowed items."""
-    nodes = torch.zeros(logits.shape[0], logits.shape[2], dtype=torch.int64)  # [E, S]; the root past an entry's end
-    for row, entry in enumerate(group):
-        for step in range(len(entry.prefix)):
-            nodes[row, step + 1] = trie.walk(entry.prefix[: step + 1])
-    nodes = nodes.to(logits.device)
-    begin = trie.children[nodes].long()
-    fanout = trie.children[nodes + 1].long() - begin
-    column = torch.arange(int(fanout.max()), device=logits.device)
-    inside = column < fanout[..., None]
-    child = torch.where(inside, begin[..., None] + column, 0)  # [E, S, F]
-    allowed = inside & (allows.count(trie.leaf_begin[child].long(), trie.leaf_end[child].long()) > 0)
-    token = trie.tokens[child].long().clamp_min(0)
-    raw = logits.gather(-1, token[:, None].expand(-1, logits.shape[1], -1, -1))
-    return raw.masked_fill(~allowed[:, None], -torch.inf).logsumexp(-1)
+    head_rows: HeadRows | None,
+) -> np.ndarray:
+    """v float64 [A, items] of the sets of factors whose states after thought and nodes are [A, 1 + n, D]."""
+    row, child = (torch.as_tensor(x, device=states.device) for x in (one.edge_row, one.edge_child))
+    paths = torch.as_tensor(one.paths, device=states.device)
+    rows = head_rows if scoring == "catalogue" else None
+    cells = 8 * len(row) if rows is not None else states.shape[1] * lm.config.get_text_config(decoder=True).vocab_size
+    found = []
+    for part in states.split(max(1, _MAX_CELLS // max(1, cells))):
+        own = allows.select(torch.full((len(part),), one.tree.user, device=states.device))
+        edges = edge_scores(part if rows is not None else head(lm, part), rows, row, child, trie, own, scoring).double()
+        padded = torch.cat([edges, edges.new_zeros(len(part), 1)], 1)
+        found.append(padded[:, paths].sum(-1))
+    return torch.cat(found).cpu().numpy()

@@ -14,7 +14,7 @@ from flr.data import CSR, Interactions, RecProcessor
 from flr.model.backbone import evaluating
 
 from .attention import item_attention
-from .attribution import think
+from .thinking import think
 
 
 @dataclass(frozen=True)

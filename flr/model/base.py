@@ -159,6 +159,18 @@ def right_padded(mask: Tensor) -> tuple[Tensor, Tensor]:
     return (mask == 0).to(torch.int8).argsort(dim=1, stable=True), (mask != 0).sum(1)
 
 
+def attention_mask(config: Any, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 4-D mask [B, 1, q, n] of what is ``seen``, bool [B, q, n], as the config's attention takes it.
+
+    Args:
+        config: of the text model. dtype: of the states.
+    """
+    if config._attn_implementation != "eager":
+        return seen[:, None]
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
 def masks_by_type(config: Any, seen: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
     """What the attention takes for the last q of L + c columns that see ``seen`` bool [B, q, L + c] of all.
 
@@ -169,15 +181,11 @@ def masks_by_type(config: Any, seen: Tensor, position: Tensor, dtype: torch.dtyp
         position: int64 [L + c], of every column; differences between those of the last q and others matter.
         dtype: of the states.
     """
-
-    def finished(mask: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
-            return mask[:, None]
-        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
-
     types = attention_types(config)
     if types == {"full_attention"}:
-        return finished(seen)
-    near = finished(seen & (position[-seen.shape[1] :, None] - position < config.sliding_window))
-    return near if len(types) == 1 else {"full_attention": finished(seen), "sliding_attention": near}
+        return attention_mask(config, seen, dtype)
+    near = seen & (position[-seen.shape[1] :, None] - position < config.sliding_window)
+    near = attention_mask(config, near, dtype)
+    if len(types) == 1:
+        return near
+    return {"full_attention": attention_mask(config, seen, dtype), "sliding_attention": near}

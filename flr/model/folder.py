@@ -32,6 +32,7 @@ _BESIDE = (
     "*.model",
     "*.tiktoken",
     "catalogue.parquet",
+    "item_tokens.safetensors",
     ADAPTER_WEIGHTS,
 )  # what goes with the weights
 

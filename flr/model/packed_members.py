@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from .backbone import attention_types, packing_obstacle, takes_positions, warn_once
 from .base import masks_by_type, right_padded, run_base
+from .folded_heads import folded_heads
 from .outputs import GroupPrompts
 from .verify import traits_of
 
@@ -115,15 +117,16 @@ class PackedMembers:
             self.ids = None if self.ids is None else torch.cat([self.ids, flat], 1)
             hidden = encode_alone(self.model, self.embeds, self.ids, mask)[:, -length:]
         else:
-            out, _ = run_base(
-                self.model,
-                embeds,
-                None if traits_of(self.model).embeds else flat,
-                cache=self.cache,
-                use_cache=True,
-                attention_mask=mask,
-                **({"position_ids": self.first + offsets} if self.positioned else {}),
-            )
+            with folded_heads() if self.packed else contextlib.nullcontext():
+                out, _ = run_base(
+                    self.model,
+                    embeds,
+                    None if traits_of(self.model).embeds else flat,
+                    cache=self.cache,
+                    use_cache=True,
+                    attention_mask=mask,
+                    **({"position_ids": self.first + offsets} if self.positioned else {}),
+                )
             hidden = out.last_hidden_state
         return hidden.view(batch, members, length, size)
 

@@ -1,7 +1,7 @@
 """Recommendations for histories of item ids or titles, and what each factor had to do with them.
 
 recommender = flr.Recommender.from_pretrained("runs/cds")
-for r in recommender.recommend([["B00005YW4H", "Kind of Blue"]], k=5)[0]:
+for r in recommender.recommend([["B00005YW4H", "Kind of Blue"]], k=5, shares=True)[0]:
     print(r.title, r.score, r.factor_shares)
 """
 
@@ -22,9 +22,11 @@ from torch import nn
 from flr.data import CSR, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search
 from flr.decode.mixture import ViewMixture
+from flr.decode.prompts import prefill
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
-from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
+from flr.explain.attribution import attribute, influence_shares
+from flr.explain.thinking import ThinkingPrompts, think
 from flr.model.backbone import causal_lm, evaluating, is_patched, position_limit
 from flr.model.checkpoint import load_from
 
@@ -66,7 +68,8 @@ class Recommender(QueryBuilder):
         >>> tiny = LlamaConfig(vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=32,
         ...                    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
         >>> model = flr.patch_model(LlamaForCausalLM(tiny), processor.tokenizer, flr.FLRConfig(num_factors=3))
-        >>> [best, *rest] = Recommender(model, processor).recommend([["item_3", "brave jazz 1"]], k=5)[0]
+        >>> recommender = Recommender(model, processor)
+        >>> [best, *rest] = recommender.recommend([["item_3", "brave jazz 1"]], k=5, shares=True)[0]
         >>> len(rest), len(best.factor_shares), round(sum(best.factor_shares), 6)
         (4, 3, 1.0)
     """
@@ -103,7 +106,12 @@ class Recommender(QueryBuilder):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | os.PathLike[str], device: torch.device | str | None = None, **kwargs: Any
+        cls,
+        directory: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        *,
+        like: RecProcessor | None = None,
+        **kwargs: Any,
     ) -> Recommender:
         """Load a patched model and its processor from one folder; it reads safetensors, JSON and Parquet, no pickle.
 
@@ -111,6 +119,7 @@ class Recommender(QueryBuilder):
             directory: what ``model.save_pretrained`` and ``processor.save_pretrained`` wrote; its folder, or the id
                 ``"user/name"`` of a model on the Hub. The processor may lie beside an adapter.
             device: where to put the model; None leaves it where it was loaded.
+            like: a processor whose catalogue is taken over where it is the same (see ``RecProcessor.from_pretrained``).
             kwargs: for flr.from_pretrained (revision, token, dtype, attn_implementation, …).
 
         Raises:
@@ -119,7 +128,7 @@ class Recommender(QueryBuilder):
         model, folder = load_from(directory, **kwargs)
         if device is not None:
             model.to(device)
-        return cls(model, RecProcessor.from_pretrained(folder))
+        return cls(model, RecProcessor.from_pretrained(folder, like))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
@@ -170,7 +179,7 @@ class Recommender(QueryBuilder):
         allow: History | None = None,
         deny: History = (),
         where: Where | None = None,
-        shares: bool = True,
+        shares: bool = False,
     ) -> Recommendations:
         """The k best items for each history.
 
@@ -189,8 +198,8 @@ class Recommender(QueryBuilder):
                 stands for every item that bears it.
             deny: those that may not, in the same forms.
             where: {attribute of the catalogue: values}: only items whose attribute has one of the values.
-            shares: compute factor shares and contributions. They cost the prompt once more and one forward over the few
-                tokens behind it for each of 2^K sets of factors (K <= 6, else K (K - 1) + 2).
+            shares: compute factor shares and contributions. They cost one more forward, over the tokens of the given
+                items, for each of 2^K - 1 sets of factors (K <= 6, else K (K - 1) + 1): often as much as the search.
 
         Returns:
             A list for each history, best first. Deterministic, and independent of the other histories up to rounding.
@@ -281,11 +290,14 @@ class Recommender(QueryBuilder):
         exclude, allowed = exclusions(queries), allowances(queries)
         scoring = resolve_scoring(scoring, self.processor.scoring)
         with self._lock, torch.inference_mode(), evaluating(self.model):
-            inputs = self.processor(histories)
-            mixed_with = None
+            inputs, depth = self.processor(histories), self.trie.depth
+            mixed_with = encoded = None
             if self.processor.views is None:
+                encoded = prefill(self.model, inputs, reserve=depth, want_hidden=scoring == "catalogue")
+            prompts = think(self.model, inputs, depth, encoded) if shares else None
+            if encoded is not None:
                 best = beam_search(
-                    self.model, inputs, self.trie, num_beams, k, scoring, allowed=allowed, exclude=exclude
+                    self.model, inputs, self.trie, num_beams, k, scoring, allowed, exclude=exclude, prompts=encoded
                 )
                 items, scores = best.items.cpu().numpy(), best.scores.cpu().numpy()
             else:
@@ -294,12 +306,12 @@ class Recommender(QueryBuilder):
                 exclude = allowed = None  # struck out of the mixture, which is not normalised again
             own_k = np.array([[query.k] for query in queries])
             items = np.where(np.arange(items.shape[1]) < own_k, items, -1)
-            prompts = think(self.model, inputs, reserve=self.trie.depth) if shares else None
             base, contributions = np.full(items.shape, None), np.zeros((*items.shape, 0))
             influence = contributions
             if prompts is not None:
-                codec = self.processor.item_codec
-                base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
+                rows = None if encoded is None else encoded.head_rows
+                parts = exclude, allowed, mixed_with, rows
+                base, contributions = attribute(prompts, items, scores, self.trie, scoring, *parts)
                 influence = influence_shares(contributions)
         catalogue = self.processor.catalogue
         columns = [x.tolist() for x in (items, scores, influence, contributions, base)]

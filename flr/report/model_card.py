@@ -196,7 +196,7 @@ def _model_part(facts: ModelFacts) -> str:
         "Plain `transformers` does not know this model type: install and import `flr`.",
         "```python\nimport flr\n\n"
         'recommender = flr.Recommender.from_pretrained("FOLDER OR USER/NAME")\n'
-        f"for item in recommender.recommend([{known}], k=10)[0]:\n"
+        f"for item in recommender.recommend([{known}], k=10, shares=True)[0]:\n"
         "    print(item.title, item.score, item.factor_shares)\n```",
     ]
     if facts.command is not None:

@@ -62,13 +62,16 @@ class Loaded:
     generation: int
 
     @classmethod
-    def warm(cls, recommender: Recommender, generation: int, settings: Settings) -> Loaded:
-        """Build what is built at first use, and run one request of each kind."""
+    def warm(
+        cls, recommender: Recommender, generation: int, settings: Settings, before: Loaded | None = None
+    ) -> Loaded:
+        """Build what is built at first use, and run a request of each kind; ``before`` may have the same catalogue."""
         catalogue, beams, scoring = recommender.processor.catalogue, settings.num_beams, settings.scoring
         catalogue.lookup("\0")
         recommender.recommend([[]], k=1, num_beams=beams, scoring=scoring)  # type: ignore[arg-type]
         recommender.explain(catalogue.item_ids[:1], k=1, num_beams=beams)
-        return cls(recommender, ItemSearch(catalogue), generation)
+        same = before is not None and before.recommender.processor.catalogue is catalogue
+        return cls(recommender, before.search if before is not None and same else ItemSearch(catalogue), generation)
 
 
 @dataclass(eq=False)
@@ -198,11 +201,12 @@ class Engine:
             raise RuntimeError("this server was given a model, not a folder to load one from")
         if self._reloading:
             raise RuntimeError("a reload is under way")
-        load, generation, settings = self._load, self.model.generation + 1, self.settings
+        load, before, settings = self._load, self.model, self.settings
+        generation = before.generation + 1
         self._reloading = True
         started = time.monotonic()
         try:
-            self.model = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings))
+            self.model = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings, before))
         except Exception as error:
             self.metrics.reloads.labels("failed").inc()
             told = {"event": "reload", "error": f"{type(error).__name__}: {error}"}

@@ -136,12 +136,13 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def load(settings: Settings) -> Recommender:
-    """The model in ``settings.model``."""
+def load(settings: Settings, like: Recommender | None = None) -> Recommender:
+    """The model in ``settings.model``; with the catalogue of ``like`` where that is the same."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Recommender.from_pretrained(settings.model, device, revision=settings.revision, **options)
+    known = None if like is None else like.processor
+    return Recommender.from_pretrained(settings.model, device, like=known, revision=settings.revision, **options)
 
 
 def run(settings: Settings) -> int:
@@ -167,7 +168,13 @@ def run(settings: Settings) -> int:
         if token is None and not settings.loopback:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
-        app = create_app(load(settings), settings, lambda: load(settings))
+        served = [load(settings)]
+
+        def again() -> Recommender:
+            served[0] = load(settings, served[0])
+            return served[0]
+
+        app = create_app(served[0], settings, again)
         connections = Connections(_limit(settings.max_connections), settings, app.metrics)
         server = Server(_config(app, settings, connections), app, settings, address, connections)
         server.run(sockets=[bound])

@@ -31,9 +31,9 @@ MARKS = ("config.json", "processor_config.json")
 #: Files of a model and its processor, of any form that transformers writes.
 MODEL_FILES = (
     "model*.safetensors", "model*.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json",
-    "config.json", "generation_config.json", "processor_config.json", "catalogue.parquet", "tokenizer.json",
-    "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "config.json", "generation_config.json", "processor_config.json", "catalogue.parquet", "item_tokens.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TRUE, _FALSE = ("true", "yes", "1"), ("none", "false", "no", "0", "")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flr.explain import item_attention
-from flr.explain.attribution import think
+from flr.explain.thinking import think
 from flr.model.backbone import evaluating
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender
@@ -40,7 +40,7 @@ def test_a_batch_equals_its_users_alone():
     inputs = recommender.processor(histories)
     with evaluating(recommender.model):
         together = item_attention(think(recommender.model, inputs, 0), inputs["item_positions"], 12)
-    found = recommender.recommend(histories, k=3)
+    found = recommender.recommend(histories, k=3, shares=True)
     for history, attention, recommendations in zip(histories, together, found, strict=True):
         alone = recommender.explain(history, k=3)
         np.testing.assert_allclose(alone.attention, attention[..., : len(history)], atol=1e-5)

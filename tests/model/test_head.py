@@ -151,7 +151,7 @@ def test_rows_of_the_lm_head_equal_its_product(monkeypatch, family, cost):
     with torch.no_grad():
         for parameter in model.get_output_embeddings().parameters():
             parameter.normal_()  # the bias too
-        states, _, rows, _ = flr.decode.prompts.prefill(model, toy_inputs(), 1, want_hidden=True)
+        states, _, rows, *_ = flr.decode.prompts.prefill(model, toy_inputs(), 1, want_hidden=True)
         expected = flr.decode.prompts.prefill(model, toy_inputs(), 1).states
     assert states.shape == (3, 32)
     row, token = torch.cartesian_prod(torch.arange(3), torch.arange(VOCAB)).T

@@ -19,7 +19,7 @@ HISTORIES = [["item_3", "brave jazz 1", "item_7"], [], ["item_9", "item_2"]]
 
 
 def answers(recommender: Recommender) -> list[list[tuple]]:
-    found = recommender.recommend(HISTORIES, k=4)
+    found = recommender.recommend(HISTORIES, k=4, shares=True)
     return [[(r.item_id, r.title, r.score, *r.contributions) for r in items] for items in found]
 
 

@@ -29,7 +29,7 @@ def test_ids_titles_and_indices_name_the_same_items():
     recommender = build_recommender()
     titles = recommender.processor.catalogue.titles
     forms = [["item_3", "item_7"], [titles[3], titles[7].upper() + " "], np.array([3, 7])]
-    first, *others = recommender.recommend(forms, k=3)
+    first, *others = recommender.recommend(forms, k=3, shares=True)
     for other in others:
         assert_same_recommendations(first, other)
 
@@ -39,17 +39,17 @@ def test_unknown_entries():
     with pytest.raises(
         ValueError, match=r"histories\[1\]\[0\]: 'Brave Jaz 1' is no id .*did you mean .*'Brave Jazz 1'"
     ):
-        recommender.recommend([["item_1"], ["Brave Jaz 1"]])
+        recommender.recommend([["item_1"], ["Brave Jaz 1"]], shares=True)
     with pytest.raises(ValueError, match=r"'item_333' .*'item_33'"):
-        recommender.recommend([["item_333"]])
+        recommender.recommend([["item_333"]], shares=True)
     with pytest.raises(ValueError, match=r"is no id and no title of the catalogue$"):
-        recommender.recommend([["qqqqq"]])
+        recommender.recommend([["qqqqq"]], shares=True)
     histories = [["item_1", "nonsense", "item_2"], ["nothing"]]
     resolved = recommender.resolve(histories, "skip")
     assert [h.tolist() for h in resolved.histories] == [[1, 2], []]
     assert resolved.unknown == [["nonsense"], ["nothing"]]
-    found = recommender.recommend(histories, k=2, on_unknown="skip")
-    for a, b in zip(found, recommender.recommend(resolved.histories, k=2), strict=True):
+    found = recommender.recommend(histories, k=2, on_unknown="skip", shares=True)
+    for a, b in zip(found, recommender.recommend(resolved.histories, k=2, shares=True), strict=True):
         assert_same_recommendations(a, b)
 
 
@@ -91,7 +91,7 @@ def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
         HISTORIES,
         recommender.recommend(
             HISTORIES, k=40, num_beams=40, exclude_seen=True, scoring=scoring,
-            allow=allow, deny=deny, where={"interest": wanted},
+            allow=allow, deny=deny, where={"interest": wanted}, shares=True,
         ),
         strict=True,
     ):  # fmt: skip
@@ -115,8 +115,8 @@ def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
 def test_filters_under_views():
     recommender = build_recommender("sid")
     recommender.processor.views = HistoryViews(weight=0.5)
-    every = recommender.recommend(HISTORIES, k=40, num_beams=40)
-    some = recommender.recommend(HISTORIES, k=40, num_beams=40, allow=np.arange(20), deny=["item_2"])
+    every = recommender.recommend(HISTORIES, k=40, num_beams=40, shares=True)
+    some = recommender.recommend(HISTORIES, k=40, num_beams=40, allow=np.arange(20), deny=["item_2"], shares=True)
     for a, b in zip(every, some, strict=True):
         assert_same_recommendations([r for r in a if r.index < 20 and r.index != 2], b)
 
@@ -124,9 +124,9 @@ def test_filters_under_views():
 def test_a_title_in_a_filter_means_all_its_items():
     old = named_catalogue()
     recommender = build_recommender(catalogue=Catalogue(old.item_ids, ["Twin", "Twin", *old.titles[2:]], old.sids))
-    assert {r.index for r in recommender.recommend([[]], k=5, allow=["twin"])[0]} == {0, 1}
-    assert {r.index for r in recommender.recommend([[]], k=40, deny=["Twin"])[0]} == set(range(2, 40))
-    assert recommender.recommend([[]], k=5, allow=[]) == [[]]
+    assert {r.index for r in recommender.recommend([[]], k=5, allow=["twin"], shares=True)[0]} == {0, 1}
+    assert {r.index for r in recommender.recommend([[]], k=40, deny=["Twin"], shares=True)[0]} == set(range(2, 40))
+    assert recommender.recommend([[]], k=5, allow=[], shares=True) == [[]]
     assert recommender.selection(["item_3", "x"], ["y"], on_unknown="skip")[2] == ["x", "y"]
 
 

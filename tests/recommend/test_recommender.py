@@ -47,7 +47,7 @@ def recommender():
 def test_contributions_add_up_to_the_score(codec, family, options, scoring, exclude_seen):
     recommender = build_recommender(codec, family, **options)
     moved = 0.0
-    for found in recommender.recommend(HISTORIES, k=4, scoring=scoring, exclude_seen=exclude_seen):
+    for found in recommender.recommend(HISTORIES, k=4, scoring=scoring, exclude_seen=exclude_seen, shares=True):
         assert len(found) == 4
         for r in found:
             assert len(r.factor_shares) == len(r.contributions) == recommender.model.flr.config.num_factors
@@ -66,7 +66,7 @@ def test_contributions_equal_those_of_models_without_the_factor(codec):
     with torch.no_grad():
         model.flr.gate_factor.zero_()
     history = np.array([3, 5, 8])
-    found = recommender.recommend([history], k=5)[0]
+    found = recommender.recommend([history], k=5, shares=True)[0]
     output = model.flr.output.detach().clone()
     value = {}
     for kept in ((), (0,), (1,), (0, 1)):
@@ -88,65 +88,67 @@ def test_contributions_equal_those_of_models_without_the_factor(codec):
 def test_views_rank_as_they_are_evaluated_and_contributions_add_up(codec):
     recommender = build_recommender(codec)
     model, processor = recommender.model, recommender.processor
-    plain = recommender.recommend(HISTORIES, k=5)
+    plain = recommender.recommend(HISTORIES, k=5, shares=True)
     processor.views = HistoryViews(weight=0.5, decay=0.6)
-    mixed = recommender.recommend(HISTORIES, k=5, num_beams=40)
+    mixed = recommender.recommend(HISTORIES, k=5, num_beams=40, shares=True)
     rows = CSR.from_rows(recommender.resolve(HISTORIES).histories)
     expected = ViewMixture(model, processor, num_beams=40).scores(rows)
     for history, found, row in zip(HISTORIES, mixed, expected, strict=True):
         assert [r.index for r in found] == np.argsort(-row, kind="stable")[:5].tolist()
-        assert_same_recommendations(recommender.recommend([history], k=5, num_beams=40)[0], found)
+        assert_same_recommendations(recommender.recommend([history], k=5, num_beams=40, shares=True)[0], found)
         for r in found:
             np.testing.assert_allclose(np.exp(r.score), row[r.index], rtol=1e-4)
             np.testing.assert_allclose(r.base_score + sum(r.contributions), r.score, atol=1e-4)
     assert [r.score for r in mixed[0]] != [r.score for r in plain[0]]
     for a, b in zip(mixed[2], plain[2], strict=True):  # an empty history has its prompt alone
         np.testing.assert_allclose((a.score, *a.contributions), (b.score, *b.contributions), atol=1e-4)
-    seen = recommender.recommend(HISTORIES, k=40, exclude_seen=True)
+    seen = recommender.recommend(HISTORIES, k=40, exclude_seen=True, shares=True)
     assert not {r.item_id for r in seen[1]} & {"item_1"}
     # few beams: what only single items' views gave owes nothing to the factors of the whole prompt
-    few = recommender.recommend(HISTORIES, k=12, num_beams=1)
+    few = recommender.recommend(HISTORIES, k=12, num_beams=1, shares=True)
     for r in few[0]:
         np.testing.assert_allclose(r.base_score + sum(r.contributions), r.score, atol=1e-4)
     processor.views = HistoryViews(weight=1.0)
-    for r in recommender.recommend(HISTORIES, k=3)[0]:
-        np.testing.assert_allclose(r.contributions, 0, atol=1e-9)
+    for r in recommender.recommend(HISTORIES, k=3, shares=True)[0]:
+        np.testing.assert_allclose(r.contributions, 0, atol=1e-6)  # the score is in float32
         np.testing.assert_allclose(r.base_score, r.score, atol=1e-5)
 
 
 def test_a_batch_equals_its_users_alone():
     recommender = build_recommender("sid")
-    together = recommender.recommend(HISTORIES, k=3)
+    together = recommender.recommend(HISTORIES, k=3, shares=True)
     for history, found in zip(HISTORIES, together, strict=True):
-        assert_same_recommendations(recommender.recommend([history], k=3)[0], found)
+        assert_same_recommendations(recommender.recommend([history], k=3, shares=True)[0], found)
 
 
 def test_many_users_are_worked_off_in_parts(monkeypatch):
     recommender = build_recommender()
-    whole = recommender.recommend(HISTORIES * 2, k=3)
+    whole = recommender.recommend(HISTORIES * 2, k=3, shares=True)
     for history, found in zip(HISTORIES * 2, whole, strict=True):  # in their order, whatever their lengths
-        assert_same_recommendations(recommender.recommend([history], k=3)[0], found)
+        assert_same_recommendations(recommender.recommend([history], k=3, shares=True)[0], found)
     monkeypatch.setattr("flr.recommend.recommender._MAX_USERS", 3)
     monkeypatch.setattr("flr.explain.attribution._MAX_ROWS", 10)
-    for a, b in zip(recommender.recommend(HISTORIES * 2, k=3), whole, strict=True):
+    for a, b in zip(recommender.recommend(HISTORIES * 2, k=3, shares=True), whole, strict=True):
         assert_same_recommendations(a, b)
 
 
 def test_seen_items_and_short_lists():
     recommender = build_recommender()
-    found = recommender.recommend([["item_3", "item_4"], ["item_4"] * 11 + ["item_3"]], k=100, exclude_seen=True)
+    found = recommender.recommend(
+        [["item_3", "item_4"], ["item_4"] * 11 + ["item_3"]], k=100, exclude_seen=True, shares=True
+    )
     assert [len(x) for x in found] == [38, 38]
     for x in found:
         assert not {r.item_id for r in x} & {"item_3", "item_4"}
         assert [r.score for r in x] == sorted((r.score for r in x), reverse=True)
-    assert recommender.recommend([]) == []
+    assert recommender.recommend([], shares=True) == []
     titles = recommender.processor.catalogue.titles
     assert all(r.title == titles[r.index] and r.item_id == f"item_{r.index}" for r in found[0])
 
 
 @pytest.mark.parametrize("variant", ["anchor", "none"])
 def test_variants_without_factors_have_no_shares(variant):
-    for r in build_recommender(variant=variant).recommend(HISTORIES, k=2)[0]:
+    for r in build_recommender(variant=variant).recommend(HISTORIES, k=2, shares=True)[0]:
         assert (r.factor_shares, r.contributions, r.base_score) == ([], [], None)
 
 
@@ -174,7 +176,7 @@ def test_parts_that_do_not_belong_together():
 
 def test_threads_get_the_answers_of_one():
     recommender = build_recommender("sid")
-    alone = [recommender.recommend([history], k=3)[0] for history in HISTORIES]
+    alone = [recommender.recommend([history], k=3, shares=True)[0] for history in HISTORIES]
     old = recommender.processor.catalogue
     recommender.processor.catalogue = Catalogue(old.item_ids, old.titles, old.sids)  # its title tables are made again
     recommender.model.train()
@@ -183,7 +185,7 @@ def test_threads_get_the_answers_of_one():
     def work(number):
         try:
             for turn in range(4):
-                answers[number, turn] = recommender.recommend([HISTORIES[number % 4]], k=3)[0]
+                answers[number, turn] = recommender.recommend([HISTORIES[number % 4]], k=3, shares=True)[0]
         except Exception as error:
             errors.append(error)
 
@@ -204,7 +206,9 @@ def test_saved_and_loaded(tmp_path):
     recommender.model.save_pretrained(tmp_path)
     recommender.processor.save_pretrained(tmp_path)
     loaded = Recommender.from_pretrained(tmp_path, device="cpu")
-    for a, b in zip(loaded.recommend(HISTORIES, k=3), recommender.recommend(HISTORIES, k=3), strict=True):
+    for a, b in zip(
+        loaded.recommend(HISTORIES, k=3, shares=True), recommender.recommend(HISTORIES, k=3, shares=True), strict=True
+    ):
         assert_same_recommendations(a, b)
     assert not list(tmp_path.glob("*.bin"))
 
@@ -215,8 +219,8 @@ def test_peft_model():
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["flr"])
     wrapped = peft.get_peft_model(recommender.model, config).eval()
     for a, b in zip(
-        Recommender(wrapped, recommender.processor).recommend(HISTORIES, k=3),
-        recommender.recommend(HISTORIES, k=3),
+        Recommender(wrapped, recommender.processor).recommend(HISTORIES, k=3, shares=True),
+        recommender.recommend(HISTORIES, k=3, shares=True),
         strict=True,
     ):
         assert_same_recommendations(a, b)
@@ -225,7 +229,7 @@ def test_peft_model():
 def test_a_csr_row_is_a_history():
     rows = CSR.from_rows([[3, 7], [1]])
     recommender = build_recommender()
-    assert_same_recommendations(*recommender.recommend([rows.row(0), ["item_3", "item_7"]], k=2))
+    assert_same_recommendations(*recommender.recommend([rows.row(0), ["item_3", "item_7"]], k=2, shares=True))
 
 
 class _Hub:
@@ -256,6 +260,6 @@ def test_a_published_recommender_answers_alike(tmp_path, monkeypatch):
         "commit_message": "Upload recommender", "revision": "v2",
     }  # fmt: skip
     twin = Recommender.from_pretrained(_Hub.folder)
-    expected = recommender.recommend([["item_3"]], k=4)[0]
-    for one, other in zip(twin.recommend([["item_3"]], k=4)[0], expected, strict=True):
+    expected = recommender.recommend([["item_3"]], k=4, shares=True)[0]
+    for one, other in zip(twin.recommend([["item_3"]], k=4, shares=True)[0], expected, strict=True):
         assert (one.item_id, one.score) == (other.item_id, pytest.approx(other.score, abs=1e-5))

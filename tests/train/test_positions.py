@@ -81,13 +81,13 @@ def test_evaluation_reinforcement_and_answers(folder, tmp_path, saved, caplog):
     trainer.train()
     assert np.isfinite(trainer.evaluate()["eval_target_logprob"])
     recommender = flr.Recommender(*load())
-    [found] = recommender.recommend([HISTORY], k=3)
+    [found] = recommender.recommend([HISTORY], k=3, shares=True)
     explanation = recommender.explain(HISTORY, k=3)
     used = [entry.used for entry in explanation.history]
     assert used == sorted(used)
     assert 0 < sum(used) < len(used)
     shown = HISTORY[used.index(True) :]
-    assert_same_recommendations(found, recommender.recommend([shown], k=3)[0])
+    assert_same_recommendations(found, recommender.recommend([shown], k=3, shares=True)[0])
 
     async def served():
         async with in_process(recommender) as client:

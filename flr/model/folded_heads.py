@@ -1,0 +1,66 @@
+"""Grouped-query attention under a mask without a copy of keys and values for every query head.
+
+Under a mask transformers' sdpa attention repeats keys and values once a query head (unless there is a single query
+token). Here the g heads that share a key head become g rows of one head instead: queries [B, g·H, n, d] are
+[B, H, g·n, d], which is the same memory, and the mask's rows repeat. Every row is what it was, so the result is, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_LOCK = threading.Lock()
+_threads: dict[int, int] = {}  # threads that are inside, and how often
+_ONE_HEAD: Any = SimpleNamespace(is_causal=False)  # in the place of an attention module: its heads are not grouped
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention, folded where that pays; the arguments and the result are its own."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    inside = threading.get_ident() in _threads and options.get("position_bias") is None
+    if not inside or groups == 1 or attention_mask is None or not _pays(groups, query, key, attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    batch, heads, count, size = query.shape
+    rows = query.reshape(batch, heads // groups, groups * count, size)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    out, _ = sdpa_attention_forward(_ONE_HEAD, rows, key, value, mask, **options)  # [B, g·n, H, d]
+    out = out.unflatten(1, (groups, count)).permute(0, 2, 3, 1, 4)  # [B, n, H, g, d]
+    return out.reshape(batch, count, heads, size), None
+
+
+def _pays(groups: int, query: Tensor, key: Tensor, mask: Tensor) -> bool:
+    """Whether the mask is the same for all heads, and its copies are smaller than those of keys and values."""
+    count, copies = query.shape[2], 2 * (groups - 1) * key.shape[1] * key.shape[3] * key.element_size()
+    return count > 1 and mask.dim() == 4 and mask.shape[1] == 1 and groups * count * mask.element_size() < copies
+
+
+@contextlib.contextmanager
+def folded_heads() -> Iterator[None]:
+    """Models that this thread runs inside fold their heads; those of other threads do as ever.
+
+    Nothing may be run again in a backward that was run inside (gradient checkpointing).
+    """
+    thread = threading.get_ident()
+    with _LOCK:
+        if not _threads and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # and nobody else's
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+        _threads[thread] = _threads.get(thread, 0) + 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _threads[thread] -= 1
+            if not _threads[thread]:
+                del _threads[thread]
+            if not _threads and ALL_ATTENTION_FUNCTIONS["sdpa"] is _attention:
+                del ALL_ATTENTION_FUNCTIONS["sdpa"]
