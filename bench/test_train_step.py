@@ -3,11 +3,12 @@ everything.
 
 Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every token in both passes; RL: a rollout for
 the rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
-differentiated); in RL ``grouped`` of baselines/grouped.py, the strongest that exists, a pass for the thought and one of
-all members behind one copy of the prompt; in the supervised step ``plain``, Hugging Face's own forward and loss over the
-same rows without a thought, which is less work and another loss. In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy,
-which needs no gradient through the suffix. The shape is that of the model in docs/log.md: an lm_head of about 15 % of
-the work. Backbone frozen in RL, trained in the supervised step; a larger vocabulary would flatter the ratios.
+differentiated); in RL ``grouped`` of baselines/grouped.py, the strongest that exists, a pass for the thought and one
+of all members behind one copy of the prompt; in the supervised step ``plain``, Hugging Face's own forward and loss
+over the same rows without a thought, which is less work and another loss. In RL ``flr`` is policy "tokens", the same
+work as theirs; ``thoughts`` is ours with the other policy, which needs no gradient through the suffix. The shape is
+that of the model in docs/log.md: an lm_head of about 15 % of the work. Backbone frozen in RL, trained in the
+supervised step; a larger vocabulary would flatter the ratios.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ def _best_of_vocabulary(log_probs: Tensor, beam_scores: Tensor) -> Best:
 class PythonDict:
     """A dictionary from every prefix to its children, asked for each beam; the mask is filled beam by beam.
 
-    The order is that of transformers' beam search (5.23, `generate` with `num_beams` and a `LogitsProcessor`): log_softmax
-    of everything, the constraint on log-probabilities, the best 2 W of W·V, with W rows a user at the root, too. One
-    log_softmax, where MiniOneRec's processor has a second one. Checked by `generate` itself: bench/test_decode.py compares
-    the ranked lists of whole evaluations with ours, which are compared with this step.
+    The order is that of transformers' beam search (5.23, `generate` with `num_beams` and a `LogitsProcessor`):
+    log_softmax of everything, the constraint on log-probabilities, the best 2 W of W·V, with W rows a user at the
+    root, too. One log_softmax, where MiniOneRec's processor has a second one. Checked by `generate` itself:
+    bench/test_decode.py compares the ranked lists of whole evaluations with ours, which are compared with this step.
     """
 
     def __init__(self, sequences: list[tuple[int, ...]]) -> None:

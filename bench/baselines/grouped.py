@@ -1,12 +1,12 @@
 """A shared-prefix group forward for latent RL: a pass for the thought, then all members behind one copy of the prompt.
 
-The second pass follows Prefix Grouper (arXiv 2506.05433; johncaged/PrefixGrouper at 1accedc): a user's prompt and the G
-suffixes are one row [L + G·(N + S - 1)] through embeddings, norms and MLPs, and every layer's attention is computed in
-two calls of the model's own attention function, the prompt on itself and each suffix on the prompt's keys and values,
-repeated for the members, and its own. Its code knows no latent thought, so the first pass makes one as LatentR3 does,
-from the prompt alone, and a pass more for every further thought. Kindest reading: views where the published code gathers
-by index, lm_head on target rows alone, no column for the last target token, rewards from the pass that is
-differentiated, and a first pass without gradient where the backbone is frozen.
+The second pass follows Prefix Grouper (arXiv 2506.05433; johncaged/PrefixGrouper at 1accedc): a user's prompt and the
+G suffixes are one row [L + G·(N + S - 1)] through embeddings, norms and MLPs, and every layer's attention is computed
+in two calls of the model's own attention function, the prompt on itself and each suffix on the prompt's keys and
+values, repeated for the members, and its own. Its code knows no latent thought, so the first pass makes one as
+LatentR3 does, from the prompt alone, and a pass more for every further thought. Kindest reading: views where the
+published code gathers by index, lm_head on target rows alone, no column for the last target token, rewards from the
+pass that is differentiated, and a first pass without gradient where the backbone is frozen.
 
 Checked against the published code by running its `PrefixGrouper` on the same queries, keys and values: output and
 gradients of the attention are equal to the bit (docs/log.md, 2026-11-26). tests/bench/test_baselines.py compares the
@@ -70,7 +70,7 @@ AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 def _grouped_pass(model: Any, prompt: Tensor, suffix: Tensor, mask: Tensor) -> Tensor:
     """Hidden states [B, G, s, D] of suffixes [B, G, s, D] behind prompts [B, L, D], both in one row."""
-    batch, members, steps, _ = suffix.shape
+    members, steps = suffix.shape[1:3]
     before = mask.sum(1, keepdim=True)
     own = before + torch.arange(steps, device=mask.device).repeat(members)
     positions = torch.cat([(mask.cumsum(1) - 1).clamp_min(0), own], 1)

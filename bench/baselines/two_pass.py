@@ -4,9 +4,9 @@ After LatentR3 (arXiv 2505.19092; Shengxiang-Lin/LatentR3, src/latent for the su
 src/grpo_attention_tuning at 75d08a0 for RL): hidden states of the whole input, thought, the whole input again with the
 thought in its place; in RL every group member is a full copy of prompt and target. Two styles:
 
-    published   the causal LM as a whole, lm_head on every token in the passes that make thoughts, and in the last pass of
-                the supervised step; in RL that one keeps logits of target rows, as `logits_to_keep` does there, and a
-                rollout without gradient gives the rewards before the same passes again with gradient
+    published   the causal LM as a whole, lm_head on every token in the passes that make thoughts, and in the last pass
+                of the supervised step; in RL that one keeps logits of target rows, as `logits_to_keep` does there, and
+                a rollout without gradient gives the rewards before the same passes again with gradient
     best        lm_head on target rows in the last pass only, rewards from the pass that is differentiated
 
 Checked by racing LatentR3's own code on one model with its own layer for a thought: equal losses and gradients, an RL

@@ -1,4 +1,4 @@
-"""Competitors give what ours is compared with: another way of the same work that gave something else would prove nothing."""
+"""Competitors do the work that ours is compared for: loss and gradients are those of the plainest way."""
 
 import pytest
 import torch
