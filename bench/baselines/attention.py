@@ -59,8 +59,8 @@ def sdpa(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[
 
 
 def flex(shape_mask: Tensor, factors: int) -> Callable[..., tuple[Tensor, ...]]:
-    """The absorbed form in FlexAttention, compiled, with the block mask of ``shape_mask`` [B, L] made once; values
-    alone, and on a CPU forward alone, which is all that PyTorch has there."""
+    """The absorbed form in FlexAttention, its kernel compiled, with the block mask of ``shape_mask`` [B, L] made once;
+    values alone, raced on a CPU in the forward alone."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
