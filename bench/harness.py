@@ -37,6 +37,8 @@ ROUNDS = {"quick": (15, 3, 2.0), "default": (31, 3, 15.0), "full": (51, 5, 60.0)
 #: A round calls a variant until this much time has passed: launches and the final wait do not count.
 ROUND_SECONDS = {"quick": 2e-3, "default": 5e-3, "full": 2e-2}
 MAX_CALLS = 50
+#: Seconds for a program to start, such as a server on a busy machine.
+START_SECONDS = 300
 #: What a commit is judged dirty by: code that benchmarks run, not results, figures and prose.
 CODE = ("flr", "flr_kernels", "csrc", "bench", "setup.py", ":!bench/results", ":!bench/quick_baseline.json")
 
@@ -306,7 +308,7 @@ class Race:
         self._round += 1
 
     def run(self, pedantic: Callable | None = None) -> None:
-        """All rounds, under ``benchmark.pedantic`` where given, so that pytest-benchmark's table shows ours."""
+        """All rounds, under ``benchmark.pedantic`` where given, so that pytest-benchmark counts the test."""
         collecting = gc.isenabled()
         gc.disable()
         try:

@@ -15,6 +15,16 @@ from .harness import ROOT, label
 
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
+#: Variants that are ours in another form, or a part of the work that stands beside it.
+NO_COMPETITORS = (
+    "flr, W rows",
+    "thoughts",
+    "catalogue scoring",
+    "full scoring",
+    "host",
+    "reference",
+    "log_softmax alone",
+)
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -90,6 +100,28 @@ def speed(rows: list[Row]) -> str:
             ]
         )
     return markdown(["work", "against", "times faster", "20-80 %", "peak memory, theirs / ours", "target"], lines)
+
+
+def worst(rows: list[Row]) -> str:
+    """A line for each suite: the work and the competitor to which ours stands worst, with or without a target."""
+    ours, lowest = _ours(rows), {}
+    for row in rows:
+        if "ratio" in row and row["variant"] not in NO_COMPETITORS and row["suite"] != "scaling":
+            kept = lowest.setdefault(row["suite"], row)
+            if row["ratio"]["p50"] < kept["ratio"]["p50"]:
+                lowest[row["suite"]] = row
+    lines = [
+        [
+            name.replace("_", " "),
+            row["case"],
+            row["variant"],
+            f"**{ratio(row)}**",
+            between(row),
+            number(ours[name, row["case"]]["p50_ms"]),
+        ]
+        for name, row in sorted(lowest.items())
+    ]
+    return markdown(["suite", "work", "against", "times faster", "20-80 %", "ours, ms"], lines)
 
 
 def targets(rows: list[Row]) -> str:
@@ -202,6 +234,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
     names = sorted({row["suite"] for rows in devices.values() for row in rows})
     found = {
         "speed": per_device(speed),
+        "worst": per_device(worst),
         "targets": per_device(targets),
         "machine": per_device(machine),
         "scaling": per_device(growth),

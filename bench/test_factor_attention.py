@@ -1,4 +1,8 @@
-"""K-factor attention from queries to factor values: ours, PyTorch eager and compiled, and projected keys and values.
+"""K-factor attention from queries to factor values: ours, the same absorbed form through what PyTorch offers (eager,
+compiled, SDPA, FlexAttention), and projected keys and values as LatentR3 has them.
+
+Most of the distance to ``projected`` is the algebra of the absorbed form, not the kernel: the other rows say how much.
+SDPA and FlexAttention give values alone, ours log-sum-exp, overlap and entropy, too.
 
 ``flr`` is whatever dispatch picks: Triton on a GPU, the reference on the CPU.
 """
@@ -69,11 +73,26 @@ def check(inputs: tuple[Tensor, ...], dtype: torch.dtype, backward: bool) -> Non
     """Every way gives the values and gradients of float64, within what the dtype allows."""
     exact = results_of(baselines.projected, tuple(x.double() if x.is_floating_point() else x for x in inputs), backward)
     bound = {torch.float32: 5e-3 if ON_GPU else 1e-4, torch.float16: 5e-3, BF16: 3e-2}[dtype]
-    for call in (ours, baselines.eager, baselines.projected):
+    for call in (ours, baselines.eager, baselines.sdpa, baselines.projected):
         for found, expected in zip(results_of(call, inputs, backward), exact, strict=True):
             error = float((found.double() - expected).norm() / expected.norm())
             if not error < bound:
                 raise AssertionError(f"{call.__name__}: expected a relative error below {bound}, got {error}")
+
+
+def flex_of(sets: list[tuple[Tensor, ...]], factors: int) -> Callable[..., tuple[Tensor, ...]]:
+    """FlexAttention for each input set's mask, made once; compared with the definition before it is timed."""
+    each = {id(inputs[4]): baselines.flex(inputs[4], factors) for inputs in sets}
+
+    def call(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return each[id(mask)](h, q, w_k, w_v, mask)
+
+    with torch.no_grad():
+        found, expected = call(*sets[0])[0].double(), baselines.projected(*sets[0])[0].double()
+    error = float((found - expected).norm() / expected.norm())
+    if not error < (1e-3 if sets[0][0].dtype == torch.float32 else 5e-2):
+        raise AssertionError(f"flex: expected the values of projected, got a relative error of {error}")
+    return call
 
 
 @CASES
@@ -90,9 +109,11 @@ def test_factor_attention(shape, backward, tier, race):
 
         return step
 
-    calls = {"flr": ours, "eager": baselines.eager, "projected": baselines.projected}
+    calls = {"flr": ours, "eager": baselines.eager, "sdpa": baselines.sdpa, "projected": baselines.projected}
     if tier != "quick":
         calls["compiled"] = baselines.compiled()
+        if ON_GPU or not backward:
+            calls["flex"] = flex_of(sets, shape["K"])
     timed = {name: rotating(train(f) if backward else torch.no_grad()(f), sets) for name, f in calls.items()}
     race(
         f"{'train' if backward else 'forward'} {label(shape)}",

@@ -30,7 +30,7 @@ import flr
 from flr.data import RecProcessor, build_tokenizer, planted_dataset
 from flr.recommend import Recommender
 
-from .harness import DEVICE, ON_GPU, label
+from .harness import DEVICE, ON_GPU, START_SECONDS, label
 from .load import Client, Reply, closed_loop, open_loop
 
 SERVERS = {"flr": [], "single": ["--max_batch_size", "1", "--max_wait_ms", "0"]}
@@ -100,7 +100,7 @@ def start(folder: Path, log: Path, flags: list[str]) -> tuple[subprocess.Popen, 
             stderr=sink,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-    end = time.monotonic() + 300
+    end = time.monotonic() + START_SECONDS
     while not (found := re.search(r'"url": "http://([\d.]+):(\d+)"', log.read_text())):
         if process.poll() is not None or time.monotonic() > end:
             process.kill()

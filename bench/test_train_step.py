@@ -3,9 +3,12 @@ everything.
 
 Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every token in both passes; RL: a rollout for
 the rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
-differentiated). In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy,
-which needs no gradient through the suffix. The shape is that of the model in docs/log.md: an lm_head of about 15 % of
-the work. Backbone frozen in RL, trained in the supervised step; a larger vocabulary would flatter the ratios.
+differentiated); in RL ``grouped`` of baselines/grouped.py, the strongest that exists, a pass for the thought and one
+of all members behind one copy of the prompt; in the supervised step ``plain``, Hugging Face's own forward and loss
+over the same rows without a thought, which is less work and another loss. In RL ``flr`` is policy "tokens", the same
+work as theirs; ``thoughts`` is ours with the other policy, which needs no gradient through the suffix. The shape is
+that of the model in docs/log.md: an lm_head of about 15 % of the work. Backbone frozen in RL, trained in the
+supervised step; a larger vocabulary would flatter the ratios.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from flr.model.outputs import GroupInputs
 from flr.train.policy_loss import clipped_surrogate
 from flr_kernels import group_advantage
 
-from .baselines import two_pass
+from .baselines import grouped, two_pass
 from .harness import DEVICE, label
 
 MODEL = {"D": 512, "layers": 8, "V": 10432}
@@ -124,6 +127,12 @@ def test_rl_step(shape, tier, race):
                 lambda p=published: two_pass.rl_step(model, one, part, published=p),
                 5e-2 if low else 1e-6,
             )
+        check_equal(
+            wide,
+            lambda: ours(prompts=one, group=part),
+            lambda: grouped.rl_step(model, one, part),
+            5e-2 if low else 1e-6,
+        )
         if not low:
             model.float()
 
@@ -133,6 +142,7 @@ def test_rl_step(shape, tier, race):
             "flr": ours,
             "published": lambda: two_pass.rl_step(model, prompts, group, published=True),
             "best": lambda: two_pass.rl_step(model, prompts, group, published=False),
+            "grouped": lambda: grouped.rl_step(model, prompts, group),
             "thoughts": lambda: ours("thoughts"),
         },
         suite="train_step",
@@ -140,7 +150,7 @@ def test_rl_step(shape, tier, race):
         check=check,
         flops=flops_of(shape, rl=True),
         bytes_moved=3 * weight_bytes(model),  # read by the prompts, by the suffixes, and by their backward
-        target={"published": 13 if shape["B"] == 1 else 20} if tier != "quick" else None,
+        target={"published": 13 if shape["B"] == 1 else 20, "grouped": 2.5} if tier != "quick" else None,
         rounds=3 if shape["B"] > 1 and tier != "quick" else None,
     )
 
@@ -169,18 +179,27 @@ def test_sft_step(shape, tier, race):
         for published in (False, True):
             check_equal(model, ours, lambda p=published: two_pass.sft_step(model, inputs, p), bound)
 
+    place = shape["L"]  # of the thought token, which plain training knows nothing of
+    rows = {k: torch.cat([v[:, :place], v[:, place + 1 :]], 1) for k, v in inputs.items()}
+
+    def plain():
+        loss = model._flr_patch.original(model)(**rows).loss
+        loss.backward()
+        return loss.detach()
+
     race(
         f"sft {label(shape)}",
         {
             "flr": ours,
             "published": lambda: two_pass.sft_step(model, inputs, published=True),
             "best": lambda: two_pass.sft_step(model, inputs, published=False),
+            "plain": plain,
         },
         suite="train_step",
         shape=shape,
         check=check,
         flops=flops_of(shape, rl=False),
         bytes_moved=3 * weight_bytes(model),  # read forward and backward, their gradient written
-        target={"published": 2.0} if tier != "quick" else None,
+        target={"published": 2.0, "plain": 1.3} if tier != "quick" else None,
         rounds=3 if tier != "quick" else None,
     )

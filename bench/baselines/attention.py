@@ -2,12 +2,19 @@
 
 Every function maps hidden states ``h`` [B, L, D], factor queries ``q`` [B, K, F], ``w_k`` and ``w_v`` [D, D] and a mask
 [B, L] to factor values [B, K, F] = W_v Σ_l α_l h_l with α = softmax((W_k h) · q / √F), first in the returned tuple.
+
+``projected`` is what LatentR3 does (Shengxiang-Lin/LatentR3, src/latent/layers.py: keys and values of all tokens,
+scores, softmax; its code projects queries of all tokens, too, which is left out here, and has PyTorch's fused
+attention in place of its own matrix products). The others have no published code: they are the absorbed form, which is
+algebra, through what PyTorch offers. All are compared with ``projected`` in float64, values and gradients, before each
+race (bench/test_factor_attention.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +41,42 @@ def plain_attend(h: Tensor, u: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
 
 def eager(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     return absorbed(plain_attend, h, q, w_k, w_v, mask)
+
+
+def _shared_heads(h: Tensor, u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B, 1, K, D] and the history as keys and values [B, 1, L, D]: one head, K rows."""
+    return u[:, None], h[:, None], mask[:, None, None]
+
+
+def sdpa(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """The absorbed form in PyTorch's scaled_dot_product_attention; values alone, less work than ours."""
+
+    def attend(h: Tensor, u: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        queries, keys, seen = _shared_heads(h, u, mask)
+        return F.scaled_dot_product_attention(queries, keys, keys, attn_mask=seen, scale=1.0)[:, 0], u, u, u
+
+    return absorbed(attend, h, q, w_k, w_v, mask)[:1]
+
+
+def flex(shape_mask: Tensor, factors: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The absorbed form in FlexAttention, its kernel compiled, with the block mask of ``shape_mask`` [B, L] made once;
+    values alone, raced on a CPU in the forward alone."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return shape_mask[batch, key]
+
+    def attend(h: Tensor, u: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        queries, keys, _ = _shared_heads(h, u, mask)
+        return fused(queries, keys, keys, block_mask=blocks, scale=1.0)[:, 0], u, u, u
+
+    def call(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return absorbed(attend, h, q, w_k, w_v, mask)[:1]
+
+    batch, length = shape_mask.shape
+    blocks: Any = create_block_mask(seen, batch, None, factors, length, device=str(shape_mask.device))
+    fused: Any = torch.compile(flex_attention, dynamic=False)
+    return call
 
 
 def compiled() -> Callable[..., tuple[Tensor, ...]]:

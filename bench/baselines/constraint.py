@@ -1,6 +1,7 @@
 """One constrained beam step as it is done today: from logits of B·W beams to the best W continuations of every user.
 
-Both take logits [B·W, V] and the beams' scores [B, W] and return scores, parents and tokens [B, W], best first.
+Both take logits [B·W, V] and the beams' scores [B, W] and return scores, parents and tokens [B, W], best first. At the
+root, where all beams of a user are one hypothesis, each has the rows that its code has.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ def _best_of_vocabulary(log_probs: Tensor, beam_scores: Tensor) -> Best:
 class PythonDict:
     """A dictionary from every prefix to its children, asked for each beam; the mask is filled beam by beam.
 
-    The order is that of transformers' beam search with a prefix constraint: log_softmax of everything, the constraint
-    on log-probabilities, the best of W·V. One log_softmax, where some public code has a second one in the constraint.
+    The order is that of transformers' beam search (5.23, `generate` with `num_beams` and a `LogitsProcessor`):
+    log_softmax of everything, the constraint on log-probabilities, the best 2 W of W·V, with W rows a user at the
+    root, too. One log_softmax, where MiniOneRec's processor has a second one. Checked by `generate` itself:
+    bench/test_decode.py compares the ranked lists of whole evaluations with ours, which are compared with this step.
     """
 
     def __init__(self, sequences: list[tuple[int, ...]]) -> None:
@@ -55,12 +58,16 @@ class PythonDict:
         return _best_of_vocabulary(self.constrain(input_ids, prompt_length, log_probs), beam_scores)
 
 
-class PaddedCSR:
-    """Vectorised constraint after the description in arXiv 2602.22647 (STATIC): every item padded to the longest, a
-    dense table for the first level, below it a fixed number of columns, the level's widest node, read from CSR for
-    every beam.
+class Static:
+    """STATIC (arXiv 2602.22647), after its published PyTorch code, youtube/static-constraint-decoding at d865c02.
 
-    Below the root the best are taken among the columns read, not among W·V: the kindest reading of the paper.
+    Every item is padded to the longest. At the root there is one row a user: log_softmax, a dense mask, the best W of
+    V. Below it a fixed number of columns, the level's widest node, is read from CSR for every beam, and the best W of
+    W times that many are taken. The published code can make the second level dense, too, by tables of V × V: for the
+    few thousand codes it is meant for, not for a language model's tokens (151,936² are 23 GB of mask alone).
+
+    Checked by running that code, with one dense level, on the same logits: whole beam searches over codes and over
+    titles give the same sequences in the same order (docs/log.md, 2026-11-26).
     """
 
     def __init__(self, sequences: list[tuple[int, ...]], vocabulary: int, pad: int) -> None:
@@ -94,11 +101,16 @@ class PaddedCSR:
             state = first + int(torch.searchsorted(self.tokens[level][first:last], token))
         return state
 
-    def step(self, logits: Tensor, beam_scores: Tensor, states: Tensor, level: int) -> Best:
+    def root(self, logits: Tensor, beams: int) -> Best:
+        """Of logits [B, V], a row a user, the best `beams` first tokens."""
         log_probs = torch.log_softmax(logits, dim=-1)
-        if level == 0:
-            return _best_of_vocabulary(log_probs.masked_fill(~self.root_mask, -math.inf), beam_scores)
+        score, token = torch.where(self.root_mask, log_probs, -math.inf).topk(beams, dim=-1)
+        return Best(score, torch.zeros_like(token), token)
+
+    def step(self, logits: Tensor, beam_scores: Tensor, states: Tensor, level: int) -> Best:
+        """Below the root."""
         users, beams = beam_scores.shape
+        log_probs = torch.log_softmax(logits, dim=-1)
         edge = self.first[level][states][:, None] + torch.arange(self.widest[level])
         valid = edge < self.first[level][states + 1][:, None]
         token = self.tokens[level][edge.clamp_max(len(self.tokens[level]) - 1)]

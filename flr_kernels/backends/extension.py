@@ -1,8 +1,7 @@
 """The compiled half (csrc/, built by setup.py): loading it, saying why it cannot run, and the backends it serves.
 
 Backends of ``group_advantage`` and ``batch_advantage``: "cuda" for CUDA tensors, "host" (the same C++ core on one
-thread) for CPU tensors; that twin is for tests and runs when asked for by name. "host" of ``log_normaliser`` serves
-``auto``.
+thread) for CPU tensors. "host", that of ``log_normaliser`` too, is what ``auto`` runs on a CPU.
 """
 
 from __future__ import annotations

@@ -150,3 +150,35 @@ def test_bench_without_a_checkout_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("flr.__file__", str(tmp_path / "flr/__init__.py"))
     assert main(["bench", "report"]) == 1
     assert "expected a checkout with the folder bench/" in capsys.readouterr().err
+
+
+def test_the_worst_of_a_suite_is_shown_and_what_is_ours_is_no_competitor(tmp_path):
+    rows = [
+        {**planted(ratio, case=case)["rows"][1], "variant": variant}
+        for case, variant, ratio in (
+            ("x", "eager", 4.0),
+            ("y", "sdpa", 0.5),
+            ("z", "thoughts", 0.1),
+            ("w", "eager", 2.0),
+        )
+    ]
+    ours = [planted(case=case)["rows"][0] for case in "xyzw"]
+    saved(tmp_path, {**planted(), "rows": [*ours, *rows]})
+    table = report.tables(results.newest(tmp_path))["worst"].splitlines()
+    assert len(table) == 5
+    assert table[-1].startswith("| s | y | sdpa | **0.500×** |")
+
+
+def test_rows_of_a_withdrawn_competitor_are_shown_no_more(tmp_path):
+    (suite, word, variant), until = next(iter(results.WITHDRAWN.items()))
+    for date, left in (("2026-01-01T00:00:00Z", 0), (f"{until}T00:00:00Z", 1)):
+        row = {**planted(case=f"{word} B2")["rows"][1], "suite": suite, "variant": variant}
+        saved(tmp_path / date, {**planted(date=date), "rows": [row]})
+        assert sum(map(len, results.newest(tmp_path / date).values())) == left
+
+
+def test_a_test_of_the_server_may_take_as_long_as_both_start_ups():
+    from bench.conftest import TIMEOUT
+    from bench.harness import START_SECONDS
+
+    assert min(TIMEOUT.values()) > 2 * START_SECONDS

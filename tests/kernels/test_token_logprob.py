@@ -11,10 +11,14 @@ from flr_kernels import reference
 from tests.helpers.inputs import states_and_targets
 from tests.helpers.models import HIDDEN, VOCAB
 
+REFERENCE = sys.modules["flr_kernels.ops.token_logprob.reference"]
 
+
+@pytest.mark.parametrize("kept", [76, 77], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("chunk", [1, 25, 1 << 24])
-def test_token_logprob_in_chunks_equals_its_definition(chunk, monkeypatch):
-    monkeypatch.setattr(sys.modules["flr_kernels.ops.token_logprob.reference"], "CHUNK", chunk)
+def test_token_logprob_in_chunks_equals_its_definition(chunk, kept, monkeypatch):
+    monkeypatch.setattr(REFERENCE, "CHUNK", chunk)
+    monkeypatch.setattr(REFERENCE, "KEPT", kept)  # 7 rows of 11 logits
     torch.manual_seed(0)
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
@@ -23,12 +27,26 @@ def test_token_logprob_in_chunks_equals_its_definition(chunk, monkeypatch):
     plain = reference.token_logprob(hidden, weight, target)
     torch.testing.assert_close(ours, plain)
     grad = torch.randn(7, dtype=torch.float64)
-    actual = torch.autograd.grad(ours, (hidden, weight), grad)
+    actual = torch.autograd.grad(ours, (hidden, weight), grad, retain_graph=True)
+    again = torch.autograd.grad(ours, (hidden, weight), grad)
+    assert all(map(torch.equal, actual, again))
     expected = torch.autograd.grad(plain, (hidden, weight), grad)
     torch.testing.assert_close(actual, expected)
     frozen = flr_kernels.token_logprob(hidden, weight.detach(), target)
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden, grad)[0], expected[0])
     assert flr_kernels.token_logprob(hidden[:0], weight, target[:0]).shape == (0,)
+
+
+def test_the_backward_computes_logits_again_only_where_they_are_many(monkeypatch):
+    recomputed = []
+    chunked = REFERENCE.chunked_backward
+    operation = flr_kernels.dispatch.OPS["token_logprob"]
+    monkeypatch.setitem(operation.backward, "reference", lambda *args: recomputed.append(1) or chunked(*args))
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4)
+    for kept, times in ((77, 0), (76, 1)):
+        monkeypatch.setattr(REFERENCE, "KEPT", kept)
+        flr_kernels.token_logprob(hidden, weight, torch.arange(7)).sum().backward()
+        assert len(recomputed) == times
 
 
 def test_the_optional_backend(monkeypatch):

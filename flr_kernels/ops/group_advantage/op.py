@@ -42,8 +42,9 @@ _OP, _BATCH_OP = dispatch.op("group_advantage"), dispatch.op("batch_advantage")
 _OP.register("reference", reference.group_advantage, reference.group_advantage_backward)
 _BATCH_OP.register("reference", reference.batch_advantages)
 for _backend, _check in (("cuda", extension.check_cuda), ("host", extension.check_host)):
-    _OP.register(_backend, extension.group_advantage, reference.group_advantage_backward, _check)
-    _BATCH_OP.register(_backend, extension.batch_advantage, check=_check)
+    _on_cpu = _backend == "host"
+    _OP.register(_backend, extension.group_advantage, reference.group_advantage_backward, _check, on_cpu=_on_cpu)
+    _BATCH_OP.register(_backend, extension.batch_advantage, check=_check, on_cpu=_on_cpu)
 
 
 @dispatch.forward_op("group_advantage")

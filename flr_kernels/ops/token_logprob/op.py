@@ -1,11 +1,13 @@
-"""Log-probability of one target token a row, without a [M, V] tensor in memory.
+"""Log-probability of one target token a row, without a large [M, V] tensor in memory.
 
     logp_m = w[target_m] · h_m - log Σ_v exp(w_v · h_m)
     dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
 
-The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time, and recomputes them
-in the backward. Backend "cce" hands a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which
-keeps logits on chip; it runs only when asked for (``FLR_BACKEND=token_logprob=cce``). Why: docs/log.md.
+The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time. If a gradient is
+wanted and M · V <= ``KEPT``, it keeps all of them for the backward (256 MiB of float32 at most); where there are more,
+and in compiled graphs, the backward computes them again, a third of its work with a frozen weight. Backend "cce" hands
+a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which keeps logits on chip; it runs only when
+asked for (``FLR_BACKEND=token_logprob=cce``). Why: docs/log.md.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ def _cce_check(hidden: Tensor, *_: Any) -> None:
         raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
 
 
-def _reference(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _check_targets(weight: Tensor, target: Tensor) -> None:
     if target.device.type == "cpu" and len(target):
         low, high = (int(x) for x in target.aminmax())
         if low < 0 or high >= len(weight):
             raise IndexError(f"target: expected 0 to {len(weight) - 1}, got {low if low < 0 else high}")
+
+
+def _reference(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    _check_targets(weight, target)
     return reference.chunked(hidden, weight, target)
 
 
@@ -74,6 +80,32 @@ def _autograd(ctx, grad):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _KeepsLogits(torch.autograd.Function):
+    """The reference backend with few logits: forward and backward share them."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            _check_targets(weight, target)
+            out, logits, normaliser = reference.with_logits(hidden, weight, target)
+        ctx.save_for_backward(hidden, weight, target, logits, normaliser)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight, target, logits, normaliser = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            p = (logits - normaliser[:, None]).exp_()  # not in place: the graph may be kept for another backward
+            needs_dh, needs_dw, _ = ctx.needs_input_grad
+            return *reference.backward_of_logits(hidden, weight, target, p, grad, needs_dh, needs_dw), None
+
+
+def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return wanted and len(hidden) * len(weight) <= reference.KEPT
 
 
 def _gathered(weight: Tensor) -> Tensor:
@@ -114,6 +146,10 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     checks.same("weight", weight.shape[1], hidden.shape[1], "D of hidden")
     checks.same("target", target.shape[0], hidden.shape[0], "M of hidden")
     weight = _gathered(weight)
-    if not torch.compiler.is_compiling() and dispatch.select("token_logprob", hidden, weight, target) == "cce":
-        return _cce(hidden, weight, target)  # with the library's own backward
+    if not torch.compiler.is_compiling():
+        backend = dispatch.select("token_logprob", hidden, weight, target)
+        if backend == "cce":
+            return _cce(hidden, weight, target)  # with the library's own backward
+        if backend == "reference" and _keeps_logits(hidden, weight):
+            return _KeepsLogits.apply(hidden, weight, target)
     return _forward(hidden, weight, target)

@@ -9,6 +9,8 @@ from ...checks import accumulation_dtype
 
 #: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
 CHUNK = 1 << 24
+#: Logits kept for the backward at most: 2²⁶ float32 = 256 MiB, as much again while it runs.
+KEPT = 1 << 26
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -16,6 +18,23 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     acc = accumulation_dtype(hidden.dtype)
     logits = (hidden @ weight.T).to(acc)
     return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+
+def with_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [M], and logits [M, V] and normalisers [M] for :func:`backward_of_logits`."""
+    logits = (hidden @ weight.T).to(accumulation_dtype(hidden.dtype))
+    normaliser = logits.logsumexp(-1)
+    return logits.gather(1, target[:, None])[:, 0] - normaliser, logits, normaliser
+
+
+def backward_of_logits(
+    hidden: Tensor, weight: Tensor, target: Tensor, p: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight from probabilities ``p`` [M, V], which are overwritten."""
+    d_logits = p.mul_(-grad[:, None])
+    d_logits.scatter_add_(1, target[:, None], grad[:, None])
+    d_logits = d_logits.to(hidden.dtype)
+    return d_logits @ weight if needs_dh else None, d_logits.T @ hidden if needs_dw else None
 
 
 def _rows(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -37,11 +56,9 @@ def chunked_backward(
     d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
     for rows in _rows(hidden, weight):
         p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
-        d_logits = p.mul_(-grad[rows, None])
-        d_logits.scatter_add_(1, target[rows, None], grad[rows, None])
-        d_logits = d_logits.to(hidden.dtype)
-        if needs_dh:
-            d_hidden[rows] = d_logits @ weight
-        if needs_dw:
-            d_weight += d_logits.T @ hidden[rows]
+        dh, dw = backward_of_logits(hidden[rows], weight, target[rows], p, grad[rows], needs_dh, needs_dw)
+        if dh is not None:
+            d_hidden[rows] = dh
+        if dw is not None:
+            d_weight += dw
     return d_hidden, d_weight.to(weight.dtype)
