@@ -39,7 +39,7 @@ def test_catalogue_scoring_runs_the_lm_head_once_and_reads_chains_with_the_next_
     assert forwards == [(3, 7), (3, 13)]  # prompt; token 10 and the chain together
     assert heads == [3, 0]  # of the vocabulary: after the prompt only
     forwards, heads = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "full"))
-    assert len(forwards) == 15
+    assert forwards == [(3, 7), (3, 15), (3, 1)]  # every hypothesis of a user to its next choice; the last choice
     assert min(heads) > 0
     only = torch.tensor([[0, 1, -1]]).expand(3, -1)  # no choice before the last token: no step at the root
     forwards, _ = count_work(model, lambda: beam_search(model, inputs, trie, 5, 5, "catalogue", only=only))

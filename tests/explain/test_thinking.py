@@ -89,7 +89,7 @@ def test_the_prompt_is_encoded_once_and_the_full_set_not_again(scoring):
     arguments = {"k": 3, "num_beams": 3, "scoring": scoring}
     search = recommender.recommend([HISTORIES[0]], **arguments, shares=False)
     alone, read[:] = list(read), []
-    found = recommender.recommend([HISTORIES[0]], **arguments)
+    found = recommender.recommend([HISTORIES[0]], **arguments, shares=True)
     hook.remove()
     assert [r.index for r in found[0]] == [r.index for r in search[0]]
     prefixes = {
