@@ -16,6 +16,9 @@ of the trie of allowed items: tokens without alternative have log-probability 0,
 next choice, and an item is complete where nothing else can follow. Its logits are computed for the children alone.
 Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the index.
 
+Where the predictions of several thoughts are mixed (:mod:`flr.decode.mixed_search`), a hypothesis' probability is the
+mixture's, Σ_k g_k p_k, under either scoring, and all of the above holds.
+
 On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does
 not wait for the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
 """
@@ -35,9 +38,11 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
 from .filters import item_filter
-from .prompts import num_prompts, prefill
+from .mixed_search import mixed_search
+from .prompts import num_prompts
 from .scoring import Scoring, check_vocabulary
 from .search import BeamResult, Search, nothing_found
+from .ways import ways
 
 
 @torch.no_grad()
@@ -94,11 +99,14 @@ def beam_search(
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
     with evaluating(model):
-        prompts = prefill(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
+        found = ways(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
+        prompts = found.prompts[0]
         check_vocabulary(trie, prompts.vocabulary)
         device = prompts.states.device
         trie = trie.to(device)
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
+        if found.log_weights is not None:
+            return mixed_search(found, trie, allows, num_beams, k, scoring, length_penalty)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
         search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows, kernel)
         return graphs.run(model, search, prompts) or search.run(prompts)

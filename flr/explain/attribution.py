@@ -18,6 +18,14 @@ For K <= 6 all 2^K sets are computed. For more factors the orders are the K rota
 K (K - 1) + 2 sets: the sum stays exact, and so does every φ_k whose factors interact at most in pairs (each pair stands
 in either order equally often).
 
+Under ``aggregation="mixture"`` every factor has a thought anchor + f_k of its own. Leaving a factor out takes f_k from
+its thought, not its weight, so that with p_k(item) after its own thought and p_0(item) after the anchor alone
+
+    v(S) = log Σ_k g_k (p_k if k in S else p_0)
+
+needs K + 1 thoughts for all sets, and all of the above holds. What a factor is answerable for is known without leaving
+anything out: its posterior responsibility g_k p_k(item) / Σ_j g_j p_j(item), the shares of :func:`attribute`.
+
 Source: L. S. Shapley, "A value for n-person games", 1953.
 """
 
@@ -28,7 +36,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +45,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.decode import CatalogueTrie, ItemFilter, Scoring, item_filter
+from flr.decode.packed import obstacle
 from flr.decode.prompts import prepare_inputs
+from flr.decode.ways import thoughts_apart
 from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, takes_positions
+from flr.model.encoder import thoughts_made
+from flr.model.factor_mixture import FactorStates
 from flr.model.head import head
 from flr.model.outputs import FLROutput
 
@@ -108,8 +120,9 @@ class ThinkingPrompts:
     mask: Tensor  # int64 [B, L]
     positions: Tensor | None  # int64 [B, L + N]
     anchors: Tensor  # [B, N, D], the thought's embedding without factors
-    contributions: Tensor  # [B, N, K, D]
+    contributions: Tensor  # [B, N, K, D], the parts g_k f_k of a thought, or f_k of its own thought in a mixture
     output: FLROutput
+    log_gates: Tensor | None  # [B, K] of a mixture; None for one thought
     layers: list[Any] | None  # cache layers cut to L columns; None where this cache cannot be cut
 
 
@@ -122,8 +135,10 @@ def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> Thinking
         reserve: how many tokens will follow the thoughts at most.
     """
     lm = causal_lm(model)
-    if not is_patched(lm) or lm._flr_patch.config.variant not in ("flr", "latentr3"):
+    if not is_patched(lm) or not lm._flr_patch.config.has_reasoner:
         return None
+    if (apart := thoughts_apart(model, inputs)) is not None:
+        return _thinking_apart(lm, *apart, reserve)
     config = lm._flr_patch.config
     prepared = prepare_inputs(model, inputs)
     if not takes_positions(lm):
@@ -147,7 +162,26 @@ def think(model: nn.Module, inputs: Mapping[str, Any], reserve: int) -> Thinking
         anchors=anchors,
         contributions=torch.stack([step.contributions for step in out.flr.steps], 1),
         output=out.flr,
+        log_gates=None,
         layers=_cut(cache_of(out), length, length + count + reserve),
+    )
+
+
+def _thinking_apart(lm: Any, states: FactorStates, prepared: Mapping[str, Any], reserve: int) -> ThinkingPrompts:
+    config, (batch, length) = lm._flr_patch.config, states.history.shape[:2]
+    cache, longest = states.members.cache, length + 1 + reserve
+    goes_on = states.members.packed and cache is not None and obstacle(lm, cache, longest) is None
+    everyone = torch.ones(batch, dtype=torch.bool, device=states.history.device)
+    return ThinkingPrompts(
+        lm=lm,
+        embeds=states.prompt.embeds,
+        mask=states.prompt.mask,
+        positions=prepared["position_ids"] if takes_positions(lm) else None,
+        anchors=states.anchor[:, None],
+        contributions=states.made.factors[:, None],
+        output=thoughts_made(config, [states.made], [everyone], None),
+        log_gates=states.log_gates,
+        layers=_cut(cache, length, longest) if goes_on else None,
     )
 
 
@@ -199,6 +233,21 @@ class _Siblings:
     last: list[int]  # last tokens
 
 
+class Attribution(NamedTuple):
+    """What the factors did to the scores of items [B, k]; 0 where there is no item.
+
+    Attributes:
+        base: float64 [B, k], the item's log-probability without any factor's part.
+        contributions: float64 [B, k, K]; base + contributions.sum(-1) is the item's score.
+        shares: float64 [B, k, K], >= 0 and 1 in sum: of the contributions' magnitudes, or in a mixture the factors'
+            posterior responsibilities (with ``mixed_with``, for the prompt's part of the score).
+    """
+
+    base: np.ndarray
+    contributions: np.ndarray
+    shares: np.ndarray
+
+
 @torch.no_grad()
 def attribute(
     prompts: ThinkingPrompts,
@@ -209,7 +258,7 @@ def attribute(
     exclude: Tensor | None = None,
     allowed: Tensor | None = None,
     mixed_with: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Attribution:
     """Contributions of the factors to the log-probabilities of items.
 
     Args:
@@ -220,24 +269,38 @@ def attribute(
         scoring, exclude, allowed: as the items were ranked with (see :mod:`flr.decode`): the values are those scores.
         mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v
             is the logarithm of that, the rest is taken as it is.
-
-    Returns:
-        base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K];
-        base + contributions.sum(-1) is the item's score. 0 where the item is -1.
     """
     num_factors = prompts.contributions.shape[2]
     sets, weights = coalitions(num_factors)
     base = np.zeros(items.shape)
     contributions = np.zeros((*items.shape, num_factors))
     vocabulary = prompts.lm.config.get_text_config(decoder=True).vocab_size
-    for group in _batches(_siblings(codec, items), len(sets), vocabulary):
-        for siblings, values in zip(group, _values(prompts, group, sets, trie, scoring, exclude, allowed), strict=True):
+    thoughts, log_gates, shares = sets, None, {}
+    if prompts.log_gates is not None:  # the anchor, and each factor's own thought
+        thoughts = np.concatenate([np.zeros((1, num_factors), bool), np.eye(num_factors, dtype=bool)])
+        log_gates = prompts.log_gates.double().cpu().numpy()
+    for group in _batches(_siblings(codec, items), len(thoughts), vocabulary):
+        found = _values(prompts, group, thoughts, trie, scoring, exclude, allowed)
+        for siblings, values in zip(group, found, strict=True):
+            if log_gates is not None:
+                values, own = _of_mixture(values, sets, log_gates[siblings.user])
+                shares |= {(siblings.user, column): x for column, x in zip(siblings.columns, own.T, strict=True)}
             if mixed_with is not None:
                 log_weight, log_rest = (x[siblings.user, siblings.columns] for x in mixed_with)
                 values = np.logaddexp(values + log_weight, log_rest)
             base[siblings.user, siblings.columns] = values[0]
             contributions[siblings.user, siblings.columns] = (weights @ values).T
-    return base, contributions
+    influence = influence_shares(contributions)
+    for place, own in shares.items():
+        influence[place] = own
+    return Attribution(base, contributions, influence)
+
+
+def _of_mixture(values: np.ndarray, sets: np.ndarray, log_gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """v [A, n] of every set of factors bool [A, K], and responsibilities [K, n], from log-probabilities [K + 1, n]."""
+    joint = np.where(sets[..., None], values[1:], values[0]) + log_gates[:, None]  # [A, K, n]
+    mixed = np.logaddexp.reduce(joint, axis=1)
+    return mixed, np.exp(joint[-1] - mixed[-1])
 
 
 def _siblings(codec: Any, items: np.ndarray) -> list[_Siblings]:

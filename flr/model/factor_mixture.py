@@ -44,6 +44,7 @@ class FactorStates:
     prompt: Prompt  # of L tokens
     history: Tensor  # [B, L, D], states of the prompt
     made: ReasonerOutput
+    anchor: Tensor  # [B, D]
     thoughts: Tensor  # [B, K, D], embeddings
     members: PackedMembers
     hidden: Tensor  # [B, K, S, D], states after the thought and S - 1 tokens
@@ -79,7 +80,7 @@ def encode_factors(model: Any, pieces: Pieces, column: int, stop: int) -> Factor
     behind = embeds[:, None, column + 1 : stop].expand(-1, config.num_factors, -1, -1)
     tokens = ids[:, None, column:stop].expand(-1, config.num_factors, -1)
     hidden = members.run(torch.cat([thoughts[:, :, None], behind.to(thoughts.dtype)], 2), tokens)
-    return FactorStates(prompt, history, made, thoughts, members, hidden)
+    return FactorStates(prompt, history, made, anchor, thoughts, members, hidden)
 
 
 def _mask(pieces: Pieces, column: int) -> Tensor:

@@ -24,8 +24,8 @@ from flr.decode import CatalogueTrie, Scoring, beam_search
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
-from flr.explain.attribution import ThinkingPrompts, attribute, influence_shares, think
-from flr.model.backbone import causal_lm, evaluating, is_patched, position_limit
+from flr.explain.attribution import ThinkingPrompts, attribute, think
+from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, position_limit
 from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
@@ -250,7 +250,7 @@ class Recommender(QueryBuilder):
 
     @property
     def variant(self) -> str:
-        """Of the model's thought: "flr", "latentr3", "anchor" or "none" (an unpatched model too)."""
+        """Of the model's thought: "flr", "offsets", "latentr3", "anchor" or "none" (an unpatched model too)."""
         lm = causal_lm(self.model)
         return lm._flr_patch.config.variant if is_patched(lm) else "none"
 
@@ -258,7 +258,7 @@ class Recommender(QueryBuilder):
     def num_factors(self) -> int:
         """K; 0 for variants without factors."""
         lm = causal_lm(self.model)
-        return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
+        return lm._flr_patch.config.num_factors if is_patched(lm) and lm._flr_patch.config.has_reasoner else 0
 
     def ranked(
         self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
@@ -299,8 +299,8 @@ class Recommender(QueryBuilder):
             influence = contributions
             if prompts is not None:
                 codec = self.processor.item_codec
-                base, contributions = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
-                influence = influence_shares(contributions)
+                found = attribute(prompts, codec, items, self.trie, scoring, exclude, allowed, mixed_with)
+                base, contributions, influence = found
         catalogue = self.processor.catalogue
         columns = [x.tolist() for x in (items, scores, influence, contributions, base)]
         lists = [
@@ -338,7 +338,8 @@ class Recommender(QueryBuilder):
                 for place, item in enumerate(query.history.tolist())
             ]
             arrays = attention[row, ..., : len(items)], gates[row], norms[row]
-            explanations.append(Explanation(self.variant, items, list(unknown[row]), *arrays, lists[row]))
+            about = (self.variant, items, list(unknown[row]), *arrays, lists[row])
+            explanations.append(Explanation(*about, aggregation="mixture" if mixes(self.model) else "thought"))
         return explanations
 
     def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:

@@ -58,3 +58,35 @@ def naive_logprobs(model, ids):
         weights = (log_gates + read).softmax(0)
         found.append((weights[:, None] * logprobs[:, step].exp()).sum(0).log())
     return torch.stack(found)
+
+
+@torch.no_grad()
+def factor_scores(model, inputs, sequences, scoring="full", allowed=None):
+    """Log gates [B, K] and log p(item | thought_k) [B, K, C], a forward for every user, item and factor."""
+    users = rows_of(inputs, "input_ids")
+    allowed = torch.ones(len(sequences), dtype=torch.bool) if allowed is None else allowed
+    allowed = allowed.expand(len(users), -1)
+    masks = rows_of(inputs, "reasoner_mask") if "reasoner_mask" in inputs else [None] * len(users)
+    gates, found = [], []
+    for prompt, narrowed, may in zip(users, masks, allowed, strict=True):
+        candidates = [s for s, ok in zip(sequences, may, strict=True) if ok]
+        scores = []
+        for sequence, ok in zip(sequences, may, strict=True):
+            ids = torch.cat([prompt, torch.tensor([THOUGHT, *sequence])])
+            log_gates, logits, _ = factor_logits(model, ids, narrowed)
+            total = torch.full((len(logits),), 0.0 if ok else -torch.inf)
+            for step, token in enumerate(sequence):
+                siblings = sorted({s[step] for s in candidates if len(s) > step and s[:step] == sequence[:step]})
+                own = logits[:, step].float()
+                norm = own if scoring == "full" else own[:, siblings]
+                total = total + own[:, token] - (norm.logsumexp(-1) if ok else 0)
+            scores.append(total)
+        gates.append(log_gates)
+        found.append(torch.stack(scores, 1))
+    return torch.stack(gates), torch.stack(found)
+
+
+def item_scores(model, inputs, sequences, scoring="full", allowed=None):
+    """The mixture's log-probabilities [B, C]."""
+    gates, scores = factor_scores(model, inputs, sequences, scoring, allowed)
+    return (gates[..., None] + scores).logsumexp(1)
