@@ -38,11 +38,11 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
 from .filters import item_filter
-from .mixed_search import mixed_search
+from .mixed_search import MixedSearch
 from .prompts import num_prompts
 from .scoring import Scoring, check_vocabulary
 from .search import BeamResult, Search, nothing_found
-from .ways import ways
+from .ways import ways_together
 
 
 @torch.no_grad()
@@ -99,14 +99,14 @@ def beam_search(
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
     with evaluating(model):
-        found = ways(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
-        prompts = found.prompts[0]
+        log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
         device = prompts.states.device
         trie = trie.to(device)
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
-        if found.log_weights is not None:
-            return mixed_search(found, trie, allows, num_beams, k, scoring, length_penalty)
+        if log_weights is not None:
+            arguments = (trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows)
+            return MixedSearch(log_weights, *arguments).run(prompts)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
         search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows, kernel)
         return graphs.run(model, search, prompts) or search.run(prompts)

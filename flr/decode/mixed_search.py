@@ -9,59 +9,25 @@ vocabulary or over the children that lead to allowed items; tokens without alter
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from flr.data.trie import CatalogueTrie
 from flr_kernels import Continuations
 
-from .filters import ItemFilter
-from .prompts import Prompts
-from .scoring import Scoring
-from .search import BeamResult, Candidates, Search, best_of
-from .session import Session
-from .ways import Ways
+from .search import Candidates, Search, best_of
 
 
-def mixed_search(
-    found: Ways,
-    trie: CatalogueTrie,
-    allows: ItemFilter,
-    num_beams: int,
-    k: int,
-    scoring: Scoring,
-    length_penalty: float,
-) -> BeamResult:
-    """The k best items by the mixture of K ways; arguments as of :func:`flr.decode.beam.beam_search`."""
-    assert found.log_weights is not None
-    first = found.prompts[0]
-    search = _MixedSearch(trie, allows, num_beams, k, scoring, length_penalty, first.head_rows)
-    search.weights = found.log_weights.float()[:, None]
-    states = torch.cat([way.states for way in found.prompts], -1)
-    session = _SideBySide([way.session for way in found.prompts])
-    return search.run(Prompts(states, session, first.head_rows, first.vocabulary))
+class MixedSearch(Search):
+    """States are those of K ways, [B, w, K · X]; other arguments as of ``Search``.
 
+    Args:
+        log_weights: [B, K], log g.
+    """
 
-class _SideBySide:
-    """K sessions of the same hypotheses, whose states stand side by side, [B, w, K · X]; see ``Session``."""
-
-    def __init__(self, sessions: list[Session]) -> None:
-        self.sessions = sessions
-
-    def step(self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.cat([session.step(tokens, parents, lengths) for session in self.sessions], -1)
-
-    def tree(self, tokens: object, parents: object, depths: object) -> torch.Tensor:
-        raise NotImplementedError("tree: the ways of a mixture are scored one by one")
-
-    def select(self, users: torch.Tensor) -> None:
-        for session in self.sessions:
-            session.select(users)
-
-
-class _MixedSearch(Search):
-    """States are those of K ways, [B, w, K · X]."""
-
-    weights: torch.Tensor  # [B, w', K], w_k of the hypotheses, of which the first w are left
+    def __init__(self, log_weights: torch.Tensor, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.weights = log_weights.float()[:, None]  # [B, w', K], w_k of the hypotheses, of which the first w are left
 
     def select(self, users: torch.Tensor) -> None:
         super().select(users)

@@ -275,7 +275,8 @@ def attribute(
     base = np.zeros(items.shape)
     contributions = np.zeros((*items.shape, num_factors))
     vocabulary = prompts.lm.config.get_text_config(decoder=True).vocab_size
-    thoughts, log_gates, shares = sets, None, {}
+    thoughts, log_gates = sets, None
+    shares: dict[tuple[int, int], np.ndarray] = {}
     if prompts.log_gates is not None:  # the anchor, and each factor's own thought
         thoughts = np.concatenate([np.zeros((1, num_factors), bool), np.eye(num_factors, dtype=bool)])
         log_gates = prompts.log_gates.double().cpu().numpy()

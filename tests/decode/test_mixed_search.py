@@ -110,7 +110,7 @@ def test_caches_that_cannot_be_packed(monkeypatch, scoring):
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_prompt_is_encoded_once(monkeypatch):
+def test_a_step_is_one_forward_behind_a_prompt_that_is_encoded_once():
     model, inputs = mixture(), prompts()
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(3)))
     columns = []
@@ -120,7 +120,8 @@ def test_a_prompt_is_encoded_once(monkeypatch):
     beam_search(model, inputs, trie, 4, 4)
     widths = [(ids if embeds is None else embeds).shape[1] for embeds, ids in columns]
     assert widths[:2] == [7, 4]  # prompts, then K thoughts
-    assert max(widths[2:]) <= 4
+    assert len(widths) == 1 + trie.depth
+    assert max(widths[2:]) <= 16
 
 
 def test_refused():
