@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-VARIANTS = ("flr", "latentr3", "anchor", "none")
+VARIANTS = ("flr", "offsets", "latentr3", "anchor", "none")
+AGGREGATIONS = ("thought", "mixture")
 ANCHORS = ("token", "last", "none")
 SPARSITY_TARGETS = ("gate", "attention", "both")
 _MOST, _MOST_SIZE = 1024, 1 << 16  # thoughts and refinements; the size of a factor
@@ -52,7 +53,10 @@ class FLRConfig:
 
     Attributes:
         variant: ``"flr"`` K factors; ``"latentr3"`` the single-factor predecessor (K = 1, T = 1, F = D, biases, rotary
-            positions, no anchor); ``"anchor"`` one more token and no factors, the control; ``"none"`` no thought.
+            positions, no anchor); ``"offsets"`` K learned vectors in the factors' place, the same for every user, which
+            attend to nothing, ``"anchor"`` one more token and no factors, both controls; ``"none"`` no thought.
+        aggregation: of the factors: ``"thought"`` their gated sum is one thought; ``"mixture"`` each makes a thought of
+            its own and the gates mix what is predicted after them (:mod:`flr.model.factor_mixture`).
         num_factors: K, 1 to 16.
         factor_size: F, the head size of a factor; None for D / K (at least 1), about 4 D² weights whatever K is.
         num_refinements: T in 1..1024, how often the thought is refined.
@@ -60,8 +64,9 @@ class FLRConfig:
         anchor: what the factors' sum is added to: ``"token"`` the embedding of the thought token, ``"last"`` that of
             the last prompt token (for one-token item codecs), ``"none"``.
         gate_temperature: τ > 0 of the gate softmax.
-        dropout: on the factors' sum r, in [0, 1).
-        init_scale: RMS of r in a freshly patched model relative to the RMS of the input embeddings.
+        dropout: on what is added to the anchor, the factors' sum r or each factor of a mixture, in [0, 1).
+        init_scale: RMS of r in a freshly patched model relative to the RMS of the input embeddings; under either
+            aggregation, which therefore begin with the same weights.
         orthogonality_weight, diversity_weight, sparsity_weight: λ >= 0 of the regularisers, each of which is in [0, 1].
         sparsity_target: entropy of the gates, of the attention, or the mean of both.
         thought_token: text of the thought token, added to the tokenizer when it is missing.
@@ -81,6 +86,7 @@ class FLRConfig:
     """
 
     variant: str = "flr"
+    aggregation: str = "thought"
     num_factors: int = 4
     factor_size: int | None = None
     num_refinements: int = 2
@@ -99,11 +105,15 @@ class FLRConfig:
     input_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("variant", VARIANTS), ("anchor", ANCHORS), ("sparsity_target", SPARSITY_TARGETS)):
+        choices = (("variant", VARIANTS), ("aggregation", AGGREGATIONS), ("anchor", ANCHORS))
+        for name, allowed in (*choices, ("sparsity_target", SPARSITY_TARGETS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.variant == "latentr3":
             self.num_factors, self.num_refinements, self.factor_size, self.anchor = 1, 1, None, "none"
+        elif self.variant == "offsets":
+            self.num_refinements, self.factor_size = 1, None
+            self._check("sparsity_target", self.sparsity_target == "gate", "gate for offsets, which attend to nothing")
         self._check("num_factors", isinstance(self.num_factors, int) and 1 <= self.num_factors <= 16, "1 to 16")
         for name in ("num_refinements", "num_thoughts"):
             value = getattr(self, name)
@@ -121,6 +131,11 @@ class FLRConfig:
         self._check("insert_thought", isinstance(self.insert_thought, bool), "True or False")
         self._check("thought_token", bool(self.thought_token), "a token's text")
 
+        if self.aggregation == "mixture":
+            mixes = self.variant in ("flr", "offsets")
+            self._check("aggregation", mixes, f"thought for variant {self.variant}, which has no factors to mix")
+            self._check("num_thoughts", self.num_thoughts == 1, "1 with aggregation mixture")
+
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
@@ -129,6 +144,16 @@ class FLRConfig:
     def thought_count(self) -> int:
         """Thought tokens that a prompt of this variant ends with: N, or 0 for ``"none"``."""
         return 0 if self.variant == "none" else self.num_thoughts
+
+    @property
+    def has_reasoner(self) -> bool:
+        """Whether this variant's thought is made of factors, K >= 1."""
+        return self.variant in ("flr", "offsets", "latentr3")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether predictions of K thoughts are mixed."""
+        return self.aggregation == "mixture"
 
     def head_size(self, hidden_size: int) -> int:
         """F for a backbone of this hidden size."""

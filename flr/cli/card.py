@@ -68,7 +68,8 @@ def model_facts(
         "Variant of the thought": variant,
     }
     if thought is not None and thought.thought_count:
-        factors = {"Factors K": thought.num_factors, "Refinements T": thought.num_refinements}
+        factors: dict[str, Any] = {"Factors K": thought.num_factors, "Refinements T": thought.num_refinements}
+        factors |= {"Aggregation of the factors": thought.aggregation} if thought.mixes else {}
         facts |= factors if hasattr(lm, "flr") else {}
         facts["Thoughts N"] = thought.num_thoughts
     facts |= {"Base model": type(lm).__name__, "Parameters": f"{lm.num_parameters():,}"}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from flr.train import SFTConfig
 
 ABOUT = (
-    "Train none / anchor / latentr3 / flr under one budget and several seeds; paired bootstrap intervals and a plot."
+    "Train none / anchor / latentr3 / flr and others under one budget and several seeds; paired bootstrap intervals "
+    "and a plot."
 )
 MODES = {
     "none": "no thought",
@@ -33,6 +34,9 @@ MODES = {
     "latentr3": "one factor",
     "flr": "K factors",
     "flr-plain": "K factors, regularisers off",
+    "flr-mixture": "K factors, each with a thought of its own",
+    "offsets": "K learned vectors, no attention: the control of the factors",
+    "offsets-mixture": "K learned vectors, each with a thought of its own",
 }
 METRICS = ("hr@10", "ndcg@10")
 Parts: TypeAlias = "tuple[DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]"
@@ -62,12 +66,18 @@ class CompareOptions:
 
 
 def mode_config(mode: str, config: FLRConfig) -> FLRConfig:
-    """The configuration of a mode: everything but the variant (and the regularisers) as given."""
-    if mode == "flr-plain":
-        off: Any = dict.fromkeys(("orthogonality_weight", "diversity_weight", "sparsity_weight"), 0.0)
-        return dataclasses.replace(config, variant="flr", **off)
-    anchor = "token" if mode == "anchor" and config.anchor == "none" else config.anchor  # the control is its anchor
-    return dataclasses.replace(config, variant=mode, anchor=anchor)
+    """The configuration of a mode: everything but variant, aggregation (and the regularisers) as given."""
+    if config.mixes:
+        raise ValueError(f"aggregation: expected none with flr compare, whose modes say it, got {config.aggregation!r}")
+    variant, _, way = mode.partition("-")
+    options: dict[str, Any] = {"variant": variant}
+    if way == "plain":
+        options |= dict.fromkeys(("orthogonality_weight", "diversity_weight", "sparsity_weight"), 0.0)
+    elif way == "mixture":
+        options["aggregation"] = "mixture"
+    if mode == "anchor" and config.anchor == "none":
+        options["anchor"] = "token"  # the control is its anchor
+    return dataclasses.replace(config, **options)
 
 
 def _values(options: Any) -> dict[str, str]:

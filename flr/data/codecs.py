@@ -74,7 +74,7 @@ class ItemCodec:
     def known(cls, name: CodecName, tokens: np.ndarray, offsets: np.ndarray, trie: CatalogueTrie) -> ItemCodec:
         """A codec that was whole when it was saved, with its trie: nothing is checked again."""
         codec = object.__new__(cls)
-        parts = {"name": name, "tokens": tokens, "offsets": offsets, "_index": {}, "_trie": trie}
+        parts: dict[str, Any] = {"name": name, "tokens": tokens, "offsets": offsets, "_index": {}, "_trie": trie}
         for field_name, value in parts.items():
             object.__setattr__(codec, field_name, value)
         return codec

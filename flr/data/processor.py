@@ -347,7 +347,8 @@ class RecProcessor:
         with naming(file, "the settings of a processor"):
             key = store_key(folder, config["codec"], config["max_title_tokens"])
         if like is not None and like._store_key == key:
-            catalogue, stored = like.catalogue, Stored(like.item_codec, config.get("digests", {}))
+            catalogue = like.catalogue
+            stored: Stored | None = Stored(like.item_codec, config.get("digests", {}))
         else:
             catalogue = Catalogue.load(folder / CATALOGUE_NAME)
             stored = read_store(folder, key, config["codec"], len(catalogue))

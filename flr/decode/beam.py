@@ -17,6 +17,9 @@ next choice, and an item is complete where nothing else can follow. Its logits a
 On a CPU ``full`` reads the levels at which no hypothesis branches in one forward, too (see ``runs``).
 Ties: among continuations the smaller leaf position (lexicographically smaller tokens) wins, among items the index.
 
+Where the predictions of several thoughts are mixed (:mod:`flr.decode.mixed_search`), a hypothesis' probability is the
+mixture's, Σ_k g_k p_k, under either scoring, and all of the above holds.
+
 On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does
 not wait for the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
 """
@@ -36,9 +39,11 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
 from .filters import item_filter
-from .prompts import Prompts, num_prompts, prefill
+from .mixed_search import MixedSearch
+from .prompts import Prompts, num_prompts
 from .scoring import Scoring, check_vocabulary
 from .search import BeamResult, Search, nothing_found
+from .ways import ways_together
 
 
 @torch.no_grad()
@@ -98,12 +103,16 @@ def beam_search(
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
     with evaluating(model):
+        log_weights = None
         if prompts is None:
-            prompts = prefill(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
+            log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
         device = prompts.states.device
         trie = trie.to(device)
         allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
+        if log_weights is not None:
+            arguments = (trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows)
+            return MixedSearch(log_weights, *arguments).run(prompts)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
         search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows, kernel)
         return graphs.run(model, search, prompts) or search.run(prompts)

@@ -17,12 +17,13 @@ from torch import nn
 
 from flr.config import check_normalisation
 from flr.data.trie import CatalogueTrie, Codec
-from flr.model.backbone import evaluating
-from flr.model.head import HeadRows
+from flr.model.backbone import causal_lm, evaluating
+from flr.model.head import HeadRows, head
 
 from .filters import ItemFilter, item_filter
-from .prompts import num_prompts, prefill
+from .prompts import Prompts, num_prompts, prefill
 from .scoring import Scoring, check_vocabulary, log_normaliser
+from .ways import mixed, thoughts_apart, ways
 
 
 class _Block(NamedTuple):
@@ -71,25 +72,18 @@ def score_all_items(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        root, session, head_rows, vocabulary, _ = prefill(
-            model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue"
-        )
+        log_weights, prompts = ways(model, inputs, reserve=trie.depth, want_hidden=scoring == "catalogue")
+        vocabulary = prompts[0].vocabulary
         check_vocabulary(trie, vocabulary)
-        device, users = root.device, len(root)
+        device, users = prompts[0].states.device, len(prompts[0].states)
         if chunk is None:
             chunk = int(np.clip((1 << 26) // max(1, users * vocabulary), 16, 512))
         trie = trie.to(device)
         allows = item_filter(trie, users, allowed, exclude)
         by_leaf = torch.empty(users, trie.num_items, dtype=torch.float32, device=device)
         for block in _blocks(trie, chunk):
-            states = root[:, None]
-            if len(block.tokens):
-                below = session.tree(block.tokens, block.parents, block.depths)
-                states = torch.cat([states, below], dim=1)
-            row, child = (torch.as_tensor(x, device=device) for x in (block.edge_row, block.edge_child))
-            edges = edge_scores(states, head_rows, row, child, trie, allows, scoring)
-            padded = torch.cat([edges, edges.new_zeros(users, 1)], dim=1)
-            by_leaf[:, block.begin : block.end] = padded[:, torch.as_tensor(block.paths, device=device)].sum(-1)
+            scores = [_block_scores(way, block, trie, allows, scoring) for way in prompts]
+            by_leaf[:, block.begin : block.end] = mixed(scores, log_weights)
         return _by_item(by_leaf, trie, allows)
 
 
@@ -114,19 +108,44 @@ def rank_one_token(
     if num_prompts(inputs) == 0:
         return torch.empty(0, trie.num_items, dtype=torch.float32, device=inputs["input_ids"].device)
     with evaluating(model):
-        logits = prefill(model, inputs, reserve=1).states
+        apart = thoughts_apart(model, inputs)
+        if apart is None:
+            ways_on, log_weights = [prefill(model, inputs, reserve=1).states], None
+        else:
+            ways_on, log_weights = list(apart[0].hidden[:, :, 0].unbind(1)), apart[0].log_gates
+        users, trie = len(ways_on[0]), trie.to(ways_on[0].device)
+        allows = item_filter(trie, users, allowed, exclude)
+        leaf = trie.leaf_of_item.expand(users, -1)
+        denied = None if allows.all else allows.count(leaf, leaf + 1) == 0
+        logits = ways_on if apart is None else (head(causal_lm(model), x) for x in ways_on)
+        scores = mixed((_first_token_scores(x, trie, denied, scoring) for x in logits), log_weights)
+    return _checked(scores if denied is None else scores.masked_fill_(denied, -torch.inf))
+
+
+def _first_token_scores(
+    logits: torch.Tensor, trie: CatalogueTrie, denied: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    """Log-probabilities float32 [B, C] of one-token items; of denied ones as they come."""
     check_vocabulary(trie, logits.shape[-1])
-    trie = trie.to(logits.device)
-    allows = item_filter(trie, len(logits), allowed, exclude)
-    leaf = trie.leaf_of_item.expand(len(logits), -1)
     # the root's children are the leaves in order
     scores = logits.index_select(1, trie.tokens[1:][trie.leaf_of_item].long()).float()
-    denied = None if allows.all else allows.count(leaf, leaf + 1) == 0
     if scoring == "full":
-        scores -= log_normaliser(logits)[:, None]
-    else:
-        scores = torch.log_softmax(scores if denied is None else scores.masked_fill_(denied, -torch.inf), dim=-1)
-    return _checked(scores if denied is None else scores.masked_fill_(denied, -torch.inf))
+        return scores.sub_(log_normaliser(logits)[:, None])
+    return torch.log_softmax(scores if denied is None else scores.masked_fill_(denied, -torch.inf), dim=-1)
+
+
+def _block_scores(
+    prompts: Prompts, block: _Block, trie: CatalogueTrie, allows: ItemFilter, scoring: Scoring
+) -> torch.Tensor:
+    """Log-probabilities [B, items of the block]."""
+    states = prompts.states[:, None]
+    if len(block.tokens):
+        below = prompts.session.tree(block.tokens, block.parents, block.depths)
+        states = torch.cat([states, below], dim=1)
+    row, child = (torch.as_tensor(x, device=states.device) for x in (block.edge_row, block.edge_child))
+    edges = edge_scores(states, prompts.head_rows, row, child, trie, allows, scoring)
+    padded = torch.cat([edges, edges.new_zeros(len(edges), 1)], dim=1)
+    return padded[:, torch.as_tensor(block.paths, device=edges.device)].sum(-1)
 
 
 def _allowed_leaves(trie: CatalogueTrie, allows: ItemFilter, rows: int) -> torch.Tensor:

@@ -153,12 +153,8 @@ class Search:
                     if left <= _LEAVE_BELOW * len(users):
                         result, broken = _put(result, users, state.best), broken | state.broken.any()
                         unfinished = (state.running.score != -torch.inf).any(1).nonzero()[:, 0]
-                        users, self.allows, plan = (
-                            users[unfinished],
-                            self.allows.select(unfinished),
-                            plan and _rows(plan, unfinished),
-                        )
-                        state = state.of(unfinished)
+                        users, plan, state = users[unfinished], plan and _rows(plan, unfinished), state.of(unfinished)
+                        self.select(unfinished)
                         session.select(unfinished)
             run = None
             if step and session.reads_runs and not self.skips_forced and _sync_is_free(device):
@@ -174,6 +170,10 @@ class Search:
         if bool(broken | state.broken.any()):
             raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
         return _put(result, users, state.best)
+
+    def select(self, users: torch.Tensor) -> None:
+        """Go on with the users of these rows alone."""
+        self.allows = self.allows.select(users)
 
     def numbers(self, state: State, plan: Plan | None) -> torch.Tensor:
         """int64 [3]: the most live hypotheses of a user, users with one, the most tokens a user has to read next."""
@@ -250,16 +250,10 @@ class Search:
         """
         if self.kernel:
             return self._expand_by_kernel(states, running, step, num_beams, complete_width)
-        candidates = _Candidates(self, states, running, step)
+        candidates = Candidates(self, states, running, step)
         first_block = candidates.block(0)
-        if self.scoring == "full":
-            norm = log_normaliser(states)
-        else:
-            norm = torch.logsumexp(first_block[2], dim=-1)
-            for start in candidates.starts[1:]:
-                norm = torch.logaddexp(norm, torch.logsumexp(candidates.block(start)[2], dim=-1))
-        invalid = (candidates.live & ~norm.isfinite()).any(1)
-        shift = norm.masked_fill(~candidates.live, 0.0)[..., None]
+        norm, invalid = candidates.normaliser(first_block[2])
+        shift = norm[..., None]
 
         beams: Continuations | None = None
         complete: Continuations | None = None
@@ -267,11 +261,11 @@ class Search:
             node, ends, score = candidates.block(start) if start else first_block
             score = score.sub_(shift).add_(running.score[..., None])  # token_logits made it for us alone
             if complete_width:  # picked among all, then the unfinished struck out
-                complete = _best(complete, self._pick(score, node, complete_width), complete_width)
+                complete = best_of(complete, self.pick(score, node, complete_width), complete_width)
             if num_beams:
                 if ends is not None:
                     score = score.masked_fill_(ends, -torch.inf)
-                beams = _best(beams, self._pick(score, node, num_beams), num_beams)
+                beams = best_of(beams, self.pick(score, node, num_beams), num_beams)
         return beams, self._finished(complete), invalid
 
     def _expand_by_kernel(
@@ -297,7 +291,7 @@ class Search:
         others = ~self._is_complete(complete.node) | (complete.key == _DEAD)
         return complete._replace(score=complete.score.masked_fill(others, -torch.inf))
 
-    def _pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> Continuations:
+    def pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> Continuations:
         """The ``count`` best continuations of score [B, w, c], in order; node [B, w, c], or [1, 1, c]."""
         columns, flat = score.shape[-1], score.flatten(1)
         count = min(count, flat.shape[1])
@@ -316,7 +310,7 @@ class Search:
         else:
             node = node.flatten(1).gather(1, index)
         key = order_key(chosen, self.trie.leaf_begin[node].long()).masked_fill(chosen == -torch.inf, _DEAD)
-        return _best(None, Continuations(chosen, node, parent, key), count)
+        return best_of(None, Continuations(chosen, node, parent, key), count)
 
     def _is_complete(self, node: torch.Tensor) -> torch.Tensor:
         """Whether a node [B, n] stands for an item: a leaf, or under ``catalogue`` with one allowed item below."""
@@ -353,7 +347,7 @@ def _put(result: BeamResult, users: torch.Tensor, best: BeamResult) -> BeamResul
     return BeamResult(*(all_.index_copy(0, users, own) for all_, own in zip(result, best, strict=True)))
 
 
-def _best(so_far: Continuations | None, more: Continuations, width: int) -> Continuations:
+def best_of(so_far: Continuations | None, more: Continuations, width: int) -> Continuations:
     """The ``width`` largest by key, in order."""
     if so_far is not None:
         more = Continuations(*(torch.cat(pair, dim=1) for pair in zip(so_far, more, strict=True)))
@@ -361,7 +355,7 @@ def _best(so_far: Continuations | None, more: Continuations, width: int) -> Cont
     return Continuations(more.score.gather(1, index), more.node.gather(1, index), more.parent.gather(1, index), key)
 
 
-class _Candidates:
+class Candidates:
     """Children of the hypotheses [B, w] of a step, a block of columns at a time."""
 
     def __init__(self, search: Search, states: torch.Tensor, running: Continuations, step: int) -> None:
@@ -379,6 +373,19 @@ class _Candidates:
         self.starts = range(0, self.widest, self.size)
         self.all_at_root = sync_is_free and step == 0 and not running.node.any()  # its children are looked up once
         self.may_end = search.scoring == "catalogue" or trie.num_leaves[step + 1] > 0
+
+    def normaliser(self, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the hypotheses' log-probabilities are normalised by [B, w], 0 for dead ones; ``first`` is of block 0.
+
+        Second, bool [B], which users have a live hypothesis without a finite one.
+        """
+        if self.search.scoring == "full":
+            norm = log_normaliser(self.states)
+        else:
+            norm = torch.logsumexp(first, dim=-1)
+            for start in self.starts[1:]:
+                norm = torch.logaddexp(norm, torch.logsumexp(self.block(start)[2], dim=-1))
+        return norm.masked_fill(~self.live, 0.0), (self.live & ~norm.isfinite()).any(1)
 
     def block(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Nodes, whether they end an item (None if none does), log-probabilities before normalisation: [B, w, columns].

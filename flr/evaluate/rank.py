@@ -30,7 +30,7 @@ from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
-from flr.model.backbone import causal_lm, evaluating, position_limit
+from flr.model.backbone import causal_lm, evaluating, mixes, position_limit
 
 from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items
 from .parts import Ranked, fingerprint, in_parts
@@ -120,7 +120,8 @@ def evaluate(
         method = "exhaustive" if trie.depth == 1 else "beam"
     vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or trie.max_token + 1)
     beams = num_beams if method == "beam" else None
-    batch_size = max(1, min(batch_size, _MAX_LOGITS // ((beams or 1) * vocabulary)))
+    ways = causal_lm(model)._flr_patch.config.num_factors if mixes(model) else 1
+    batch_size = max(1, min(batch_size, _MAX_LOGITS // ((beams or 1) * vocabulary * ways)))
     settings: dict[str, Any] = {"method": method, "scoring": scoring, "num_beams": beams, "exclude_seen": exclude_seen}
     settings |= {"top_k": top_k, "codec": processor.codec}
     rank = _ranker(model, processor, interactions, trie, settings)

@@ -18,6 +18,14 @@ For K <= 6 all 2^K sets are computed. For more factors the orders are the K rota
 K (K - 1) + 2 sets: the sum stays exact, and so does every φ_k whose factors interact at most in pairs (each pair stands
 in either order equally often).
 
+Under ``aggregation="mixture"`` every factor has a thought anchor + f_k of its own. Leaving a factor out takes f_k from
+its thought, not its weight, so that with p_k(item) after its own thought and p_0(item) after the anchor alone
+
+    v(S) = log Σ_k g_k (p_k if k in S else p_0)
+
+needs K + 1 thoughts for all sets, and all of the above holds. What a factor is answerable for is known without leaving
+anything out: its posterior responsibility g_k p_k(item) / Σ_j g_j p_j(item), the shares of :func:`attribute`.
+
 Source: L. S. Shapley, "A value for n-person games", 1953.
 """
 
@@ -26,7 +34,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,6 +104,21 @@ def influence_shares(contributions: np.ndarray) -> np.ndarray:
     return np.where(total > NOISE, size / np.where(total > NOISE, total, 1), alike)
 
 
+class Attribution(NamedTuple):
+    """What the factors did to the scores of items [B, k]; 0 where there is no item.
+
+    Attributes:
+        base: float64 [B, k], the item's log-probability without any factor's part.
+        contributions: float64 [B, k, K]; base + contributions.sum(-1) is the item's score.
+        shares: float64 [B, k, K], >= 0 and 1 in sum: of the contributions' magnitudes, or in a mixture the factors'
+            posterior responsibilities (with ``mixed_with``, for the prompt's part of the score).
+    """
+
+    base: np.ndarray
+    contributions: np.ndarray
+    shares: np.ndarray
+
+
 @torch.no_grad()
 def attribute(
     prompts: ThinkingPrompts,
@@ -107,7 +130,7 @@ def attribute(
     allowed: Tensor | None = None,
     mixed_with: tuple[np.ndarray, np.ndarray] | None = None,
     head_rows: HeadRows | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Attribution:
     """Contributions of the factors to the log-probabilities of items.
 
     The set of all factors is not computed again: its value is the score. The others cost one forward over the trie
@@ -122,32 +145,62 @@ def attribute(
         mixed_with: (log weight, log rest), float64 [B, k] each, for items ranked by weight * p(item | prompt) + rest: v
             is the logarithm of that, the rest is taken as it is.
         head_rows: of ``prefill``, so that ``catalogue`` needs the logits of a node's children alone.
-
-    Returns:
-        base float64 [B, k], the item's log-probability without any factor's part, and contributions float64 [B, k, K];
-        base + contributions.sum(-1) is the item's score. 0 where the item is -1.
     """
     sets, weights = coalitions(prompts.contributions.shape[2])
-    values = np.zeros((len(sets), *items.shape))
-    values[-1] = np.where(items >= 0, scores, 0.0)
     allows = item_filter(trie, len(items), allowed, exclude)
-    asked = asked_of(trie, allows, items, scoring)
-    for group in _batches(asked, len(sets) - 1, prompts.anchors.shape[1]):
+    thoughts = sets[:-1] if prompts.log_gates is None else np.eye(1 + sets.shape[1], sets.shape[1], -1, dtype=bool)
+    question = _Question(asked_of(trie, allows, items, scoring), trie, allows, scoring, head_rows)
+    found = _of_thoughts(prompts, question, thoughts, items.shape)
+    own = None
+    if prompts.log_gates is not None:
+        found, own = _of_mixture(found, sets, prompts.log_gates.double().cpu().numpy())
+    if mixed_with is not None:
+        found = np.logaddexp(found + mixed_with[0], mixed_with[1])
+    values = np.where(items >= 0, np.concatenate([found, scores[None]]), 0.0)
+    contributions = np.moveaxis(np.tensordot(weights, values, 1), 0, -1)
+    shares = influence_shares(contributions) if own is None else np.where(items[..., None] >= 0, own, 0.0)
+    return Attribution(values[0], contributions, shares)
+
+
+class _Question(NamedTuple):
+    """Items whose log-probabilities are wanted under other thoughts, and how they are ranked."""
+
+    asked: Sequence[Asked]
+    trie: CatalogueTrie
+    allows: ItemFilter
+    scoring: Scoring
+    head_rows: HeadRows | None
+
+
+def _of_thoughts(prompts: ThinkingPrompts, question: _Question, thoughts: np.ndarray, shape: Any) -> np.ndarray:
+    """float64 [A, B, k], log-probabilities behind the sums of the factors bool [A, K] that a thought is made of."""
+    asked, trie, allows, scoring, head_rows = question
+    values = np.zeros((len(thoughts), *shape))
+    for group in _batches(asked, len(thoughts), prompts.anchors.shape[1]):
         users = torch.tensor([one.tree.user for one in group], device=prompts.embeds.device)
-        step = _sets_at_once(group, len(sets) - 1, prompts.anchors.shape[1])
-        for first in range(0, len(sets) - 1, step):
-            chosen = slice(first, min(first + step, len(sets) - 1))
-            part = torch.from_numpy(sets[chosen]).to(users.device, prompts.contributions.dtype)
-            thoughts = torch.einsum("ak,enkd->eand", part, prompts.contributions[users])
-            thoughts = thoughts.to(prompts.anchors.dtype) + prompts.anchors[users][:, None]
-            states = prompts.states([one.tree for one in group], thoughts)
+        step = _sets_at_once(group, len(thoughts), prompts.anchors.shape[1])
+        for first in range(0, len(thoughts), step):
+            chosen = slice(first, min(first + step, len(thoughts)))
+            part = torch.from_numpy(thoughts[chosen]).to(users.device, prompts.contributions.dtype)
+            made = torch.einsum("ak,enkd->eand", part, prompts.contributions[users])
+            made = made.to(prompts.anchors.dtype) + prompts.anchors[users][:, None]
+            states = prompts.states([one.tree for one in group], made)
             for one, own in zip(group, states, strict=True):
                 found = _values(prompts.lm, one, own[:, : 1 + len(one.tree)], trie, allows, scoring, head_rows)
                 values[chosen, one.tree.user, one.columns] = found
-    if mixed_with is not None:
-        values[:-1] = np.logaddexp(values[:-1] + mixed_with[0], mixed_with[1])
-    values = np.where(items >= 0, values, 0.0)
-    return values[0], np.moveaxis(np.tensordot(weights, values, 1), 0, -1)
+    return values
+
+
+def _of_mixture(values: np.ndarray, sets: np.ndarray, log_gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """v [A - 1, B, k] of every set of factors bool [A, K] but the last, which has all; responsibilities [B, k, K].
+
+    Args:
+        values: [K + 1, B, k], log-probabilities after the anchor alone and after every factor's own thought.
+        log_gates: [B, K].
+    """
+    joint = np.where(sets[..., None, None], values[1:], values[0]) + log_gates.T[..., None]  # [A, K, B, k]
+    mixed = np.logaddexp.reduce(joint, axis=1)
+    return mixed[:-1], np.moveaxis(np.exp(joint[-1] - mixed[-1]), 0, -1)
 
 
 def _batches(asked: Sequence[Asked], num_sets: int, num_thoughts: int) -> Iterator[list[Asked]]:

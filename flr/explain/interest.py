@@ -11,7 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 from flr.data import CSR, Interactions, RecProcessor
-from flr.model.backbone import evaluating
+from flr.model.backbone import causal_lm, evaluating
 
 from .attention import item_attention
 from .thinking import think
@@ -181,8 +181,10 @@ def factor_interest(
             part = histories.take(chosen)
             inputs = processor(part)
             prompts = think(model, inputs, reserve=0)
-            if prompts is None:
-                raise ValueError("model: expected one with factors (variant 'flr' or 'latentr3'), got one without")
+            if prompts is None or causal_lm(model)._flr_patch.config.variant == "offsets":
+                raise ValueError(
+                    "model: expected one with factors that attend (variant 'flr' or 'latentr3'), got one without"
+                )
             num_factors = prompts.contributions.shape[2]
             positions = inputs["item_positions"]
             attention = item_attention(prompts, positions, int(part.lengths.max()))[:, thought, refinement]

@@ -14,8 +14,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from flr.decode.packed import obstacle
 from flr.decode.prompts import Prompts, Thinking, prepare_inputs
+from flr.decode.ways import thoughts_apart
 from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, takes_positions
 from flr.model.base import attention_mask
+from flr.model.encoder import thoughts_made
+from flr.model.factor_mixture import FactorStates
 from flr.model.folded_heads import folded_heads
 from flr.model.outputs import FLROutput
 
@@ -66,8 +69,9 @@ class ThinkingPrompts:
     mask: Tensor  # int64 [B, L]
     positions: Tensor | None  # int64 [B, L + N]
     anchors: Tensor  # [B, N, D], the thought's embedding without factors
-    contributions: Tensor  # [B, N, K, D]
+    contributions: Tensor  # [B, N, K, D], the parts g_k f_k of a thought, or f_k of its own thought in a mixture
     output: FLROutput
+    log_gates: Tensor | None  # [B, K] of a mixture; None for one thought
     layers: list[Any] | None  # cache layers cut to L columns; None where this cache cannot be cut
     packs: bool  # whether a tree of tokens may be a row
 
@@ -161,8 +165,10 @@ def think(
         prompts: of these inputs, from ``prefill``, if no session has gone on from them: they are not encoded again.
     """
     lm = causal_lm(model)
-    if not is_patched(lm) or lm._flr_patch.config.variant not in ("flr", "latentr3"):
+    if not is_patched(lm) or not lm._flr_patch.config.has_reasoner:
         return None
+    if (apart := thoughts_apart(model, inputs)) is not None:
+        return _thinking_apart(lm, *apart, reserve)
     config = lm._flr_patch.config
     made = None if prompts is None else prompts.thinking
     if made is None:
@@ -171,8 +177,8 @@ def think(
             del prepared["position_ids"]
         out = lm(**prepared, use_cache=True, logits_to_keep=1)
         made = Thinking(prepared, out.flr, cache_of(out))
-    prepared = made.prepared
-    ids, count = prepared["input_ids"], config.num_thoughts
+    given = made.prepared
+    ids, count = given["input_ids"], config.num_thoughts
     if not bool((ids[:, -count:] == config.thought_token_id).all()):
         raise ValueError(f"inputs: expected prompts that end with {count} thought tokens")
     length = ids.shape[1] - count
@@ -186,13 +192,34 @@ def think(
     return ThinkingPrompts(
         lm=lm,
         embeds=embeds[:, :length],
-        mask=prepared["attention_mask"][:, :length],
-        positions=prepared.get("position_ids"),
+        mask=given["attention_mask"][:, :length],
+        positions=given.get("position_ids"),
         anchors=anchors,
         contributions=torch.stack([step.contributions for step in made.output.steps], 1),
         output=made.output,
+        log_gates=None,
         layers=layers,
         packs=layers is not None and obstacle(model, made.past, length + count + reserve) is None,
+    )
+
+
+def _thinking_apart(lm: Any, states: FactorStates, prepared: Mapping[str, Any], reserve: int) -> ThinkingPrompts:
+    config, (batch, length) = lm._flr_patch.config, states.history.shape[:2]
+    cache, longest = states.members.cache, length + 1 + reserve
+    goes_on = states.members.packed and cache is not None and obstacle(lm, cache, longest) is None
+    everyone = torch.ones(batch, dtype=torch.bool, device=states.history.device)
+    layers = _cut(cache, length, longest) if goes_on else None
+    return ThinkingPrompts(
+        lm=lm,
+        embeds=states.prompt.embeds,
+        mask=states.prompt.mask,
+        positions=prepared["position_ids"] if takes_positions(lm) else None,
+        anchors=states.anchor[:, None],
+        contributions=states.made.factors[:, None],
+        output=thoughts_made(config, [states.made], [everyone], None),
+        log_gates=states.log_gates,
+        layers=layers,
+        packs=layers is not None,
     )
 
 

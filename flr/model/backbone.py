@@ -74,6 +74,12 @@ def is_patched(model: nn.Module) -> bool:
     return "_flr_patch" in model.__dict__
 
 
+def mixes(model: nn.Module) -> bool:
+    """Whether a model, wrapped or not, mixes what it predicts after the thoughts of its factors."""
+    lm = causal_lm(model)
+    return is_patched(lm) and lm._flr_patch.config.mixes
+
+
 def backbone_trains(model: nn.Module) -> bool:
     """Whether anything but the reasoner needs a gradient."""
     return any(p.requires_grad and ".flr." not in f".{name}" for name, p in model.named_parameters())

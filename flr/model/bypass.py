@@ -90,6 +90,11 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
         if pending is None:
             _refuse_unseen(model)
         return original(*args, **kwargs)
+    if patch.config.mixes:
+        raise ValueError(
+            "aggregation: expected thought where the base model is called by others, who take one state a token; got "
+            "mixture, whose loss and predictions only the patched model's own forward knows"
+        )
     embeds, keep_cache = model.get_input_embeddings()(ids), bool(given.get("use_cache"))
     seen = None if traits_of(model).embeds else ids
     if made is None:

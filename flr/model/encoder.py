@@ -132,7 +132,7 @@ class Encoder:
         embedding = anchor
         if given is not None:
             embedding = given
-        elif config.variant in ("flr", "latentr3"):
+        elif config.has_reasoner:
             history = self.last_hidden() if self.hidden else x.embeds[:, :0]
             out = self.model.flr(history, x.valid(column) if column else None, column - 1)
             r = torch.nn.functional.dropout(out.thought, config.dropout, self.model.training)
@@ -145,15 +145,21 @@ class Encoder:
 
     def output(self, weights: Tensor | None) -> FLROutput | None:
         """The thoughts; ``weights`` [B] are the users' shares in the loss, None for equal ones."""
-        if not self.steps:
-            return None
-        seen = torch.stack(self.step_rows).to(torch.int64)  # [steps, B]
-        count = seen.sum(0).clamp_min(1)
-        losses = {
-            name: sum(s.user_losses[name] * n for s, n in zip(self.steps, seen, strict=True)) / count for name in LOSSES
-        }
-        has = seen.any(0)
-        dtype = self.steps[0].thought.dtype
-        share = has.to(dtype) / has.sum().clamp_min(1) if weights is None else weights.to(dtype) * has
-        total = sum(getattr(self.config, f"{name}_weight") * (losses[name] * share).sum() for name in LOSSES)
-        return FLROutput(self.steps, losses, has, total)
+        return thoughts_made(self.config, self.steps, self.step_rows, weights) if self.steps else None
+
+
+def thoughts_made(
+    config: FLRConfig, steps: list[ReasonerOutput], rows: list[Tensor], weights: Tensor | None
+) -> FLROutput:
+    """One or more thoughts, made for ``rows`` (bool [B] each), as a forward's output.
+
+    ``weights`` [B] are the users' shares in the loss, None for equal ones.
+    """
+    seen = torch.stack(rows).to(torch.int64)  # [steps, B]
+    count = seen.sum(0).clamp_min(1)
+    losses = {name: sum(s.user_losses[name] * n for s, n in zip(steps, seen, strict=True)) / count for name in LOSSES}
+    has = seen.any(0)
+    dtype = steps[0].thought.dtype
+    share = has.to(dtype) / has.sum().clamp_min(1) if weights is None else weights.to(dtype) * has
+    total = sum(getattr(config, f"{name}_weight") * (losses[name] * share).sum() for name in LOSSES)
+    return FLROutput(steps, losses, has, total)

@@ -22,6 +22,7 @@ from .backbone import is_checkpointing
 from .base import base_cache_name, base_of, given, text_arguments
 from .batch import Batch, Encoded, encode, insertion_into, plain_pieces, thoughts_among, with_thoughts
 from .encoder import Encoder
+from .factor_mixture import mixture_forward
 from .group_forward import group_forward
 from .head import head, row_losses
 from .insertion import follow
@@ -102,6 +103,9 @@ def flr_forward(
     else:
         pieces = with_thoughts(self, made, inputs_embeds, ids, attention_mask, position_ids, own.reasoner_mask)
         labels = None if labels is None else take_columns(labels, made.source(), IGNORE)
+    if self._flr_patch.config.mixes and own.thoughts is None and pieces.thinks:
+        apart = {"use_cache": use_cache, "output_router_logits": routes, **kwargs}
+        return mixture_forward(self, Batch(pieces, labels, made, past, False), own, apart, logits_to_keep, return_dict)
     batch = Batch(pieces, labels, made, past, _keeps_cache(self, use_cache, past, labels), routes)
     return _result(self, batch, own, kwargs, logits_to_keep, return_dict)
 

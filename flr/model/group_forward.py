@@ -20,16 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from flr.config import IGNORE
 
-from .backbone import backbone_trains, is_checkpointing, may_look, takes_positions
-from .base import run_base
+from .backbone import backbone_trains, is_checkpointing, may_look
 from .catalogue_loss import CatalogueLoss
 from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
 from .outputs import GroupInputs, GroupOutput
-from .packed_members import PackedMembers, Prompt, encode_alone, shares_prompt
+from .packed_members import PackedMembers, Prompt, encode_prompts
 from .reasoner import LOSSES, ReasonerOutput
 from .verify import traits_of
 
@@ -38,8 +36,12 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
     config = model._flr_patch.config
     batch, width = input_ids.shape
     thoughts, hidden = config.thought_count, model.get_input_embeddings().weight.shape[-1]
+    if config.mixes:
+        raise ValueError("aggregation: expected thought for a group forward, which perturbs one thought, got mixture")
     if not hasattr(model, "flr"):
-        raise ValueError(f"variant: expected flr or latentr3, which make a thought to perturb, got {config.variant}")
+        raise ValueError(
+            f"variant: expected flr, offsets or latentr3, which make a thought to perturb, got {config.variant}"
+        )
     if width <= thoughts:
         raise ValueError(f"input_ids: expected more than {thoughts} columns, prompts and thought tokens, got {width}")
     for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
@@ -80,22 +82,6 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
 def _gradients(needed: bool) -> Iterator[None]:
     with torch.set_grad_enabled(needed and torch.is_grad_enabled()):
         yield
-
-
-def _prefill(
-    model: Any, embeds: Tensor, tokens: Tensor, mask: Tensor, position_ids: Tensor
-) -> tuple[Tensor, DynamicCache | None]:
-    """Hidden states [B, L, D] of the prompts, and their keys and values; None where these are not all."""
-    ids = None if traits_of(model).embeds else tokens
-    if not shares_prompt(model):
-        return encode_alone(model, embeds, ids, mask), None
-    kept = model._flr_patch.prompt_cache
-    if kept is not None and (found := kept.states(tokens, mask, position_ids)) is not None:
-        return found
-    cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
-    positions = {"position_ids": position_ids} if takes_positions(model) else {}
-    out, cache = run_base(model, embeds, ids, cache=cache, use_cache=True, attention_mask=mask, **positions)
-    return out.last_hidden_state, cache
 
 
 class _Thoughts:
@@ -196,8 +182,9 @@ def group_forward(
         embeds = table(input_ids)  # [B, L + N, D]
         ids = None if traits_of(model).embeds else input_ids[:, :length]
         prompt = embeds[:, :length]
-        history, kv = _prefill(
-            model, prompt, input_ids[:, :length], attention_mask[:, :length], position_ids[:, :length]
+        tokens = input_ids[:, :length]
+        history, kv = encode_prompts(
+            model, prompt, ids, attention_mask[:, :length], position_ids[:, :length], tokens=tokens
         )
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
     begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length, None])

@@ -59,6 +59,33 @@ def encode_alone(model: Any, embeds: Tensor, ids: Tensor | None, mask: Tensor) -
     return out.last_hidden_state[rows, columns.argsort(1)]
 
 
+def encode_prompts(
+    model: Any,
+    embeds: Tensor,
+    ids: Tensor | None,
+    mask: Tensor,
+    position_ids: Tensor,
+    cached: bool = True,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, DynamicCache | None]:
+    """Hidden states [B, L, D] of prompts, and their keys and values; None where these are not all, or not ``cached``.
+
+    Args:
+        embeds: [B, L, D]. ids: int64 [B, L] or None, as for ``run_base``.
+        mask, position_ids: int64 [B, L].
+        tokens: int64 [B, L] of a training step, for a cache of prompts; None for none.
+    """
+    if not (cached and shares_prompt(model)):
+        return encode_alone(model, embeds, ids, mask), None
+    kept = model._flr_patch.prompt_cache
+    if kept is not None and tokens is not None and (found := kept.states(tokens, mask, position_ids)) is not None:
+        return found
+    cache = DynamicCache()  # plain layers: sliding ones must keep the whole prompt, the mask has the window
+    positions = {"position_ids": position_ids} if takes_positions(model) else {}
+    out, cache = run_base(model, embeds, ids, cache=cache, use_cache=True, attention_mask=mask, **positions)
+    return out.last_hidden_state, cache
+
+
 @dataclass
 class Prompt:
     """B encoded prompts of L tokens; ``ids`` and ``cache`` are None where they are not needed or not to be had."""

@@ -238,7 +238,7 @@ def unpatch_model(model: Any) -> Any:
 def _neutral_generation(model: Any, patch: Patch) -> None:
     """A generation config without shipped sampling options that never emits the thought token.
 
-    It does without a cache where the model's does not continue a prompt.
+    It does without a cache where the model's does not continue a prompt, or one of several thoughts.
     """
     shipped, config = model.generation_config, patch.config
     if shipped is None:
@@ -255,7 +255,7 @@ def _neutral_generation(model: Any, patch: Patch) -> None:
         logger.warning("generation_config of the base model set aside: %s", dropped)
     if config.thought_token_id is not None:
         kept["suppress_tokens"] = [config.thought_token_id]
-    if patch.traits is not None and not patch.traits.steps:
+    if config.mixes or (patch.traits is not None and not patch.traits.steps):
         kept["use_cache"] = False
     model.generation_config = GenerationConfig(**kept)
 

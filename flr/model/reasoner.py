@@ -9,6 +9,8 @@ State z⁰ = H[last prompt token]. For refinement t = 1..T and factor k = 1..K:
     g   = softmax((W_g z^{t-1} + w_f · rms(f_k)) / τ),   r^t = Σ_k g_k f_k   (flr_kernels.factor_aggregate)
     z^t = rms(z^{t-1} + r^t)
 
+The variant "offsets" has learned vectors f_k instead, T = 1, the same gates, and attends to nothing.
+
 Regularisers, each in [0, 1], averaged over users and refinements:
 
     orthogonality  mean_{j≠k} (f̂_j · f̂_k)²
@@ -40,6 +42,8 @@ class ReasonerOutput:
     Attributes:
         thought: r^T [B, D], in the reasoner's dtype, before dropout and without the anchor.
         gates: [B, T, K].
+        factors: f_k of the last refinement [B, K, D].
+        log_gates: log g_k of the last refinement [B, K], finite where a gate is too small for its dtype.
         contributions: g_k f_k of the last refinement [B, K, D]; they sum to ``thought``.
         user_losses: regulariser by name, averaged over refinements, [B].
         attention: [B, T, K, L], made on access from the saved queries (nothing of that size is kept), no gradient.
@@ -47,6 +51,8 @@ class ReasonerOutput:
 
     thought: Tensor
     gates: Tensor
+    factors: Tensor
+    log_gates: Tensor
     contributions: Tensor
     user_losses: dict[str, Tensor]
     _attention: Callable[[], Tensor] = field(repr=False)
@@ -190,7 +196,7 @@ class FactorizedReasoner(Reasoner):
         eps = self.EPS * (config.input_scale or 1.0)
         valid_tokens = mask.sum(-1) if mask is not None else torch.full((len(h),), h.shape[1], device=h.device)
         gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))
-        aggregated = f = None
+        aggregated = f = logits = None
         for refinement in range(config.num_refinements):
             q = torch.einsum("kfd,bd->bkf", self.query, z) + self.factor_query
             u = torch.einsum("kfd,bkf->bkd", self.key, q) / q.shape[-1] ** 0.5
@@ -199,8 +205,8 @@ class FactorizedReasoner(Reasoner):
             attended = factor_attention(h, u, mask, last_first=refinement % 2 == 1)
             v = torch.einsum("kfd,bkd->bkf", self.value, attended.context.to(self.value.dtype))
             f = torch.einsum("kdf,bkf->bkd", self.output, v).contiguous()
-            logits = z @ self.gate.T + rms_norm(f, eps) @ self.gate_factor
-            aggregated = factor_aggregate(f, logits / config.gate_temperature, eps * self.hidden_size**0.5)
+            logits = (z @ self.gate.T + rms_norm(f, eps) @ self.gate_factor) / config.gate_temperature
+            aggregated = factor_aggregate(f, logits, eps * self.hidden_size**0.5)
             z = rms_norm(z + aggregated.thought, self.EPS)
             terms = (
                 aggregated.orthogonality,
@@ -212,6 +218,7 @@ class FactorizedReasoner(Reasoner):
             queries.append((u.detach(), attended.lse.detach()))
         assert aggregated is not None
         assert f is not None
+        assert logits is not None
         history = h.detach()
 
         def attention() -> Tensor:
@@ -225,6 +232,8 @@ class FactorizedReasoner(Reasoner):
         return ReasonerOutput(
             thought=aggregated.thought,
             gates=torch.stack(gates, 1),
+            factors=f,
+            log_gates=logits.log_softmax(-1),
             contributions=aggregated.gates[..., None].to(f.dtype) * f,
             user_losses={name: x / config.num_refinements for name, x in totals.items()},
             _attention=attention,
@@ -306,14 +315,54 @@ class LatentR3Reasoner(Reasoner):
         return ReasonerOutput(
             thought=thought,
             gates=torch.ones(len(h), 1, 1, device=h.device, dtype=thought.dtype),
+            factors=thought[:, None],
+            log_gates=torch.zeros(len(h), 1, device=h.device, dtype=thought.dtype),
             contributions=thought[:, None],
             user_losses={"orthogonality": zero, "diversity": zero, "sparsity": normalised},
             _attention=lambda: kept[:, None, None],
         )
 
 
+class OffsetReasoner(Reasoner):
+    """The control of the factors: K learned vectors instead, gated as they are by the last prompt token's state.
+
+    Parameters: ``offset`` [K, D], ``gate`` [K, D], ``gate_factor`` [D].
+    """
+
+    def __init__(self, hidden_size: int, config: FLRConfig):
+        super().__init__(hidden_size, config)
+        self.offset = nn.Parameter(torch.randn(config.num_factors, hidden_size))
+        self.gate = nn.Parameter(torch.zeros(config.num_factors, hidden_size))
+        self.gate_factor = nn.Parameter(torch.zeros(hidden_size))
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        self.offset.mul_(factor)
+
+    def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
+        config, (batch, length) = self.config, h.shape[:2]
+        z = self._state(h, query_index).to(self.offset.dtype)
+        eps = FactorizedReasoner.EPS * (config.input_scale or 1.0)
+        f = self.offset.expand(batch, -1, -1).contiguous()
+        logits = (z @ self.gate.T + rms_norm(self.offset, eps) @ self.gate_factor) / config.gate_temperature
+        aggregated = factor_aggregate(f, logits, eps * self.hidden_size**0.5)
+        uneven, factors = aggregated.gate_entropy, config.num_factors
+        return ReasonerOutput(
+            thought=aggregated.thought,
+            gates=aggregated.gates[:, None],
+            factors=f,
+            log_gates=logits.log_softmax(-1),
+            contributions=aggregated.gates[..., None].to(f.dtype) * f,
+            user_losses={
+                "orthogonality": aggregated.orthogonality,
+                "diversity": torch.zeros_like(uneven),
+                "sparsity": uneven / math.log(factors) if factors > 1 else torch.zeros_like(uneven),
+            },
+            _attention=lambda: f.new_zeros(batch, 1, factors, length),
+        )
+
+
 def build_reasoner(hidden_size: int, config: FLRConfig) -> Reasoner | None:
     """The reasoner of a variant; None for those without factors."""
-    if config.variant == "flr":
-        return FactorizedReasoner(hidden_size, config)
-    return LatentR3Reasoner(hidden_size, config) if config.variant == "latentr3" else None
+    kinds = {"flr": FactorizedReasoner, "offsets": OffsetReasoner, "latentr3": LatentR3Reasoner}
+    return kinds[config.variant](hidden_size, config) if config.has_reasoner else None

@@ -340,7 +340,7 @@ def find_traits(model: Any, patch: Any, scale: bool) -> None:
         if scale and config.input_scale is None:
             sample = table(torch.arange(min(len(table.weight), 4096), device=found.ids.device)).float()
             config.input_scale = float(sample.square().mean().sqrt()) or 1.0
-        if scale and config.variant == "flr":
+        if scale and config.variant in ("flr", "offsets"):
             thought = model.flr(found.whole).thought.float()
             size = max(float(thought.square().mean().sqrt()), 1e-12)
             model.flr.rescale(config.init_scale * config.input_scale / size)

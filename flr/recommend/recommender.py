@@ -25,9 +25,9 @@ from flr.decode.mixture import ViewMixture
 from flr.decode.prompts import prefill
 from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
-from flr.explain.attribution import attribute, influence_shares
+from flr.explain.attribution import attribute
 from flr.explain.thinking import ThinkingPrompts, think
-from flr.model.backbone import causal_lm, evaluating, is_patched, position_limit
+from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, position_limit
 from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
@@ -259,7 +259,7 @@ class Recommender(QueryBuilder):
 
     @property
     def variant(self) -> str:
-        """Of the model's thought: "flr", "latentr3", "anchor" or "none" (an unpatched model too)."""
+        """Of the model's thought: "flr", "offsets", "latentr3", "anchor" or "none" (an unpatched model too)."""
         lm = causal_lm(self.model)
         return lm._flr_patch.config.variant if is_patched(lm) else "none"
 
@@ -267,7 +267,7 @@ class Recommender(QueryBuilder):
     def num_factors(self) -> int:
         """K; 0 for variants without factors."""
         lm = causal_lm(self.model)
-        return lm._flr_patch.config.num_factors if self.variant in ("flr", "latentr3") else 0
+        return lm._flr_patch.config.num_factors if is_patched(lm) and lm._flr_patch.config.has_reasoner else 0
 
     def ranked(
         self, queries: Sequence[Query], num_beams: int, scoring: Scoring | Literal["auto"], shares: bool
@@ -292,10 +292,10 @@ class Recommender(QueryBuilder):
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs, depth = self.processor(histories), self.trie.depth
             mixed_with = encoded = None
-            if self.processor.views is None:
+            if self.processor.views is None and not mixes(self.model):
                 encoded = prefill(self.model, inputs, reserve=depth, want_hidden=scoring == "catalogue")
             prompts = think(self.model, inputs, depth, encoded) if shares else None
-            if encoded is not None:
+            if self.processor.views is None:
                 best = beam_search(
                     self.model, inputs, self.trie, num_beams, k, scoring, allowed, exclude=exclude, prompts=encoded
                 )
@@ -311,8 +311,7 @@ class Recommender(QueryBuilder):
             if prompts is not None:
                 rows = None if encoded is None else encoded.head_rows
                 parts = exclude, allowed, mixed_with, rows
-                base, contributions = attribute(prompts, items, scores, self.trie, scoring, *parts)
-                influence = influence_shares(contributions)
+                base, contributions, influence = attribute(prompts, items, scores, self.trie, scoring, *parts)
         catalogue = self.processor.catalogue
         columns = [x.tolist() for x in (items, scores, influence, contributions, base)]
         lists = [
@@ -350,7 +349,8 @@ class Recommender(QueryBuilder):
                 for place, item in enumerate(query.history.tolist())
             ]
             arrays = attention[row, ..., : len(items)], gates[row], norms[row]
-            explanations.append(Explanation(self.variant, items, list(unknown[row]), *arrays, lists[row]))
+            about = (self.variant, items, list(unknown[row]), *arrays, lists[row])
+            explanations.append(Explanation(*about, aggregation="mixture" if mixes(self.model) else "thought"))
         return explanations
 
     def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:

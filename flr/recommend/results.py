@@ -25,11 +25,13 @@ class Recommendation:
         item_id, title, index: which item; index 0..C-1 in the catalogue.
         score: log-probability given the history, under the scoring asked for; with ``views``, of their mixture.
         factor_shares: K numbers >= 0 that sum to 1, each factor's part of the influence on this score: |contribution|
-            over their sum; 1/K each where no factor moves the score by more than rounding. Empty for variants without
-            factors and where shares were not asked for.
+            over their sum; 1/K each where no factor moves the score by more than rounding. Under aggregation "mixture"
+            each factor's posterior responsibility for the item, g_k p_k(item) / p(item), with ``views`` for the whole
+            history's part. Empty for variants without factors and where shares were not asked for.
         contributions: K signed numbers, by how much each factor raised the score, in nats: Shapley values of the
-            thought's K parts (see :mod:`flr.explain.attribution`). With views, of the thought behind the whole history;
-            the views of single items are taken as they are. Empty where factor_shares is.
+            thought's K parts, or of the K thoughts of a mixture (see :mod:`flr.explain.attribution`). With views, of
+            the thought behind the whole history; the views of single items are taken as they are. Empty where
+            factor_shares is.
         base_score: the score without the factors' parts, score - sum(contributions). None where contributions is empty.
     """
 
@@ -111,15 +113,17 @@ class Explanation:
     """What the factors did for one history of M items. N thoughts, T refinements, K factors.
 
     Attributes:
-        variant: of the model: "flr", "latentr3", "anchor", "none".
+        variant: of the model: "flr", "offsets", "latentr3", "anchor", "none".
         history: M items, oldest first.
         unknown: entries that were skipped.
         attention: float64 [N, T, K, M], a factor's attention summed over each item's tokens; >= 0, at most 1 in sum
             over M (exactly 1 when factors may attend to history items only and there is one thought). K = 0 for
             variants without factors; columns of items that were not used are 0.
         gates: float64 [N, T, K], sums to 1 over K.
-        norms: float64 [N, K], length of each factor's part g_k f_k of the thought; 1: an input embedding's typical one.
+        norms: float64 [N, K], length of each factor's part g_k f_k of the thought, of f_k where each has a thought of
+            its own; 1: an input embedding's typical one.
         recommendations: best first, with shares and contributions.
+        aggregation: of the factors: "thought" or "mixture".
     """
 
     variant: str
@@ -129,6 +133,7 @@ class Explanation:
     gates: np.ndarray
     norms: np.ndarray
     recommendations: list[Recommendation]
+    aggregation: str = "thought"
 
     @property
     def num_factors(self) -> int:

@@ -46,7 +46,7 @@ def explanation_body(example: Mapping[str, Any], heading: str = "h3") -> str:
     if example.get("unknown"):
         body.append(f"<p class='note'>Not in the catalogue, left out: {escape(', '.join(example['unknown']))}</p>")
     looked_at = []
-    if attention.size:
+    if attention.size and example.get("variant") != "offsets":
         for r in recommendations:
             weight = np.asarray(r["factor_shares"]) @ attention[-1, -1]
             best = [m for m in np.argsort(-weight, kind="stable")[:2] if weight[m] > 0]
@@ -59,11 +59,17 @@ def explanation_body(example: Mapping[str, Any], heading: str = "h3") -> str:
         if example.get("num_factors", 0) == 0:
             body.append(f"<p class='note'>The variant {escape(example.get('variant'))} has no factors to show.</p>")
         return "\n".join(body)
+    shares = "their magnitudes, as parts of 1"
+    if example.get("aggregation") == "mixture":
+        shares = "the part of the item's probability that each factor's own thought gives it"
     body.append(
         "<p class='note'>Score: log-probability. Contributions: how much each factor raised or lowered it (Shapley "
-        "values, nats); shares: their magnitudes, as parts of 1. Mostly looked at: attention of the factors weighted "
+        f"values, nats); shares: {shares}. Mostly looked at: attention of the factors weighted "
         "by their shares; it says where the factors looked, not what would be recommended without that item.</p>"
     )
+    if example.get("variant") == "offsets":
+        body.append("<p class='note'>Offsets attend to nothing; they are the same for every history.</p>")
+        return "\n".join(body)
     body.append(f"<{heading}>What each factor looks at</{heading}>")
     *earlier, last = (_attention_table(example, attention, n, t) for n, t in np.ndindex(attention.shape[:2]))
     body.append(last)

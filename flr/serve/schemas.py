@@ -59,7 +59,9 @@ class RecommendedItem(Item):
 
     index: int = Field(description="In the catalogue, from 0.")
     score: float = Field(description="Log-probability.")
-    factor_shares: list[float] = Field(description="Of the factors' influence on the score; they sum to 1.")
+    factor_shares: list[float] = Field(
+        description="Of the factors' influence on the score, or in a mixture their responsibilities; they sum to 1."
+    )
     contributions: list[float] = Field(description="By how much each factor raised the score (Shapley values, nats).")
     base_score: float | None = Field(description="The score without any factor's part.")
 
@@ -83,7 +85,8 @@ class HistoryEntry(Item):
 class ExplainResponse(BaseModel):
     """N thoughts, T refinements, K factors, M history items."""
 
-    variant: Literal["flr", "latentr3", "anchor", "none"]
+    variant: Literal["flr", "offsets", "latentr3", "anchor", "none"]
+    aggregation: Literal["thought", "mixture"]
     num_factors: int
     history: list[HistoryEntry]
     unknown: list[str]

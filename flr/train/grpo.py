@@ -22,7 +22,7 @@ from flr.data import Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.group import group_ranks
 from flr.decode.scoring import rank_by_scores, rank_in_list
-from flr.model.backbone import causal_lm
+from flr.model.backbone import causal_lm, mixes
 from flr.model.outputs import GroupInputs, GroupOutput
 
 from .arguments import LatentGRPOConfig
@@ -48,7 +48,7 @@ class LatentGRPOTrainer(RecTrainer):
     """Trains the reasoner of a patched model so that thoughts around its own give better rewards.
 
     Args:
-        model: patched, variant "flr" or "latentr3", supervised first.
+        model: patched, variant "flr", "offsets" or "latentr3" with one thought (no mixture), supervised first.
         args: :class:`LatentGRPOConfig`.
         processor: the one it was trained with.
         train, valid: interactions; ``valid`` is ranked as in SFT, and may be None.
@@ -73,7 +73,11 @@ class LatentGRPOTrainer(RecTrainer):
     ) -> None:
         lm = causal_lm(model)
         if not hasattr(lm, "flr"):
-            raise ValueError("model: expected a patched model of variant flr or latentr3, got one without a reasoner")
+            raise ValueError(
+                "model: expected a patched model of variant flr, offsets or latentr3, got one without a reasoner"
+            )
+        if mixes(lm):
+            raise ValueError("aggregation: expected thought for latent GRPO, which perturbs one thought, got mixture")
         self.rewards = Rewards.parse(args.reward) if rewards is None else rewards
         if not args.train_backbone:
             for name, parameter in model.named_parameters():

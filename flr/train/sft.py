@@ -9,6 +9,7 @@ from torch import nn
 
 from flr.config import IGNORE
 from flr.data import Augment, Interactions, RecProcessor, SFTCollator
+from flr.model.backbone import mixes
 
 from .arguments import SFTConfig
 from .base import RecTrainer
@@ -44,6 +45,8 @@ class SFTTrainer(RecTrainer):
         processor.scoring = args.normalisation
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
+        if (smoothing := args.label_smoothing_factor) and mixes(model):
+            raise ValueError(f"label_smoothing_factor: expected 0 with aggregation mixture, got {smoothing}")
         super().__init__(model, args, processor, train, valid, of_augment(augment), **kwargs)
         self.label_smoothing = args.label_smoothing_factor
         self._dropout(args.embedding_dropout, args.output_dropout)
@@ -116,6 +119,11 @@ class SFTTrainer(RecTrainer):
     def _soft_loss(model, inputs, targets, weights, num_items):
         """Rows with weights: cross-entropy against the whole distribution that their label was drawn from."""
         labels = inputs["labels"]
+        if inputs.get("catalogue_loss") is not None and mixes(model):
+            raise ValueError(
+                "normalisation: expected full for soft targets with aggregation mixture, whose factors are normalised "
+                "one by one, got catalogue"
+            )
         items = (labels != IGNORE).sum() if num_items is None else num_items
         is_soft = weights.sum(1) > 0
         # one-token targets end every row: column -2, the last of the prompt, predicts them

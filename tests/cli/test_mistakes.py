@@ -98,7 +98,12 @@ MISTAKES = [
     # choices
     ("evaluate DATA --model {run} --split last", "split: expected train, valid or test, got 'last'"),
     ("compare TINY --split last", "split: expected valid or test, got 'last'"),
-    ("compare TINY --modes best", "modes: expected some of none, anchor, latentr3, flr, flr-plain, got 'best'"),
+    (
+        "compare TINY --modes best",
+        "modes: expected some of none, anchor, latentr3, flr, flr-plain, flr-mixture, offsets, offsets-mixture, got "
+        "'best'",
+    ),
+    ("sft TINY --variant anchor --aggregation mixture", "aggregation: expected thought for variant anchor"),
     ("recommend --model {run} --history item_1 --k 0", "k: expected an integer from 1 to 1000, got 0"),
     ("serve --model {run} --dtype int3", "dtype: expected one of float32, bfloat16, float16, float64, got 'int3'"),
     # the machine
