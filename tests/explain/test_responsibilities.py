@@ -27,7 +27,7 @@ def test_shares_are_responsibilities_and_contributions_add_up(monkeypatch, codec
     monkeypatch.setattr(naive_mixture, "THOUGHT", thought)
     ids = processor.catalogue.item_ids
     histories = [[ids[i] for i in row] for row in ((1, 5, 9), (3, 7))]
-    answers = recommender.recommend(histories, k=3, num_beams=40, scoring=scoring)
+    answers = recommender.recommend(histories, k=3, num_beams=40, scoring=scoring, shares=True)
     sequences = [tuple(int(t) for t in processor.item_codec.encode(i)) for i in range(len(ids))]
     inputs = processor([np.array([1, 5, 9]), np.array([3, 7])])
     prompts = {k: v[:, :-1] for k, v in inputs.items() if k != "item_positions"}

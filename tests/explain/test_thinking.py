@@ -56,7 +56,7 @@ def test_values_are_those_of_the_model_with_these_thoughts(codec, family, option
     _, weights = coalitions(prompts.contributions.shape[2])
     expected = np.moveaxis(np.tensordot(weights, values, 1), 0, -1)
     assert np.abs(expected[items >= 0]).max() > 1e-2
-    for base, contributions in ways:
+    for base, contributions, _ in ways:
         np.testing.assert_allclose(base[items >= 0], values[0][items >= 0], atol=5e-5)
         np.testing.assert_allclose(contributions[items >= 0], expected[items >= 0], atol=5e-5)
         assert not base[items < 0].any()
