@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from .drawing import new_figure, save_png
-from .html import PathLike, escape, short
+from .html import PathLike
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,3 @@ def plot_compare(
     note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
     figure.supxlabel(note, fontsize=8.5, color="#59626c")
     save_png(figure, path)
-
-
-def bar_svg(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Inline SVG: a bar a mode with its interval; text in the page's colour."""
-    summary = summarise(rows, metric)
-    top = max(1e-12, *(s.mean for s in summary), *(s.high for s in summary if s.high is not None))
-    left, width, step = 190, 430, 30
-    height = step * len(summary) + 4
-    parts = [f'<svg viewBox="0 0 {left + width + 80} {height}" width="{left + width + 80}" role="img">']
-    parts.append(f"<title>{escape(metric)} by mode</title>")
-
-    def x(value: float) -> float:
-        return left + width * min(max(value / top, 0.0), 1.0)
-
-    for place, s in enumerate(summary):
-        y = place * step + 4
-        parts.append(f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(short(s.mode, 26))}</text>')
-        parts.append(f'<rect class="bar" x="{left}" y="{y + 3}" width="{x(s.mean) - left:.1f}" height="20" rx="2"/>')
-        end = s.mean if s.high is None else s.high
-        if s.low is not None and s.high is not None:
-            line = f'y1="{y + 13}" y2="{y + 13}"'
-            parts.append(f'<line class="whisker" x1="{x(s.low):.1f}" x2="{x(s.high):.1f}" {line}/>')
-        parts.append(f'<text x="{x(end) + 8:.1f}" y="{y + 17}">{s.mean:.4f}</text>')
-    return "".join([*parts, "</svg>"])

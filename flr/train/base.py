@@ -79,6 +79,7 @@ class RecTrainer(Trainer):
         self._best_result: EvalResult | None = None
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
+        self.step_loss = 0.0  # of the micro-batches since somebody set it to zero
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
         given = (args, model, processor, train, self.valid, settings or {})
         self.settings = run_settings(type(self).__name__, *given) if args.process_index == 0 else {}
@@ -234,6 +235,7 @@ class RecTrainer(Trainer):
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
             raise ValueError(f"{self._fault(model, inputs, rows, num_items_in_batch)} in step {step}")
+        self.step_loss += float(loss)
         return loss
 
     def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:
