@@ -115,16 +115,21 @@ def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
 
 
 def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> dict[str, str]:
-    """Captions by file of the pictures that were drawn: none without matplotlib."""
+    """Captions by file of the pictures for the report: none without matplotlib.
+
+    The attention of the factors is drawn for other uses; the report has it as a table.
+    """
     from flr.report.drawing import WITHOUT, can_draw
+    from flr.report.html import dark_form
     from flr.report.plots import plot_compare
 
     if not can_draw():
         voice.note(WITHOUT)
         return {}
     plot_compare(rows, out / "compare.png")
+    plot_compare(rows, dark_form(out / "compare.png"), dark=True)
     explanation.heatmap(out / "attention.png")
-    return {str(out / "compare.png"): "Metrics by mode", str(out / "attention.png"): "Attention of each factor"}
+    return {str(out / "compare.png"): "Metrics by mode"}
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ function el(name, attributes = {}, ...children) {
 }
 
 function percent(value, digits = 0) {
-  if (value > 0 && value < 0.0005 && digits) return "< 0.1 %";
+  if (value > 0 && value < 0.001 && digits) return value < 1e-5 ? "< 0.001 %" : `${(100 * value).toPrecision(1)} %`;
   return `${(100 * value).toFixed(value < 0.1 ? digits : 0)} %`;
 }
 
@@ -299,7 +299,8 @@ function stack(item, { ticks, zero }, effect) {
     box.append(el("span", { class: `part${dim(k)}`, title: words[k], style: { left: `${100 * left}%`, width: `${100 * width}%`, background: colour(k), color: INKS[k % INKS.length] } },
       width > 0.07 ? `F${k + 1}` : "")));
   box.append(el("span", { class: "zero", style: { left: `${100 * zero}%` } }));
-  const text = `${effect.total_times} (${signed(effect.total, 3)} nats; without the factors ${percent(Math.exp(effect.base_score), 1)})`;
+  const scores = `log-probability ${signed(effect.score, 3)}, without the factors ${signed(effect.base_score, 3)}`;
+  const text = `${effect.total_times} (${signed(effect.total, 3)} nats: ${scores})`;
   return el("div", {}, box, el("div", { class: "total" }, text));
 }
 
