@@ -293,7 +293,7 @@ def _near(text: str, candidates: Sequence[str]) -> list[str]:
     from rapidfuzz import fuzz, process  # here: few programs make mistakes
 
     for scorer, likeness in ((fuzz.token_sort_ratio, _LIKENESS), (fuzz.partial_ratio, _PART_LIKENESS)):
-        about = {"scorer": scorer, "score_cutoff": likeness, "limit": _SUGGESTIONS}
+        about: dict[str, Any] = {"scorer": scorer, "score_cutoff": likeness, "limit": _SUGGESTIONS}
         if found := process.extract(_fold(text), candidates, processor=str.casefold, **about):
             return list(dict.fromkeys(name for name, _, _ in found))
     return []

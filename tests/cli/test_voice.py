@@ -169,3 +169,13 @@ def test_unknown_items_get_suggestions(run, capsys):
     for command in ("recommend", "explain"):
         assert main([command, "--model", str(run[0]), "--history", "itm_3"]) == 1
         assert "did you mean 'item_3'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_quickstart_fits_one_screen(tmp_path, capfd):
+    assert main(["quickstart", "--quick", "true", "--output_dir", str(tmp_path / "out")]) == 0
+    out, err = capfd.readouterr()
+    assert out.count("\n") + err.count("\n") <= 40
+    assert not any(raw in out + err for raw in RAW)
+    assert "flr + rl" in out
+    assert f"Wrote {tmp_path / 'out' / 'report.html'}" in out
