@@ -49,12 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"flr: expected a command ({', '.join(COMMANDS)}), got {name!r}", file=sys.stderr)
         return 2
+    from . import voice
+
     try:
-        status = importlib.import_module(f"flr.cli.{name}").main(argv[1:]) or 0
+        with voice.speaking():
+            status = importlib.import_module(f"flr.cli.{name}").main(argv[1:]) or 0
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print(f"flr {name}: stopped", file=sys.stderr)
+        voice.fail(f"flr {name}: stopped")
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough; Python's own flush at the end must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"flr {name}: {message(error, name)}", file=sys.stderr)
+        voice.fail(f"flr {name}: {message(error, name)}")
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
 
+from . import voice
 from .errors import did_you_mean
 from .options import DataOptions, check_option, load_trained
-from .parsing import REVISION, console
+from .parsing import REVISION
 from .weights import LoraOptions, WeightOptions
 
 if TYPE_CHECKING:  # a command's --help waits for none of these
@@ -129,7 +130,7 @@ class ModelOptions(LoraOptions, WeightOptions):
         else:
             model = self._pretrained(folder, tokenizer, loading)
             for notice in init_new_tokens(model, processor, known, self.init_items or "text"):
-                console.print(notice, soft_wrap=True)
+                voice.note(notice)
         return self._chosen(patch_model(model, tokenizer, config), processor), processor
 
     def _loading(self, folder: Path, use_cpu: bool, adapted: bool = False) -> dict[str, Any]:

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 import flr
 
-from .parsing import console, emit
+from . import voice
+from .parsing import add_voice, emit
 
 ABOUT = "Run the benchmarks, render tables and figures from committed results, or compare two results files."
 
@@ -30,7 +29,7 @@ def _suite(name: str) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flr bench", description=ABOUT)
-    parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
+    add_voice(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="pytest bench/ --benchmark-only; further words go to pytest")
     tier = run.add_mutually_exclusive_group()
@@ -52,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_changes(changes: list[dict[str, Any]]) -> None:
-    table = Table("suite", "case", "competitor", "A: competitor / ours", "B", "B / A", "ours, ms")
+    table = voice.table("", "suite", "case", "competitor", "A: competitor / ours", "B", "B / A", "ours, ms", text=3)
     for change in changes:
         a, b = change["a"], change["b"]
         table.add_row(
@@ -61,11 +60,12 @@ def _print_changes(changes: list[dict[str, Any]]) -> None:
             f"{change['change']:.2f}" + (" REGRESSION" if change["regression"] else ""),
             f"{a['ours_ms']:.3g} to {b['ours_ms']:.3g}",
         )
-    console.print(table)
+    voice.result(table)
 
 
 def main(argv: list[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
+    voice.manner.json, voice.manner.quiet = options.json, options.quiet
     if rest and options.command != "run":
         raise ValueError(f"flr bench {options.command}: expected no further arguments, got {' '.join(rest)}")
     if options.command == "run":
@@ -76,14 +76,14 @@ def main(argv: list[str]) -> int:
     results = _suite("results")
     if options.command == "report":
         changed = _suite("report").report(options.results or results.RESULTS)
-        lines = [f"{'wrote' if path.exists() else 'removed'} {path}" for path in changed]
-        console.print("\n".join(lines) or "nothing changed")
+        lines = [f"{'Wrote' if path.exists() else 'Removed'} {path}" for path in changed]
+        voice.result("\n".join(lines) or "Nothing changed.")
         emit({"changed": [str(path) for path in changed]}, options.json)
         return 0
     if options.command == "baseline":
         document = results.baseline([results.load(path) for path in options.results], tuple(options.without))
         results.write(document, options.output)
-        console.print(f"wrote {options.output}: {len(document['baseline'])} steady ratios")
+        voice.result(f"Wrote {options.output}: {len(document['baseline'])} steady ratios.")
         emit({"output": str(options.output), "ratios": len(document["baseline"])}, options.json)
         return 0
     a, b = results.load(options.a), results.load(options.b)
@@ -92,9 +92,9 @@ def main(argv: list[str]) -> int:
     regressions = [" · ".join(change["key"]) for change in changes if change["regression"]]
     required = "baseline" in a
     for key in missing:
-        console.print(f"{'MISSING' if required else 'only'} in {'B' if required else 'A'}: {' · '.join(key)}")
+        voice.result(f"{'MISSING' if required else 'only'} in {'B' if required else 'A'}: {' · '.join(key)}")
     for key in () if required else new:
-        console.print(f"only in B: {' · '.join(key)}")
-    console.print(f"{len(changes)} ratios, {len(regressions)} fell past a factor of {options.threshold:g}")
+        voice.result(f"only in B: {' · '.join(key)}")
+    voice.result(f"{len(changes)} ratios, {len(regressions)} fell past a factor of {options.threshold:g}.")
     emit({"changes": changes, "regressions": regressions, "only_a": missing, "only_b": new}, options.json)
     return 1 if regressions or (required and missing) else 0

@@ -20,7 +20,7 @@ from flr.evaluate import EvalResult
 from flr.model.backbone import causal_lm, is_patched
 from flr.report.model_card import Evaluation, Measured, ModelFacts, has_model_part, write_card
 
-from .parsing import console
+from . import voice
 
 _METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 #: Options that say where things are, who runs the command or how it shows its progress, and those that transformers
@@ -119,4 +119,4 @@ def _written(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trai
     try:
         write_card(folder, facts if trained or not has_model_part(folder) else None, evaluation)
     except (OSError, ValueError) as error:  # what was computed is worth more than its card
-        console.print(f"the model card stays as it is: {error}", style="yellow", markup=False)
+        voice.warn(f"the model card stays as it is: {error}")

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rich.table import Table
-
 from flr.config import FLRConfig, option
 
+from . import voice
 from .backbone import ModelOptions
-from .options import AugmentOptions, DataOptions
-from .parsing import console, emit, parse
+from .options import AugmentOptions, DataOptions, advise
+from .parsing import emit, parse
 from .sft import train
 
 if TYPE_CHECKING:
@@ -121,7 +120,8 @@ def run(
     run_args = dataclasses.replace(args, output_dir=str(folder), seed=seed, data_seed=seed)
     model, processor, summary = train(data, augment, model_options, config, run_args, dataset)
     rows, beams = getattr(dataset, options.split), args.eval_num_beams
-    result = evaluate(model, processor, rows, num_beams=beams, output_dir=result_folder, name=mode)
+    shown = voice.shows_progress()
+    result = evaluate(model, processor, rows, num_beams=beams, output_dir=result_folder, name=mode, progress=shown)
     row = run_row(mode, seed, result, started)
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "valid": summary["best_valid"]}
     write_json(summary_file, row)
@@ -140,15 +140,15 @@ def compare(
     args: SFTConfig,
 ) -> dict[str, Any]:
     """All modes and seeds; rows, means, and differences to the control pooled over seeds."""
-    dataset = data.load()
-    console.print(dataset)
+    dataset = data.announce()
     rows: list[dict[str, Any]] = []
     results: dict[str, list[EvalResult]] = {}
     for mode in options.mode_list():
         for seed in range(options.seeds):
-            console.print(f"[bold]{mode}[/bold], seed {seed}: {MODES[mode]}")
-            row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset)
+            with voice.stage(f"{mode}, seed {seed}"):
+                row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset)
             rows.append(row)
+            note_run(row, options.split, MODES[mode])
             results.setdefault(mode, []).append(result)
     return {"split": options.split, "rows": rows, "differences": differences(results), "dataset": repr(dataset)}
 
@@ -175,27 +175,28 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
     return (d.mean, d.low, d.high)
 
 
-def mode_table(title: str, *columns: str) -> Table:
-    """A table of numbers with a row a mode."""
-    table = Table("mode", title=title)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
+def note_run(row: dict[str, Any], split: str, what: str) -> None:
+    """A line about a run that has ended."""
+    value, seconds = row["metrics"]["ndcg@10"], row["seconds"]
+    voice.note(f"{row['mode']:<10}seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
 
 
 def print_table(outcome: dict[str, Any]) -> None:
     """Means over seeds, the seeds' range, and the difference to the control."""
     seeds = len({r["seed"] for r in outcome["rows"]})
-    title = f"{outcome['split']}, mean over {seeds} seed(s); difference to anchor with 95 % interval"
-    table = mode_table(title, *METRICS, "seeds' ndcg@10", "Δ ndcg@10", "seconds")
+    title = f"The {outcome['split']} split"
+    title += f", means over {seeds} seeds" if seeds > 1 else ""
+    title += "; Δ: difference to anchor, with its 95 % interval" if outcome["differences"] else ""
+    heads = [name.upper() for name in METRICS]
+    table = voice.table(title, "mode", *heads, *(["of each seed"] if seeds > 1 else []), "Δ NDCG@10", "seconds")
     for mode in dict.fromkeys(r["mode"] for r in outcome["rows"]):
         rows = [r for r in outcome["rows"] if r["mode"] == mode]
         means = [f"{sum(r['metrics'][m] for r in rows) / len(rows):.4f}" for m in METRICS]
-        each = " ".join(f"{r['metrics']['ndcg@10']:.4f}" for r in rows)
+        each = [" ".join(f"{r['metrics']['ndcg@10']:.4f}" for r in rows)] if seeds > 1 else []
         d = outcome["differences"].get(mode, {}).get("ndcg@10")
-        change = "" if d is None else f"{d[0]:+.4f} [dim]{d[1]:+.4f}…{d[2]:+.4f}[/dim]"
-        table.add_row(mode, *means, each, change, f"{sum(r['seconds'] for r in rows) / len(rows):.0f}")
-    console.print(table)
+        change = "" if d is None else f"{d[0]:+.4f} [dim]{d[1]:+.4f} to {d[2]:+.4f}[/dim]"
+        table.add_row(mode, *means, *each, change, f"{sum(r['seconds'] for r in rows) / len(rows):.0f}")
+    voice.result(table)
 
 
 def main(argv: list[str]) -> int:
@@ -206,17 +207,18 @@ def main(argv: list[str]) -> int:
     from flr.files import write_json
     from flr.report.drawing import WITHOUT, can_draw
 
+    advise(parts[1].codec, parts[4])
     outcome = compare(*parts)
     print_table(outcome)
     root = Path(str(parts[-1].output_dir))
     write_json(root / "compare.json", outcome)
-    console.print(f"written: {root / 'compare.json'}")
+    voice.result(f"Wrote {root / 'compare.json'}.")
     if can_draw():
         from flr.report.plots import plot_compare
 
         plot_compare(outcome["rows"], root / "compare.png")
-        console.print(f"written: {root / 'compare.png'}")
+        voice.result(f"Wrote {root / 'compare.png'}.")
     else:
-        console.print(WITHOUT, markup=False)
+        voice.note(WITHOUT)
     emit(outcome, rest.json)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 import re
@@ -32,8 +31,14 @@ class UsageError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean …?"`` where a known name is like this one, else nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
+    """``"; did you mean …?"`` where a known name is like this one, else nothing.
+
+    >>> did_you_mean("lama", ["gpt2", "llama"]), did_you_mean("qwen", ["gpt2", "qwen2"]), did_you_mean("x", ["gpt2"])
+    ('; did you mean llama?', '; did you mean qwen2?', '')
+    """
+    from rapidfuzz import fuzz, process  # here: flr --help is quick without
+
+    near = process.extractOne(name, list(known), scorer=fuzz.ratio, score_cutoff=60)
     return f"; did you mean {near[0]}?" if near else ""
 
 

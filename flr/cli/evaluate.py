@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from flr.config import option
 
+from . import voice
 from .options import DataOptions, load_trained
-from .parsing import REVISION, console, emit, parse
+from .parsing import REVISION, emit, parse
 from .weights import WeightOptions
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     from .card import measured, model_facts, update_card
 
-    dataset = data.load()
+    dataset = data.announce()
     limit = data.max_prompt_tokens
     model, processor = load_trained(
         options.model, dataset, options.revision, max_prompt_tokens=limit, **options.as_saved()
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
         exclude_seen=options.exclude_seen,
         output_dir=options.output,
         views=data.views(),
+        progress=voice.shows_progress(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
     if options.card:
@@ -63,7 +65,9 @@ def main(argv: list[str]) -> int:
     kinds = (Popularity, ItemKNN) if options.baselines else ()
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     others = [evaluate_scorer(s, rows, dataset.catalogue, exclude_seen=options.exclude_seen) for s in scorers]
-    for level in ("item", "title"):
-        console.print(result.table(*others, level=level))
+    results = (result, *others)
+    voice.result(result.table(*others))
+    if any(one.metrics["title"][name] != one.metrics["item"][name] for one in results for name in one.metrics["title"]):
+        voice.result(result.table(*others, level="title"))  # items share titles
     emit({r.name: {"metrics": r.metrics, "settings": r.settings} for r in (result, *others)}, rest.json)
     return 0

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flr.config import option
 
-from .parsing import REVISION, console, emit, parse
+from . import voice
+from .parsing import REVISION, emit, parse
 from .weights import WeightOptions
+
+if TYPE_CHECKING:
+    from flr.recommend import Explanation
 
 ABOUT = "Show which history items each factor attends to and what it contributed: heat map (PNG) and HTML page."
 
@@ -24,6 +29,27 @@ class ExplainOptions(WeightOptions):
     html: str | None = option(None, "Self-contained page to write.")
 
 
+def say_effects(explanation: Explanation) -> None:
+    """The figures of the page, as a table: nats, and what they mean."""
+    figures = explanation.effects()
+    if figures is None:  # nothing is left to recommend
+        return
+    title = "Log-probabilities, and by how many nats the factors together and each of them (F1, F2, …) raised them"
+    heads = [f"F{factor + 1}" for factor in range(explanation.num_factors)]
+    table = voice.table(title, "item", "title", "score", "without factors", "together", "", *heads, text=2)
+    for item, effect in zip(explanation.recommendations, figures["items"], strict=True):
+        total = (
+            f"{effect['score']:.3f}",
+            f"{effect['base_score']:.3f}",
+            f"{effect['total']:+.3f}",
+            effect["total_times"],
+        )
+        table.add_row(*voice.plain(item.item_id, item.title, *total, *(f"{c:+.3f}" for c in item.contributions)))
+    voice.result(table)
+    if figures["notice"]:
+        voice.result(figures["notice"])
+
+
 def main(argv: list[str]) -> int:
     options, rest = parse("explain", ABOUT, (ExplainOptions,), argv)
     from flr.report.drawing import WITHOUT, can_draw
@@ -35,18 +61,24 @@ def main(argv: list[str]) -> int:
         if can_draw():
             options.png = "explanation.png"
         else:
-            console.print(WITHOUT, markup=False)
+            voice.note(WITHOUT)
     if options.png and not can_draw():
         raise ValueError("png: expected matplotlib for a picture, got none; pip install 'flr[plots]'")
     from flr.recommend import Recommender
 
     recommender = Recommender.from_pretrained(options.model, revision=options.revision, **options.as_saved())
+    if not recommender.num_factors:
+        wanted = (
+            f"one with factors, got {options.model} of the variant {recommender.variant}, which has none to explain"
+        )
+        raise ValueError(f"model: expected {wanted}; flr recommend gives its items")
     explanation = recommender.explain(options.history, k=options.k)
+    say_effects(explanation)
     if options.png:
         explanation.heatmap(options.png)
-        console.print(f"written: {options.png}")
+        voice.result(f"Wrote {options.png}.")
     if options.html:
         explanation.html(options.html)
-        console.print(f"written: {options.html}")
+        voice.result(f"Wrote {options.html}.")
     emit(explanation.to_dict(), rest.json)
     return 0

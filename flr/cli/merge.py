@@ -8,8 +8,9 @@ from pathlib import Path
 
 from flr.config import DTYPES, option
 
+from . import voice
 from .options import check_option
-from .parsing import REVISION, console, emit, parse
+from .parsing import REVISION, emit, parse
 
 ABOUT = "Merge an adapter into its base model: writes a folder that needs neither PEFT nor the base model."
 _CARD = "README.md"
@@ -72,6 +73,6 @@ def main(argv: list[str]) -> int:
     words = ["--model", *argv] if argv and not argv[0].startswith("-") else argv  # flr merge ADAPTER --output FOLDER
     options, rest = parse("merge", ABOUT, (MergeOptions,), words)
     summary = merge(options)
-    console.print(f"saved in {summary['output']}: {summary['parameters']:,} parameters in {summary['dtype']}")
+    voice.result(f"Saved in {summary['output']}: {summary['parameters']:,} parameters in {summary['dtype']}.")
     emit(summary, rest.json)
     return 0

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
+from . import voice
+
 if TYPE_CHECKING:  # a command's --help waits for none of these
+    from flr.config import FLRConfig
     from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
 
 
@@ -51,6 +54,14 @@ class DataOptions:
             return planted_dataset(num_items=self.planted_items, num_users=self.planted_users)
         return load_dataset(self.data, self.data_format)
 
+    def announce(self) -> RecDataset:
+        """The data, after a note that says what they are."""
+        if self.data == "planted":
+            voice.note("These are generated data, which show that everything runs; --data FOLDER takes yours.")
+        dataset = self.load()
+        voice.note(f"Data {dataset.name!r}: {in_words(dataset)}.")
+        return dataset
+
 
 @dataclass
 class AugmentOptions:
@@ -87,6 +98,24 @@ class AugmentOptions:
             table = item_neighbours(dataset.train, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
         return rows, Augment(**chances, neighbours=table)
+
+
+def advise(codec: str, config: FLRConfig) -> None:
+    """Warn of options that go badly together.
+
+    Where an item is one token, what follows the thought is the whole answer. Anchored in the latest item, the thought
+    starts from what the model knows without it; the thought token's embedding says nothing of the history.
+    """
+    if codec == "id" and config.variant in ("flr", "anchor") and config.anchor != "last":
+        voice.warn(
+            f"--codec id is meant for --anchor last, a thought that starts from the latest item; got {config.anchor}."
+        )
+
+
+def in_words(dataset: RecDataset) -> str:
+    """How large a data set is."""
+    sizes = (len(dataset.catalogue), len(dataset.train), len(dataset.valid), len(dataset.test))
+    return "{:,} items; {:,} rows to train on, {:,} of valid, {:,} of test".format(*sizes)
 
 
 def load_trained(

@@ -12,13 +12,10 @@ import types
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from rich.console import Console
-
 from flr.config import FLRConfig
 
+from . import voice
 from .errors import UsageError, did_you_mean, usage_error
-
-console = Console(stderr=True)
 
 #: Help of the option ``--revision``, which stands beside ``--model``.
 REVISION = "Branch, tag or commit of a model on the Hub."
@@ -53,7 +50,7 @@ def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) 
     about_flags: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
     parser = HfArgumentParser(classes, prog=f"flr {command}", description=about, **about_flags)  # type: ignore[arg-type]
     parser.add_argument("--config", default=None, help="YAML file with values for the options below.")
-    parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
+    add_voice(parser)
     documented = _docstring_help(FLRConfig) if FLRConfig in classes else {}
     for action in parser._actions:
         action.help = action.help or documented.get(action.dest)
@@ -74,7 +71,15 @@ def parse(command: str, about: str, classes: tuple[type, ...], argv: list[str]) 
         near = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
         raise UsageError(f"expected options of flr {command}, got {unknown[0]}{near}")
     *parsed, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    voice.choose(rest.quiet, rest.verbose, rest.json)
     return (*parsed, types.SimpleNamespace(**vars(rest)))
+
+
+def add_voice(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command has: how it speaks."""
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
+    parser.add_argument("--quiet", action="store_true", help="Say results, warnings and errors alone.")
+    parser.add_argument("--verbose", action="store_true", help="Show what the libraries underneath say, too.")
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

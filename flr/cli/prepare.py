@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
-from .parsing import console, emit, parse
+from . import voice
+from .parsing import emit, parse
 
 if TYPE_CHECKING:
     from flr.data.sources import Progress
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
     from flr.data import load_dataset
     from flr.data.readers import options_of
 
+    from .options import in_words
+
     given: dict[str, Any] = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
@@ -68,8 +71,8 @@ def main(argv: list[str]) -> int:
             given["progress"] = progress
         dataset = load_dataset(options.source, kind, **given)
     dataset.save(options.output)
-    console.print(str(dataset.report), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{dataset!r} written to {options.output}", markup=False, highlight=False, soft_wrap=True)
+    voice.note(dataset.report)
+    voice.result(f"Wrote {options.output}: {in_words(dataset)}.")
     sizes = {name: len(getattr(dataset, name)) for name in ("catalogue", "train", "valid", "test")}
     emit({"output": options.output, **sizes}, rest.json)
     return 0
@@ -78,15 +81,14 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar for each file that is read."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import DownloadColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
+    with voice.live(DownloadColumn()) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(name: str, done: int, total: int) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(f"reading {name}", total=total)
+                tasks[name] = bars.add_task(f"reading {name}", total=total, facts="")
             bars.update(tasks[name], completed=done)
 
         yield advance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 import webbrowser
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig, option
 
-from . import rl
+from . import rl, voice
 from .backbone import ModelOptions
-from .compare import METRICS, MODES, CompareOptions, compare, mode_table, print_table, run_row, seed_difference
+from .compare import METRICS, MODES, CompareOptions, compare, note_run, print_table, run_row, seed_difference
 from .options import AugmentOptions, DataOptions
-from .parsing import console, emit, parse
+from .parsing import emit, parse
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -31,7 +30,6 @@ _TRAINING: dict[str, Any] = {
     "per_device_eval_batch_size": 256,
     "report_to": "none",
     "use_cpu": True,
-    "disable_tqdm": True,
     "logging_strategy": "no",
 }
 
@@ -94,11 +92,13 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
         folder = root / f"flr + rl-{seed}"
         epochs = 1 if options.quick else 2
         args = LatentGRPOConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **_TRAINING)
-        console.print(f"[bold]flr + rl[/bold], seed {seed}: latent GRPO on the model of mode flr")
-        model, processor, _ = rl.train(rl.RLOptions(model=str(root / f"flr-{seed}")), data, args, dataset)
-        result = evaluate(model, processor, dataset.test, output_dir=folder / "test", name="flr + rl")
+        with voice.stage(f"flr + rl, seed {seed}"):
+            model, processor, _ = rl.train(rl.RLOptions(model=str(root / f"flr-{seed}")), data, args, dataset)
+            shown: dict[str, Any] = {"name": "flr + rl", "progress": voice.shows_progress()}
+            result = evaluate(model, processor, dataset.test, output_dir=folder / "test", **shown)
         results.append(result)
         outcome["rows"].append(run_row("flr + rl", seed, result, started))
+        note_run(outcome["rows"][-1], "test", "latent GRPO on the model of mode flr")
     control = [EvalResult.load(root / f"anchor-{seed}" / outcome["split"]) for seed in range(options.seeds)]
     outcome["differences"]["flr + rl"] = {m: list(seed_difference(control, results, m)) for m in METRICS}
 
@@ -115,16 +115,21 @@ def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
 
 
 def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> dict[str, str]:
-    """Captions by file of the pictures that were drawn: none without matplotlib."""
+    """Captions by file of the pictures for the report: none without matplotlib.
+
+    The attention of the factors is drawn for other uses; the report has it as a table.
+    """
     from flr.report.drawing import WITHOUT, can_draw
+    from flr.report.html import dark_form
     from flr.report.plots import plot_compare
 
     if not can_draw():
-        console.print(WITHOUT, markup=False)
+        voice.note(WITHOUT)
         return {}
     plot_compare(rows, out / "compare.png")
+    plot_compare(rows, dark_form(out / "compare.png"), dark=True)
     explanation.heatmap(out / "attention.png")
-    return {str(out / "compare.png"): "Metrics by mode", str(out / "attention.png"): "Attention of each factor"}
+    return {str(out / "compare.png"): "Metrics by mode"}
 
 
 def main(argv: list[str]) -> int:
@@ -137,7 +142,6 @@ def main(argv: list[str]) -> int:
     from flr.report.quickstart import quickstart_report
 
     started = time.perf_counter()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose much where another process runs
     parts = settings(options)
     data, args = parts[1], parts[-1]
@@ -148,10 +152,11 @@ def main(argv: list[str]) -> int:
     print_table(outcome)
 
     nmi = {mode: recovery(runs, mode, dataset) for mode in ("flr", "flr-plain")}
-    table = mode_table("Factors against planted interests: normalised mutual information", "NMI", "by chance")
+    title = "Do the factors find the planted interests? Normalised mutual information"
+    table = voice.table(title, "mode", "NMI", "by chance")
     for mode, agreement in nmi.items():
-        table.add_row(MODES[mode], f"{agreement['nmi']:.3f}", f"{agreement['chance']:.3f}")
-    console.print(table)
+        table.add_row(f"{mode} ({MODES[mode]})", f"{agreement['nmi']:.3f}", f"{agreement['chance']:.3f}")
+    voice.result(table)
 
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]
@@ -184,7 +189,8 @@ def main(argv: list[str]) -> int:
     }
     quickstart_report(report, out / "report.html")
     write_json(out / "quickstart.json", {"rows": outcome["rows"], "nmi": nmi, "seconds": round(seconds, 1)})
-    console.print(f"[bold]{out / 'report.html'}[/bold] written in {seconds:.0f} s. Next:\n  " + "\n  ".join(next_steps))
+    steps = "\n  ".join(next_steps)
+    voice.result(f"Wrote {out / 'report.html'}, {seconds:.0f} s altogether. How to go on:\n  {steps}")
     if options.open:
         webbrowser.open((out / "report.html").resolve().as_uri())
     emit({"report": str(out / "report.html"), "nmi": nmi, "seconds": seconds, **outcome}, rest.json)

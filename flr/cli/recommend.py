@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from flr.config import option
 
-from .parsing import REVISION, console, emit, parse
+from . import voice
+from .parsing import REVISION, emit, parse
 from .weights import WeightOptions
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
@@ -46,10 +45,16 @@ def main(argv: list[str]) -> int:
         shares=bool(options.history) if options.shares is None else options.shares,
     )
     for history, items in zip(histories, recommended, strict=True):
-        table = Table("item", "title", "log-probability", "factor shares", title=" → ".join(history[-3:]))
+        heads = (
+            "item",
+            "title",
+            "log-probability",
+            *(("factor shares",) if any(r.factor_shares for r in items) else ()),
+        )
+        table = voice.table(f"After {' → '.join(history[-3:]) or 'an empty history'}", *heads, text=2)
         for item in items:
-            shares = " ".join(f"{share:.0%}" for share in item.factor_shares)
-            table.add_row(item.item_id, item.title, f"{item.score:.3f}", shares)
-        console.print(table)
+            shares = " ".join(f"{share:4.0%}" for share in item.factor_shares)
+            table.add_row(*voice.plain(item.item_id, item.title, f"{item.score:.3f}", shares)[: len(heads)])
+        voice.result(table)
     emit({"recommendations": [[item.to_dict() for item in items] for items in recommended]}, rest.json)
     return 0

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
+from . import voice
 from .options import DataOptions, load_trained
-from .parsing import REVISION, console, emit, parse
+from .parsing import REVISION, emit, parse
 from .training import summarise, training_run
 from .weights import WeightOptions
 
@@ -87,11 +88,10 @@ def main(argv: list[str]) -> int:
     from flr.train import LatentGRPOConfig
 
     options, data, args, rest = parse("rl", ABOUT, (RLOptions, DataOptions, LatentGRPOConfig), argv)
-    dataset = data.load()
-    console.print(dataset)
+    dataset = data.announce()
     summary = train(options, data, args, dataset)[2]
     for name, value in summary["after"].items():
-        console.print(f"valid {name}: {summary['before'][name]:.4f} before, {value:.4f} after")
-    console.print(f"saved in {Path(summary['output_dir'])}")
+        voice.result(f"Valid {name.upper()}: {summary['before'][name]:.4f} before, {value:.4f} after.")
+    voice.result(f"Saved in {Path(summary['output_dir'])}.")
     emit(summary, rest.json)
     return 0

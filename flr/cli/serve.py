@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+from . import voice
 from .parsing import parse
 
 ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page that shows what the factors do."
@@ -10,7 +13,10 @@ ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page
 def main(argv: list[str]) -> int:
     from flr.serve.settings import Settings
 
-    settings, _ = parse("serve", ABOUT, (Settings,), argv)
+    settings, rest = parse("serve", ABOUT, (Settings,), argv)
+    voice.manner.logs = False  # a server's log is lines of JSON
+    if rest.quiet:
+        logging.getLogger("flr.serve").setLevel(logging.WARNING)
     from flr.serve.server import run
 
     return run(settings)

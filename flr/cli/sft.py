@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from flr.config import FLRConfig
 
+from . import voice
 from .backbone import ModelOptions
-from .options import AugmentOptions, DataOptions
-from .parsing import console, emit, parse
+from .options import AugmentOptions, DataOptions, advise
+from .parsing import emit, parse
 from .training import summarise, training_run
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def train(
     if model_options.model is not None:
         choose_autocast(args)
     model, processor = model_options.build(data, config, dataset, args.seed, args.use_cpu)
+    if not voice.manner.stage:  # a comparison says it once
+        advise(processor.codec, causal_lm(model)._flr_patch.config)
     rows, changes = augment.apply(dataset, processor.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     with training_run(trainer) as start:
@@ -63,10 +66,14 @@ def main(argv: list[str]) -> int:
 
     classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     data, augment, model, config, args, rest = parse("sft", ABOUT, classes, argv)
-    dataset = data.load()
-    console.print(dataset)
+    dataset = data.announce()
     summary = train(data, augment, model, config, args, dataset)[2]
-    console.print(f"best valid {summary['metric']} {summary['best_valid']}; saved in {Path(summary['output_dir'])}")
+    best = (
+        ""
+        if summary["best_valid"] is None
+        else f"Best valid {summary['metric'].upper()}: {summary['best_valid']:.4f}. "
+    )
+    voice.result(f"{best}Saved in {Path(summary['output_dir'])}.")
     emit(summary, rest.json)
     return 0
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from flr.config import option
 
-from .parsing import REVISION, console, emit, parse
+from . import voice
+from .parsing import REVISION, emit, parse
 
 ABOUT = (
     "Make semantic IDs for the items of a prepared folder: flr sids --data … --embed MODEL|tfidf|cooccurrence|FILE.npy"
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     if options.codebooks and not options.update:
         raise ValueError(f"codebooks: expected update true beside it, got {options.codebooks}")
     about = _work(options)
-    console.print(summary(about))
+    voice.result(summary(about))
     emit({"output": options.data, **about}, rest.json)
     return 0
 
@@ -73,6 +74,7 @@ def _work(options: SidsOptions) -> dict[str, Any]:
         "overwrite": options.overwrite,
         "revision": options.revision,
         "batch_size": options.embed_batch_size,
+        "progress": voice.shows_progress(),
     }
     if options.update:
         return update_codes(options.data, codebooks=options.codebooks, source=options.embed, **shared)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .parsing import console
+from . import voice
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -21,17 +21,21 @@ def training_run(trainer: Any) -> Iterator[Start]:
 
     A run that is finished is loaded instead, and the block should do nothing.
     """
+    from .watch import watched
+
     folder = str(trainer.args.output_dir)
-    with trainer.running() as start, contextlib.redirect_stdout(sys.stderr):  # standard output is for --json
+    with trainer.running() as start, contextlib.redirect_stdout(sys.stderr):  # standard output is for results
         for notice in start.notices:
-            console.print(notice, soft_wrap=True)
+            voice.note(notice)
         if start.finished:
             trainer.load_finished()
             start.summary["output_dir"] = folder
-            console.print(f"{folder} holds the end of this run, {trainer.state.global_step} steps; nothing to do")
+            voice.note(f"{folder} holds the end of this run, {trainer.state.global_step} steps; nothing to do.")
+            yield start
         else:
             _announce(trainer, start)
-        yield start
+            with watched(trainer):
+                yield start
         if not start.finished:
             trainer.conclude(start.summary)
 
@@ -42,9 +46,10 @@ def _announce(trainer: Any, start: Start) -> None:
 
     computed = {"bf16": ", computed in bfloat16", "fp16": ", computed in float16"}
     how = computed.get(getattr(trainer.accelerator, "mixed_precision", None) or "no", "")
-    console.print(f"{trained_parameters(trainer.model)}{how}", soft_wrap=True, markup=False)
+    what = trained_parameters(trainer.model)
+    voice.detail(f"{what[:1].upper()}{what[1:]}{how}.")
     if start.checkpoint is not None:
-        console.print(f"continuing from {start.checkpoint}")
+        voice.note(f"Now continuing from {start.checkpoint}.")
 
 
 def summarise(args: TrainingArguments, facts: dict[str, Any], outcome: Any, results: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Everything inside the package speaks of an item by its index 0..C-1; ids and tit
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -22,7 +21,7 @@ from .frames import as_table, column_names, find_column, has_column, holds_text,
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SUGGESTIONS = 5
-_SUGGESTION_POOL = 5000  # difflib is quadratic in the titles' length, so it sees this many titles at most
+_LIKENESS, _PART_LIKENESS = 70, 85  # of 100, below which nothing is suggested
 
 
 class Catalogue:
@@ -290,11 +289,11 @@ def _hint(text: str, *pools: Sequence[str]) -> str:
 
 
 def _near(text: str, candidates: Sequence[str]) -> list[str]:
-    """Near candidates by difflib, from those that share a word where there are many."""
-    if len(candidates) > _SUGGESTION_POOL:
-        words = set(_fold(text).split())
-        candidates = [candidate for candidate in candidates if words & set(_fold(candidate).split())]
-    folded: dict[str, str] = {}
-    for candidate in candidates[:_SUGGESTION_POOL]:
-        folded.setdefault(_fold(candidate), candidate)
-    return [folded[key] for key in difflib.get_close_matches(_fold(text), folded, n=_SUGGESTIONS, cutoff=0.6)]
+    """The most alike candidates by rapidfuzz, words in any order; where there are none, those that hold such a part."""
+    from rapidfuzz import fuzz, process  # here: few programs make mistakes
+
+    for scorer, likeness in ((fuzz.token_sort_ratio, _LIKENESS), (fuzz.partial_ratio, _PART_LIKENESS)):
+        about: dict[str, Any] = {"scorer": scorer, "score_cutoff": likeness, "limit": _SUGGESTIONS}
+        if found := process.extract(_fold(text), candidates, processor=str.casefold, **about):
+            return list(dict.fromkeys(name for name, _, _ in found))
+    return []

@@ -85,7 +85,7 @@ def evaluate(
         top_k: items kept a row, at least 20; with "beam", also the length of the ranked list.
         output_dir: write the result there (:meth:`EvalResult.save`), and parts as they finish: after a kill the same
             call, on the same weights and rows, goes on from them. Other parts are never used, and removed at the end.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, where that is a terminal.
         name: of the result, for tables.
         trie: of the processor's codec on the model's device, if the caller keeps one; else built here.
         views: rank by a mixture over views of the history (:mod:`flr.decode.mixture`; not resumed); default: the
@@ -279,6 +279,8 @@ def _result(
 @contextmanager
 def _bar(enabled: bool, text: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not enabled) as bar:
+    console = Console(stderr=True)
+    shown = enabled and console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task(text, total=total)
         yield lambda rows: bar.advance(task, rows)

@@ -62,7 +62,7 @@ class QueryBuilder:
 
         Args:
             histories, on_unknown: as for :meth:`flr.Recommender.recommend`.
-            suggest: name near matches of an unknown entry in the error; that takes up to a second in a large catalogue.
+            suggest: name near matches of an unknown entry in the error; that takes seconds in a catalogue of a million.
 
         Raises:
             ValueError: too many or too long histories, an entry that is not text, an unknown one (with "raise").

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from flr.data.frames import to_frame
 from flr.report.drawing import save_png
-from flr.report.explanation import explanation_body
+from flr.report.effects import Effects, effects
+from flr.report.explanation import write_explanation
 from flr.report.heatmap import COLUMNS, draw
-from flr.report.html import PathLike, page, write_text
+from flr.report.html import PathLike
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,17 @@ class Explanation:
         arrays = {name: getattr(self, name).tolist() for name in ("attention", "gates", "norms")}
         return {"variant": self.variant, "num_factors": self.num_factors, **asdict(self), **arrays}
 
+    def effects(self) -> Effects | None:
+        """What the factors did to each item, as the page, the server and ``flr explain`` show it; None without factors.
+
+        Bars on an axis in nats, what they mean in words, the score beside the one without factors, and a notice where
+        the factors barely matter; see :mod:`flr.report.effects`.
+        """
+        return effects([item.to_dict() for item in self.recommendations])
+
     def html(self, path: PathLike) -> None:
         """Write a self-contained page of recommendations with shares and attention tables, whole or not at all."""
-        write_text(path, page("Why these recommendations", explanation_body(self.to_dict(), "h2")))
+        write_explanation(self.to_dict(), path)
 
     def heatmap(self, path: PathLike, *, refinement: int = -1, thought: int = -1) -> None:
         """Write a PNG, whole or not at all: K rows, a column for each of the latest 30 items, gates at the side.

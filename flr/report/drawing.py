@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flr.files import atomic_file
 
@@ -14,6 +14,22 @@ if TYPE_CHECKING:
 
 #: What a command that can do without pictures says.
 WITHOUT = "pictures are left out, matplotlib is not installed: pip install 'flr[plots]'"
+
+
+class Scheme(NamedTuple):
+    """Colours of a picture: its ground, text, softer text, lines, and two that tell things apart."""
+
+    ground: str
+    text: str
+    soft: str
+    line: str
+    first: str
+    second: str
+
+
+#: As ``templates/page.css`` has them.
+LIGHT = Scheme("#ffffff", "#1b1f24", "#57606a", "#d9dee3", "#0072b2", "#b35c00")
+DARK = Scheme("#15181b", "#e4e7ea", "#a4adb6", "#3a4149", "#62b5ea", "#e69f00")
 
 
 class MissingExtraError(ImportError, ValueError):
@@ -43,7 +59,7 @@ def new_figure(**options: Any) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: PathLike, dpi: int = 160) -> None:
+def save_png(figure: Figure, path: PathLike, dpi: int = 160, ground: str = LIGHT.ground) -> None:
     """Draw a figure into a PNG file, whole or not at all."""
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor=ground, bbox_inches="tight", pad_inches=0.15)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .drawing import new_figure, save_png
-from .html import PathLike, escape, short
+from .drawing import DARK, LIGHT, new_figure, save_png
+from .html import PathLike
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,11 @@ def interval_note(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_compare(
-    rows: Sequence[Mapping[str, Any]], path: PathLike, metrics: Sequence[str] = ("hr@10", "ndcg@10")
+    rows: Sequence[Mapping[str, Any]],
+    path: PathLike,
+    metrics: Sequence[str] = ("hr@10", "ndcg@10"),
+    *,
+    dark: bool = False,
 ) -> None:
     """Dot plot of every mode: a point a seed, the mean, and its 95 % interval (see :func:`summarise`). Writes a PNG.
 
@@ -75,6 +79,7 @@ def plot_compare(
         rows: ``{"mode": str, "seed": int, "metrics": {"hr@10": float, …}, "intervals": {…} or absent}``, one a run.
         path: of the PNG.
         metrics: a panel each; those that no row has are left out.
+        dark: light on dark, for a page of that scheme.
 
     Raises:
         ValueError: no row has any of the metrics.
@@ -83,6 +88,7 @@ def plot_compare(
     panels = {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
     if not panels:
         raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(metric_names(rows)) or 'none'}")
+    scheme = DARK if dark else LIGHT
     modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
     figure = new_figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -90,47 +96,30 @@ def plot_compare(
         for s in summary:
             y = modes.index(s.mode)
             if s.low is not None and s.high is not None:
-                ax.plot([s.low, s.high], [y, y], color="#0072b2", linewidth=2.2, solid_capstyle="round", zorder=2)
+                ax.plot([s.low, s.high], [y, y], color=scheme.first, linewidth=2.2, solid_capstyle="round", zorder=2)
             if len(s.values) > 1:
                 below = [y + 0.2] * len(s.values)
-                ax.scatter(s.values, below, s=16, color="#e69f00", edgecolor="white", linewidth=0.5, zorder=3)
-            ax.scatter([s.mean], [y], s=52, color="#0072b2", edgecolor="white", linewidth=1, zorder=4)
-            text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8.5}
+                ax.scatter(s.values, below, s=16, color=scheme.second, edgecolor=scheme.ground, linewidth=0.5, zorder=3)
+            ax.scatter([s.mean], [y], s=52, color=scheme.first, edgecolor=scheme.ground, linewidth=1, zorder=4)
+            text = {
+                "xytext": (0, 9),
+                "textcoords": "offset points",
+                "ha": "center",
+                "fontsize": 8.5,
+                "color": scheme.text,
+            }
             ax.annotate(f"{s.mean:.4f}", (s.mean, y), **text)
-        ax.set_title(metric.upper(), fontsize=11, loc="left", color="#222222", parse_math=False)
+        ax.set_title(metric.upper(), fontsize=11, loc="left", color=scheme.text, parse_math=False)
         ax.set_yticks(range(len(modes)), modes, fontsize=10, parse_math=False)
         ax.set_ylim(len(modes) - 0.45, -0.7)
-        ax.grid(axis="x", color="#e3e6e9", linewidth=0.8)
+        ax.grid(axis="x", color=scheme.line, linewidth=0.8)
         ax.set_axisbelow(True)
-        ax.tick_params(length=0, labelsize=9, colors="#444444", axis="x")
-        ax.tick_params(length=0, colors="#222222", axis="y")
+        ax.set_facecolor(scheme.ground)
+        ax.tick_params(length=0, labelsize=9, colors=scheme.soft, axis="x")
+        ax.tick_params(length=0, colors=scheme.text, axis="y")
         ax.locator_params(axis="x", nbins=5)
         ax.spines[:].set_visible(False)
     seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
     note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
-    figure.supxlabel(note, fontsize=8.5, color="#59626c")
-    save_png(figure, path)
-
-
-def bar_svg(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Inline SVG: a bar a mode with its interval; text in the page's colour."""
-    summary = summarise(rows, metric)
-    top = max(1e-12, *(s.mean for s in summary), *(s.high for s in summary if s.high is not None))
-    left, width, step = 190, 430, 30
-    height = step * len(summary) + 4
-    parts = [f'<svg viewBox="0 0 {left + width + 80} {height}" width="{left + width + 80}" role="img">']
-    parts.append(f"<title>{escape(metric)} by mode</title>")
-
-    def x(value: float) -> float:
-        return left + width * min(max(value / top, 0.0), 1.0)
-
-    for place, s in enumerate(summary):
-        y = place * step + 4
-        parts.append(f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(short(s.mode, 26))}</text>')
-        parts.append(f'<rect class="bar" x="{left}" y="{y + 3}" width="{x(s.mean) - left:.1f}" height="20" rx="2"/>')
-        end = s.mean if s.high is None else s.high
-        if s.low is not None and s.high is not None:
-            line = f'y1="{y + 13}" y2="{y + 13}"'
-            parts.append(f'<line class="whisker" x1="{x(s.low):.1f}" x2="{x(s.high):.1f}" {line}/>')
-        parts.append(f'<text x="{x(end) + 8:.1f}" y="{y + 17}">{s.mean:.4f}</text>')
-    return "".join([*parts, "</svg>"])
+    figure.supxlabel(note, fontsize=8.5, color=scheme.soft)
+    save_png(figure, path, ground=scheme.ground)

@@ -77,7 +77,7 @@ def add_recommendations(app: FastAPI, middleware: Middleware) -> None:
     async def explain(body: explain_request, request: Request) -> Response:  # type: ignore[valid-type]
         """The k best items, what every factor attended to, and what it contributed to each of them."""
         explanation, job = await _answer(middleware, request, body, "explain")
-        return _json({**explanation.to_dict(), **_origin(request, job)})
+        return _json({**explanation.to_dict(), "effects": explanation.effects(), **_origin(request, job)})
 
 
 def add_catalogue(app: FastAPI, engine: Engine, given_examples: Examples) -> None:

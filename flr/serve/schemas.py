@@ -82,6 +82,26 @@ class HistoryEntry(Item):
     used: bool
 
 
+class ItemEffect(BaseModel):
+    """What the K factors did to one item's score."""
+
+    bars: list[tuple[float, float]] = Field(description="[K], left end and width, as shares of the axis.")
+    times: list[str] = Field(description="[K], contributions in words: ×1.3 as likely.")
+    total: float = Field(description="Sum of the contributions, nats.")
+    total_times: str
+    base_score: float
+    score: float
+
+
+class Effects(BaseModel):
+    """Figures of the contributions, as the page shows them: stacked bars on an axis in nats."""
+
+    ticks: list[float] = Field(description="Of the axis, evenly spaced, in nats.")
+    zero: float = Field(description="Where 0 lies, as a share of the axis.")
+    items: list[ItemEffect] = Field(description="One a recommendation.")
+    notice: str = Field(description="Says so where the factors barely matter; else empty.")
+
+
 class ExplainResponse(BaseModel):
     """N thoughts, T refinements, K factors, M history items."""
 
@@ -94,6 +114,7 @@ class ExplainResponse(BaseModel):
     gates: list[list[list[float]]] = Field(description="[N][T][K], sums to 1.")
     norms: list[list[float]] = Field(description="[N][K], length of a factor's part in input embeddings.")
     recommendations: list[RecommendedItem]
+    effects: Effects | None = Field(description="None where no factor did anything to show.")
     generation: int
     request_id: str
 

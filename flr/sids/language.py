@@ -57,7 +57,9 @@ def _mean_states(
     )  # the largest batch shows at once if it fits
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     values: np.ndarray | None = None
-    for batch in track(batches, "embedding texts", console=Console(stderr=True), disable=not progress):
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    for batch in track(batches, "embedding texts", console=console, transient=True, disable=hidden):
         longest = len(tokens[batch[0]])
         ids, mask = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(2))
         for row, index in enumerate(batch):  # behind the text: a causal LM's tokens do not see what follows

@@ -101,6 +101,7 @@ def _prices(points: Tensor, books: Tensor, balance: float) -> Tensor:
 @contextmanager
 def _bar(enabled: bool, text: str, total: int) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
         task = bar.add_task(text, total=total)
         yield lambda: bar.advance(task)

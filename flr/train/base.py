@@ -80,6 +80,7 @@ class RecTrainer(Trainer):
         self._best_result: EvalResult | None = None
         self.valid = _spread(valid, args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
+        self.step_loss: Any = 0.0  # of the micro-batches since somebody set it to zero
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
         given = (args, model, processor, train, self.valid, settings or {})
         self.settings = run_settings(type(self).__name__, *given) if args.process_index == 0 else {}
@@ -236,15 +237,14 @@ class RecTrainer(Trainer):
         rows = inputs.pop("rows")
         inputs.pop(COUNTS)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss = self.step_loss + loss.detach()
         step = self.state.global_step + 1
-        # what is looked at later has lost its batch and its weights
-        now = may_look(loss)
-        self._late.add(
-            loss,
-            lambda: (
-                f"{self._fault(model, inputs, rows, num_items_in_batch) if now else loss_fault(rows)} in step {step}"
-            ),
-        )
+        now = may_look(loss)  # what is looked at later has lost its batch and its weights
+
+        def fault() -> str:
+            return f"{self._fault(model, inputs, rows, num_items_in_batch) if now else loss_fault(rows)} in step {step}"
+
+        self._late.add(loss, fault)
         return loss
 
     def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:

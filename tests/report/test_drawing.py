@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from flr.cli import main
 from flr.cli.quickstart import pictures
@@ -61,8 +62,15 @@ def test_commands_without_matplotlib(monkeypatch, tmp_path, capsys, explanation)
 
 def test_pictures_with_matplotlib(tmp_path, explanation):
     drawn = pictures(ROWS, explanation, tmp_path)
-    assert [Path(name).name for name in drawn] == ["compare.png", "attention.png"]
-    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+    assert [Path(name).name for name in drawn] == ["compare.png"]
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(made) == {"compare.png", "compare-dark.png", "attention.png"}
+    assert all(content.startswith(b"\x89PNG") for content in made.values())
+    corners = {}
+    for name in ("compare.png", "compare-dark.png"):
+        with Image.open(tmp_path / name) as picture:
+            corners[name] = picture.convert("RGB").getpixel((2, 2))
+    assert corners == {"compare.png": (255, 255, 255), "compare-dark.png": (0x15, 0x18, 0x1B)}
 
 
 def test_no_module_of_the_main_job_needs_an_extra():

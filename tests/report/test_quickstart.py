@@ -32,6 +32,7 @@ def test_report(tmp_path, seeds):
     recommender: Recommender = build_recommender(catalogue=nasty_catalogue())
     rows = rows_of(seeds)
     plot_compare(rows, tmp_path / "compare.png")
+    plot_compare(rows, tmp_path / "compare-dark.png", dark=True)
     confusion = {"nmi": 0.5, "chance": 0.1, "chance_high": None, "confusion": [[5, 1], [0, 0]]}
     quickstart_report(
         {
@@ -49,7 +50,8 @@ def test_report(tmp_path, seeds):
     page = (tmp_path / "report.html").read_text()
     shown = " ".join(Checker(page).text)
     assert "flr <K>" in shown
-    assert page.count("<svg") == 1
+    assert page.count("data:image/png") == 2  # light, and dark for a page of that scheme
+    assert page.count("<source media") == 1
     assert "nan" not in shown
     quickstart_report({}, tmp_path / "empty.html")
     with pytest.raises(ValueError, match="got rowz"):

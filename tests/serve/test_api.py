@@ -47,6 +47,9 @@ def test_explanations_are_those_without_a_server(recommender):
             assert_same_items(given["recommendations"], expected["recommendations"])
             for name in ("attention", "gates", "norms"):
                 np.testing.assert_allclose(given[name], expected[name], atol=2e-5, err_msg=name)
+            assert [one["total"] for one in given["effects"]["items"]] == pytest.approx(
+                [sum(item["contributions"]) for item in given["recommendations"]]
+            )
             for name in ("variant", "num_factors", "history", "unknown"):
                 assert given[name] == expected[name]
         assert metric(client, "flr_batch_size_count") < 13

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import urllib.request
 
 import pytest
 
+from tests.helpers.browser import SCREENS, browser, faults, needs_chromium
 from tests.helpers.catalogues import nasty_catalogue
 from tests.helpers.serving import save, serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+pytestmark = needs_chromium
+assert browser  # a fixture
 EXAMPLES = [["item_0", "item_1", "item_2", "item_9"], ["item_5"] * 12]
 TOKEN = "a-token-of-some-length"
 
@@ -30,14 +29,6 @@ def server(model, tmp_path_factory):
     (folder / "examples.txt").write_text("\n".join("\t".join(history) for history in EXAMPLES))
     with serving(model, folder / "log", "--examples", str(folder / "examples.txt")) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -99,16 +90,23 @@ def test_an_example_is_shown_as_the_api_tells_it(page, server):
     assert page.eval_on_selector_all(".map .gate", filled) == pytest.approx(told["gates"][-1][-1], abs=0.01)
     for place, item in enumerate(told["recommendations"]):
         label = page.locator(".why .stack").nth(place).get_attribute("aria-label")
-        given = [float(x.replace("−", "-")) for x in re.findall(r"factor \d+ ([+−][\d.]+)", label)]
-        assert given == pytest.approx(item["contributions"], abs=0.0051)
-    # bars are as long as the numbers say
+        given = [float(x.replace("−", "-")) for x in re.findall(r"factor \d+ ([+−]?[\d.]+) nats", label)]
+        assert given == pytest.approx(item["contributions"], abs=0.00051)
+        told_total = page.locator(".why .total").nth(place).inner_text()
+        effect = told["effects"]["items"][place]
+        assert told_total.startswith(f"{effect['total_times']} (")
+        assert f"{abs(sum(item['contributions'])):.3f} nats" in told_total
+        assert f"without the factors −{abs(item['base_score']):.3f}" in told_total
+    ticks = [float(t.replace("−", "-")) for t in texts(page, ".ticks span")]
+    assert ticks == pytest.approx(told["effects"]["ticks"])
+    # bars are as long as the numbers say, on this axis
     widths = page.eval_on_selector_all(
         ".why .stack", "stacks => stacks.map(s => [...s.querySelectorAll('.part')].map(p => p.style.width))"
     )
     totals = [sum(float(w.rstrip("%")) for w in row) for row in widths]
     sums = [sum(map(abs, item["contributions"])) for item in told["recommendations"]]
     for total, size in zip(totals, sums, strict=True):
-        assert total / totals[0] == pytest.approx(size / sums[0], rel=1e-3)
+        assert total / 100 * (ticks[-1] - ticks[0]) == pytest.approx(size, rel=1e-3)
     settle(page, lambda: page.click("#example"))
     assert page.locator("#history li.far").count() == 2  # the model looks at the latest ten
 
@@ -198,6 +196,18 @@ def test_text_has_contrast_and_controls_have_names(page, scheme):
         && !(n.getAttribute("aria-label") || n.textContent.trim() || (n.labels && n.labels.length)))
         .map((n) => n.outerHTML)"""
     assert page.evaluate(nameless) == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_the_page_fits_and_is_accessible(browser, server, width, scheme):
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "bypass_csp": True}
+    with browser.new_context(**options) as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.wait_for_selector("body[data-answered]")
+        settle(page, lambda: page.click("#example"))
+        page.evaluate("document.getAnimations().forEach((moving) => moving.finish())")
+        assert faults(page) == []
 
 
 def test_the_theme_button_and_a_narrow_window(page):

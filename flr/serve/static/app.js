@@ -2,6 +2,7 @@
 
 // Okabe and Ito's colours, told apart with any colour vision; the same as in the reports.
 const COLOURS = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#0072b2", "#999999"];
+const INKS = ["#000", "#000", "#000", "#000", "#000", "#000", "#fff", "#000"]; // what reads best on each of them
 const colour = (factor) => COLOURS[factor % COLOURS.length];
 const $ = (id) => document.getElementById(id);
 const state = { history: [], info: null, shown: null, chosen: 0, step: null, factor: null, example: 0, number: 0 };
@@ -20,7 +21,7 @@ function el(name, attributes = {}, ...children) {
 }
 
 function percent(value, digits = 0) {
-  if (value > 0 && value < 0.0005 && digits) return "< 0.1 %";
+  if (value > 0 && value < 0.001 && digits) return value < 1e-5 ? "< 0.001 %" : `${(100 * value).toPrecision(1)} %`;
   return `${(100 * value).toFixed(value < 0.1 ? digits : 0)} %`;
 }
 
@@ -253,11 +254,9 @@ const dim = (k) => (state.factor !== null && state.factor !== k ? " dim" : "");
 function drawList() {
   const { recommendations: items, num_factors: factors } = state.shown;
   const largest = Math.exp(Math.max(...items.map((item) => item.score)));
-  const sums = (sign) => items.map((item) => item.contributions.reduce((sum, c) => sum + Math.max(sign * c, 0), 0));
-  const [down, up] = [Math.max(...sums(-1), 0), Math.max(...sums(1), 0)];
-  const whole = Math.max(down + up, 1e-9) * 1.02;
-  const head = el("tr", {}, el("th", { scope: "col" }, el("span", { hidden: true }, "rank")), el("th", { scope: "col" }, "Item"), el("th", { scope: "col" }, "Probability"),
-    factors ? el("th", { scope: "col" }, el("span", { class: "sign" }, el("span", {}, "← lowered"), el("span", {}, "by the factors"), el("span", {}, "raised →"))) : null);
+  const { effects } = state.shown;
+  const head = el("tr", {}, el("th", { scope: "col" }, el("span", { class: "unseen" }, "Rank")), el("th", { scope: "col" }, "Item"), el("th", { scope: "col" }, "Probability"),
+    effects ? el("th", { scope: "col" }, "Effect of the factors, nats", axis(effects)) : null);
   const rows = items.map((item, place) => {
     const chance = Math.exp(item.score);
     const chosen = factors > 0 && place === state.chosen;
@@ -269,33 +268,40 @@ function drawList() {
         el("div", { class: "row" },
           el("div", { class: "track" }, el("div", { class: "fill", style: { width: `${(100 * chance) / largest}%` } })),
           el("span", { class: "number" }, percent(chance, 1)))),
-      factors ? el("td", { class: "why" }, stack(item, down / whole, whole)) : null);
+      effects ? el("td", { class: "why" }, stack(item, effects, effects.items[place])) : null);
   });
   $("list").replaceChildren(items.length
     ? el("table", { class: "items" }, el("thead", {}, head), el("tbody", {}, ...rows))
     : el("p", { class: "hint" }, "No item is left to recommend."));
+  $("notice").textContent = effects ? effects.notice : "";
   $("list-note").textContent = factors
-    ? "Bars on the right: by how much each factor raised or lowered the log-probability (Shapley values, they add up exactly). Choose an item to see below where its factors looked."
+    ? "Bars on the right: by how many nats each factor raised or lowered the log-probability (Shapley values, they add up to the effect of all together; one nat makes an item ×2.7 as likely). Choose an item to see below where its factors looked."
     : `This model (${state.shown.variant}) has no factors to show.`;
 }
 
-/** Contributions of one item as a stack to either side of zero. */
-function stack(item, zero, whole) {
+/** The axis of the stacks: its ticks as the server gives them. */
+function axis({ ticks }) {
+  const at = (place) => ({ left: `${(100 * place) / (ticks.length - 1)}%` });
+  return el("div", { class: "ticks", "aria-hidden": "true" },
+    ...ticks.map((tick, place) => el("span", { style: at(place) }, signed(tick, tick === 0 ? 0 : null))));
+}
+
+const signed = (value, digits = null) =>
+  (value > 0 ? "+" : value < 0 ? "−" : "") + (digits === null ? String(Math.abs(value)) : Math.abs(value).toFixed(digits));
+
+/** Contributions of one item as a stack to either side of zero, and what they come to. */
+function stack(item, { ticks, zero }, effect) {
   const box = el("div", { class: "stack", role: "img" });
-  const words = item.contributions.map((c, k) => `factor ${k + 1} ${c >= 0 ? "+" : "−"}${Math.abs(c).toFixed(2)}`);
-  box.setAttribute("aria-label", words.join(", "));
-  const end = { left: zero, right: zero };
-  const order = item.contributions.map((c, k) => [c, k]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
-  for (const [c, k] of order) {
-    const width = Math.abs(c) / whole;
-    if (c < 0) end.left -= width;
-    const left = c < 0 ? end.left : end.right;
-    if (c >= 0) end.right += width;
-    box.append(el("span", { class: `part${dim(k)}`, title: words[k], style: { left: `${100 * left}%`, width: `${100 * width}%`, background: colour(k) } },
-      width > 0.07 ? `F${k + 1}` : ""));
-  }
+  const words = item.contributions.map((c, k) => `factor ${k + 1} ${signed(c, 3)} nats, ${effect.times[k]}`);
+  box.setAttribute("aria-label", words.join("; "));
+  ticks.forEach((_, place) => box.append(el("i", { style: { left: `${(100 * place) / (ticks.length - 1)}%` } })));
+  effect.bars.forEach(([left, width], k) =>
+    box.append(el("span", { class: `part${dim(k)}`, title: words[k], style: { left: `${100 * left}%`, width: `${100 * width}%`, background: colour(k), color: INKS[k % INKS.length] } },
+      width > 0.07 ? `F${k + 1}` : "")));
   box.append(el("span", { class: "zero", style: { left: `${100 * zero}%` } }));
-  return box;
+  const scores = `log-probability ${signed(effect.score, 3)}, without the factors ${signed(effect.base_score, 3)}`;
+  const text = `${effect.total_times} (${signed(effect.total, 3)} nats: ${scores})`;
+  return el("div", {}, box, el("div", { class: "total" }, text));
 }
 
 function drawFactors() {

@@ -1,0 +1,181 @@
+"""What commands say and where: results on standard output, all else on standard error; one live line on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from flr.cli import COMMANDS, main, voice
+from tests.helpers.serving import save
+
+DATA = ["--planted_items", "40", "--planted_users", "60"]
+SFT = [
+    "sft", *DATA, "--hidden_size", "16", "--intermediate_size", "16", "--num_attention_heads", "2", "--codec", "id",
+    "--per_device_train_batch_size", "64", "--num_train_epochs", "2", "--use_cpu", "true",
+]  # fmt: skip
+RAW = ("'eval_", "'train_runtime'", "Writing model shards", "Loading weights", "it/s]")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model that ``flr sft`` trained, and what the command said, as a user sees it who pipes the results on."""
+    folder = tmp_path_factory.mktemp("voice") / "model"
+    code = "import sys; from flr.cli import main; sys.exit(main())"
+    words = [*SFT, "--output_dir", str(folder)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return folder, done.stdout, done.stderr
+
+
+def test_a_training_says_its_results_apart_from_its_course(run):
+    folder, out, err = run
+    assert out.startswith("Best valid NDCG@10: 0.")
+    assert out.endswith(f"Saved in {folder}.\n")
+    assert out.count("\n") == 1
+    lines = err.splitlines()
+    heads = next(place for place, line in enumerate(lines) if line.split()[:4] == ["epoch", "loss", "HR@10", "NDCG@10"])
+    rows = [line.split() for line in lines[heads + 1 :]]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert " ".join(rows[0][6:]) == "best so far"
+    state = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    told = [line for line in state if "eval_ndcg@10" in line][:2]
+    assert [row[2:4] for row in rows] == [[f"{x['eval_hr@10']:.4f}", f"{x['eval_ndcg@10']:.4f}"] for x in told]
+    assert not any(raw in out + err for raw in RAW)
+    assert "\x1b" not in out + err
+
+
+def test_generated_data_and_a_thought_far_from_the_item_are_said_first(run):
+    lines = run[2].splitlines()
+    assert lines[0].startswith("These are generated data")
+    assert lines[1].startswith("Data 'planted': 40 items; ")
+    assert lines[2] == (
+        "Warning: --codec id is meant for --anchor last, a thought that starts from the latest item; got token."
+    )
+
+
+def test_evaluate_into_a_pipe(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["evaluate", "--model", str(run[0]), *DATA, "--card", "false"]) == 0
+    out, err = capsys.readouterr()
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert {"metric", "hr@10", "ndcg@10", "mrr", "coverage@10"} <= set(rows)
+    assert len(rows["ndcg@10"].split()) == 7  # of three scorers, one line a metric however narrow the window is
+    assert out.count("ndcg@10") == 1  # no two items share a title, so there is one table
+    assert not set(out) & set("│┃━\x1b")
+    assert "predictions over" not in err
+    assert not any(raw in out + err for raw in RAW)
+
+
+def test_quiet_and_json(run, capsys):
+    words = ["recommend", "--model", str(run[0]), "--history", "item_1", "item_2", "--k", "3"]
+    assert main([*words, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith("item_")]) == 3
+    assert err == ""
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["recommendations"][0]) == 3
+    assert "After item_1 → item_2" in err
+    assert main([*words, "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["recommendations"][0]) == 3
+    assert err == ""
+    assert main([*words, "--quiet", "--verbose"]) == 1
+    assert "quiet: expected no --verbose beside it, got both" in capsys.readouterr().err
+
+
+def test_verbose_shows_what_the_libraries_say(tmp_path, capfd):
+    words = [*SFT, "--num_train_epochs", "1", "--output_dir", str(tmp_path / "a"), "--verbose"]
+    assert main(words) == 0
+    out, err = capfd.readouterr()
+    assert "eval_ndcg@10" in err
+    assert "Writing model shards" in err
+    assert out.count("\n") == 1
+
+
+def test_a_terminal_has_one_live_line(tmp_path, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=150, highlight=False)
+    monkeypatch.setattr(voice, "_err", screen)
+    drawn = []
+    refresh = voice.Progress.get_renderables
+
+    def spy(self):
+        drawn.extend((task.description, task.total, task.fields["facts"]) for task in self.tasks)
+        return refresh(self)
+
+    monkeypatch.setattr(voice.Progress, "get_renderables", spy)
+    move = voice.Progress.update
+    monkeypatch.setattr(voice.Progress, "update", lambda self, *a, **k: (move(self, *a, **k), self.refresh()))
+    assert main([*SFT, "--output_dir", str(tmp_path / "b")]) == 0
+    stages = {stage for stage, _, _ in drawn}
+    assert {"epoch 1 of 2", "epoch 2 of 2", "ranking valid"} <= stages
+    assert any(facts.startswith("loss ") for _, _, facts in drawn)
+    text = screen.file.getvalue()
+    assert "steps/s" in text
+    assert "best so far" in text
+
+
+def test_titles_are_no_markup(capsys):
+    table = voice.table("[red]x[/red]", "item")
+    table.add_row(*voice.plain("[bold]Kind of Blue[/bold] [Remastered]"))
+    voice.result(table)
+    assert "[bold]Kind of Blue[/bold] [Remastered]" in capsys.readouterr().out
+
+
+def test_what_the_package_logs_is_a_warning_in_the_same_voice(capsys, monkeypatch):
+    import logging
+    import types
+
+    def talk(argv):
+        logging.getLogger("flr").warning("prompts have at most %d tokens", 7)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "flr.cli.merge", types.SimpleNamespace(main=talk))
+    assert main(["merge"]) == 0
+    assert capsys.readouterr().err == "Warning: prompts have at most 7 tokens\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_speaks_through_the_voice(command):
+    import importlib
+    import inspect
+
+    source = inspect.getsource(importlib.import_module(f"flr.cli.{command}"))
+    assert "print(" not in source
+    assert "Console(" not in source
+
+
+@pytest.mark.parametrize("variant", ["anchor", "none"])
+def test_explain_of_a_model_without_factors_says_so(tmp_path, capsys, monkeypatch, variant):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "plain", variant=variant)
+    assert main(["explain", "--model", "plain", "--history", "item_1"]) == 1
+    err = capsys.readouterr().err
+    assert f"model: expected one with factors, got plain of the variant {variant}, which has none to explain" in err
+    assert not (tmp_path / "explanation.html").exists()
+
+
+@pytest.mark.parametrize(("given", "near"), [("lama", "llama"), ("qwen", "qwen2"), ("gtp2", "gpt2")])
+def test_an_unknown_architecture_names_the_nearest(capsys, given, near, tmp_path):
+    assert main([*SFT, "--architecture", given, "--output_dir", str(tmp_path)]) == 1
+    assert f"got '{given}'; did you mean {near}?" in capsys.readouterr().err
+
+
+def test_unknown_items_get_suggestions(run, capsys):
+    for command in ("recommend", "explain"):
+        assert main([command, "--model", str(run[0]), "--history", "itm_3"]) == 1
+        assert "did you mean 'item_3'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_quickstart_fits_one_screen(tmp_path, capfd):
+    assert main(["quickstart", "--quick", "true", "--output_dir", str(tmp_path / "out")]) == 0
+    out, err = capfd.readouterr()
+    assert out.count("\n") + err.count("\n") <= 40
+    assert not any(raw in out + err for raw in RAW)
+    assert "flr + rl" in out
+    assert f"Wrote {tmp_path / 'out' / 'report.html'}" in out
