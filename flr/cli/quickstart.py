@@ -14,7 +14,7 @@ from flr.config import FLRConfig, option
 from . import rl, voice
 from .backbone import ModelOptions
 from .compare import METRICS, MODES, CompareOptions, compare, note_run, print_table, run_row, seed_difference
-from .options import AugmentOptions, DataOptions
+from .options import AugmentOptions, DataOptions, in_words
 from .parsing import emit, parse
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def main(argv: list[str]) -> int:
     parameters = causal_lm(recommender.model).num_parameters()
     report = {
         "title": "Factorized latent reasoning: quickstart",
-        "text": f"Five models of {parameters:,} parameters on generated data ({dataset!r}), the same budget for each, "
-        f"one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the "
+        "text": f"Five models of {parameters:,} parameters on generated data ({in_words(dataset)}), "
+        f"the same budget for each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the "
         "interest of every item is known.",
         "rows": outcome["rows"],
         "differences": outcome["differences"],

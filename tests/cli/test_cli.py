@@ -126,6 +126,7 @@ def test_killed_and_resumed_reaches_the_same_weights(command, tmp_path):
 def test_evaluate_recommend_explain(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["sft", *SMALL, "--num_train_epochs", "1", "--output_dir", str(folder)]) == 0
+    capsys.readouterr()
     data = SMALL[:4]
     assert main(["evaluate", "--model", str(folder), *data, "--output", str(tmp_path / "test"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

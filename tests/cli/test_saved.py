@@ -73,6 +73,7 @@ def test_every_command_takes_an_adapters_folder(start, tmp_path, capsys):
     model.save_pretrained(adapter)
     RecProcessor.from_pretrained(start).save_pretrained(adapter)
     assert main(["evaluate", "--model", str(adapter), *DATA]) == 0
+    capsys.readouterr()
     assert main(["recommend", "--model", str(adapter), "--history", "item_1", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["recommendations"][0]) == 10
     assert main(["explain", "--model", str(adapter), "--history", "item_1", "--json"]) == 0
@@ -134,6 +135,7 @@ def test_evaluate_brings_the_metrics_up_to_date(start, tmp_path, capsys):
     recommender.processor.save_pretrained(folder)
     assert main(["evaluate", "--model", str(folder), *DATA, "--card", "false"]) == 0
     assert not (folder / "README.md").exists()
+    capsys.readouterr()
     assert main(["evaluate", "--model", str(folder), *DATA, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)["flr"]["metrics"]["item"]
     results = ModelCard.load(folder / "README.md").data.eval_results
