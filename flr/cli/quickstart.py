@@ -177,8 +177,8 @@ def main(argv: list[str]) -> int:
     report = {
         "title": "Factorized latent reasoning: quickstart",
         "text": f"Five models of {parameters:,} parameters on generated data ({in_words(dataset)}), "
-        f"the same budget for each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three of four interests; the "
-        "interest of every item is known.",
+        f"the same budget for each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three "
+        "of four interests; the interest of every item is known.",
         "rows": outcome["rows"],
         "differences": outcome["differences"],
         "nmi": nmi,
