@@ -62,7 +62,9 @@ def steps(model, length: int):
 
 def measured(folder: str, gguf_file: str | None, lengths: list[int], repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False
+    )
     flr.patch_model(model.requires_grad_(False))
     model.train()
     rows = []

@@ -123,7 +123,7 @@ def test_the_committed_baseline_finds_a_threefold_slowdown_on_any_machine(tmp_pa
     assert (
         main(["bench", "compare", str(path), str(missing), "--threshold", "2"]) == 1
     )  # a case that is gone guards nothing
-    assert "MISSING in B" in capsys.readouterr().err
+    assert "MISSING in B" in capsys.readouterr().out
 
 
 def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):

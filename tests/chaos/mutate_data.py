@@ -278,9 +278,10 @@ def _tensors(file: Path, rng: random.Random) -> None:
         tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     name = rng.choice(sorted(tensors))
     value = tensors.pop(name)
+    worst = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).max
     ways: tuple[Any, ...] = (
         {}, {f"{name}.odd": value}, {name: value.flatten()}, {name: value.to(torch.int8)}, {name: value[:1].clone()},
-        {name: value, "odd": value.clone()}, {name: torch.full_like(value, float("nan"))},
+        {name: value, "odd": value.clone()}, {name: torch.full_like(value, worst)},
         {name: value.repeat(*[2] * value.dim())}, {name: value.half()},
     )  # fmt: skip
     save_file({**tensors, **rng.choice(ways)}, file, {"format": "pt"})

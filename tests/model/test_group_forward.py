@@ -196,7 +196,7 @@ def test_unusable_input_is_refused(change, message):
 
 def test_what_excludes_a_group_forward():
     model, prompts, group = group_case("llama", variant="anchor")
-    with pytest.raises(ValueError, match="variant: expected flr or latentr3"):
+    with pytest.raises(ValueError, match="variant: expected flr, offsets or latentr3"):
         model(**prompts, group=group)
     model, prompts, group = group_case("llama", backbone=True)
     model.train().gradient_checkpointing_enable()

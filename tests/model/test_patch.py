@@ -190,7 +190,7 @@ def test_trainer_as_it_is(tmp_path, accumulation):
         ),
         (lambda: flr.unpatch_model(tiny_model()), "expected a patched model"),
         (lambda: flr.patch_model(patched_model().eval()), "expected an unpatched model"),
-        (lambda: flr.FLRConfig(variant="cot"), "variant: expected one of flr, latentr3, anchor, none"),
+        (lambda: flr.FLRConfig(variant="cot"), "variant: expected one of flr, offsets, latentr3, anchor, none"),
         (lambda: flr.FLRConfig(num_factors=17), "num_factors: expected 1 to 16, got 17"),
         (lambda: flr.FLRConfig(dropout=1.0), "dropout"),
         (lambda: flr.FLRConfig.from_dict({"k": 4}), "expected options of FLRConfig, got k"),

@@ -233,7 +233,7 @@ def test_unusable_options_are_refused(tmp_path, options, message):
 
 def test_unusable_models_and_data_are_refused(tmp_path):
     model, processor = trainable(variant="anchor")
-    with pytest.raises(ValueError, match="model: expected a patched model of variant flr or latentr3"):
+    with pytest.raises(ValueError, match="model: expected a patched model of variant flr, offsets or latentr3"):
         grpo_trainer(tmp_path, model=model, processor=processor)
     with pytest.raises(ValueError, match="train: expected at least one batch of 5000 users"):
         grpo_trainer(tmp_path, per_device_train_batch_size=5000)
