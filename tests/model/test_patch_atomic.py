@@ -106,20 +106,19 @@ def test_a_config_without_the_keys_of_inference_is_patched():
 
     model = tiny_model()
     model.config.__class__ = Bare
-    missing = object()
-    parent = type(tiny_model().config)
-    saved = parent.__dict__.get("keys_to_ignore_at_inference", missing)
+    name = "keys_to_ignore_at_inference"
+    saved = {owner: owner.__dict__[name] for owner in Bare.__mro__ if name in owner.__dict__}
     try:
-        if saved is not missing:
-            del parent.keys_to_ignore_at_inference
-        assert not hasattr(model.config, "keys_to_ignore_at_inference")
+        for owner in saved:
+            delattr(owner, name)
+        assert not hasattr(model.config, name)
         flr.patch_model(model)
         assert model.config.keys_to_ignore_at_inference == ["flr"]
         flr.unpatch_model(model)
-        assert not hasattr(model.config, "keys_to_ignore_at_inference")
+        assert not hasattr(model.config, name)
     finally:
-        if saved is not missing:
-            parent.keys_to_ignore_at_inference = saved
+        for owner, value in saved.items():
+            setattr(owner, name, value)
 
 
 def pickled(model):
