@@ -19,6 +19,7 @@ from flr.files import PathLike, naming, read_json, shown, temporary_folder, writ
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
+from .digests import integers_digest
 from .interactions import CSR, Interactions, offsets_of, places_within
 from .prompt import MAX_TEXT, HistoryViews, PromptTemplate, Segment, finish_batch, left_pad
 from .saved_tokenizer import load_tokenizer
@@ -399,12 +400,8 @@ class RecProcessor:
         }
 
     def _tokens_digest(self) -> str:
-        parts = [self._prefix, self._suffix, self._separator, self.item_codec.tokens, self.item_codec.offsets]
-        tokens = hashlib.sha256()
-        for part in parts:
-            array = np.asarray(part, "<i8")
-            tokens.update(np.array(len(array), "<i8").tobytes() + array.tobytes())
-        return tokens.hexdigest()
+        codec = self.item_codec
+        return integers_digest(self._prefix, self._suffix, self._separator, codec.tokens, codec.offsets)
 
 
 def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from flr.files import atomic_file, check_regular, naming, sha256, shown
 
 from .codecs import CodecName, ItemCodec
-from .trie import CatalogueTrie, array_digest
+from .digests import array_digest
+from .trie import CatalogueTrie
 
 logger = logging.getLogger("flr")
 

@@ -18,7 +18,6 @@ M nodes, C items; nothing is padded to the longest item: 16 bytes a node and 8 a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 
 from flr.files import atomic_file, check_regular, naming
 
+from .digests import array_digest
 from .interactions import offsets_of, places_within
 
 _FORMAT = "flr-catalogue-trie-1"
@@ -378,15 +378,6 @@ class CatalogueTrie:
         if not whole:
             raise ValueError(f"{path}: expected a whole trie, got damaged {', '.join(wrong) or 'levels or children'}")
         return cls(**arrays, level_start=level_start)
-
-
-def array_digest(arrays: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {list(arrays[name].shape)};".encode())
-        digest.update(arrays[name].contiguous().cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def _checked(tokens: np.ndarray | Sequence[int], offsets: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

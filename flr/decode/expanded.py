@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from flr.model.backbone import cache_argument
 
-from .session import model_states, slots
+from .session import model_states, refuse_every, slots
 
 
 class ExpandedSession:
@@ -45,8 +45,7 @@ class ExpandedSession:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
     ) -> torch.Tensor:
-        if every:
-            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
+        refuse_every(every)
         if lengths is not None:
             return self._again(tokens, parents, lengths)
         rows, width = tokens.shape

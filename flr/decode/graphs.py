@@ -28,7 +28,8 @@ from torch import nn
 
 from .packed import PackedSession
 from .prompts import Prompts
-from .search import BeamResult, Search, State, Watch
+from .search import BeamResult, Search, State
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 

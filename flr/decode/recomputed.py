@@ -14,7 +14,7 @@ from torch import nn
 
 from flr.model.backbone import causal_lm, forward_parameters
 
-from .session import lm_head_inputs
+from .session import lm_head_inputs, refuse_every
 
 #: Tokens of one forward.
 _TOKENS = 1 << 14
@@ -40,8 +40,7 @@ class RecomputedSession:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
     ) -> torch.Tensor:
-        if every:
-            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
+        refuse_every(every)
         width = parents.shape[1]
         added = torch.ones_like(parents) if lengths is None else lengths
         begin = added.cumsum(1) - added

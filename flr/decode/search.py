@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,31 +18,12 @@ from .prompts import Prompts
 from .runs import Run, next_run, read_run
 from .scoring import Scoring, log_normaliser, token_logits
 from .session import Session, slots
+from .watch import Watch
 
 _MAX_CANDIDATES = 1 << 21  # continuations held at a time; a wider fan-out is worked off in blocks of columns
 #: Users that have finished leave the batch (a copy of the others' cache) when at most this share is left.
 _LEAVE_BELOW = 0.75
 _DEAD = torch.iinfo(torch.int64).min
-
-
-class Watch:
-    """Numbers that the device computes, as of the last step that is known to be done, without waiting."""
-
-    def __init__(self) -> None:
-        self.asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-
-    def ask(self, numbers: torch.Tensor) -> list[int] | None:
-        """int64 [n] or those of an earlier call; None where nothing is known yet."""
-        if numbers.device.type == "cpu":
-            return numbers.tolist()
-        host, event = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(numbers, non_blocking=True)
-        event.record(torch.cuda.current_stream(numbers.device))
-        self.asked.append((host, event))
-        known: list[int] | None = None
-        while self.asked and self.asked[0][1].query():
-            known = self.asked.popleft()[0].tolist()
-        return known
 
 
 class BeamResult(NamedTuple):

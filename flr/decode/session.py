@@ -94,6 +94,12 @@ def model_states(model: nn.Module, hidden: bool, arguments: Mapping[str, Any]) -
     return seen[-1], cache_of(out)
 
 
+def refuse_every(every: bool) -> None:
+    """ValueError where states after every token are asked of a session that does not read runs."""
+    if every:
+        raise ValueError("every: expected False where the last token's states alone are kept, got True")
+
+
 def slots(lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Layout of ``lengths`` [B, w] tokens side by side in ``count`` columns.
 

@@ -19,7 +19,7 @@ from flr.model.head import HeadRows, head
 
 from .packed import PackedSession, obstacle
 from .prompts import Prompts, prefill, prepare_inputs
-from .session import Session, slots
+from .session import Session, refuse_every, slots
 
 _TAKEN = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
 
@@ -147,8 +147,7 @@ class _OneRow:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
     ) -> torch.Tensor:
-        if every:
-            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
+        refuse_every(every)
         first = torch.arange(self.factors, device=parents.device)[:, None] * self.width
         side_by_side = (parents[:, None] + first).flatten(1)  # [B, K · w], way by way
         taken = None if lengths is None else lengths.repeat(1, self.factors)
@@ -180,8 +179,7 @@ class _SideBySide:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
     ) -> torch.Tensor:
-        if every:
-            raise ValueError("every: expected False, as this session keeps the last token's states, got True")
+        refuse_every(every)
         return torch.cat([session.step(tokens, parents, lengths) for session in self.sessions], -1)
 
     def tree(self, tokens: Any, parents: Any, depths: Any) -> torch.Tensor:

@@ -113,7 +113,8 @@ def _prepared_mask(model: Any, mask: Tensor, embeds: Tensor) -> Tensor:
         return mask
     columns = torch.arange(mask.shape[1], device=mask.device)
     own = columns[-embeds.shape[1] :, None]
-    return (((own >= columns) & mask[:, None].bool()) | (own == columns))[:, None]
+    seen = ((own >= columns) & mask[:, None].bool()) | (own == columns)
+    return attention_mask(config, seen, embeds.dtype)
 
 
 def is_recurrent(cache: Any) -> bool:

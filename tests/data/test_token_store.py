@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from flr.data import Catalogue, RecProcessor, build_tokenizer
 from flr.data import codecs as module
+from flr.data.digests import array_digest
 from flr.data.token_store import STORE_NAME
-from flr.data.trie import array_digest
 from flr.decode import CatalogueTrie
 
 TITLES = ["Blue Train", "Blue Train", "Kind of Blue", "Giant Steps"]
