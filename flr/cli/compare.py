@@ -48,6 +48,7 @@ class CompareOptions:
     modes: str = option("none,anchor,latentr3,flr", f"Some of {', '.join(MODES)}.")
     seeds: int = option(3, "Seeds a mode, 0 to N - 1.")
     split: str = option("test", "Split that is reported; models are chosen on valid.")
+    max_users: int | None = option(None, "Report on that many rows of the split, evenly spread. Default: all.")
     keep: bool = option(False, "Keep the checkpoints of every run.")
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class CompareOptions:
             raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not modes or set(modes) - set(MODES):
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {self.modes!r}")
+        if self.max_users is not None and self.max_users < 1:
+            raise ValueError(f"max_users: expected at least 1, got {self.max_users}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
 
@@ -110,6 +113,8 @@ def run(
     result_folder, config = folder / options.split, mode_config(mode, config)
     summary_file, settings_file = folder / "run.json", folder / "settings.json"
     settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}
+    if options.max_users is not None:
+        settings["CompareOptions"] = {"max_users": str(options.max_users)}
     if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
         wanted = "a folder without a run of other settings"
         raise ValueError(f"output_dir: expected {wanted}, got {folder}; delete it or choose another output_dir")
@@ -119,7 +124,7 @@ def run(
     started = time.perf_counter()
     run_args = dataclasses.replace(args, output_dir=str(folder), seed=seed, data_seed=seed)
     model, processor, summary = train(data, augment, model_options, config, run_args, dataset)
-    rows, beams = getattr(dataset, options.split), args.eval_num_beams
+    rows, beams = getattr(dataset, options.split).spread(options.max_users), args.eval_num_beams
     shown = voice.shows_progress()
     result = evaluate(model, processor, rows, num_beams=beams, output_dir=result_folder, name=mode, progress=shown)
     row = run_row(mode, seed, result, started)

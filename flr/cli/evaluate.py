@@ -21,6 +21,7 @@ class EvaluateOptions(WeightOptions):
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
     revision: str | None = option(None, REVISION)
     split: str = option("test", "train, valid or test.")
+    max_users: int | None = option(None, "Evaluate on that many rows only, evenly spread. Default: all.")
     output: str | None = option(None, "Folder for metrics.json and per-user ranks.parquet.")
     batch_size: int = option(64, "Users at a time; no influence on results.")
     num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
+    if options.max_users is not None and options.max_users < 1:
+        raise ValueError(f"max_users: expected at least 1, got {options.max_users}")
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, Popularity
 
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> int:
     model, processor = load_trained(
         options.model, dataset, options.revision, max_prompt_tokens=limit, **options.as_saved()
     )
-    rows = getattr(dataset, options.split)
+    rows = getattr(dataset, options.split).spread(options.max_users)
     result = evaluate(
         model,
         processor,

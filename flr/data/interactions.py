@@ -233,6 +233,14 @@ class Interactions:
             None if self.timestamps is None else self.timestamps[chosen],
         )
 
+    def spread(self, most: int | None) -> Interactions:
+        """``most`` of the rows, evenly spread over them; all where there are no more, or for None."""
+        if most is not None and most < 1:
+            raise ValueError(f"most: expected at least 1, got {most}")
+        if most is None or len(self) <= most:
+            return self
+        return self.select(np.arange(most, dtype=np.int64) * len(self) // most)
+
     def save(self, path: PathLike) -> None:
         """Write one Parquet file (user, history, target, timestamp), atomically."""
         columns = {

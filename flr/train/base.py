@@ -78,7 +78,7 @@ class RecTrainer(Trainer):
         processor.fit_positions(position_limit(causal_lm(model).config))
         processor.kept(train.histories)  # says what will be left out, once and before the first step
         self._best_result: EvalResult | None = None
-        self.valid = _spread(valid, args.eval_max_users)
+        self.valid = None if valid is None else valid.spread(args.eval_max_users)
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
         self.step_loss: Any = 0.0  # of the micro-batches since somebody set it to zero
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
@@ -390,9 +390,3 @@ class _BestInPlace(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.place is not None and self.place.is_dir():
             state.best_model_checkpoint = str(self.place)
-
-
-def _spread(rows: Interactions | None, most: int | None) -> Interactions | None:
-    if rows is None or most is None or len(rows) <= most:
-        return rows
-    return rows.select([i * len(rows) // most for i in range(most)])
