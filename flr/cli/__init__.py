@@ -19,6 +19,7 @@ COMMANDS = {
     "rl": "reinforce the thoughts of a trained recommender: latent GRPO",
     "merge": "write an adapter and its base model as one model",
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
+    "neighbours": "mix item-kNN into a trained model's answers, with a weight chosen on valid",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "recommend": "top-k items for histories, with each factor's share",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",

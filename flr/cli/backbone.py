@@ -188,7 +188,7 @@ class ModelOptions(LoraOptions, WeightOptions):
         for name, own in saved.items():
             if given[name] not in (default[name], own):
                 raise ValueError(f"{name}: expected {own!r}, that of {self.model}, or nothing, got {given[name]!r}")
-        processor.views = data.views() or processor.views
+        processor.views = data.views(processor.views)
         return raise_trained(self._chosen(model, processor)) if adapted else self._chosen(model, processor), processor
 
     def _scratch(self, tokenizer: Any) -> Any:

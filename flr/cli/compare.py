@@ -182,8 +182,8 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
 
 def note_run(row: dict[str, Any], split: str, what: str) -> None:
     """A line about a run that has ended."""
-    value, seconds = row["metrics"]["ndcg@10"], row["seconds"]
-    voice.note(f"{row['mode']:<{max(map(len, MODES))}}  seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
+    value, seconds, width = row["metrics"]["ndcg@10"], row["seconds"], max(map(len, MODES))
+    voice.note(f"{row['mode']:<{width}}  seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
 
 
 def print_table(outcome: dict[str, Any]) -> None:

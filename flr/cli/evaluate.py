@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flr.config import option
 
@@ -28,6 +28,9 @@ class EvaluateOptions(WeightOptions):
     scoring: str = option("auto", "full, catalogue, or auto: what probabilities are normalised over.")
     method: str = option("auto", "auto, beam or exhaustive (every item scored).")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
+    neighbours_weight: float | None = option(
+        None, "Weight of item-kNN in the answer, 0..1, for a model with a table (flr neighbours). Default: as saved."
+    )
     baselines: bool = option(True, "Show popularity and item-kNN too.")
     card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
@@ -38,6 +41,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
     if options.max_users is not None and options.max_users < 1:
         raise ValueError(f"max_users: expected at least 1, got {options.max_users}")
+    from flr.data import HistoryViews
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, Popularity
 
@@ -48,6 +52,9 @@ def main(argv: list[str]) -> int:
     model, processor = load_trained(
         options.model, dataset, options.revision, max_prompt_tokens=limit, **options.as_saved()
     )
+    views = data.views(processor.views)
+    if options.neighbours_weight is not None:
+        views = replace(views or HistoryViews(weight=0.0), neighbours=options.neighbours_weight)
     rows = getattr(dataset, options.split).spread(options.max_users)
     result = evaluate(
         model,
@@ -59,7 +66,7 @@ def main(argv: list[str]) -> int:
         method=options.method,
         exclude_seen=options.exclude_seen,
         output_dir=options.output,
-        views=data.views(),
+        views=views,
         progress=voice.shows_progress(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )

@@ -42,10 +42,13 @@ class DataOptions:
     planted_items: int = option(500, "Generated data: items.")
     planted_users: int = option(2000, "Generated data: users.")
 
-    def views(self) -> HistoryViews | None:
+    def views(self, saved: HistoryViews | None = None) -> HistoryViews | None:
+        """The views that are asked for; those that a model was ``saved`` with where none are."""
         from flr.data import HistoryViews
 
-        return None if self.views_weight is None else HistoryViews(self.views_weight, self.views_decay)
+        if self.views_weight is None:
+            return saved
+        return HistoryViews(self.views_weight, self.views_decay, 0.0 if saved is None else saved.neighbours)
 
     def load(self) -> RecDataset:
         from flr.data import load_dataset, planted_dataset

@@ -51,8 +51,7 @@ def train(
     loading = options.to_train(args.train_backbone and not adapted, args.use_cpu)
     limit = data.max_prompt_tokens
     model, processor = load_trained(options.model, dataset, options.revision, True, limit, **loading)
-    if data.views() is not None:
-        processor.views = data.views()
+    processor.views = data.views(processor.views)
     trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
     with training_run(trainer) as start:
         if not start.finished:

@@ -15,6 +15,7 @@ from .codecs import ItemCodec, build_codec
 from .codes import read_codes
 from .collator import InteractionDataset, SFTCollator, expand_prefixes
 from .interactions import CSR, Interaction, Interactions, RecDataset
+from .item_knn import KNN_NAME, NeighbourTable
 from .planted import planted_dataset
 from .processor import RecProcessor
 from .prompt import HistoryViews, PromptTemplate
@@ -27,6 +28,7 @@ __all__ = [
     "CATALOGUE_USER",
     "CSR",
     "FORMATS",
+    "KNN_NAME",
     "Augment",
     "BadRow",
     "Catalogue",
@@ -37,6 +39,7 @@ __all__ = [
     "Interactions",
     "ItemCodec",
     "LengthGroupedSampler",
+    "NeighbourTable",
     "Neighbours",
     "PromptTemplate",
     "ReadReport",

@@ -7,33 +7,26 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from flr.config import check_normalisation
-from flr.files import PathLike, naming, read_json, shown, temporary_folder, write_json
+from flr.files import PathLike
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
 from .digests import integers_digest
 from .interactions import CSR, Interactions, offsets_of, places_within
+from .item_knn import NeighbourTable
+from .processor_folder import load_processor, save_processor
 from .prompt import MAX_TEXT, HistoryViews, PromptTemplate, Segment, finish_batch, left_pad
-from .saved_tokenizer import load_tokenizer
-from .token_store import Stored, read_store, store_key, write_store
 
 logger = logging.getLogger("flr")
 
 THOUGHT_TOKEN = "<|thought|>"
-CONFIG_NAME = "processor_config.json"
-CATALOGUE_NAME = "catalogue.parquet"
-_VERSION = 1
 _MAX_THOUGHTS = 1024
-_MAX_CONFIG = 1 << 20  # bytes
-_SETTINGS = ("max_history", "num_thoughts", "thought_token", "max_prompt_tokens", "max_title_tokens")
 
 
 class RecProcessor:
@@ -51,6 +44,7 @@ class RecProcessor:
             It must leave room for the template and the longest item.
         max_title_tokens: codec "title" only, cuts long titles.
         views: how evaluation and recommendation weigh several views of a history; None for the whole prompt alone.
+        item_knn: the table that ``views.neighbours`` gives a weight; needed where that is above 0.
         item_codec: of this catalogue and tokenizer where it is there already; built when None.
         scoring: "full" or "catalogue", what the model's probabilities are normalised over unless the caller says
             otherwise (see :mod:`flr.decode`); training sets it to its own normalisation.
@@ -89,6 +83,7 @@ class RecProcessor:
         max_prompt_tokens: int | None = None,
         max_title_tokens: int | None = None,
         views: HistoryViews | None = None,
+        item_knn: NeighbourTable | None = None,
         scoring: str = "full",
         item_codec: ItemCodec | None = None,
     ) -> None:
@@ -108,6 +103,9 @@ class RecProcessor:
         self.items_left_out = 0
         self.max_title_tokens = max_title_tokens
         self.views = views
+        self.item_knn = item_knn
+        if item_knn is not None and len(item_knn) != len(catalogue):
+            raise ValueError(f"item_knn: expected a table of {len(catalogue)} items, got {len(item_knn)}")
         self.scoring = check_normalisation("scoring", scoring)
         self.thought_token_id: int | None = None
         if num_thoughts:
@@ -295,38 +293,12 @@ class RecProcessor:
         return tokens
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write tokenizer files, catalogue.parquet, item_tokens.safetensors (see :mod:`flr.data.token_store`) and
-        processor_config.json into the folder ``path``.
+        """Write tokenizer files, catalogue.parquet, item_tokens.safetensors (see :mod:`flr.data.token_store`),
+        item_knn.safetensors where there is a table, and processor_config.json into the folder ``path``.
 
         The last file goes first and comes last: a save that was cut short is no processor rather than a mixed one.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).unlink(missing_ok=True)
-        with temporary_folder(folder / "tokenizer") as temporary:
-            self.tokenizer.save_pretrained(temporary)
-            for file in sorted(temporary.iterdir()):
-                os.replace(file, folder / file.name)
-        self.catalogue.save(folder / CATALOGUE_NAME)
-        digests = self.digests()
-        write_store(folder, self.item_codec, self.max_title_tokens, digests)
-        write_json(
-            folder / CONFIG_NAME,
-            {
-                "version": _VERSION,
-                "tokenizer_class": type(self.tokenizer).__name__,
-                "codec": self.codec,
-                "template": asdict(self.template),
-                **{name: getattr(self, name) for name in _SETTINGS},
-                "thought_token_id": self.thought_token_id,
-                "max_positions": self.max_positions,
-                "views": None if self.views is None else asdict(self.views),
-                "scoring": self.scoring,
-                "vocabulary_size": len(self.tokenizer),
-                "codec_tokens": len(self.item_codec.tokens),
-                "digests": digests,
-            },
-        )
+        save_processor(self, path)
 
     @classmethod
     def from_pretrained(cls, path: PathLike, like: RecProcessor | None = None) -> RecProcessor:
@@ -340,51 +312,7 @@ class RecProcessor:
         Raises:
             ValueError: naming the file that is missing or damaged, or not the one that was saved with the others.
         """
-        folder = Path(path)
-        file = folder / CONFIG_NAME
-        config = read_json(file, _MAX_CONFIG)
-        if config.get("version") != _VERSION:
-            raise ValueError(f"{file}: expected version {_VERSION}, got {shown(config.get('version'), 80)}")
-        with naming(file, "the settings of a processor"):
-            key = store_key(folder, config["codec"], config["max_title_tokens"])
-        if like is not None and like._store_key == key:
-            catalogue = like.catalogue
-            stored: Stored | None = Stored(like.item_codec, config.get("digests", {}))
-        else:
-            catalogue = Catalogue.load(folder / CATALOGUE_NAME)
-            stored = read_store(folder, key, config["codec"], len(catalogue))
-        # AutoTokenizer would go by the model's config.json beside it, and rebuild our tokenizer as that model's own
-        with naming(folder, "a tokenizer"):
-            tokenizer = load_tokenizer(folder, config.get("tokenizer_class"))
-        size = len(tokenizer)
-        with naming(file, "the settings of a processor"):
-            processor = cls(
-                tokenizer,
-                catalogue,
-                config["codec"],
-                PromptTemplate(**config["template"]),
-                **{name: config[name] for name in _SETTINGS},
-                views=None if config.get("views") is None else HistoryViews(**config["views"]),
-                scoring=config.get("scoring", "full"),  # absent before there was a choice
-                item_codec=None if stored is None else stored.codec,
-            )
-            processor.fit_positions(config.get("max_positions"))  # absent before there was a bound
-            rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))
-            saved = (*[config["vocabulary_size"]] * 2, config["thought_token_id"], config["codec_tokens"])
-        if rebuilt != saved:
-            raise ValueError(
-                f"{folder}: expected tokenizer and catalogue of this {CONFIG_NAME}: (vocabulary, the same after "
-                f"rebuilding the codec, thought token id, item tokens) {shown(saved)}, got {rebuilt}"
-            )
-        processor._store_key = key
-        expected = config.get("digests", {})  # absent in older folders
-        same = stored is not None and stored.digests == expected  # of the files that the store's key names
-        digests = {"tokens": processor._tokens_digest()} if same else processor.digests()
-        for name, digest in digests.items() if expected else ():
-            if not isinstance(expected, dict) or expected.get(name) != digest:
-                wanted = f"the {name} of this {CONFIG_NAME}"
-                raise ValueError(f"{folder}: expected {wanted}, got another one (its digest differs)")
-        return processor
+        return load_processor(cls, path, like)
 
     def digests(self) -> dict[str, str]:
         """SHA-256, in hexadecimal, of what decides which item an answer means, by name.

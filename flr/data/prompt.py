@@ -64,14 +64,18 @@ class HistoryViews:
     Attributes:
         weight: of the one-item views together, 0..1; the whole prompt has the rest.
         decay: weight of an item relative to the next later one, in (0, 1].
+        neighbours: weight of item-kNN beside the model, 0..1; whole prompt and one-item views share the rest.
     """
 
     weight: float = 0.5
     decay: float = 0.6
+    neighbours: float = 0.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, (int, float)) and 0 <= self.weight <= 1):
             raise ValueError(f"weight: expected a number in 0..1, got {self.weight!r:.80}")
+        if not (isinstance(self.neighbours, (int, float)) and 0 <= self.neighbours <= 1):
+            raise ValueError(f"neighbours: expected a number in 0..1, got {self.neighbours!r:.80}")
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
             raise ValueError(f"decay: expected a number in (0, 1], got {self.decay!r:.80}")
 

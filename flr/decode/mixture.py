@@ -6,7 +6,8 @@ are better described by a sum, in which an item needs to fit one thing that they
     p(item | user) = (1 - w) p(item | history) + w Σ_j λ_j p(item | item j alone),   λ_j ∝ decay^age_j,  Σ λ_j = 1
 
 with age 0 for the latest item. A prompt of one item is the same for every user, so its distribution is computed once
-for each item of the catalogue that occurs.
+for each item of the catalogue that occurs. Item-kNN (:mod:`flr.data.item_knn`), its scores over their sum q, may take
+part as well, in the same way: (1 - n) p + n q.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class ViewMixture:
 
     Args:
         model, processor: a (patched) causal LM and its processor.
-        views: weights; default the processor's own.
+        views: weights; default the processor's own. ``views.neighbours`` needs the processor's ``item_knn``.
         num_beams: for codecs of several tokens an item, each view gives probability to its ``num_beams`` best items
             only, and none to the others. One-token codecs are exact.
         batch_size: prompts at a time.
@@ -71,7 +72,9 @@ class ViewMixture:
         device = next(model.parameters()).device
         self.trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(device)
         size = len(processor.catalogue)
-        if self.trie.depth == 1 and size * size > _MAX_DENSE:
+        if views.neighbours > 0 and processor.item_knn is None:
+            raise ValueError(f"neighbours: expected 0 without a table of item-kNN, got {views.neighbours}")
+        if views.weight > 0 and self.trie.depth == 1 and size * size > _MAX_DENSE:
             raise ValueError(f"views: expected at most {int(_MAX_DENSE**0.5)} items of one token, got {size}")
         self._row = np.full(size, -1, np.int64)  # item -> row of the table
         self._table: Any = None  # [rows, C] probabilities given one item
@@ -133,6 +136,10 @@ class ViewMixture:
             share = share / np.bincount(row, share, count)[row] * weight[row]
             mix = sp.csr_matrix((share, (row, self._row[kept.values])), shape=(count, self._table.shape[0]))
             total += _dense(mix @ self._table)
+        if self.views.neighbours > 0:
+            assert self.processor.item_knn is not None  # __init__ has looked
+            total *= 1.0 - self.views.neighbours
+            total += self.views.neighbours * self.processor.item_knn.probabilities(histories)
         return total.astype(np.float32)
 
     def best(
@@ -157,6 +164,7 @@ class ViewMixture:
         chosen = probabilities.gather(1, items)
         alone = torch.from_numpy(whole).gather(1, items).double()
         weight = torch.where(torch.from_numpy(histories.lengths > 0), 1.0 - self.views.weight, 1.0).double()[:, None]
+        weight *= 1.0 - self.views.neighbours
         rest = (chosen.double() - weight * alone).clamp_min(0.0)
         log_weight = torch.where(alone > 0, weight, 0.0).log()
         items = torch.where(chosen > 0, items, -1)

@@ -7,17 +7,11 @@ count against them as they do against models.
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
-from flr.data import CSR, Interactions
-from flr.data.interactions import numbered
-from flr.data.pairs import item_pairs
+from flr.data import CSR, Interactions, NeighbourTable
 
 from .metrics import ranks_from_scores
-
-_BLOCK = 1 << 21  # pairs of places at a time
-_TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
 
 
 class _Baseline:
@@ -63,14 +57,7 @@ class Popularity(_Baseline):
 
 
 class ItemKNN(_Baseline):
-    """Items that followed the history's items, near ones and recent ones counting more.
-
-        A_ij     = sum over distinct (user, i, j, d) of 1 / d      j stands d places after i in a row of the user's
-        M        = A + backward · Aᵀ
-        score_j  = sum over history items i of history_decay^age(i) · M_ij       age 0 for the latest item
-
-    plus a trace of popularity, which orders what is level otherwise. Rows of one user overlap, hence the distinct. The
-    sequence of a row is its history and its target.
+    """Items that followed the history's items, near ones and recent ones counting more: :mod:`flr.data.item_knn`.
 
     On the test rows in ``$FLR_DATA`` (H@5, H@10, N@5, N@10), amazon-cds and amazon-office:
         defaults, chosen by NDCG@10 on validation rows    .0637 .0801 .0502 .0555    .1264 .1457 .1028 .1090
@@ -92,84 +79,7 @@ class ItemKNN(_Baseline):
 
     def __init__(self, train: Interactions, num_items: int, history_decay: float = 0.6, backward: float = 0.5) -> None:
         super().__init__(train, num_items)
-        if not 0 < history_decay <= 1:
-            raise ValueError(f"history_decay: expected more than 0 and at most 1, got {history_decay}")
-        if backward < 0:
-            raise ValueError(f"backward: expected at least 0, got {backward}")
-        self.history_decay = history_decay
-        first, second, distance, users = _pairs(train, num_items)
-        forward = sp.csr_matrix((users / distance, (first, second)), shape=(num_items, num_items))
-        self.similarity = (forward + backward * forward.T).tocsr()  # [C, C]
+        self.table = NeighbourTable.fit(train, num_items, history_decay, backward)
 
     def scores(self, histories: CSR) -> np.ndarray:
-        rows = len(histories.offsets) - 1
-        row = np.repeat(np.arange(rows), np.diff(histories.offsets))
-        age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
-        weights = sp.csr_matrix((self.history_decay**age, (row, histories.values)), shape=(rows, self.num_items))
-        return (weights @ self.similarity).toarray() + _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
-
-
-def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of places in one row, each once a user: earlier item, later item, distance, how many users; int64 [p].
-
-    Users are worked off in blocks, so that beside the result, whole numbers that do not depend on the order of
-    addition, only a block's pairs are in memory.
-    """
-    user = numbered(train.users)
-    by_user = np.argsort(user, kind="stable")
-    lengths = np.diff(train.histories.offsets)[by_user] + 1
-    width = int(lengths.max(initial=1))  # above every distance
-    size = num_items**2 * width  # of the key of a pair without its user
-    if size >= 2**63:
-        raise ValueError(f"num_items: expected C² times the longest row below 2^63, got {num_items}, {width}")
-    ends = np.cumsum(np.bincount(user))  # of the users' rows, in by_user
-    pairs = np.concatenate(([0], np.cumsum(lengths * (lengths - 1) // 2)))
-    total = _Counts()
-    start = first_user = 0
-    while first_user < len(ends):
-        last_user = int(np.searchsorted(pairs[ends], pairs[start] + _BLOCK, side="right"))
-        last_user = max(first_user + 1, min(last_user, first_user + (2**63 - 1) // size))
-        end = int(ends[last_user - 1])
-        rows = train.select(by_user[start:end])
-        keys = np.unique(_keys(rows, user[by_user[start:end]] - first_user, num_items, width))
-        total.add(keys % size)
-        start, first_user = end, last_user
-    keys, users = total.merged()
-    return keys // (num_items * width), keys // width % num_items, keys % width, users
-
-
-def _keys(rows: Interactions, user: np.ndarray, num_items: int, width: int) -> np.ndarray:
-    """int64 [p]: ((user · C + earlier item) · C + later item) · width + distance of every ordered pair of places."""
-    keys = [np.zeros(0, dtype=np.int64)]
-    for pairs in item_pairs(rows):
-        pair = (user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later
-        keys.append(pair * width + pairs.gap)
-    return np.concatenate(keys)
-
-
-class _Counts:
-    """How often each key came, added up in parts that are merged when they outgrow the sum."""
-
-    def __init__(self) -> None:
-        self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._parts: list[np.ndarray] = []
-        self._waiting = 0
-
-    def add(self, keys: np.ndarray) -> None:
-        self._parts.append(keys)
-        self._waiting += len(keys)
-        if self._waiting > max(_BLOCK, len(self._keys)):
-            self.merged()
-
-    def merged(self) -> tuple[np.ndarray, np.ndarray]:
-        """Different keys, ascending, and their counts."""
-        new, count = np.unique(np.concatenate([self._keys[:0], *self._parts]), return_counts=True)
-        self._parts, self._waiting = [], 0
-        if len(new):
-            at = np.searchsorted(self._keys, new)
-            known = at < len(self._keys)
-            known[known] = self._keys[at[known]] == new[known]
-            self._counts[at[known]] += count[known]
-            self._keys = np.insert(self._keys, at[~known], new[~known])
-            self._counts = np.insert(self._counts, at[~known], count[~known])
-        return self._keys, self._counts
+        return self.table.scores(histories)

@@ -1,6 +1,7 @@
 """Every command takes a saved model alike: whole, of an older version, or an adapter; and keeps its card."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ from flr.train import SFTConfig
 DATA = ["--planted_items", "40", "--planted_users", "60"]
 TRAINING = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--num_train_epochs", "1"]
 RL = ["--group_size", "2", "--per_device_train_batch_size", "16", "--max_steps", "1"]
+
+
+def _result(capsys):
+    """What ``--json`` wrote on standard output."""
+    out = capsys.readouterr().out
+    return json.loads(out[out.index("{\n") :])
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +169,29 @@ def test_settings_leave_out_paths_and_names(tmp_path):
     assert found.items() >= {"max_history": 3, "tie_word_embeddings": False, "seed": 7}.items()
     assert not {"data", "model", "output_dir", "run_name"} & set(found)
     assert str(tmp_path) not in str(found)
+
+
+def test_neighbours_are_written_into_the_folder_and_every_command_uses_them(start, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    arguments = ["neighbours", *DATA, "--model", str(folder), "--weights", "0,0.3,1", "--json"]
+    assert main([*arguments, "--dry_run"]) == 0
+    fit = _result(capsys)
+    assert not (folder / "item_knn.safetensors").exists()
+    assert main(arguments) == 0
+    assert (folder / "item_knn.safetensors").exists()
+    views = RecProcessor.from_pretrained(folder).views
+    assert (views.weight, views.neighbours) == (0.25, fit["best"])
+    capsys.readouterr()
+    evaluation = ["evaluate", *DATA, "--model", str(folder), "--split", "valid", "--json", "--baselines", "false"]
+    for weight, expected in zip(fit["weights"], fit["metrics"]["ndcg@10"], strict=True):
+        assert main([*evaluation, "--neighbours_weight", str(weight)]) == 0
+        result = next(iter(_result(capsys).values()))
+        assert result["metrics"]["item"]["ndcg@10"] == pytest.approx(expected, abs=1e-6)
+    assert main([*evaluation, "--max_users", "7"]) == 0
+    result = next(iter(_result(capsys).values()))
+    assert result["settings"]["views"]["neighbours"] == fit["best"]
+    assert main(["recommend", "--model", str(folder), "--history", "item_1", "item_2", "--k", "3"]) == 0
+    for option, value in (("weights", "0,2"), ("max_users", "0"), ("top", "0"), ("model", str(tmp_path / "none"))):
+        assert main([*arguments, f"--{option}", value]) == 1
+        assert f"{option}: expected" in capsys.readouterr().err

@@ -1,0 +1,245 @@
+"""Item-kNN: what followed the items of a history in the training rows. A ranker without learning, and a part of others.
+
+    A_ij     = sum over distinct (user, i, j, d) of 1 / d      j stands d places after i in a row of the user's
+    M        = A + backward · Aᵀ
+    score_j  = sum over history items i of history_decay^age(i) · M_ij       age 0 for the latest item
+
+plus a trace of popularity, which orders what is level otherwise. Rows of one user overlap, hence the distinct. The
+sequence of a row is its history and its target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from flr.files import atomic_file, check_regular, shown
+
+from .interactions import CSR, Interactions, numbered
+from .pairs import item_pairs
+
+KNN_NAME = "item_knn.safetensors"
+
+_FORMAT = "flr-item-knn-1"
+_BLOCK = 1 << 21  # pairs of places at a time
+_TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
+_ARRAYS = {"offsets": torch.int64, "items": torch.int32, "weights": torch.float32, "popularity": torch.float32}
+_MAX_METADATA = 1 << 12  # characters
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+
+class NeighbourTable:
+    """The matrix M of item-kNN, and what scores a catalogue by it.
+
+    Args:
+        similarity: M, CSR [C, C], finite and at least 0.
+        popularity: float [C], how often each item is a training target.
+        history_decay: in (0, 1].
+
+    Example:
+        >>> train = Interactions(["u", "u", "v"], [[0], [0, 1], [1]], [1, 2, 2])
+        >>> table = NeighbourTable.fit(train, 3, backward=0.0)
+        >>> table.scores(CSR.from_rows([[1]])).round(3).tolist()
+        [[0.0, 0.0, 2.0]]
+        >>> table.probabilities(CSR.from_rows([[1], [2]])).round(3).tolist()  # nothing followed item 2: popularity
+        [[0.0, 0.0, 1.0], [0.0, 0.333, 0.667]]
+    """
+
+    def __init__(self, similarity: sp.csr_matrix, popularity: np.ndarray, history_decay: float = 0.6) -> None:
+        if not 0 < history_decay <= 1:
+            raise ValueError(f"history_decay: expected more than 0 and at most 1, got {history_decay}")
+        size = len(popularity)
+        if similarity.shape != (size, size):
+            raise ValueError(f"similarity: expected {size} × {size}, as many as popularity has, got {similarity.shape}")
+        self.similarity, self.popularity, self.history_decay = similarity, popularity, history_decay
+
+    @classmethod
+    def fit(
+        cls,
+        train: Interactions,
+        num_items: int,
+        history_decay: float = 0.6,
+        backward: float = 0.5,
+        top: int | None = None,
+    ) -> NeighbourTable:
+        """Count in ``train``.
+
+        Args:
+            train: rows to count in.
+            num_items: C.
+            history_decay: in (0, 1].
+            backward: weight of co-occurrence against the order, >= 0.
+            top: keep the largest entries of each row of M, that many; all for None.
+        """
+        if train.max_index >= num_items:
+            raise ValueError(f"num_items: expected above the largest item index {train.max_index}, got {num_items}")
+        if backward < 0:
+            raise ValueError(f"backward: expected at least 0, got {backward}")
+        if top is not None and top < 1:
+            raise ValueError(f"top: expected at least 1, got {top}")
+        first, second, distance, users = _pairs(train, num_items)
+        forward = sp.csr_matrix((users / distance, (first, second)), shape=(num_items, num_items))
+        similarity = (forward + backward * forward.T).tocsr()
+        popularity = np.bincount(train.targets, minlength=num_items).astype(np.float64)
+        return cls(similarity if top is None else _largest(similarity, top), popularity, history_decay)
+
+    def __len__(self) -> int:
+        """C."""
+        return len(self.popularity)
+
+    def scores(self, histories: CSR) -> np.ndarray:
+        """Float64 [B, C], higher is better."""
+        rows = len(histories.offsets) - 1
+        row = np.repeat(np.arange(rows), np.diff(histories.offsets))
+        age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
+        weights = sp.csr_matrix((self.history_decay**age, (row, histories.values)), shape=(rows, len(self)))
+        return (weights @ self.similarity).toarray() + _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
+
+    def probabilities(self, histories: CSR) -> np.ndarray:
+        """Float64 [B, C]: scores over their sum; popularity where nothing is known of a history.
+
+        Raises:
+            ValueError: nothing is known of the catalogue either.
+        """
+        scores = self.scores(histories)
+        total = scores.sum(1, keepdims=True)
+        if not (total > 0).all():
+            raise ValueError("item-kNN: expected training rows with a target, got none")
+        return scores / total
+
+    def save(self, path: PathLike) -> None:
+        """Write one safetensors file, atomically."""
+        matrix = self.similarity.tocsr()
+        matrix.sort_indices()
+        arrays = (matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data, self.popularity)
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+            for (name, dtype), array in zip(_ARRAYS.items(), arrays, strict=True)
+        }
+        about = {"format": _FORMAT, "history_decay": self.history_decay}
+        with atomic_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"flr": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: PathLike, num_items: int) -> NeighbourTable:
+        """Read what :meth:`save` wrote for a catalogue of ``num_items``; ValueError where it is something else."""
+        file = Path(path)
+        check_regular(file, "a table of item-kNN")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                about = json.loads(_short(file, (stored.metadata() or {}).get("flr", "{}")))
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: expected a table of item-kNN, got {shown(str(error))}") from None
+        kinds = {name: (array.dtype, array.dim()) for name, array in arrays.items()}
+        if about.get("format") != _FORMAT or kinds != {name: (dtype, 1) for name, dtype in _ARRAYS.items()}:
+            raise ValueError(f"{file}: expected a table of item-kNN ({_FORMAT}), got {shown(about.get('format'), 40)}")
+        offsets, items, weights, popularity = (arrays[name].numpy() for name in _ARRAYS)
+        sizes = len(offsets) - 1, len(popularity)
+        if sizes != (num_items, num_items):
+            raise ValueError(f"{file}: expected a table of {num_items} items, those of the catalogue, got {sizes}")
+        sound = (
+            offsets[0] == 0 and offsets[-1] == len(items) == len(weights) and (np.diff(offsets) >= 0).all()
+            and items.min(initial=0) >= 0 and items.max(initial=-1) < num_items
+            and all(np.isfinite(x).all() and x.min(initial=0) >= 0 for x in (weights, popularity))
+        )  # fmt: skip
+        if not sound:
+            raise ValueError(f"{file}: expected rows of item indices and weights of at least 0, got damaged ones")
+        shape = (num_items, num_items)
+        matrix = sp.csr_matrix((weights.astype(np.float64), items, offsets), shape=shape)
+        decay = about.get("history_decay")
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+            raise ValueError(f"{file}: expected history_decay, got {shown(decay, 40)}")
+        return cls(matrix, popularity.astype(np.float64), float(decay))
+
+
+def _short(file: Path, text: Any) -> str:
+    """``text`` where it is short enough to be what this module wrote."""
+    if not isinstance(text, str) or len(text) > _MAX_METADATA:
+        raise ValueError(f"{file}: expected metadata of at most {_MAX_METADATA} characters")
+    return text
+
+
+def _largest(matrix: sp.csr_matrix, top: int) -> sp.csr_matrix:
+    """The ``top`` largest entries of each row; of equal ones those of lower columns."""
+    matrix.sort_indices()
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, row))
+    place = np.arange(len(order)) - matrix.indptr[row]  # rows stay where they are, so row is row[order]
+    kept = order[place < top]
+    return sp.csr_matrix((matrix.data[kept], (row[kept], matrix.indices[kept])), shape=matrix.shape)
+
+
+def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of places in one row, each once a user: earlier item, later item, distance, how many users; int64 [p].
+
+    Users are worked off in blocks, so that beside the result, whole numbers that do not depend on the order of
+    addition, only a block's pairs are in memory.
+    """
+    user = numbered(train.users)
+    by_user = np.argsort(user, kind="stable")
+    lengths = np.diff(train.histories.offsets)[by_user] + 1
+    width = int(lengths.max(initial=1))  # above every distance
+    size = num_items**2 * width  # of the key of a pair without its user
+    if size >= 2**63:
+        raise ValueError(f"num_items: expected C² times the longest row below 2^63, got {num_items}, {width}")
+    ends = np.cumsum(np.bincount(user))  # of the users' rows, in by_user
+    pairs = np.concatenate(([0], np.cumsum(lengths * (lengths - 1) // 2)))
+    total = _Counts()
+    start = first_user = 0
+    while first_user < len(ends):
+        last_user = int(np.searchsorted(pairs[ends], pairs[start] + _BLOCK, side="right"))
+        last_user = max(first_user + 1, min(last_user, first_user + (2**63 - 1) // size))
+        end = int(ends[last_user - 1])
+        rows = train.select(by_user[start:end])
+        keys = np.unique(_keys(rows, user[by_user[start:end]] - first_user, num_items, width))
+        total.add(keys % size)
+        start, first_user = end, last_user
+    keys, users = total.merged()
+    return keys // (num_items * width), keys // width % num_items, keys % width, users
+
+
+def _keys(rows: Interactions, user: np.ndarray, num_items: int, width: int) -> np.ndarray:
+    """int64 [p]: ((user · C + earlier item) · C + later item) · width + distance of every ordered pair of places."""
+    keys = [np.zeros(0, dtype=np.int64)]
+    for pairs in item_pairs(rows):
+        pair = (user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later
+        keys.append(pair * width + pairs.gap)
+    return np.concatenate(keys)
+
+
+class _Counts:
+    """How often each key came, added up in parts that are merged when they outgrow the sum."""
+
+    def __init__(self) -> None:
+        self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._parts: list[np.ndarray] = []
+        self._waiting = 0
+
+    def add(self, keys: np.ndarray) -> None:
+        self._parts.append(keys)
+        self._waiting += len(keys)
+        if self._waiting > max(_BLOCK, len(self._keys)):
+            self.merged()
+
+    def merged(self) -> tuple[np.ndarray, np.ndarray]:
+        """Different keys, ascending, and their counts."""
+        new, count = np.unique(np.concatenate([self._keys[:0], *self._parts]), return_counts=True)
+        self._parts, self._waiting = [], 0
+        if len(new):
+            at = np.searchsorted(self._keys, new)
+            known = at < len(self._keys)
+            known[known] = self._keys[at[known]] == new[known]
+            self._counts[at[known]] += count[known]
+            self._keys = np.insert(self._keys, at[~known], new[~known])
+            self._counts = np.insert(self._counts, at[~known], count[~known])
+        return self._keys, self._counts

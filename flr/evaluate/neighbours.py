@@ -1,0 +1,79 @@
+"""The weight of item-kNN beside a model, chosen on rows that neither was fitted on.
+
+p(item | user) = (1 - n) p_model(item | user) + n q(item | user),   q: scores of item-kNN over their sum
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from flr.data import HistoryViews, Interactions, NeighbourTable, RecProcessor
+from flr.decode.mixture import ViewMixture
+from flr.model.backbone import evaluating
+
+from .metrics import ranks_from_scores, row_metrics
+
+_METRICS = ("hr@10", "ndcg@10")
+
+
+@dataclass(frozen=True)
+class NeighbourFit:
+    """What each weight gave.
+
+    Attributes:
+        weights: as asked for, ascending. metrics: float64 [weights, users] by name, "hr@10" and "ndcg@10", by item.
+        best: the weight with the largest mean NDCG@10, of equal ones the smallest.
+    """
+
+    weights: tuple[float, ...]
+    metrics: dict[str, np.ndarray]
+    best: float
+
+
+@torch.inference_mode()
+def fit_neighbours(
+    model: Any,
+    processor: RecProcessor,
+    table: NeighbourTable,
+    rows: Interactions,
+    weights: Sequence[float],
+    *,
+    num_beams: int = 20,
+    batch_size: int = 128,
+) -> NeighbourFit:
+    """Rank the targets of ``rows`` with each of ``weights``; the model runs once.
+
+    Args:
+        model, processor: a causal LM and its processor, whose views of the history are kept.
+        table: of item-kNN, counted in training rows only.
+        rows: neither the model's nor the table's training rows, e.g. ``dataset.valid``.
+        weights: in 0..1. num_beams: for codecs of several tokens an item, see :class:`ViewMixture`.
+        batch_size: users at a time.
+
+    Raises:
+        ValueError: no rows, no weights, or one out of range.
+    """
+    tried = tuple(sorted(set(weights)))
+    if not tried or not 0 <= tried[0] <= tried[-1] <= 1:
+        raise ValueError(f"weights: expected numbers in 0..1, got {list(weights)}")
+    if len(rows) == 0:
+        raise ValueError("rows: expected at least one, got none")
+    views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
+    mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
+    ranks = np.zeros((len(tried), len(rows)), np.int64)
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
+            own, others = mixture.scores(part.histories), table.probabilities(part.histories)
+            target = torch.from_numpy(part.targets.astype(np.int64))
+            for place, weight in enumerate(tried):
+                mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
+                ranks[place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
+    by_weight = [row_metrics(row) for row in ranks]
+    metrics = {name: np.stack([values[name] for values in by_weight]) for name in _METRICS}
+    return NeighbourFit(tried, metrics, tried[int(metrics["ndcg@10"].mean(1).argmax())])

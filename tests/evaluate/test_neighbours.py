@@ -1,0 +1,38 @@
+"""The weight of item-kNN, chosen on valid."""
+
+import numpy as np
+import pytest
+
+from flr.data import HistoryViews, NeighbourTable
+from flr.evaluate import evaluate, evaluate_scorer
+from flr.evaluate.baselines import ItemKNN
+from flr.evaluate.neighbours import fit_neighbours
+from tests.helpers.catalogues import DATA
+from tests.helpers.models import trainable
+
+
+def test_each_weight_is_what_evaluation_gives_with_it():
+    model, processor = trainable()
+    size = len(processor.catalogue)
+    table = NeighbourTable.fit(DATA.train, size)
+    fit = fit_neighbours(model, processor, table, DATA.valid, [1.0, 0.0, 0.4, 0.4], batch_size=7)
+    assert fit.weights == (0.0, 0.4, 1.0)
+    means = fit.metrics["ndcg@10"].mean(1)
+    assert fit.best == fit.weights[int(means.argmax())]
+    processor.item_knn = table
+    for weight, mean in zip(fit.weights, means, strict=True):
+        views = HistoryViews(0.0, neighbours=weight)
+        result = evaluate(model, processor, DATA.valid, progress=False, views=views)
+        assert result.metrics["item"]["ndcg@10"] == pytest.approx(mean, abs=1e-9)
+    knn = evaluate_scorer(ItemKNN(DATA.train, size), DATA.valid, DATA.catalogue)
+    assert knn.metrics["item"]["ndcg@10"] == pytest.approx(means[-1], abs=1e-3)
+    assert len(np.unique(means)) == 3
+
+
+def test_bad_arguments_name_themselves():
+    model, processor = trainable()
+    table = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    with pytest.raises(ValueError, match="weights"):
+        fit_neighbours(model, processor, table, DATA.valid, [1.5])
+    with pytest.raises(ValueError, match="rows"):
+        fit_neighbours(model, processor, table, DATA.valid.select([]), [0.5])
