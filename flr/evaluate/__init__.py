@@ -1,6 +1,17 @@
 """Whole-catalogue evaluation: ranks, metrics with intervals, baselines."""
 
+from .neighbours import NeighbourFit, fit_neighbours
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
 from .result import EvalResult, Level
 
-__all__ = ["EvalResult", "Level", "Method", "Scorer", "evaluate", "evaluate_scorer", "padded_rows"]
+__all__ = [
+    "EvalResult",
+    "Level",
+    "Method",
+    "NeighbourFit",
+    "Scorer",
+    "evaluate",
+    "evaluate_scorer",
+    "fit_neighbours",
+    "padded_rows",
+]
