@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "neighbours": "mix item-kNN into a trained model's answers, with a weight chosen on valid",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
+    "robustness": "ranking on damaged histories, and of cold items and users: table and plot",
     "recommend": "top-k items for histories, with each factor's share",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",

@@ -50,8 +50,6 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not Path(options.model).is_dir():
         raise ValueError(f"model: expected a folder that can be written to, got {options.model!r}")
-    from rich.table import Table
-
     from flr.data import HistoryViews, NeighbourTable
     from flr.data.processor_folder import save_views
     from flr.evaluate.neighbours import fit_neighbours
@@ -64,11 +62,9 @@ def main(argv: list[str]) -> int:
     counted = options.history_decay, options.backward, options.top
     table = NeighbourTable.fit(dataset.train, len(dataset.catalogue), *counted)
     rows = dataset.valid.spread(options.max_users)
-    sizes = {"num_beams": options.num_beams, "batch_size": options.batch_size}
-    fit = fit_neighbours(model, processor, table, rows, weights, **sizes)
-    shown = Table(title=f"{len(rows)} rows of valid, by weight of item-kNN")
-    for column in ("weight", "HR@10", "NDCG@10"):
-        shown.add_column(column, justify="right")
+    sizes: dict[str, int] = {"num_beams": options.num_beams, "batch_size": options.batch_size}
+    fit = fit_neighbours(model, processor, table, rows, weights, progress=voice.shows_progress(), **sizes)
+    shown = voice.table(f"{len(rows)} rows of valid, by weight of item-kNN", "weight", "HR@10", "NDCG@10")
     means = {name: values.mean(1).tolist() for name, values in fit.metrics.items()}
     for weight, hr, ndcg in zip(fit.weights, means["hr@10"], means["ndcg@10"], strict=True):
         mark = "  best" if weight == fit.best else ""

@@ -3,6 +3,7 @@
 from .neighbours import NeighbourFit, fit_neighbours
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
 from .result import EvalResult, Level
+from .robustness import robustness
 
 __all__ = [
     "EvalResult",
@@ -14,4 +15,5 @@ __all__ = [
     "evaluate_scorer",
     "fit_neighbours",
     "padded_rows",
+    "robustness",
 ]

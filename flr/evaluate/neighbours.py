@@ -17,6 +17,7 @@ from flr.decode.mixture import ViewMixture
 from flr.model.backbone import evaluating
 
 from .metrics import ranks_from_scores, row_metrics
+from .rank import progress_bar
 
 _METRICS = ("hr@10", "ndcg@10")
 
@@ -45,6 +46,7 @@ def fit_neighbours(
     *,
     num_beams: int = 20,
     batch_size: int = 128,
+    progress: bool = False,
 ) -> NeighbourFit:
     """Rank the targets of ``rows`` with each of ``weights``; the model runs once.
 
@@ -53,7 +55,7 @@ def fit_neighbours(
         table: of item-kNN, counted in training rows only.
         rows: neither the model's nor the table's training rows, e.g. ``dataset.valid``.
         weights: in 0..1. num_beams: for codecs of several tokens an item, see :class:`ViewMixture`.
-        batch_size: users at a time.
+        batch_size: users at a time. progress: show a bar on stderr, where that is a terminal.
 
     Raises:
         ValueError: no rows, no weights, or one out of range.
@@ -66,7 +68,7 @@ def fit_neighbours(
     views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
     mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
     ranks = np.zeros((len(tried), len(rows)), np.int64)
-    with evaluating(model):
+    with evaluating(model), progress_bar(progress, "ranking", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
             own, others = mixture.scores(part.histories), table.probabilities(part.histories)
@@ -74,6 +76,7 @@ def fit_neighbours(
             for place, weight in enumerate(tried):
                 mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
                 ranks[place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
+            advance(len(part))
     by_weight = [row_metrics(row) for row in ranks]
     metrics = {name: np.stack([values[name] for values in by_weight]) for name in _METRICS}
     return NeighbourFit(tried, metrics, tried[int(metrics["ndcg@10"].mean(1).argmax())])

@@ -260,7 +260,7 @@ def _result(
     """Rank all rows, in the order given, and measure the time that it takes."""
     order = np.arange(len(interactions)) if order is None else order
     started = time.perf_counter()
-    with _bar(progress, f"evaluating {name}", len(interactions)) as advance:
+    with progress_bar(progress, f"evaluating {name}", len(interactions)) as advance:
         ranked = in_parts(rank, order, batch_size, folder, advance)
     settings["seconds"] = round(time.perf_counter() - started, 3)
     return EvalResult(
@@ -277,7 +277,7 @@ def _result(
 
 
 @contextmanager
-def _bar(enabled: bool, text: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(enabled: bool, text: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     shown = enabled and console.is_terminal

@@ -123,3 +123,56 @@ def plot_compare(
     note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
     figure.supxlabel(note, fontsize=8.5, color=scheme.soft)
     save_png(figure, path, ground=scheme.ground)
+
+
+#: Lines beyond two colours differ by dash and marker, so that they are told apart without colour, too.
+_LINES = (("-", "o"), ("-", "s"), ("--", "o"), ("--", "s"), (":", "o"), (":", "s"), ("-.", "o"), ("-.", "s"))
+
+
+def plot_robustness(
+    found: Sequence[Mapping[str, Any]], path: PathLike, metric: str = "ndcg@10", *, dark: bool = False
+) -> None:
+    """A panel a kind of damage: the metric against its severity, a line a ranker, with 95 % intervals. Writes a PNG.
+
+    Args:
+        found: what :func:`flr.evaluate.robustness` returns.
+        path: of the PNG. metric: one that every row has as (mean, low, high).
+        dark: light on dark, for a page of that scheme.
+
+    Raises:
+        ValueError: nothing was damaged. MissingExtraError: matplotlib is not installed.
+    """
+    kinds = list(dict.fromkeys(row["kind"] for row in found if "change" in row))
+    if not kinds:
+        raise ValueError("found: expected rows of damaged histories, got none")
+    scheme = DARK if dark else LIGHT
+    names = list(dict.fromkeys(row["ranker"] for row in found))
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = new_figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 0.9), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for ax, kind in zip(axes, kinds, strict=False):
+        for place, name in enumerate(names):
+            points = [r for r in found if r["ranker"] == name and r["kind"] in ("clean", kind)]
+            points.sort(key=lambda row: row["severity"])
+            x, values = [r["severity"] for r in points], np.array([r[metric] for r in points])
+            dash, marker = _LINES[place % len(_LINES)]
+            colour = (scheme.first, scheme.second)[place % 2]
+            ax.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
+            ax.plot(x, values[:, 0], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=name)
+        ax.set_title(kind, fontsize=11, loc="left", color=scheme.text)
+        ax.set_ylim(bottom=0)
+        ax.grid(axis="y", color=scheme.line, linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.set_facecolor(scheme.ground)
+        ax.tick_params(length=0, labelsize=9, colors=scheme.soft)
+        ax.locator_params(nbins=5)
+        ax.spines[:].set_visible(False)
+    for ax in axes[len(kinds) :]:
+        ax.set_visible(False)
+    lines, labels = axes[0].get_legend_handles_labels()
+    style = {"frameon": False, "fontsize": 9, "labelcolor": scheme.text, "ncols": min(4, len(names))}
+    figure.legend(lines, labels, loc="outside upper center", **style)
+    figure.supxlabel("share of the history that is damaged", fontsize=9, color=scheme.soft)
+    figure.supylabel(metric.upper(), fontsize=9, color=scheme.soft)
+    save_png(figure, path, ground=scheme.ground)

@@ -195,3 +195,17 @@ def test_neighbours_are_written_into_the_folder_and_every_command_uses_them(star
     for option, value in (("weights", "0,2"), ("max_users", "0"), ("top", "0"), ("model", str(tmp_path / "none"))):
         assert main([*arguments, f"--{option}", value]) == 1
         assert f"{option}: expected" in capsys.readouterr().err
+
+
+def test_robustness_writes_what_it_measured(start, tmp_path, capsys):
+    arguments = ["robustness", *DATA, "--models", f"first={start}", "--kinds", "drop,poison", "--severities", "0.5"]
+    assert main([*arguments, "--output", str(tmp_path), "--json"]) == 0
+    found = _result(capsys)["measurements"]
+    assert found == json.loads((tmp_path / "robustness.json").read_text())["measurements"]
+    assert {row["ranker"] for row in found} == {"first", "item-kNN"}
+    assert {row["kind"] for row in found} >= {"clean", "drop", "poison"}
+    assert (tmp_path / "robustness.png").stat().st_size > 5000
+    bad = [("kinds", "burn"), ("severities", "0,0.5"), ("models", "a=x,a=y"), ("split", "train"), ("max_users", "0")]
+    for option, value in bad:
+        assert main([*arguments, "--output", str(tmp_path), f"--{option}", value]) in (1, 2)
+        assert f"{option}: expected" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Rankings on damaged histories."""
+
+import numpy as np
+import pytest
+
+from flr.cli.robustness import KINDS
+from flr.data import Interactions
+from flr.data.perturb import PERTURBATIONS, perturb
+from flr.evaluate import evaluate_scorer, robustness
+from flr.evaluate.baselines import ItemKNN
+from tests.helpers.catalogues import DATA
+
+POPULARITY = np.bincount(DATA.train.targets, minlength=len(DATA.catalogue))
+
+
+def test_measurements_are_those_of_the_evaluation_by_hand(tmp_path):
+    knn = ItemKNN(DATA.train, len(DATA.catalogue))
+    rankers = {"knn": lambda rows: evaluate_scorer(knn, rows, DATA.catalogue)}
+    options = {"popularity": POPULARITY, "max_history": 10}
+    found = robustness(rankers, DATA.test, kinds=["replace"], severities=[0.5, 1.0], **options)
+    by_kind = {(row["kind"], row["severity"]): row for row in found}
+    clean = evaluate_scorer(knn, DATA.test, DATA.catalogue).metrics["item"]["ndcg@10"]
+    assert by_kind["clean", 0.0]["ndcg@10"][0] == pytest.approx(clean)
+    histories = perturb(DATA.test.histories, "replace", 0.5, **options)
+    damaged = Interactions(DATA.test.users, histories, DATA.test.targets)
+    value = evaluate_scorer(knn, damaged, DATA.catalogue).metrics["item"]["ndcg@10"]
+    row = by_kind["replace", 0.5]
+    assert row["ndcg@10"][0] == pytest.approx(value)
+    assert row["change"][0] == pytest.approx(value - clean)
+    assert row["change"][1] <= row["change"][0] <= row["change"][2]
+    assert by_kind["replace", 1.0]["change"][2] < 0  # nothing is left of the history
+    cold = POPULARITY[DATA.test.targets] < 5
+    if cold.any():
+        assert by_kind["cold items", 0.0]["rows"] == cold.sum()
+
+
+def test_the_command_has_the_kinds_that_there_are():
+    assert KINDS == PERTURBATIONS
