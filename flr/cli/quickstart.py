@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from flr.recommend import Explanation
 
 ABOUT = (
-    "Train five small models on generated data, reinforce one of them, compare, explain and report: about three "
-    "minutes on two CPU cores."
+    "Train eight small models on generated data, reinforce one of them, compare, explain and report: about five "
+    "minutes on one CPU core."
 )
 _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 64,
