@@ -178,7 +178,8 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
 def note_run(row: dict[str, Any], split: str, what: str) -> None:
     """A line about a run that has ended."""
     value, seconds = row["metrics"]["ndcg@10"], row["seconds"]
-    voice.note(f"{row['mode']:<{max(map(len, MODES))}}  seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
+    name = f"{row['mode']:<{max(map(len, MODES))}}  seed {row['seed']}"
+    voice.note(f"{name}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
 
 
 def print_table(outcome: dict[str, Any]) -> None:
