@@ -102,7 +102,7 @@ def roofline(rows: list[Row]) -> Figure:
         axes.annotate(
             f"matmul {dtype}: {peak:.3g} TFLOP/s",
             (knee, peak),
-            (0, 9),
+            (0, 5),
             textcoords="offset points",
         )
     copy = f"copy: {1e3 * bandwidth:.3g} GB/s"

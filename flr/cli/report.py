@@ -19,9 +19,7 @@ ABOUT = (
     "Write a page about a run of flr sft or flr rl, or about two compared: training curves, factors over training, "
     "what each factor likes, metrics by user group."
 )
-#: What a run keeps beside its model: what each factor likes. The evaluations lie in folders named by their split.
-LIKES = "factors.json"
-_SPLITS = ("valid", "test")
+_SPLITS = ("valid", "test")  # whose evaluations lie in folders of that name
 _METRICS = ("hr@10", "ndcg@10")
 
 
@@ -47,15 +45,17 @@ def keep_for_report(args: Any, model: Any, processor: Any, dataset: RecDataset, 
     from flr.explain import factor_likes
     from flr.files import write_json
     from flr.model.backbone import causal_lm, is_patched
+    from flr.train.run_folder import LIKES_NAME, VALID_NAME
 
     if not args.should_save or valid is None:
         return
     root = Path(str(args.output_dir))
-    with_popularity(valid, dataset).save(root / "valid")
+    with_popularity(valid, dataset).save(root / VALID_NAME)
     lm = causal_lm(model)
     attends = is_patched(lm) and lm._flr_patch.config.has_reasoner and lm._flr_patch.config.variant != "offsets"
-    if attends and (dataset.valid.histories.lengths > 1).any():
-        write_json(root / LIKES, {"factors": factor_likes(model, processor, dataset.valid)})
+    sharded = args.world_size > 1 and bool(args.fsdp)  # a forward of one process alone would wait for the others
+    if attends and not sharded and (dataset.valid.histories.lengths > 1).any():
+        write_json(root / LIKES_NAME, {"factors": factor_likes(model, processor, dataset.valid)})
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
     """
     from flr.evaluate import EvalResult, by_trait
     from flr.files import read_json
-    from flr.train.run_folder import RUN_NAME, STATE_NAME, checkpoints
+    from flr.train.run_folder import LIKES_NAME, RUN_NAME, STATE_NAME, checkpoints
 
     places = [folder, *checkpoints(folder)]  # a run that has not ended has its checkpoints
     state_file = next((place / STATE_NAME for place in places if (place / STATE_NAME).is_file()), None)
@@ -89,7 +89,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
         }
         for split, result in results.items()
     }
-    likes = read_json(folder / LIKES).get("factors", []) if (folder / LIKES).is_file() else []
+    likes = read_json(folder / LIKES_NAME).get("factors", []) if (folder / LIKES_NAME).is_file() else []
     run = {"name": folder.name, "facts": _facts(summary, state, ended), "log": log, "metrics": list(_METRICS)}
     return {**run, "evaluations": evaluations, "likes": likes}, results
 

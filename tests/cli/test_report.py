@@ -7,6 +7,7 @@ import json
 import pytest
 
 from flr.cli import main
+from flr.train.run_folder import begin
 from tests.helpers.extras import hide
 from tests.helpers.pages import Checker
 from tests.helpers.runs import run_folder
@@ -69,6 +70,13 @@ def test_a_run_that_has_not_ended_is_shown_from_its_newest_checkpoint(tmp_path):
     assert "not finished" in shown
     assert "Training loss" in shown
     assert "Groups of users" not in shown
+
+
+def test_an_overwritten_run_leaves_nothing_that_would_pass_for_the_new_one_s(tmp_path):
+    run = run_folder(tmp_path / "run", 0.5)
+    (run / "notes.txt").write_text("mine")
+    begin(run, {}, None, overwrite=True)
+    assert [path.name for path in run.rglob("*") if path.is_file()] == ["notes.txt"]
 
 
 def test_what_is_refused(tmp_path, capsys):
