@@ -1,12 +1,8 @@
 """Figures are drawn from rows of the results."""
 
-import itertools
 from pathlib import Path
 
-from matplotlib.text import Text
-
 from bench import figures, report, results
-from flr.report.drawing import styled
 from tests.helpers.results import planted
 
 ROOT = Path(__file__).parents[2]
@@ -44,21 +40,3 @@ def test_the_speed_ups_are_few_bars_that_hold_every_row():
         assert len({(row["suite"], row["variant"], row["target"]) for row in group}) == 1
         assert against.startswith(f"against {group[0]['variant']}")
         assert group[0]["case"].split()[0] in words
-
-
-def test_no_two_texts_of_a_figure_collide():
-    drawn = figures.chosen(results.newest())
-    for name, rows in drawn.items():
-        with styled():
-            figure = figures.FIGURES[name][0](rows)
-            figure.draw_without_rendering()
-            boxes = [
-                (text.get_text(), text.get_window_extent().padded(-1.5))
-                for text in figure.findobj(Text)
-                if text.get_visible()
-                and text.get_text().strip()
-                and all(axes.get_visible() for axes in [text.axes] if axes)
-            ]
-        for (one, a), (other, b) in itertools.combinations(boxes, 2):
-            assert one == other or not a.overlaps(b), f"{name}: {one!r} and {other!r}"
-            assert a.x0 > -3, f"{name}: {one!r} is cut off"
