@@ -25,6 +25,7 @@ COMMANDS = {
     "recommend": "top-k items for histories, with each factor's share",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",
+    "report": "one run, or two compared, as a page: training curves, factors over training, metrics by user group",
     "serve": "recommendations over HTTP, with a page that shows what the factors do",
 }
 

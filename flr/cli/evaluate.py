@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     from flr.evaluate.baselines import ItemKNN, Popularity
 
     from .card import measured, model_facts, update_card
+    from .report import with_popularity
 
     dataset = data.announce()
     limit = data.max_prompt_tokens
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> int:
         progress=voice.shows_progress(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
     )
+    if options.output:
+        with_popularity(result, dataset).save(options.output)
     if options.card:
         update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = (Popularity, ItemKNN) if options.baselines else ()

@@ -43,6 +43,7 @@ def train(
     from flr.train.precision import choose_autocast
 
     from .card import measured, model_facts, save_card
+    from .report import keep_for_report
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
@@ -58,6 +59,7 @@ def train(
             start.summary = _reinforce(trainer, options, args)
             valid = trainer.valid_result()
     if not start.finished:
+        keep_for_report(args, model, processor, dataset, valid)
         about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
         save_card(args, about, measured(dataset, "valid", valid))
     return model.eval(), processor, start.summary

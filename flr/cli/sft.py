@@ -37,6 +37,7 @@ def train(
     from flr.train.precision import choose_autocast
 
     from .card import measured, model_facts, save_card
+    from .report import keep_for_report
 
     dataset = data.load() if dataset is None else dataset
     set_seed(args.seed)
@@ -55,6 +56,7 @@ def train(
             best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
             start.summary = summarise(args, facts, outcome, best)
     if not start.finished:
+        keep_for_report(args, model, processor, dataset, valid)
         options = (data, augment, model_options, config, args)
         about = model_facts(model, processor, dataset, "flr sft", options, model_options.model)
         save_card(args, about, measured(dataset, "valid", valid))

@@ -1,5 +1,6 @@
 """Whole-catalogue evaluation: ranks, metrics with intervals, baselines."""
 
+from .groups import by_trait
 from .neighbours import NeighbourFit, fit_neighbours
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
 from .result import EvalResult, Level
@@ -11,6 +12,7 @@ __all__ = [
     "Method",
     "NeighbourFit",
     "Scorer",
+    "by_trait",
     "evaluate",
     "evaluate_scorer",
     "fit_neighbours",

@@ -272,6 +272,7 @@ def _result(
         scores=ranked.scores.astype(np.float32),
         num_items=num_items,
         settings=settings,
+        traits={"history_length": interactions.histories.lengths.astype(np.int64)},
         **bootstrap,
     )
 

@@ -30,6 +30,7 @@ Level = Literal["item", "title"]
 
 _LEVELS: tuple[Level, ...] = ("item", "title")
 _KEPT = ("name", "num_items", "settings", "samples", "seed")  # beside the rows, in both files
+_TRAIT = "trait_"  # what columns of traits are called by
 _TABLE_METRICS = ("hr@1", "hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
 
@@ -45,6 +46,8 @@ class EvalResult:
         items, scores: int64 and float32 [n, k]: the items given to each row, best first, -1 / -inf past the end.
         num_items: C.
         settings: how it was made.
+        traits: int64 [n] by name, of every row: "history_length" in items, and "target_popularity", how often its
+            target is one in training, where that is known.
         metrics: by level ("item", "title") and name ("hr@10", "ndcg@10", "mrr", …); "item" has coverage@10 too.
         intervals: bootstrap intervals of the same, coverage excepted.
     """
@@ -61,6 +64,7 @@ class EvalResult:
     intervals: dict[str, dict[str, Interval]] = field(init=False)
     samples: int = 1000
     seed: int = 0
+    traits: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.metrics = {level: rank_metrics(ranks) for level, ranks in self.ranks.items()}
@@ -91,6 +95,7 @@ class EvalResult:
             "user": pa.array(self.users, pa.string()),
             "target": pa.array(self.targets),
             **{f"rank_{level}": pa.array(self.ranks[level]) for level in _LEVELS},
+            **{_TRAIT + name: pa.array(np.asarray(values, np.int64)) for name, values in self.traits.items()},
             "items": _lists(self.items),
             "scores": _lists(self.scores),
         }
@@ -116,6 +121,7 @@ class EvalResult:
             ranks={level: table[f"rank_{level}"].to_numpy() for level in _LEVELS},
             items=_matrix(table["items"]),
             scores=_matrix(table["scores"]),
+            traits={n.removeprefix(_TRAIT): table[n].to_numpy() for n in table.column_names if n.startswith(_TRAIT)},
             **{key: meta[key] for key in _KEPT},
         )
 

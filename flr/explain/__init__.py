@@ -2,5 +2,6 @@
 
 from .attention import item_attention
 from .interest import FactorInterest, agreement, assign_factors, factor_interest
+from .likes import factor_likes
 
-__all__ = ["FactorInterest", "agreement", "assign_factors", "factor_interest", "item_attention"]
+__all__ = ["FactorInterest", "agreement", "assign_factors", "factor_interest", "factor_likes", "item_attention"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -168,33 +169,52 @@ def factor_interest(
     interests = np.asarray(interests)
     if interests.shape != (len(processor.catalogue),):
         raise ValueError(f"interests: expected shape ({len(processor.catalogue)},), got {interests.shape}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     histories = interactions.histories if isinstance(interactions, Interactions) else interactions
-    filled = np.flatnonzero(histories.lengths > 1)
-    filled = filled[np.argsort(histories.lengths[filled], kind="stable")]  # equal lengths together: little padding
     assigned: list[tuple[np.ndarray, ...]] = []  # factors, items and row of every history
     num_factors = 0
-    with torch.inference_mode(), evaluating(model):
-        for first in range(0, len(filled), batch_size):
-            chosen = filled[first : first + batch_size]
-            part = histories.take(chosen)
-            inputs = processor(part)
+    for index, seen, attention in attended(model, processor, histories, batch_size, refinement, thought):
+        num_factors = len(attention)
+        assigned.append((assign_factors(attention), seen, np.full(len(seen), index)))
+    factors, items, rows = (np.concatenate(column) for column in zip(*assigned, strict=True))
+    return agreement(factors, items, rows, interests, num_factors, permutations, seed)
+
+
+def attended(
+    model: nn.Module,
+    processor: RecProcessor,
+    histories: CSR,
+    batch_size: int,
+    refinement: int = -1,
+    thought: int = -1,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Row, the items that the model sees, int64 [m], and the factors' attention on them, float64 [K, m].
+
+    Histories of which it sees one item are left out. Rows come by length.
+
+    Raises:
+        ValueError: a model without factors that attend, a batch_size below 1, no history of two items.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    filled = np.flatnonzero(histories.lengths > 1)
+    filled = filled[np.argsort(histories.lengths[filled], kind="stable")]  # equal lengths together: little padding
+    some = False
+    for first in range(0, len(filled), batch_size):
+        chosen = filled[first : first + batch_size]
+        part = histories.take(chosen)
+        inputs = processor(part)
+        with torch.inference_mode(), evaluating(model):
             prompts = think(model, inputs, reserve=0)
             if prompts is None or causal_lm(model)._flr_patch.config.variant == "offsets":
                 raise ValueError(
                     "model: expected one with factors that attend (variant 'flr' or 'latentr3'), got one without"
                 )
-            num_factors = prompts.contributions.shape[2]
             positions = inputs["item_positions"]
             attention = item_attention(prompts, positions, int(part.lengths.max()))[:, thought, refinement]
-            for row, index in enumerate(chosen.tolist()):
-                seen = np.unique(positions[row][positions[row] >= 0].numpy())
-                if len(seen) < 2:
-                    continue
-                factors = assign_factors(attention[row][:, seen])
-                assigned.append((factors, part.row(row)[seen].astype(np.int64), np.full(len(seen), index)))
-    if not assigned:
+        for row, index in enumerate(chosen.tolist()):
+            seen = np.unique(positions[row][positions[row] >= 0].numpy())
+            if len(seen) > 1:
+                some = True
+                yield index, part.row(row)[seen].astype(np.int64), attention[row][:, seen]
+    if not some:
         raise ValueError("interactions: expected at least one row with a history of two items, got none")
-    factors, items, rows = (np.concatenate(column) for column in zip(*assigned, strict=True))
-    return agreement(factors, items, rows, interests, num_factors, permutations, seed)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from flr.data.frames import to_frame
-from flr.report.drawing import save_png
+from flr.report.drawing import save_png, styled
 from flr.report.effects import Effects, effects
 from flr.report.explanation import write_explanation
 from flr.report.heatmap import COLUMNS, draw
@@ -178,7 +178,7 @@ class Explanation:
             if not -size <= value < size:
                 raise ValueError(f"{name}: expected {-size} to {size - 1}, got {value}")
         titles = [item.title or item.item_id for item in self.history[-COLUMNS:]]
-        figure = draw(self.attention[thought, refinement][:, -COLUMNS:], self.gates[thought, refinement], titles)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), styled():
+            figure = draw(self.attention[thought, refinement][:, -COLUMNS:], self.gates[thought, refinement], titles)
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
             save_png(figure, path)

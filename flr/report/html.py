@@ -91,4 +91,9 @@ def _data(path: Path) -> str:
     content = path.read_bytes()
     if not content.startswith(_PNG_MAGIC):
         raise ValueError(f"path: expected a PNG file, got {path}")
+    return png_data(content)
+
+
+def png_data(content: bytes) -> str:
+    """The bytes of a PNG file as data for a page."""
     return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"

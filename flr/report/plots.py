@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
-from .drawing import DARK, LIGHT, new_figure, save_png
+from .drawing import DARK, LIGHT, Scheme, new_figure, save_png, styled
 from .html import PathLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -90,39 +93,35 @@ def plot_compare(
         raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(metric_names(rows)) or 'none'}")
     scheme = DARK if dark else LIGHT
     modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
-    figure = new_figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for ax, (metric, summary) in zip(axes, panels.items(), strict=True):
-        for s in summary:
-            y = modes.index(s.mode)
-            if s.low is not None and s.high is not None:
-                ax.plot([s.low, s.high], [y, y], color=scheme.first, linewidth=2.2, solid_capstyle="round", zorder=2)
-            if len(s.values) > 1:
-                below = [y + 0.2] * len(s.values)
-                ax.scatter(s.values, below, s=16, color=scheme.second, edgecolor=scheme.ground, linewidth=0.5, zorder=3)
-            ax.scatter([s.mean], [y], s=52, color=scheme.first, edgecolor=scheme.ground, linewidth=1, zorder=4)
-            text = {
-                "xytext": (0, 9),
-                "textcoords": "offset points",
-                "ha": "center",
-                "fontsize": 8.5,
-                "color": scheme.text,
-            }
-            ax.annotate(f"{s.mean:.4f}", (s.mean, y), **text)
-        ax.set_title(metric.upper(), fontsize=11, loc="left", color=scheme.text, parse_math=False)
-        ax.set_yticks(range(len(modes)), modes, fontsize=10, parse_math=False)
-        ax.set_ylim(len(modes) - 0.45, -0.7)
-        ax.grid(axis="x", color=scheme.line, linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.set_facecolor(scheme.ground)
-        ax.tick_params(length=0, labelsize=9, colors=scheme.soft, axis="x")
-        ax.tick_params(length=0, colors=scheme.text, axis="y")
-        ax.locator_params(axis="x", nbins=5)
-        ax.spines[:].set_visible(False)
-    seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
-    note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
-    figure.supxlabel(note, fontsize=8.5, color=scheme.soft)
-    save_png(figure, path, ground=scheme.ground)
+    with styled(scheme):
+        figure = new_figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25))
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (metric, summary) in zip(axes, panels.items(), strict=True):
+            _panel(ax, metric, summary, modes, scheme)
+        seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
+        note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
+        figure.supxlabel(note, fontsize=8.5, color=scheme.soft)
+        save_png(figure, path)
+
+
+def _panel(ax: Axes, metric: str, summary: Sequence[ModeSummary], modes: Sequence[str], scheme: Scheme) -> None:
+    """A metric of every mode."""
+    for s in summary:
+        y = modes.index(s.mode)
+        if s.low is not None and s.high is not None:
+            ax.plot([s.low, s.high], [y, y], color=scheme.first, linewidth=2.2, solid_capstyle="round", zorder=2)
+        if len(s.values) > 1:
+            below = [y + 0.2] * len(s.values)
+            ax.scatter(s.values, below, s=16, color=scheme.second, edgecolor=scheme.ground, linewidth=0.5, zorder=3)
+        ax.scatter([s.mean], [y], s=52, color=scheme.first, edgecolor=scheme.ground, linewidth=1, zorder=4)
+        ax.annotate(f"{s.mean:.4f}", (s.mean, y), (0, 9), textcoords="offset points", ha="center", fontsize=8.5)
+    ax.set_title(metric.upper())
+    ax.set_yticks(range(len(modes)), modes, fontsize=10, color=scheme.text)
+    ax.set_ylim(len(modes) - 0.45, -0.7)
+    ax.grid(axis="x")
+    ax.tick_params(length=0)
+    ax.locator_params(axis="x", nbins=5)
+    ax.spines[:].set_visible(False)
 
 
 #: Lines beyond two colours differ by dash and marker, so that they are told apart without colour, too.
@@ -149,30 +148,38 @@ def plot_robustness(
     names = list(dict.fromkeys(row["ranker"] for row in found))
     columns = min(3, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure = new_figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 0.9), layout="constrained")
-    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    for ax, kind in zip(axes, kinds, strict=False):
-        for place, name in enumerate(names):
-            points = [r for r in found if r["ranker"] == name and r["kind"] in ("clean", kind)]
-            points.sort(key=lambda row: row["severity"])
-            x, values = [r["severity"] for r in points], np.array([r[metric] for r in points])
-            dash, marker = _LINES[place % len(_LINES)]
-            colour = (scheme.first, scheme.second)[place % 2]
-            ax.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
-            ax.plot(x, values[:, 0], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=name)
-        ax.set_title(kind, fontsize=11, loc="left", color=scheme.text)
-        ax.set_ylim(bottom=0)
-        ax.grid(axis="y", color=scheme.line, linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.set_facecolor(scheme.ground)
-        ax.tick_params(length=0, labelsize=9, colors=scheme.soft)
-        ax.locator_params(nbins=5)
-        ax.spines[:].set_visible(False)
-    for ax in axes[len(kinds) :]:
-        ax.set_visible(False)
-    lines, labels = axes[0].get_legend_handles_labels()
-    style = {"frameon": False, "fontsize": 9, "labelcolor": scheme.text, "ncols": min(4, len(names))}
-    figure.legend(lines, labels, loc="outside upper center", **style)
-    figure.supxlabel("share of the history that is damaged", fontsize=9, color=scheme.soft)
-    figure.supylabel(metric.upper(), fontsize=9, color=scheme.soft)
-    save_png(figure, path, ground=scheme.ground)
+    with styled(scheme):
+        figure = new_figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 0.9))
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for ax, kind in zip(axes, kinds, strict=False):
+            for place, name in enumerate(names):
+                _damage_line(
+                    ax,
+                    [r for r in found if r["ranker"] == name and r["kind"] in ("clean", kind)],
+                    metric,
+                    place,
+                    scheme,
+                )
+            ax.set_title(kind)
+            ax.set_ylim(bottom=0)
+            ax.grid(axis="y")
+            ax.tick_params(length=0)
+            ax.locator_params(nbins=5)
+            ax.spines[:].set_visible(False)
+        for ax in axes[len(kinds) :]:
+            ax.set_visible(False)
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside upper center", frameon=False, ncols=min(4, len(names)))
+        figure.supxlabel("share of the history that is damaged", fontsize=9, color=scheme.soft)
+        figure.supylabel(metric.upper(), fontsize=9, color=scheme.soft)
+        save_png(figure, path)
+
+
+def _damage_line(ax: Axes, rows: list[Mapping[str, Any]], metric: str, place: int, scheme: Scheme) -> None:
+    """A ranker's metric against severity."""
+    rows = sorted(rows, key=lambda row: row["severity"])
+    x, values = [row["severity"] for row in rows], np.array([row[metric] for row in rows])
+    dash, marker = _LINES[place % len(_LINES)]
+    colour = (scheme.first, scheme.second)[place % 2]
+    ax.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
+    ax.plot(x, values[:, 0], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=rows[0]["ranker"])

@@ -25,6 +25,7 @@ from flr.model.backbone import causal_lm, is_patched, may_look, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.saved_config import write_config
 
+from .factors import tracing
 from .finite import LateLook, check_trainable, check_weights, loss_fault, norm_fault, rows_at_fault
 from .prompts import keeping_prompts
 from .run_folder import (
@@ -267,12 +268,13 @@ class RecTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """HR, NDCG and MRR over the whole catalogue, ``eval_ndcg@10`` and so on, by item."""
         rows: Any = self.valid if eval_dataset is None else eval_dataset.interactions
-        result = self._rank(rows)
+        with tracing(self.accelerator.unwrap_model(self.model)) as trace:
+            result = self._rank(rows)
         if eval_dataset is None:
             self._note_best(result)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.metrics["item"].items()}
         metrics[f"{metric_key_prefix}_seconds"] = result.settings["seconds"]
-        self.log(metrics)
+        self.log(metrics | {f"{metric_key_prefix}_{name}": value for name, value in trace.figures().items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -35,6 +35,8 @@ MODEL_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+#: What a run keeps beside its model for ``flr report``: what each factor likes, and the ranks on the valid split.
+LIKES_NAME, VALID_NAME = "factors.json", "valid"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _TRUE, _FALSE = ("true", "yes", "1"), ("none", "false", "no", "0", "")
 
@@ -171,7 +173,8 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def _delete_run(root: Path) -> None:
     """Delete what a run writes, the record and the marks first, so that no rest passes for a model or a run."""
-    for name in (RUN_NAME, *reversed(MARKS), STATE_NAME):
+    kept = (LIKES_NAME, f"{VALID_NAME}/ranks.parquet", f"{VALID_NAME}/metrics.json")
+    for name in (RUN_NAME, *reversed(MARKS), STATE_NAME, *kept):
         (root / name).unlink(missing_ok=True)
     for folder in checkpoints(root):
         discard(folder)

@@ -29,3 +29,14 @@ def test_figures_are_drawn_from_rows(tmp_path):
     devices["CPU Some 3.0"][0]["p50_ms"] = 3.0
     assert figures.draw(devices, tmp_path) == [path]
     assert "| step, B2 | L | 1 … 8 | 16.0 ms, 8.00 MB |" in report.growth(devices["CPU Some 3.0"])
+
+
+def test_the_speed_ups_are_few_bars_that_hold_every_row():
+    rows = figures.chosen(results.newest())["speedup"]
+    groups = figures.kinds_of_work(rows)
+    assert len(groups) <= 10
+    assert sum(len(group) for *_, group in groups) == len(rows)
+    for words, against, group in groups:
+        assert len({(row["suite"], row["variant"], row["target"]) for row in group}) == 1
+        assert against.startswith(f"against {group[0]['variant']}")
+        assert group[0]["case"].split()[0] in words

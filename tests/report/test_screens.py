@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from flr.cli import main
 from flr.report.plots import plot_compare
 from flr.report.quickstart import quickstart_report
 from tests.helpers.browser import SCREENS, browser, faults, needs_chromium
 from tests.helpers.catalogues import nasty_catalogue
 from tests.helpers.models import build_recommender
+from tests.helpers.runs import run_folder
 
 pytestmark = needs_chromium
 assert browser  # a fixture
@@ -16,7 +18,7 @@ assert browser  # a fixture
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Addresses of an explanation, of one of many factors, and of a whole report."""
+    """Addresses of an explanation, of one of many factors, of a whole report, and of two runs."""
     out = tmp_path_factory.mktemp("pages")
     explanation = build_recommender(catalogue=nasty_catalogue()).explain(["item_0", "item_1", "item_2", "item_9"], k=4)
     explanation.html(out / "why.html")
@@ -44,11 +46,15 @@ def pages(tmp_path_factory):
         },
         out / "report.html",
     )
+    assert (
+        main(["report", *(str(run_folder(out / name, 0.5)) for name in ("a", "b")), "--output", str(out / "runs.html")])
+        == 0
+    )
     return {path.stem: path.as_uri() for path in out.glob("*.html")}
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
-@pytest.mark.parametrize("name", ["why", "many", "report"])
+@pytest.mark.parametrize("name", ["why", "many", "report", "runs"])
 def test_a_page_fits_and_is_accessible(browser, pages, name, width, scheme):
     with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
         page = context.new_page()
