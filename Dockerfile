@@ -9,7 +9,9 @@ RUN python -m venv /opt/flr
 ENV PATH=/opt/flr/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY constraints.txt ./
-RUN pip install torch -c constraints.txt --index-url https://download.pytorch.org/whl/cpu
+# The index's torch brings CUDA's libraries, 3 GB that a CPU does not need: give the address of PyTorch's CPU builds.
+ARG TORCH_INDEX=
+RUN pip install torch -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 COPY . .
 RUN pip install ".[serve,plots]" -c constraints.txt
 
