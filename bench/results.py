@@ -22,7 +22,8 @@ Row = dict[str, Any]
 Key = tuple[str, str, str]
 #: (suite, first word of the case, variant) of rows that a report leaves out, since their competitor was given more work
 #: than the code it stood for: a row a beam at the root, where STATIC has one a user; in RL logits of every token in
-#: passes of which LatentR3 keeps those of targets. With the date from which it is right.
+#: passes of which LatentR3 keeps those of targets. With the date from which it is right. An entry
+#: goes when the last device that has such rows was measured again.
 WITHDRAWN = {("decode", "step", "padded csr"): "2026-11-26", ("train_step", "rl", "published"): "2026-11-26"}
 #: What a ratio must show over runs under differing load to be part of a baseline: that many runs, the median at least,
 #: the greatest median over the least, the greatest p80 over the least p20. Wall time depends on the machine's cores and

@@ -154,17 +154,20 @@ def test_rl_step(shape, tier, race):
         if not low:
             model.float()
 
+    variants = {
+        "flr": ours,
+        "published": lambda: two_pass.rl_step(model, prompts, group, published=True),
+        "best": lambda: two_pass.rl_step(model, prompts, group, published=False),
+        "grouped": lambda: grouped.rl_step(model, prompts, group),
+        "thoughts": lambda: ours("thoughts"),
+        "prompts kept": with_prompts_kept,
+    }
+    if shape["L"] > 256:  # half a minute a call
+        del variants["published"], variants["best"]
     targets_by_length = {256: {"published": 13 if shape["B"] == 1 else 20, "grouped": 2.5}, 1024: {"grouped": 2.5}}
     race(
         f"rl {label(shape)}",
-        {
-            "flr": ours,
-            "published": lambda: two_pass.rl_step(model, prompts, group, published=True),
-            "best": lambda: two_pass.rl_step(model, prompts, group, published=False),
-            "grouped": lambda: grouped.rl_step(model, prompts, group),
-            "thoughts": lambda: ours("thoughts"),
-            "prompts kept": with_prompts_kept,
-        },
+        variants,
         suite="train_step",
         shape=shape,
         check=check,
