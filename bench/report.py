@@ -19,6 +19,7 @@ Row = dict[str, Any]
 NO_COMPETITORS = (
     "flr, W rows",
     "thoughts",
+    "prompts kept",
     "catalogue scoring",
     "full scoring",
     "host",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ Row = dict[str, Any]
 Key = tuple[str, str, str]
 #: (suite, first word of the case, variant) of rows that a report leaves out, since their competitor was given more work
 #: than the code it stood for: a row a beam at the root, where STATIC has one a user; in RL logits of every token in
-#: passes of which LatentR3 keeps those of targets. With the date from which it is right.
+#: passes of which LatentR3 keeps those of targets. With the date from which it is right. An entry
+#: goes when the last device that has such rows was measured again.
 WITHDRAWN = {("decode", "step", "padded csr"): "2026-11-26", ("train_step", "rl", "published"): "2026-11-26"}
 #: What a ratio must show over runs under differing load to be part of a baseline: that many runs, the median at least,
 #: the greatest median over the least, the greatest p80 over the least p20. Wall time depends on the machine's cores and
@@ -153,14 +155,18 @@ def ratios(document: dict[str, Any]) -> dict[Key, dict[str, float]]:
     }
 
 
-def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> dict[str, Any]:
+def baseline(
+    documents: list[dict[str, Any]], without: tuple[str, ...] = (), added: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The ratios that are steady enough to fail a build by, see STEADY, on every device that the documents are of.
 
     A ratio may differ between processors (products against bandwidth): of several devices the lowest counts. Documents
     are results of several runs, or earlier baselines of other devices. Ratios to the variants ``without`` are left out.
+    Variants ``added`` are newer than the earlier baselines: the ratios to them come from the runs alone and may be
+    below the least of STEADY, all others from the earlier baselines alone.
 
     Raises:
-        ValueError: too few runs of a device, or no ratio that is steady on all.
+        ValueError: too few runs of a device, no ratio that is steady on all, or none to a variant of ``added``.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
     for document in documents:
@@ -169,25 +175,38 @@ def baseline(documents: list[dict[str, Any]], without: tuple[str, ...] = ()) -> 
     few = {device: len(own) for device, own in runs.items() if len(own) < STEADY["runs"]}
     if few:
         raise ValueError(f"expected at least {STEADY['runs']} runs of a device, got {few}")
-    parts = [document for document in documents if "baseline" in document and document["device"] not in runs]
-    parts += [_steady(device, own) for device, own in sorted(runs.items())]
-    each = [{key: ratio for key, ratio in ratios(part).items() if key[2] not in without} for part in parts]
-    keys = sorted(set.intersection(*(set(part) for part in each))) if each else []
-    if not keys:
+    earlier = [document for document in documents if "baseline" in document and document["device"] not in runs]
+    measured = [_steady(device, own, 0.0 if added else STEADY["p50"]) for device, own in sorted(runs.items())]
+    parts = earlier + measured
+    if added:
+        kept = _lowest(earlier, lambda variant: variant not in {*added, *without})
+        kept |= _lowest(measured, lambda variant: variant in added)
+        if gone := sorted(set(added) - {variant for _, _, variant in kept}):
+            raise ValueError(f"added: expected variants with a steady ratio ({STEADY}), got {', '.join(gone)}")
+    else:
+        kept = _lowest(parts, lambda variant: variant not in without)
+    if not kept:
         raise ValueError(f"expected a steady ratio ({STEADY}), got none")
-    lowest = {key: min((part[key] for part in each), key=lambda ratio: ratio["p50"]) for key in keys}
+    devices = dict.fromkeys(device for part in parts for device in part["device"].split(", "))
     return {
-        "device": ", ".join(part["device"] for part in parts),
-        "commit": ", ".join(dict.fromkeys(part["commit"] for part in parts)),
+        "device": ", ".join(devices),
+        "commit": ", ".join(dict.fromkeys(commit for part in parts for commit in part["commit"].split(", "))),
         "tier": parts[0]["tier"],
         "baseline": [
-            dict(zip(("suite", "case", "variant"), key, strict=True)) | {"ratio": lowest[key]} for key in keys
+            dict(zip(("suite", "case", "variant"), key, strict=True)) | {"ratio": kept[key]} for key in sorted(kept)
         ],
     }
 
 
-def _steady(device: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A baseline of one device."""
+def _lowest(parts: list[dict[str, Any]], wanted: Callable[[str], bool]) -> dict[Key, dict[str, float]]:
+    """The ratios to wanted variants that all baselines have, of each the lowest."""
+    each = [{key: ratio for key, ratio in ratios(part).items() if wanted(key[2])} for part in parts]
+    keys = set.intersection(*(set(part) for part in each)) if each else set()
+    return {key: min((part[key] for part in each), key=lambda ratio: ratio["p50"]) for key in keys}
+
+
+def _steady(device: str, runs: list[dict[str, Any]], least: float) -> dict[str, Any]:
+    """A baseline of one device: its steady ratios of ``least`` or more."""
     waits = {(row["suite"], row["case"]) for run in runs for row in run["rows"] if row.get("clock") == "wall"}
     rows = [
         {
@@ -199,7 +218,7 @@ def _steady(device: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         for key, ratio in ratios({"runs": runs}).items()
         if ratio["runs"] == len(runs)
         and key[:2] not in waits
-        and ratio["p50"] >= STEADY["p50"]
+        and ratio["p50"] >= least
         and ratio["spread"] <= STEADY["spread"]
         and ratio["p80"] / ratio["p20"] <= STEADY["width"]
     ]

@@ -5,9 +5,13 @@ Every function maps hidden states ``h`` [B, L, D], factor queries ``q`` [B, K, F
 
 ``projected`` is what LatentR3 does (Shengxiang-Lin/LatentR3, src/latent/layers.py: keys and values of all tokens,
 scores, softmax; its code projects queries of all tokens, too, which is left out here, and has PyTorch's fused
-attention in place of its own matrix products). The others have no published code: they are the absorbed form, which is
-algebra, through what PyTorch offers. All are compared with ``projected`` in float64, values and gradients, before each
-race (bench/test_factor_attention.py).
+attention in place of its own matrix products). ``eager``, ``compiled``, ``sdpa`` and ``flex`` follow no published
+code, since none has the absorbed form, which is algebra: they are the ways that PyTorch offers to write it. ``flex`` is
+written after FlexAttention's documentation (`create_block_mask`, compiled `flex_attention`, torch 2.13).
+
+Checked: ``projected`` against LatentR3's own layer with one factor, its rotation left out, in
+tests/bench/test_baselines.py; the others are compared with it and with ours before each race
+(bench/test_factor_attention.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,14 @@
-"""Evaluation of a latent-thought recommender as its published code does it: the prompt is encoded once to make the
-thought, with logits of every token, and a second time by `generate`, for every beam; a Python dictionary constrains the
-beams.
+"""Evaluation of a latent-thought recommender: two encodings of the prompt, `generate`, a Python dictionary.
+
+After LatentR3 (Shengxiang-Lin/LatentR3, src/latent/latent_attention_eval.py, layers.py and LogitProcesser.py at
+a67bbca): the prompt is encoded once to make the thought, with logits of every token, and a second time by `generate`
+for every beam; a logits processor asks a dictionary for the tokens that may follow each beam. Kindest reading: the
+first encoding has a row a user, where the published code has one a beam, since `generate` has repeated the prompts
+before; one log_softmax, where its processor has a second one; keys are tuples, not joined text. Its length penalty of 1
+divides scores by lengths; here it is 0, as in ours.
+
+Checked by running that code's model and processor, with the reasoner of this package in the place of its own layer, on
+prompts padded on the left: the same items in the same order, scores within 1e-5 (docs/log.md, 2026-11-26).
 """
 
 from __future__ import annotations

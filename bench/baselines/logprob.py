@@ -1,4 +1,14 @@
-"""Group advantages and token log-probabilities as they are usually written in PyTorch."""
+"""Group advantages and token log-probabilities as they are usually written in PyTorch.
+
+``token_logprob`` is `selective_log_softmax` of TRL (huggingface/trl 1.16, trl/trainer/utils.py) behind the product with
+the lm_head. ``group_advantages`` are those of its GRPOTrainer (trl/trainer/grpo_trainer.py, `scale_rewards="group"`),
+and for "latentr3" those of LatentR3 (Shengxiang-Lin/LatentR3, src/grpo_attention_tuning/grpo_trainer.py at a67bbca):
+the rewards less the mean reward of members 0, by the norm over the batch. Rewards are LatentR3's, minus the perplexity
+of the target. TRL also handles a group of one and rewards that are missing; neither occurs here.
+
+Checked in tests/bench/test_baselines.py: log-probabilities against TRL's function, advantages and rewards against the
+published lines.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     baseline.add_argument("results", type=Path, nargs="+", help="results files, three runs in all or more")
     without = "leave these out: variants of ours, that may become faster"
     baseline.add_argument("--without", nargs="+", default=(), metavar="VARIANT", help=without)
+    added = "variants that earlier baselines have not: from the runs, of any height; all others stay as they were"
+    baseline.add_argument("--added", nargs="+", default=(), metavar="VARIANT", help=added)
     compare = commands.add_parser("compare", help="ratios competitor / ours of two files; status 1 on a regression")
     before = "results file, before, or a baseline: then B must have all of it"
     compare.add_argument("a", type=Path, metavar="A", help=before)
@@ -81,7 +83,8 @@ def main(argv: list[str]) -> int:
         emit({"changed": [str(path) for path in changed]}, options.json)
         return 0
     if options.command == "baseline":
-        document = results.baseline([results.load(path) for path in options.results], tuple(options.without))
+        given = [results.load(path) for path in options.results]
+        document = results.baseline(given, tuple(options.without), tuple(options.added))
         results.write(document, options.output)
         voice.result(f"Wrote {options.output}: {len(document['baseline'])} steady ratios.")
         emit({"output": str(options.output), "ratios": len(document["baseline"])}, options.json)

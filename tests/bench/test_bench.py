@@ -103,6 +103,21 @@ def test_of_several_processors_the_lowest_ratio_counts(tmp_path):
     assert [(row["case"], row["ratio"]["p50"]) for row in document["baseline"]] == [("both", 4.0)]
 
 
+def test_a_variant_is_added_to_a_baseline_that_stays_as_it_was(tmp_path, capsys):
+    """Its ratios may be low; those of the others are neither replaced nor dropped by the new runs."""
+    old, new = (tmp_path / f"{name}.json" for name in ("old", "new"))
+    assert main(["bench", "baseline", str(old), str(studied(tmp_path, *[{"x": (10.0, 1.1)}] * 3))]) == 0
+    runs = [planted(*how, tier="quick", case="x") for how in ((5.0, 1.5), (0.8, 1.1))]
+    runs[1]["rows"][1]["variant"] = "rival"
+    both = {**runs[0], "device": "CPU Other", "rows": [row for run in runs for row in run["rows"]]}
+    other = saved(tmp_path / "other", *[both] * 3)
+    assert main(["bench", "baseline", str(new), str(old), str(other), "--added", "rival"]) == 0
+    found = {row["variant"]: row["ratio"]["p50"] for row in results.load(new)["baseline"]}
+    assert found == {"eager": 10.0, "rival": 0.8}
+    assert main(["bench", "baseline", str(new), str(old), str(other), "--added", "rival", "nobody"]) == 1
+    assert "added: expected variants with a steady ratio" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("slower", "status"), [(1, 0), (1.4, 0), (3, 1)])
 def test_the_committed_baseline_finds_a_threefold_slowdown_on_any_machine(tmp_path, capsys, slower, status):
     """As .ci/run compares: another device, twice faster with the same ratios passes; slower in one case fails."""

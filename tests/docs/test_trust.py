@@ -32,7 +32,7 @@ def test_issue_forms_are_whole():
 def test_the_container_copies_what_is_there_and_is_no_root():
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
-    words = {"FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
+    words = {"ARG", "FROM", "RUN", "ENV", "WORKDIR", "COPY", "USER", "ENTRYPOINT", "CMD"}
     assert {word for word, _ in steps} <= words
     for word, rest in steps:
         if word == "COPY" and "--from" not in rest:
