@@ -87,3 +87,12 @@ def test_dataset_refuses_items_past_the_catalogue():
     rows = Interactions(["u"], [[0]], [3])
     with pytest.raises(ValueError, match="test: expected item indices below 3, got 3"):
         RecDataset(small_catalogue(), rows.select([]), rows.select([]), rows)
+
+
+def test_spread_takes_evenly_and_everything_where_there_is_no_more():
+    rows = Interactions([str(i) for i in range(10)], [[0]] * 10, [0] * 10)
+    assert rows.spread(4).users == ["0", "2", "5", "7"]
+    assert rows.spread(None) is rows
+    assert rows.spread(10) is rows
+    with pytest.raises(ValueError, match="most: expected at least 1, got 0"):
+        rows.spread(0)
