@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "recommend": "top-k items for histories, with each factor's share",
+    "batch": "everybody's lists, offline: Parquet in, Parquet out, on processes or on Ray",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",
     "serve": "recommendations over HTTP, with a page that shows what the factors do",
