@@ -21,6 +21,14 @@ def recommender(request):
     return build_recommender(request.param)
 
 
+def logits_behind(model, prompt, path):
+    """The model's, after one prompt and a hypothesis, read in one piece; factors attend to the history's items."""
+    ids = torch.cat([prompt["input_ids"], torch.tensor([path]).long()], 1)
+    mask = torch.nn.functional.pad(prompt["reasoner_mask"], (0, len(path)))
+    with torch.no_grad():
+        return model(input_ids=ids, reasoner_mask=mask).logits[0, -1].numpy()
+
+
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize(("num_beams", "k"), [(2, 5), (4, 3), (40, 40)])
 @pytest.mark.parametrize("share", [None, 0.4, "one"])
@@ -38,12 +46,10 @@ def test_lists_are_those_of_beam_search(recommender, scoring, num_beams, k, shar
     expected = beam_search(model, inputs, trie, num_beams, k, scoring, mask)
     found_any = 0
     for row, history in enumerate(histories):
-        prompt = recommender.processor([np.array(history)])["input_ids"]
+        prompt = recommender.processor([np.array(history)])
 
         def next_logits(paths, prompt=prompt):
-            with torch.no_grad():
-                rows = [model(input_ids=torch.cat([prompt, torch.tensor([p]).long()], 1)).logits[0, -1] for p in paths]
-            return torch.stack(rows).numpy()
+            return np.stack([logits_behind(model, prompt, path) for path in paths])
 
         items, scores = decode(arrays, next_logits, num_beams, k, scoring, allowed)
         known = [item for item in expected.items[row].tolist() if item >= 0]
