@@ -64,6 +64,7 @@ ROOMS = (
         ("config", "data", "report", "model", "decode", "explain"),
     ),
     Room("flr", "flr/__init__.py", "the public names", ("lazy", "config", "model", "recommend")),
+    Room("batch", "flr/batch/", "everybody's lists, offline", ("files", "config", "data", "model", "recommend", "flr")),
     Room(
         "train",
         "flr/train/",

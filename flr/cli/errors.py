@@ -12,7 +12,7 @@ from collections.abc import Iterable
 EXTRAS = {
     "fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "starlette": "serve", "pydantic": "serve",
     "peft": "peft", "bitsandbytes": "qlora", "gguf": "gguf", "matplotlib": "plots", "tensorboard": "tensorboard",
-    "cut_cross_entropy": "cce", "pytest": "bench", "pytest_benchmark": "bench",
+    "cut_cross_entropy": "cce", "pytest": "bench", "pytest_benchmark": "bench", "ray": "ray",
 }  # fmt: skip
 _LONGEST = 300  # characters of an error that others wrote
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

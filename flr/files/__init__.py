@@ -1,6 +1,6 @@
 """Files: whole or not at all, sealed, locked."""
 
-from .sealed import MANIFEST, check_seal, exclusive_folder, move_files, place_folder, seal_folder
+from .sealed import MANIFEST, check_seal, exclusive_folder, move_files, place_folder, seal_folder, to_disk
 from .whole import (
     NOT_UTF8,
     PathLike,
@@ -37,6 +37,7 @@ __all__ = [
     "sha256",
     "shown",
     "temporary_folder",
+    "to_disk",
     "write_json",
     "write_parquet",
 ]

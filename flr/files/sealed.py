@@ -26,10 +26,10 @@ def seal_folder(folder: PathLike) -> None:
     files = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p != root / MANIFEST):
         files[path.relative_to(root).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-        _to_disk(path)
+        to_disk(path)
     write_json(root / MANIFEST, {"version": 1, "files": files})
-    _to_disk(root / MANIFEST)
-    _to_disk(root)
+    to_disk(root / MANIFEST)
+    to_disk(root)
 
 
 def check_seal(folder: PathLike) -> list[str]:
@@ -63,7 +63,7 @@ def place_folder(source: PathLike, target: PathLike) -> None:
     if target.exists():
         os.replace(target, aside)
     os.replace(source, target)
-    _to_disk(target.parent)
+    to_disk(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -82,7 +82,7 @@ def move_files(source: PathLike, target: PathLike, last: Sequence[str], owned: S
     target.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in sorted(source.iterdir()) if path.is_file()]
     for name in names:
-        _to_disk(source / name)
+        to_disk(source / name)
     for name in reversed(last):
         (target / name).unlink(missing_ok=True)
     for path in list(target.iterdir()):
@@ -90,9 +90,9 @@ def move_files(source: PathLike, target: PathLike, last: Sequence[str], owned: S
             path.unlink()
     for name in [*(n for n in names if n not in last), *(n for n in last if n in names)]:
         if name in last:
-            _to_disk(target)  # what it vouches for is there before it
+            to_disk(target)  # what it vouches for is there before it
         os.replace(source / name, target / name)
-    _to_disk(target)
+    to_disk(target)
 
 
 #: Descriptor and depth by process and lock file: a fork does not inherit such locks.
@@ -100,10 +100,11 @@ _held: dict[tuple[int, Path], tuple[int, int]] = {}
 
 
 @contextmanager
-def exclusive_folder(folder: PathLike) -> Iterator[None]:
+def exclusive_folder(folder: PathLike, name: str = "output_dir") -> Iterator[None]:
     """Keep other processes out of ``folder``, which is made if need be, as long as the block or this process lives.
 
-    Blocks of one process may be nested. The file ``.lock`` stays behind; it says nothing once nobody locks it.
+    Blocks of one process may be nested; ``name`` is what errors call the folder. The file ``.lock`` stays behind; it
+    says nothing once nobody locks it.
 
     Raises:
         ValueError: another process is inside; names it.
@@ -113,7 +114,7 @@ def exclusive_folder(folder: PathLike) -> Iterator[None]:
     path = root.resolve() / ".lock"
     key = (os.getpid(), path)
     if key not in _held:
-        _held[key] = (_lock(path, root), 0)
+        _held[key] = (_lock(path, root, name), 0)
     handle, depth = _held[key]
     _held[key] = (handle, depth + 1)
     try:
@@ -126,7 +127,7 @@ def exclusive_folder(folder: PathLike) -> Iterator[None]:
             os.close(handle)  # which unlocks
 
 
-def _lock(path: Path, folder: Path) -> int:
+def _lock(path: Path, folder: Path, name: str) -> int:
     import fcntl  # not on every system
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -138,14 +139,14 @@ def _lock(path: Path, folder: Path) -> int:
         os.close(handle)
         if error.errno in (errno.EACCES, errno.EAGAIN):
             wanted = "a folder that no other run writes to"
-            raise ValueError(f"output_dir: expected {wanted}, got {folder}, which process {holder} uses") from None
+            raise ValueError(f"{name}: expected {wanted}, got {folder}, which process {holder} uses") from None
         raise OSError(error.errno, f"{error.strerror}: expected a disk with locks", str(path)) from error
     os.ftruncate(handle, 0)
     os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
     return handle
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, would survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -25,7 +25,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 #: Keyword arguments of transformers' loaders that say where on the Hub a model is looked for.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
-_BESIDE = (
+BESIDE = (
     "*.json",
     "*.jinja",
     "*.txt",
@@ -72,7 +72,7 @@ def local_folder(name: PathLike, variant: str | None = None, gguf_file: str | No
     weights = [f"model.{variant}*.safetensors"] if variant else [WEIGHTS, "model-*.safetensors"]
     weights = weights if gguf_file is None else [gguf_file]
     try:
-        found = snapshot_download(name, allow_patterns=[*_BESIDE, *weights], ignore_patterns=["*/*"], **hub)
+        found = snapshot_download(name, allow_patterns=[*BESIDE, *weights], ignore_patterns=["*/*"], **hub)
     except OSError as error:
         reason = str(error).strip().partition("\n")[0]
         wanted = f"a folder with {CONFIG} or a model on the Hub"

@@ -217,19 +217,31 @@ class Recommender(QueryBuilder):
             logger.warning("recommend: skipped %d entries that are not in the catalogue", skipped)
         queries = [self.query(history, k, exclude_seen, allowed, denied) for history in resolved]
         num_beams = max(num_beams, k)
-        part = self.rows_at_once(num_beams)
         lists = Recommendations()
         if isinstance(histories, UserHistories):
             lists.users, lists.column = histories.users, histories.column
-        # similar lengths together: less padding
-        order = np.argsort(-self.processor.prompt_lengths(CSR.from_rows([q.history for q in queries])), kind="stable")
-        found: list[list[Recommendation]] = []
+        found: dict[int, list[Recommendation]] = {}
         with self._lock:
-            for first in range(0, len(queries), part):
-                chosen = [queries[row] for row in order[first : first + part].tolist()]
-                found += self.ranked(chosen, num_beams, scoring, shares)[0]
-        lists += [found[place] for place in np.argsort(order).tolist()]
+            for rows in self.parts([query.history for query in queries], num_beams):
+                answers, _ = self.ranked([queries[row] for row in rows], num_beams, scoring, shares)
+                found.update(zip(rows, answers, strict=True))
+        lists += [found[row] for row in range(len(queries))]
         return lists
+
+    def parts(self, histories: Sequence[np.ndarray], num_beams: int) -> list[list[int]]:
+        """Which queries to compute together: those of similar lengths, which need little padding, within memory.
+
+        Args:
+            histories: of the queries, int64 arrays of catalogue indices.
+            num_beams: of the search.
+
+        Returns:
+            Every place in ``histories`` once, in parts for :meth:`ranked`; a function of lengths and order alone.
+        """
+        lengths = self.processor.prompt_lengths(CSR.from_rows(list(histories)))
+        order = np.argsort(-lengths, kind="stable").tolist()
+        size = self.rows_at_once(num_beams)
+        return [order[first : first + size] for first in range(0, len(order), size)]
 
     def rows_at_once(self, num_beams: int) -> int:
         """How many queries :meth:`ranked` may be given, so that its logits stay within bounds; at least 1."""
