@@ -83,7 +83,8 @@ class Plan:
     @property
     def shards(self) -> list[Shard]:
         """Every row of every file once, in order; a shard is of one file."""
-        size, shards = self.settings.shard_size, []
+        size = self.settings.shard_size
+        shards: list[Shard] = []
         for index, file in enumerate(self.files):
             for first in range(0, file.rows, size):
                 shards.append(Shard(len(shards), index, first, min(first + size, file.rows)))
@@ -148,7 +149,8 @@ class Plan:
             if found.get(name) != mine[name]:
                 raise ValueError(f"{told}, got {what} (their contents differ); choose another output")
         for name in ("settings", "versions"):
-            theirs = found.get(name) if isinstance(found.get(name), dict) else {}
+            told_of = found.get(name)
+            theirs: dict[str, Any] = told_of if isinstance(told_of, dict) else {}
             keys = sorted({*theirs, *mine[name]})
             differ = [key for key in keys if theirs.get(key) != mine[name].get(key)]
             if differ:

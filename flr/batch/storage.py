@@ -66,10 +66,10 @@ class Place(NamedTuple):
         Readers of Parquet folders pass over the temporary name, which begins with a dot.
         """
         if self.local:
-            with atomic_file(self.path) as temporary:
-                with open(temporary, "wb") as stream:
+            with atomic_file(self.path) as file:
+                with open(file, "wb") as stream:
                     yield stream
-                to_disk(temporary)
+                to_disk(file)
             to_disk(Path(self.path).parent)
             return
         folder, _, name = self.path.rpartition("/")

@@ -51,7 +51,8 @@ class Worker:
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan = plan
-        self.recommender = Recommender.from_pretrained(plan.model, device, **plan.hub, **plan.settings.loading())
+        loading: dict[str, Any] = {**plan.hub, **plan.settings.loading()}
+        self.recommender = Recommender.from_pretrained(plan.model, device, **loading)
         self.reader = RowReader(self.recommender, plan.settings)
         self.recommender.check(plan.settings.k, plan.settings.beams, plan.settings.scoring)
         if plan.files:
