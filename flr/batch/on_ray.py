@@ -14,12 +14,15 @@ import numpy as np
 from .plan import Plan, Shard
 from .worker import Outcome, Worker
 
-_TRIES = 2
-_NO_RESULT = f"no result from Ray: {_TRIES} actors died of it, or its node was lost; Ray's log says which"
+_TRIES = 2  # passes without any result
 
 
 def on_ray(plan: Plan, shards: Sequence[Shard], workers: int | None, address: str) -> Iterator[Outcome]:
     """The outcome of every shard, as they are done.
+
+    Shards that a pass over the cluster left without a result, because an actor or a node died, go into another pass,
+    until two passes have given nothing: retries by Ray would take healthy shards along with an actor that is lost, or
+    try a shard that kills its actor for ever.
 
     Args:
         plan: of the run.
@@ -33,41 +36,58 @@ def on_ray(plan: Plan, shards: Sequence[Shard], workers: int | None, address: st
         ValueError: an actor could not load the model; says why.
     """
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, from_items
+    from ray.exceptions import RayError
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     try:
-        resources, threads = ray.cluster_resources(), plan.settings.threads
-        gpu = plan.settings.device == "cuda"
-        most = int(resources.get("GPU", 0)) if gpu else int(resources.get("CPU", 1)) // threads
-        actors = min(workers or max(most, 1), len(shards))
-        context = DataContext.get_current()
-        context.max_errored_blocks = -1  # a shard without a result is told below
-        context.enable_progress_bars = False
-        rows = from_items([{"place": place} for place in range(len(shards))], override_num_blocks=len(shards))
-        done = rows.map_batches(
-            _Actor,
-            fn_constructor_args=(plan, list(shards)),
-            batch_size=1,
-            compute=ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=1),
-            num_cpus=threads,
-            num_gpus=1 if gpu else 0,
-            max_task_retries=_TRIES - 1,
-            max_restarts=-1,
-        )
-        open_shards = {shard.number for shard in shards}
-        for row in done.iter_rows():
-            if row["broken"]:
-                raise ValueError(row["reason"])
-            open_shards.discard(int(row["shard"]))
-            yield Outcome(int(row["shard"]), int(row["users"]), float(row["seconds"]), row["reason"] or None)
-        for number in sorted(open_shards):
-            yield Outcome(number, 0, 0.0, _NO_RESULT)
+        waiting, fruitless = {shard.number: shard for shard in shards}, 0
+        reason = "its actor or node was lost; Ray's log says how"
+        while waiting and fruitless < _TRIES:
+            before = len(waiting)
+            try:
+                for row in _rows(plan, list(waiting.values()), workers):
+                    if row["broken"]:
+                        raise ValueError(row["reason"])
+                    if waiting.pop(int(row["shard"]), None) is not None:
+                        yield Outcome(
+                            int(row["shard"]), int(row["users"]), float(row["seconds"]), row["reason"] or None
+                        )
+            except RayError as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            fruitless = fruitless + 1 if len(waiting) == before else 0
+        for number in sorted(waiting):
+            yield Outcome(number, 0, 0.0, f"no result from Ray in {_TRIES} passes: {reason}")
     finally:
         if started:
             ray.shutdown()
+
+
+def _rows(plan: Plan, shards: list[Shard], workers: int | None) -> Iterator[dict[str, Any]]:
+    """One pass: a row for every shard that an actor came to the end of."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, from_items
+
+    resources, threads = ray.cluster_resources(), plan.settings.threads
+    gpu = plan.settings.device == "cuda"
+    most = int(resources.get("GPU", 0)) if gpu else int(resources.get("CPU", 1)) // threads
+    actors = min(workers or max(most, 1), len(shards))
+    context = DataContext.get_current()
+    context.max_errored_blocks = -1  # a shard without a result does not end the pass
+    context.enable_progress_bars = False
+    rows = from_items([{"place": place} for place in range(len(shards))], override_num_blocks=len(shards))
+    done = rows.map_batches(
+        _Actor,
+        fn_constructor_args=(plan, shards),
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=1, max_size=actors, max_tasks_in_flight_per_actor=1),
+        num_cpus=threads,
+        num_gpus=1 if gpu else 0,
+        max_task_retries=0,
+        max_restarts=-1,
+    )
+    yield from done.iter_rows()
 
 
 class _Actor:
