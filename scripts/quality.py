@@ -64,6 +64,11 @@ def study(models: dict[str, list[str]], dataset: RecDataset) -> dict[str, Any]:
     control = next(iter(models))
     out: dict[str, Any] = {"rows": len(dataset.test), "items": len(dataset.catalogue), "control": control, "models": {}}
     clusters = dataset.test.users
+    out["order"] = ["item-kNN", *models]
+    for place, name in enumerate(models):
+        for other in list(models)[:place]:
+            pair = (rows[which]["alone"]["ndcg@10"] for which in (other, name))
+            out.setdefault("pairs", []).append([name, other, *paired_difference(*pair, clusters)[:3]])
     for name, ways in rows.items():
         entry: dict[str, Any] = {"runs": facts.get(name, [])}
         for way, values in ways.items():
@@ -84,7 +89,8 @@ def table(report: dict[str, Any]) -> str:
     columns += ("with item-kNN: HR@10", "NDCG@10", "less that of item-kNN")
     head = f"| {' | '.join(columns)} |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for name, entry in report["models"].items():
+    for name in report["order"]:
+        entry = report["models"][name]
         alone, mixed = entry.get("alone", entry.get("knn")), entry.get("mixed")
         cells = [str(len(entry["runs"]) or ""), f"{alone['hr@10'][0]:.4f}", _interval(alone["ndcg@10"])]
         cells.append("" if name in (report["control"], "item-kNN") else _interval(alone["difference"], "+"))
@@ -97,6 +103,8 @@ def table(report: dict[str, Any]) -> str:
     rows, items = f"{report['rows']:,}", f"{report['items']:,}"
     about = f"{rows} test users, {items} items, whole catalogue, 95 % intervals by bootstrap over users."
     lines.append(f"\n{about} Control: {report['control']}.")
+    lines += ["", "| NDCG@10 of | less that of | difference |", "|---|---|---|"]
+    lines += [f"| {name} | {other} | {_interval(values, '+')} |" for name, other, *values in report["pairs"]]
     return "\n".join(lines)
 
 
