@@ -169,7 +169,7 @@ def plot_robustness(
         for ax in axes[len(kinds) :]:
             ax.set_visible(False)
         lines, labels = axes[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside upper center", frameon=False, ncols=min(4, len(names)))
+        figure.legend(lines, labels, loc="outside upper center", frameon=False, ncols=min(5, len(names)))
         figure.supxlabel("share of the history that is damaged", fontsize=9, color=scheme.soft)
         figure.supylabel(metric.upper(), fontsize=9, color=scheme.soft)
         save_png(figure, path)
@@ -181,5 +181,5 @@ def _damage_line(ax: Axes, rows: list[Mapping[str, Any]], metric: str, place: in
     x, values = [row["severity"] for row in rows], np.array([row[metric] for row in rows])
     dash, marker = _LINES[place % len(_LINES)]
     colour = (scheme.first, scheme.second)[place % 2]
-    ax.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.12, linewidth=0)
+    ax.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.07, linewidth=0)
     ax.plot(x, values[:, 0], color=colour, linestyle=dash, marker=marker, markersize=4.5, label=rows[0]["ranker"])
