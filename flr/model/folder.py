@@ -33,6 +33,7 @@ BESIDE = (
     "*.tiktoken",
     "catalogue.parquet",
     "item_tokens.safetensors",
+    "item_knn.safetensors",
     ADAPTER_WEIGHTS,
 )  # what goes with the weights
 

@@ -32,6 +32,7 @@ MARKS = ("config.json", "processor_config.json")
 MODEL_FILES = (
     "model*.safetensors", "model*.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json",
     "config.json", "generation_config.json", "processor_config.json", "catalogue.parquet", "item_tokens.safetensors",
+    "item_knn.safetensors",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip

@@ -8,6 +8,7 @@ from flr.data import CSR, HistoryViews, NeighbourTable, RecProcessor
 from flr.decode import score_all_items
 from flr.decode.mixture import ViewMixture
 from flr.evaluate import evaluate
+from flr.model.folder import BESIDE
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import trainable
 
@@ -83,6 +84,8 @@ def test_a_weight_of_item_knn_without_a_table_is_refused(tmp_path):
     processor.item_knn = NeighbourTable.fit(DATA.train, len(processor.catalogue))
     processor.save_pretrained(tmp_path)
     assert RecProcessor.from_pretrained(tmp_path).views == processor.views
+    for path in tmp_path.iterdir():  # what a download from the Hub takes
+        assert any(path.match(pattern) for pattern in BESIDE), path.name
     (tmp_path / "item_knn.safetensors").unlink()
     with pytest.raises(ValueError, match=r"item_knn\.safetensors: expected the table of item-kNN"):
         RecProcessor.from_pretrained(tmp_path)
