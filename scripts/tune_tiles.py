@@ -64,7 +64,7 @@ def main() -> int:
             return op.forward(h, u, None, tile=tile)
 
         chosen = triton_config.attention_tile(
-            arch(h), batch, length, size, factors, h.dtype, backward=arguments.backward
+            arch(h.device), batch, length, size, factors, h.dtype, backward=arguments.backward
         )
         expected = call(chosen)
         moved = h.numel() * h.itemsize * (2 if arguments.backward else 1)

@@ -115,11 +115,12 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None, *, last_f
     """
     checks.tensor("h", h, "B L D")
     checks.tensor("u", u, "B K D", dtypes=(h.dtype,), beside=("h", h))
-    checks.same("u", (u.shape[0], u.shape[2]), (h.shape[0], h.shape[2]), "(B, D) of h")
-    if h.shape[1] == 0:
+    (batch, length, size), (users, _, columns) = h.shape, u.shape
+    checks.same("u", (users, columns), (batch, size), "(B, D) of h")
+    if length == 0:
         raise ValueError(f"h: expected at least one token (L >= 1), got shape {tuple(h.shape)}")
     if mask is not None:
         checks.tensor("mask", mask, "B L", dtypes=(torch.bool,), beside=("h", h))
-        checks.same("mask", tuple(mask.shape), tuple(h.shape[:2]), "(B, L) of h")
+        checks.same("mask", (*mask.shape,), (batch, length), "(B, L) of h")
     checks.flag("last_first", last_first)
     return FactorAttention(*_forward(h, u, mask, last_first))
