@@ -18,7 +18,7 @@ from torch import Tensor
 from flr_kernels import factor_attention
 
 from .baselines import attention as baselines
-from .harness import DEVICE, ON_GPU, label, rotating, rotation
+from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
 
 TARGETS = {"eager": 5.0, "compiled": 2.0, "projected": 8.0} if ON_GPU else {"projected": 5.0}
 
@@ -81,14 +81,22 @@ def check(inputs: tuple[Tensor, ...], dtype: torch.dtype, backward: bool) -> Non
 
 
 def flex_of(sets: list[tuple[Tensor, ...]], factors: int) -> Callable[..., tuple[Tensor, ...]]:
-    """FlexAttention for each input set's mask, made once; compared with the definition before it is timed."""
+    """FlexAttention for each input set's mask, made once; compared with the definition before it is timed.
+
+    Where it cannot run (its kernel may ask for more shared memory than there is), the race says so.
+    """
     each = {id(inputs[4]): baselines.flex(inputs[4], factors) for inputs in sets}
 
     def call(h: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         return each[id(mask)](h, q, w_k, w_v, mask)
 
+    try:
+        with torch.no_grad():
+            found = call(*sets[0])[0].double()
+    except Exception:  # whatever the compiler raises; calling it in the race raises it again
+        return call
     with torch.no_grad():
-        found, expected = call(*sets[0])[0].double(), baselines.projected(*sets[0])[0].double()
+        expected = baselines.projected(*sets[0])[0].double()
     error = float((found - expected).norm() / expected.norm())
     if not error < (1e-3 if sets[0][0].dtype == torch.float32 else 5e-2):
         raise AssertionError(f"flex: expected the values of projected, got a relative error of {error}")
@@ -119,6 +127,7 @@ def test_factor_attention(shape, backward, tier, race):
         f"{'train' if backward else 'forward'} {label(shape)}",
         timed,
         suite="factor_attention",
+        clock=kernel_clock(),
         shape=shape,
         check=lambda: check(sets[0], shape["dtype"], backward),
         # the history is read once forward; once more, and its gradient written, in the backward
