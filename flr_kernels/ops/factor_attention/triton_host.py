@@ -94,7 +94,7 @@ def forward(
     _check(h, u)
     batch, length, size = h.shape
     factors = u.shape[1]
-    tile = tile or triton_config.attention_tile(arch(h), batch, length, size, factors, h.dtype, backward=False)
+    tile = tile or triton_config.attention_tile(arch(h), batch, length, h.dtype, backward=False)
     splits = triton.cdiv(length, tile.block_l)
 
     def results(*parts: int) -> Saved:
@@ -125,7 +125,7 @@ def backward(
     _check(h, u)
     batch, length, size = h.shape
     factors = u.shape[1]
-    tile = tile or triton_config.attention_tile(arch(h), batch, length, size, factors, h.dtype, backward=True)
+    tile = tile or triton_config.attention_tile(arch(h), batch, length, h.dtype, backward=True)
     splits = triton.cdiv(length, tile.block_l)
     wide, acc = (precision(h.dtype)[name] for name in ("WIDE", "ACC"))
     context, lse, overlap, entropy = (x.contiguous() for x in saved)
