@@ -1,6 +1,7 @@
 """Host side of the CUDA kernel of :func:`flr_kernels.factor_attention` (csrc/factor_attention.cuh).
 
-It is one launch that reads every valid token once, for compute capability 9.0. The backward is Triton's, or the reference's where triton is not.
+It is one launch that reads every valid token once, for compute capability 9.0. The backward is Triton's, or the
+reference's where triton is not.
 """
 
 from __future__ import annotations
