@@ -51,7 +51,7 @@ def _graphed(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], g
         out = model(**{name: tensors[name] for name in prompts}, group=replace(group, **given))
         return *(getattr(out, name) for name in _RESULTS), *out.actions
 
-    *results, action, sigma = graphs(call, tensors | prompts, model.parameters(), (group.policy, model.training))
+    *results, action, sigma = graphs(call, tensors | prompts, model, (group.policy, model.training))
     found: Any = dict(zip(_RESULTS, results, strict=True))
     assert action is not None
     assert sigma is not None

@@ -143,7 +143,7 @@ class SFTTrainer(RecTrainer):
         key = tuple(
             (name, x if isinstance(x, int | float | bool | str | None) else id(x)) for name, x in others.items()
         )
-        results: Any = self._graphs(call, tensors, model.parameters(), key)
+        results: Any = self._graphs(call, tensors, model, key)
         self._note(dict(zip(self._names, results[1:], strict=True)))
         return results[0]
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flr.config import IGNORE
+from flr.decode.graphs import capturing
 
 logger = logging.getLogger("flr")
 
@@ -77,9 +79,27 @@ def _more_targets(count: int) -> int:
 def _record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Run ``function`` under capture; what is returned runs the same kernels on the same tensors again."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with capturing(graph, pool=pool, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+@contextmanager
+def _in_place_of(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> Iterator[None]:
+    """Other parameters for those of ``model`` whose ids are the keys."""
+    places = [
+        (module._parameters, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if id(p) in leaves
+    ]
+    try:
+        for where, name, p in places:
+            where[name] = leaves[id(p)]
+        yield
+    finally:
+        for where, name, p in places:
+            where[name] = p
 
 
 class _Replay(torch.autograd.Function):
@@ -103,8 +123,10 @@ class _Replay(torch.autograd.Function):
 class _Captured:
     """Forward and backward of a call for one set of shapes, on tensors of their own."""
 
-    def __init__(self, call: Call, tensors: Mapping[str, Tensor], parameters: list[nn.Parameter], pool: Any) -> None:
-        self.call, self.parameters, self.pool = call, parameters, pool
+    def __init__(self, call: Call, tensors: Mapping[str, Tensor], model: nn.Module, pool: Any) -> None:
+        self.call, self.model, self.pool = call, model, pool
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.leaves: list[nn.Parameter] = []
         self.inputs = {name: x.clone() for name, x in tensors.items()}
         self.outputs: tuple[Tensor | None, ...] = ()
         self.grads: tuple[Tensor | None, ...] = ()
@@ -116,11 +138,15 @@ class _Captured:
         return [x for x in self.outputs if x is not None]
 
     def _run(self) -> None:
-        self.outputs = self.call(self.inputs)
+        # Leaves of our own, with the parameters' memory: where autograd adds up the gradient of a leaf remembers the
+        # stream of its first use, and a capture may not wait for the stream of an earlier step.
+        self.leaves = [nn.Parameter(p.detach()) for p in self.parameters]
+        with _in_place_of(self.model, {id(p): x for p, x in zip(self.parameters, self.leaves, strict=True)}):
+            self.outputs = self.call(self.inputs)
 
     def _differentiate(self) -> None:
         wanted = [x for x in self.results() if x.requires_grad]
-        self.grads = torch.autograd.grad(wanted, self.parameters, self.seeds, allow_unused=True)
+        self.grads = torch.autograd.grad(wanted, self.leaves, self.seeds, allow_unused=True)
 
     def capture(self) -> None:
         """Raises what the capture raises, RuntimeError where its replay does something else."""
@@ -182,17 +208,17 @@ class StepGraphs:
         self._pool = None
 
     def __call__(
-        self, call: Call, tensors: dict[str, Tensor], parameters: Iterable[nn.Parameter], key: Hashable
+        self, call: Call, tensors: dict[str, Tensor], model: nn.Module, key: Hashable
     ) -> tuple[Tensor | None, ...]:
-        """What ``call(tensors)`` returns, with its gradients in ``parameters``.
+        """What ``call(tensors)`` returns, with its gradients in the parameters of ``model``.
 
         Args:
-            call: reads nothing that changes from call to call but the tensors and the parameters.
+            call: reads nothing that changes from call to call but the tensors and the model's parameters.
             tensors: without gradients.
-            parameters: all that the result may depend on; those that are frozen are left out.
+            model: has all the parameters that are to get gradients.
             key: what else the result depends on.
         """
-        trained = [p for p in parameters if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(tensors.items()))
         key = (key, shapes, hash(tuple(p.data_ptr() for p in trained)))
         if (captured := self._known.get(key)) is not None:
@@ -200,7 +226,7 @@ class StepGraphs:
             return captured(tensors)
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == _SEEN and not self.refused and trained and torch.is_grad_enabled():
-            made = self._captured(call, tensors, trained)
+            made = self._captured(call, tensors, model)
             if made is not None:
                 self._known[key] = made
                 while len(self._known) > _KEPT:
@@ -220,10 +246,10 @@ class StepGraphs:
         torch.cuda.empty_cache()
         return call(tensors)
 
-    def _captured(self, call: Call, tensors: dict[str, Tensor], trained: list[nn.Parameter]) -> _Captured | None:
+    def _captured(self, call: Call, tensors: dict[str, Tensor], model: nn.Module) -> _Captured | None:
         if self._pool is None:
             self._pool = _new_pool()
-        made = _Captured(call, tensors, trained, self._pool)
+        made = _Captured(call, tensors, model, self._pool)
         try:
             made.capture()
         except Exception as error:  # what cannot be captured raises whatever the operation in its way does

@@ -47,12 +47,12 @@ def of(module, scale=1.0):
 
 def test_replays_give_the_results_and_gradients_of_each_call(replays):
     module, unused = layer()
-    parameters = [*module.parameters(), unused]
+    both = torch.nn.ModuleDict({"used": module, "unused": torch.nn.ParameterList([unused])})
     graphs = StepGraphs()
     for step in range(5):
         x = torch.randn(6, 4)
         weight = torch.randn(6)
-        found, nothing, mean = graphs(of(module), {"x": x}, parameters, "key")
+        found, nothing, mean = graphs(of(module), {"x": x}, both, "key")
         assert nothing is None
         assert not mean.requires_grad
         (found * weight).sum().backward()
@@ -68,7 +68,7 @@ def test_replays_give_the_results_and_gradients_of_each_call(replays):
         with torch.no_grad():
             module.weight.add_(0.1)  # a step of the optimizer
         assert bool(replays) == (step > 0)
-    assert graphs(of(module), {"x": torch.randn(2, 4)}, parameters, "key")[0].shape == (2,)  # other shapes
+    assert graphs(of(module), {"x": torch.randn(2, 4)}, both, "key")[0].shape == (2,)  # other shapes
 
 
 def test_gradients_of_micro_batches_add_up(replays):
@@ -76,10 +76,10 @@ def test_gradients_of_micro_batches_add_up(replays):
     graphs = StepGraphs()
     x = [torch.randn(6, 4) for _ in range(4)]
     for part in x[:2]:  # seen, captured
-        graphs(of(module), {"x": part}, module.parameters(), 0)
+        graphs(of(module), {"x": part}, module, 0)
     results = []
     for part in x[2:]:
-        results.append(graphs(of(module), {"x": part}, module.parameters(), 0)[0])
+        results.append(graphs(of(module), {"x": part}, module, 0)[0])
         results[-1].sum().backward()
     torch.testing.assert_close(results[0], of(module)({"x": x[2]})[0])  # not overwritten by the second
     found = module.weight.grad.clone()
@@ -92,8 +92,8 @@ def test_a_backward_that_comes_too_late_is_refused(replays):
     module, _ = layer()
     graphs = StepGraphs()
     for _ in range(2):
-        late = graphs(of(module), {"x": torch.randn(6, 4)}, module.parameters(), 0)[0]
-    graphs(of(module), {"x": torch.randn(6, 4)}, module.parameters(), 0)
+        late = graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)[0]
+    graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
     with pytest.raises(RuntimeError, match="backward: expected to come before the next forward"):
         late.sum().backward()
 
@@ -111,7 +111,7 @@ def test_what_does_not_come_out_equal_goes_on_one_by_one(replays, monkeypatch, c
 
     graphs = StepGraphs()
     for _ in range(4):
-        graphs(call, {"x": torch.randn(6, 4)}, module.parameters(), 0)
+        graphs(call, {"x": torch.randn(6, 4)}, module, 0)
     assert graphs.refused
     assert [r.message for r in caplog.records if "without CUDA graphs" in r.message] == [
         "training without CUDA graphs: "
@@ -124,7 +124,7 @@ def test_a_batch_without_room_beside_the_graphs_drops_them(replays, caplog):
     module, _ = layer()
     graphs = StepGraphs()
     for _ in range(2):
-        graphs(of(module), {"x": torch.randn(6, 4)}, module.parameters(), 0)
+        graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
     failures = iter([True, False])
 
     def large(tensors):
@@ -132,7 +132,7 @@ def test_a_batch_without_room_beside_the_graphs_drops_them(replays, caplog):
             raise torch.OutOfMemoryError("out of memory")
         return of(module)(tensors)
 
-    assert graphs(large, {"x": torch.randn(9, 4)}, module.parameters(), 0)[0].shape == (9,)
+    assert graphs(large, {"x": torch.randn(9, 4)}, module, 0)[0].shape == (9,)
     assert not graphs._known
     assert "needs the memory" in caplog.text
 
@@ -199,9 +199,26 @@ def test_on_the_device_training_comes_out_equal(tmp_path, stage, codec, caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_device_a_capture_that_fails_leaves_everything_as_it_was(caplog):
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5)).cuda()
+
+    def waits(tensors):
+        y = layer(tensors["x"])
+        return (y * float(y.sum()),)
+
+    graphs, x = StepGraphs(), torch.ones(8, 64, device="cuda")
+    for _ in range(4):
+        graphs(waits, {"x": x}, layer, 0)[0].sum().backward()
+    assert graphs.refused
+    assert "without CUDA graphs" in caplog.text
+    assert layer[0].weight.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_device_dropout_is_drawn_anew_at_every_replay():
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5)).cuda()
     graphs, x = StepGraphs(), torch.ones(8, 64, device="cuda")
-    found = [graphs(lambda t: (layer(t["x"]),), {"x": x}, layer.parameters(), 0)[0] for _ in range(5)]
+    found = [graphs(lambda t: (layer(t["x"]),), {"x": x}, layer, 0)[0] for _ in range(5)]
     assert not graphs.refused
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(found))
