@@ -39,7 +39,7 @@ _INPUTS = ("targets", "target_mask", "noise", "target_nodes")
 _RESULTS = ("logprobs", "thought_logprobs", "regularisers", "kl", "thoughts", "thought_norm", "gate_entropy")
 
 
-def _graphed(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs) -> GroupOutput:
+def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs) -> GroupOutput:
     """``model(**prompts, group=group)``, by a CUDA graph where these shapes have come before."""
     tensors = {name: x for name in _INPUTS if (x := getattr(group, name)) is not None}
     if group.actions is not None:
@@ -190,7 +190,7 @@ class LatentGRPOTrainer(RecTrainer):
         if iteration and args.policy == "thoughts":
             group.actions = self._rollouts[self._micro_batch].actions
         graphs = None if group.decodable else self._graphs
-        out = model(**inputs, group=group) if graphs is None else _graphed(graphs, model, inputs, group)
+        out = model(**inputs, group=group) if graphs is None else by_graphs(graphs, model, inputs, group)
         now = out.thought_logprobs if args.policy == "thoughts" else out.logprobs
         assert now is not None
         if iteration == 0:
