@@ -56,7 +56,7 @@ _FORWARD = {
     4: (Tile("long32", 64, 32, 4, 3), Tile("short32", 16, 64, 4, 3)),
 }
 _BACKWARD = {
-    2: (Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7)),
+    2: (Tile("longest", 128, 64, 4, 4), Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7)),
     4: (Tile("long32", 32, 32, 4, 3), Tile("short32", 16, 32, 4, 3)),
 }
 #: One configuration under the interpreter, with blocks small enough for awkward sizes to cross them.
@@ -84,7 +84,9 @@ def tiles(itemsize: int, backward: bool) -> tuple[Tile, ...]:
 
 
 def attention_tile(arch: Arch, batch: int, length: int, dtype: torch.dtype, backward: bool) -> Tile:
-    """The longest tile of which there are enough to fill the multiprocessors, else the shortest.
+    """The longest tile, not twice a user's tokens, of which there are enough to fill the multiprocessors.
+
+    Where no tile does that it is the shortest.
 
     Example:
         >>> h100 = ARCHES[90]
@@ -96,7 +98,11 @@ def attention_tile(arch: Arch, batch: int, length: int, dtype: torch.dtype, back
     if interpreted():
         return _INTERPRETED
     found = tiles(dtype.itemsize, backward)
-    return next((tile for tile in found if batch * -(-length // tile.block_l) >= arch.sms), found[-1])
+
+    def fits(tile: Tile) -> bool:
+        return tile.block_l < 2 * length and batch * -(-length // tile.block_l) >= arch.sms
+
+    return next(filter(fits, found), found[-1])
 
 
 def combine_block(size: int) -> int:
