@@ -8,26 +8,50 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
-int multiprocessors[kMaxDevices];  // asked once; the caller holds Python's lock
+cudaLaunchConfig_t configure(cudaLaunchAttribute* attribute, int64_t grid, int cluster, int shared_bytes,
+                             cudaStream_t stream) {
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim.x = unsigned(cluster);
+  attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes), config.stream = stream;
+  config.attrs = attribute, config.numAttrs = 1;
+  return config;
+}
+
+// Asks a device, and tells it what the kernel needs.
+template <class Kernel>
+cudaError_t prepare(Kernel kernel, int device, Room* room) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&room->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config = configure(&attribute, kWideCluster, kWideCluster, kSharedLimit, nullptr);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
+      cudaOccupancyMaxActiveClusters(&room->wide_clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();  // not this one's error
+    room->wide_clusters = 0;
+  }
+  return cudaSuccess;
+}
 
 template <class T, class C>
 cudaError_t launch(const AttentionProblem& p, int device, cudaStream_t stream) {
   const auto kernel = factor_attention_forward<T, C>;
-  static bool ready[kMaxDevices];
-  if (!ready[device]) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+  static Room rooms[kMaxDevices];  // the caller holds Python's lock
+  Room& room = rooms[device];
+  if (room.multiprocessors == 0) {
+    Room found{};
+    const cudaError_t error = prepare(kernel, device, &found);
     if (error != cudaSuccess) return error;
-    ready[device] = true;
+    room = found;
   }
-  const Task task{p, make_plan<C>(p, multiprocessors[device])};
-  cudaLaunchAttribute cluster[1] = {};
-  cluster[0].id = cudaLaunchAttributeClusterDimension;
-  cluster[0].val.clusterDim.x = unsigned(task.plan.cluster);
-  cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(task.plan.grid)), config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = size_t(task.plan.shared_bytes), config.stream = stream;
-  config.attrs = cluster, config.numAttrs = 1;
+  const Task task{p, make_plan<C>(p, room)};
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config =
+      configure(&attribute, task.plan.grid, task.plan.cluster, task.plan.shared_bytes, stream);
   return cudaLaunchKernelEx(&config, kernel, task);
 }
 
@@ -42,13 +66,9 @@ cudaError_t launch(const AttentionProblem& p, int device, cudaStream_t stream) {
 }
 
 cudaError_t start(const AttentionProblem& p, int device, cudaStream_t stream) {
-  cudaError_t error = cudaSetDevice(device);  // of this library's own copy of the runtime
+  const cudaError_t error = cudaSetDevice(device);  // of this library's own copy of the runtime
   if (error != cudaSuccess || p.users == 0 || p.factors == 0) return error;
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
-  if (multiprocessors[device] == 0) {
-    error = cudaDeviceGetAttribute(&multiprocessors[device], cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-  }
   return p.is_half ? launch<Float16>(p, device, stream) : launch<Bfloat16>(p, device, stream);
 }
 

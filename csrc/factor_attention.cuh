@@ -1,6 +1,6 @@
 // factor_attention's forward: every valid token of H is read from memory once, masked ones never.
 //
-// A cluster of 1 to 8 blocks serves a user, each block its share of the tokens; a block of a cluster of one goes on to the
+// A cluster of 1 to 16 blocks serves a user, each block its share of the tokens; a block of a cluster of one goes on to the
 // next user. In a block, four producer warps look for valid tokens and bring tiles of 16, in chunks of columns, into a ring
 // in shared memory by bulk copies of a row's chunk each, and run ahead into the next user. Eight worker warps compute from
 // the same chunks first scores, then pooled sums: worker w owns strips of 16 columns, so scores are summed over the workers
@@ -17,7 +17,8 @@ constexpr int kWorkers = 8, kWorkerThreads = 32 * kWorkers;
 constexpr int kProducers = 4;  // one warp alone issues copies too slowly; registers are given to groups of four warps
 constexpr int kThreads = kWorkerThreads + 32 * kProducers;
 constexpr int kTokens = 16, kRows = kTokens / kProducers, kMaxChunk = 1536;
-constexpr int kMaxStages = 12, kMaxCluster = 8, kSearch = 8;  // producers look at 32 kSearch tokens at a time
+constexpr int kMaxStages = 12, kSearch = 8;  // producers look at 32 kSearch tokens at a time
+constexpr int kCluster = 8, kWideCluster = 16;  // any device runs the one, and some the other
 constexpr int kSharedLimit = 227 * 1024;
 // A block starts with 168 registers a thread, 168 * 384 = 40 * 128 + 232 * 256.
 constexpr int kProducerRegisters = 40, kWorkerRegisters = 232;
@@ -32,7 +33,7 @@ struct alignas(128) Control {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
   float stats[3][8];             // maximum, sum, sum of weight times logit below the maximum
   float pairs[8][8];             // sums of products of weights
-  float weights[kMaxCluster][8];
+  float weights[kWideCluster][8];
   Mbarrier full[kMaxStages], empty[kMaxStages], queries_full[2], queries_empty[2];
   int tile[kMaxStages];  // number of tokens; 256 more for a user's last tile
   int tokens[kProducers][32 * kSearch + kTokens];  // the same for every producer
@@ -59,13 +60,21 @@ struct Plan {
   int query_pitch, shared_bytes;
 };
 
+// What the choice depends on: multiprocessors, and how many wide clusters run at a time.
+struct Room {
+  int multiprocessors, wide_clusters;
+};
+
 template <class C>
-Plan make_plan(const AttentionProblem& p, int multiprocessors) {
+Plan make_plan(const AttentionProblem& p, const Room& device) {
+  const int multiprocessors = device.multiprocessors;
   Plan plan{};
   plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
   plan.cluster = 1;
-  while (plan.cluster < kMaxCluster && 2 * plan.cluster * p.users <= multiprocessors && 64 * plan.cluster <= p.length)
+  while (plan.cluster < kCluster && 2 * plan.cluster * p.users <= multiprocessors && 64 * plan.cluster <= p.length)
     plan.cluster *= 2;
+  if (plan.cluster == kCluster && p.users <= device.wide_clusters && 64 * kCluster <= p.length)
+    plan.cluster = kWideCluster;
   plan.grid = plan.cluster > 1 || p.users < multiprocessors ? p.users * plan.cluster : multiprocessors;
   const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(Control));
   const bool waits = !C::kQueriesInRegisters && p.users * plan.cluster > plan.grid;  // for the user before
@@ -123,6 +132,7 @@ struct Producer {
     const auto& p = task.p;
     const int buffer = served % task.plan.buffers, round = served / task.plan.buffers;
     mbar_wait(&control.queries_empty[buffer], (round & 1) ^ 1);  // at once in the first round
+    __syncwarp();  // a lane that still waits must not miss this phase for the next
     const int columns = task.plan.chunks * C::CHUNK, factor = kProducers * lane + warp;
     Mbarrier* full = &control.queries_full[buffer];
     if (lane == 0) mbar_expect(full, uint32_t((p.factors + kProducers - 1 - warp) / kProducers * 2 * columns));
@@ -143,7 +153,8 @@ struct Producer {
       const int left = size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
       const int padding = C::kChunks == 1 ? 0 : C::CHUNK - columns;
       Mbarrier* full = &control.full[slot.index];
-      mbar_wait(&control.empty[slot.index], slot.phase ^ 1);  // at once in the first round
+      mbar_wait(&control.empty[slot.index], slot.phase ^ 1);
+      __syncwarp();
       if (lane == 0) {
         if (c == 0 && warp == 0) control.tile[slot.index] = count | int(last) << 8;
         if (count > 0) mbar_expect(full, uint32_t(kRows * 2 * (columns + padding)));

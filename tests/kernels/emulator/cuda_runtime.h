@@ -98,7 +98,7 @@ struct Cluster {
 inline thread_local Block* block;
 inline thread_local Cluster* cluster;
 inline thread_local unsigned rank, turn;
-inline int multiprocessors = 2;
+inline int multiprocessors = 1;  // of the current device; device n has n
 
 template <class T, int id>
 T& shared() {
@@ -165,7 +165,12 @@ inline unsigned atomicAdd(unsigned* p, unsigned x) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess, cudaErrorInvalidDevice };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount, cudaLaunchAttributeClusterDimension };
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+  cudaDevAttrMultiProcessorCount,
+  cudaLaunchAttributeClusterDimension
+};
 struct cudaLaunchAttribute {
   int id;
   struct {
@@ -179,23 +184,27 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return emu::multiprocessors = device, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = emu::multiprocessors, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int device) { return *value = device, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return std::memset(p, value, bytes), cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int bytes) {
-  if (bytes > 227 * 1024) emu::fail("more shared memory than a block can have");
+cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int bytes) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && bytes > 227 * 1024) emu::fail("more shared memory than a block can have");
   return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
+  return *count = emu::multiprocessors / int(config->attrs[0].val.clusterDim.x), cudaSuccess;
 }
 template <class Kernel, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, A... arguments) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
-  if (config->gridDim.x % cluster || cluster > 8) emu::fail("a grid that is no multiple of the cluster, or above 8");
+  if (config->gridDim.x % cluster || cluster > 16) emu::fail("a grid that is no multiple of the cluster, or above 16");
   if (config->dynamicSmemBytes > 227 * 1024) emu::fail("more shared memory than a block can have");
   emu::run(config->gridDim.x, config->blockDim.x, cluster, config->dynamicSmemBytes, [=] { kernel(arguments...); });
   return cudaSuccess;

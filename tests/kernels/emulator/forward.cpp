@@ -98,8 +98,7 @@ bool run(const Case& c) {
     p.context = out.data(), p.lse = p.context + B * K * D, p.entropy = p.lse + B * K, p.overlap = p.entropy + B * K;
     p.h_b = int64_t(c.L) * data.pitch, p.h_l = data.pitch, p.u_b = c.K * c.D, p.u_k = c.D, p.mask_b = 2 * c.L, p.mask_l = 2;
     p.users = c.B, p.length = c.L, p.size = c.D, p.factors = c.K, p.is_half = c.half, p.last_first = i == 1;
-    emu::multiprocessors = c.multiprocessors, multiprocessors[0] = 0;
-    if (const char* error = factor_attention_cuda(p, 0, nullptr)) emu::fail(error);
+    if (const char* error = factor_attention_cuda(p, c.multiprocessors, nullptr)) emu::fail(error);
     for (size_t b = 0; i == 0 && b < B; ++b)
       compare(c, data, int(b), p.context + b * K * D, p.lse + b * K, p.overlap + b * K * K, p.entropy + b * K, worst);
     if (getenv("ONCE")) break;
