@@ -36,17 +36,32 @@ def tensor(
     ``beside`` is another argument's name and value. Sparse, nested and opaque tensors are refused: kernels read memory
     by strides.
     """
+    if (
+        isinstance(x, torch.Tensor)
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.ndim == shape.count(" ") + 1
+        and x.dtype in dtypes
+        and (beside is None or x.device == beside[1].device)
+    ):
+        return x
+    raise _unfit(name, x, shape, dtypes, beside)
+
+
+def _unfit(
+    name: str, x: object, shape: str, dtypes: tuple[torch.dtype, ...], beside: tuple[str, torch.Tensor] | None
+) -> ValueError:
+    """Why :func:`tensor` refuses ``x``."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name}: expected a tensor [{', '.join(shape.split())}], got {type(x).__name__}")
+        return ValueError(f"{name}: expected a tensor [{', '.join(shape.split())}], got {type(x).__name__}")
     if x.layout is not torch.strided or x.is_nested:
-        raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+        return ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dim() != len(shape.split()):
-        raise ValueError(f"{name}: expected shape [{', '.join(shape.split())}], got {tuple(x.shape)}")
+        return ValueError(f"{name}: expected shape [{', '.join(shape.split())}], got {tuple(x.shape)}")
     if x.dtype not in dtypes:
-        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
-    if beside is not None and x.device != beside[1].device:
-        raise ValueError(f"{name}: expected device of {beside[0]} = {beside[1].device}, got {x.device}")
-    return x
+        return ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {x.dtype}")
+    assert beside is not None
+    return ValueError(f"{name}: expected device of {beside[0]} = {beside[1].device}, got {x.device}")
 
 
 def number(name: str, value: object, least: float, most: float = math.inf) -> float:

@@ -18,14 +18,16 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad, profiler
 from torch.library import CustomOpDef
 
 logger = logging.getLogger("flr_kernels")
 
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 BACKENDS = ("reference", "triton", "cuda", "host", "cce")
 #: Order in which ``auto`` tries backends on a CUDA tensor; the others run when asked for.
 _AUTO_ORDER = ("cuda", "triton", "reference")
@@ -43,6 +45,7 @@ class Op:
     forward: dict[str, Callable] = field(default_factory=dict)
     backward: dict[str, Callable] = field(default_factory=dict)
     check: dict[str, Callable[..., None]] = field(default_factory=dict)
+    suits: dict[str, Callable[..., bool]] = field(default_factory=dict)
     on_cpu: tuple[str, ...] = ("reference",)
 
     def register(
@@ -52,12 +55,14 @@ class Op:
         backward: Callable | None = None,
         check: Callable[..., None] | None = None,
         *,
+        suits: Callable[..., bool] | None = None,
         on_cpu: bool = False,
     ) -> None:
         """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones.
 
         ``check`` takes the arguments of either and raises :class:`BackendUnavailable` or ``ValueError`` if the backend
-        cannot serve them. ``on_cpu``: ``auto`` tries it on CPU tensors; others run there when asked for by name.
+        cannot serve them. ``suits`` takes them, too: where it is false, ``auto`` tries the others before. ``on_cpu``:
+        ``auto`` tries it on CPU tensors; others run there when asked for by name.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -66,6 +71,8 @@ class Op:
             self.backward[backend] = backward
         if check is not None:
             self.check[backend] = check
+        if suits is not None:
+            self.suits[backend] = suits
         if on_cpu:
             self.on_cpu = (backend, *self.on_cpu)
 
@@ -73,8 +80,12 @@ class Op:
 def on_use(module: str, function: str) -> Callable:
     """A function of a module that is imported at its first call, so that only running a kernel needs triton."""
 
+    @cache
+    def found() -> Callable:
+        return getattr(importlib.import_module(module), function)
+
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        return found()(*args)
 
     return call
 
@@ -100,6 +111,12 @@ def _parse(spec: str) -> dict[str, str]:
     return chosen
 
 
+@lru_cache(maxsize=256)
+def _asked_for(spec: str, name: str) -> str:
+    chosen = _parse(spec)
+    return chosen.get(name, chosen["*"])
+
+
 @lru_cache(maxsize=64)
 def _log_once(message: str) -> None:
     logger.warning(message)
@@ -119,72 +136,141 @@ def select(name: str, tensor: torch.Tensor, *args, accepts: Callable[[str], None
         >>> select("factor_attention", torch.zeros(1))
         'reference'
     """
-    chosen = _parse(os.environ.get("FLR_BACKEND", "auto"))
-    backend = chosen.get(name, chosen["*"])
-    implementations = OPS[name].forward
+    backend = _asked_for(os.environ.get("FLR_BACKEND", "auto"), name)
+    if backend == "auto":
+        return _first(OPS[name], tensor, args, accepts)
+    if backend not in OPS[name].forward:
+        raise BackendUnavailable(
+            f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(OPS[name].forward)}; "
+            f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
+        )
+    _check(OPS[name], backend, tensor, args, accepts)
+    return backend
 
-    def check(candidate: str) -> None:
-        if accepts is not None:
-            accepts(candidate)
-        elif candidate in OPS[name].check:
-            OPS[name].check[candidate](tensor, *args)
 
-    if backend != "auto":
-        if backend not in implementations:
-            raise BackendUnavailable(
-                f"FLR_BACKEND asks for {backend!r}, but op {name!r} has only {sorted(implementations)}; "
-                f"unset FLR_BACKEND or choose per op, e.g. FLR_BACKEND={backend},{name}=reference"
-            )
-        check(backend)
-        return backend
-    order = _AUTO_ORDER if tensor.is_cuda else OPS[name].on_cpu
+def _check(op: Op, backend: str, tensor: torch.Tensor, args: tuple, accepts: Callable[[str], None] | None) -> None:
+    if accepts is not None:
+        accepts(backend)
+    elif backend in op.check:
+        op.check[backend](tensor, *args)
+
+
+def _first(op: Op, tensor: torch.Tensor, args: tuple, accepts: Callable[[str], None] | None) -> str:
+    """The first backend in ``auto``'s order that takes the call."""
+    order = _AUTO_ORDER if tensor.is_cuda else op.on_cpu
     if len(order) == 1:
         return order[0]
+    known = [backend for backend in order if backend in op.forward]
+    if op.suits and accepts is None:
+        late = {x for x in known if x in op.suits and not op.suits[x](tensor, *args)}
+        known.sort(key=lambda x: (x == "reference", x in late))
     reasons = []
-    for candidate in filter(implementations.__contains__, order):
+    for candidate in known:
         try:
-            check(candidate)
+            _check(op, candidate, tensor, args, accepts)
         except (BackendUnavailable, ValueError) as reason:
             reasons.append(str(reason))
             continue
         if candidate == "reference":
             why = "; ".join(reasons) or "no GPU kernel of it is registered"
-            _log_once(f"{name}: using the PyTorch reference: {why}")
+            _log_once(f"{op.name}: using the PyTorch reference: {why}")
         return candidate
-    raise BackendUnavailable(f"op {name!r} has no implementation")  # not reachable: the reference is registered
+    raise BackendUnavailable(f"op {op.name!r} has no implementation")  # not reachable: the reference is registered
 
 
 def forward(name: str, tensor: torch.Tensor, *args):
     """Run the forward that :func:`select` picks; ``tensor`` is its first argument. Autocast is off inside."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        return OPS[name].forward[select(name, tensor, *args)](tensor, *args)
+    if torch.is_autocast_enabled(tensor.device.type):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return forward(name, tensor, *args)
+    return OPS[name].forward[select(name, tensor, *args)](tensor, *args)
 
 
 def backward(name: str, tensor: torch.Tensor, *args):
     """Run the backward that belongs to :func:`forward`: the same device and shapes, the same choice."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        return OPS[name].backward[select(name, tensor, *args)](tensor, *args)
+    if torch.is_autocast_enabled(tensor.device.type):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return backward(name, tensor, *args)
+    return OPS[name].backward[select(name, tensor, *args)](tensor, *args)
 
 
-def forward_op(name: str) -> Callable[[Callable], CustomOpDef]:
+class Operator:
+    """An operator of ``torch.library`` that a plain call reaches on a shorter way.
+
+    The registered operator costs tens of microseconds of Python a call, more than a kernel takes. Where nothing looks
+    at operators, the implementation runs directly, and where a gradient is recorded, inside of a
+    ``torch.autograd.Function`` with the same formulas. Compiled and exported graphs, modes, transforms, subclasses of
+    tensors, other devices and the profiler get the registered operator.
+    """
+
+    def __init__(self, name: str, definition: CustomOpDef, run: Callable):
+        self.name, self._definition, self._run = name, definition, run
+        self._registered: Callable = getattr(torch.ops.flr, name).default
+        self._record = self._registered  # where a gradient is recorded
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As of ``torch.library.CustomOpDef``."""
+        self._definition.register_autograd(backward, setup_context=setup_context)
+        run = self._run
+
+        def recorded(ctx: Any, *args: Any) -> Any:
+            output = run(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(recorded), "backward": staticmethod(backward)}
+        function: Any = type(self.name, (torch.autograd.Function,), members)
+        # apply of torch.autograd.Function looks for functorch first, whose absence _watched has seen
+        self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _watched():
+            return self._registered(*args)
+        wanted = False
+        for x in args:
+            kind = type(x)
+            if kind is _Tensor or kind is _Parameter:
+                wanted = wanted or x.requires_grad
+            elif isinstance(x, _Tensor):
+                return self._registered(*args)
+        if not (args[0].is_cuda or args[0].is_cpu):
+            return self._registered(*args)
+        if wanted and torch.is_grad_enabled():
+            return self._record(*args)
+        return self._run(*args)
+
+
+def _watched() -> bool:
+    """Whether something wants to see operators: a mode, a transform, a tracer, forward derivatives, a profiler."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+    )
+
+
+def forward_op(name: str) -> Callable[[Callable], Operator]:
     """Decorates the function that makes an op's empty results: it becomes ``flr::name``, which runs :func:`forward`.
 
     The annotations of the function are the operator's schema, and the function itself is its fake implementation. The
     backends are called without the arguments that are equal to the function's defaults, and need the same ones.
     """
-    return _operator(f"flr::{name}", name, forward)
+    return _operator(name, partial(forward, name))
 
 
-def backward_op(name: str) -> Callable[[Callable], CustomOpDef]:
+def backward_op(name: str) -> Callable[[Callable], Operator]:
     """As :func:`forward_op`, for ``flr::name_backward``, which runs :func:`backward`."""
-    return _operator(f"flr::{name}_backward", name, backward)
+    return _operator(f"{name}_backward", partial(backward, name))
 
 
-def _operator(qualified_name: str, name: str, run: Callable) -> Callable[[Callable], CustomOpDef]:
-    def declare(empty_results: Callable) -> CustomOpDef:
+def _operator(name: str, run: Callable) -> Callable[[Callable], Operator]:
+    def declare(empty_results: Callable) -> Operator:
         schema = torch.library.infer_schema(empty_results, mutates_args=())
-        operator = torch.library.custom_op(qualified_name, partial(run, name), mutates_args=(), schema=schema)
-        operator.register_fake(empty_results)
-        return operator
+        definition = torch.library.custom_op(f"flr::{name}", run, mutates_args=(), schema=schema)
+        definition.register_fake(empty_results)
+        return Operator(name, definition, run)
 
     return declare

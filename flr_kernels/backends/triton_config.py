@@ -8,8 +8,11 @@ tile on an H200.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -115,24 +118,38 @@ def aggregate_block() -> int:
     return 32 if interpreted() else 256
 
 
+def _check_capability(index: int | None) -> None:
+    if not interpreted():
+        arch_of(torch.cuda.get_device_capability(index))
+
+
+_check_capability_once = functools.cache(_check_capability)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def check_device(tensor: torch.Tensor) -> None:
     """Raise :class:`BackendUnavailable` unless Triton can run on ``tensor``'s device here."""
-    from importlib.util import find_spec
-
-    if find_spec("triton") is None:
+    if not _installed():
         raise BackendUnavailable("triton backend: the package triton is not installed; pip install triton (Linux only)")
-    if interpreted():
-        return
-    if not tensor.is_cuda:
+    if tensor.is_cuda:
+        index = tensor.device.index  # None is the current device, which may be another one next time
+        (_check_capability if index is None else _check_capability_once)(index)
+    elif not interpreted():
         raise BackendUnavailable(
             f"triton backend: needs a CUDA tensor, got one on {tensor.device}; on the CPU set TRITON_INTERPRET=1 "
             "before the first call (slow, for tests) or use FLR_BACKEND=reference"
         )
-    arch_of(torch.cuda.get_device_capability(tensor.device))
 
 
-def check_shape(name: str, tensor: torch.Tensor, factors: int) -> None:
-    """Raise ``ValueError`` unless D, K and the dtype are ones that the kernels are written for."""
+def check_shape(name: str, tensor: Any, factors: int) -> None:
+    """Raise ``ValueError`` unless D, K and the dtype are ones that the kernels are written for.
+
+    ``tensor`` may also be what is known of one (:class:`flr_kernels.backends.triton_plan.Spec`).
+    """
     size = tensor.shape[-1]
     if size % SIZE_STEP or not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(
@@ -145,8 +162,8 @@ def check_shape(name: str, tensor: torch.Tensor, factors: int) -> None:
         raise ValueError(f"{name}: the triton backend takes float64 under the interpreter only, got float64")
 
 
-def check_rows(name: str, tensor: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless the last dimension is contiguous; the other strides are free."""
+def check_rows(name: str, tensor: Any) -> None:
+    """Raise ``ValueError`` unless the last dimension is contiguous; the other strides are free. As above."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{name}: the triton backend expects a contiguous last dimension, got strides {tuple(tensor.stride())}"

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the one place where kernels are launched, and dot products of mixed precision.
+"""What the Triton kernels share: the one place where Triton launches kernels, and dot products of mixed precision.
 
 Importing this module needs triton; ``flr_kernels`` imports it on the first call that picks the triton backend.
 """
@@ -6,7 +6,6 @@ Importing this module needs triton; ``flr_kernels`` imports it on the first call
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,30 +19,23 @@ from . import triton_config
 OPTIONS = {"enable_fp_fusion": True}
 _ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-#: ``launcher(kernel, programs, arguments, constants, options)``; :mod:`flr_kernels.inspect` puts its compiler here.
-Launcher = Callable[[Any, int, dict[str, Any], dict[str, Any], dict[str, Any]], None]
+#: ``launcher(kernel, programs, arguments, constants, options)``; :mod:`flr_kernels.inspect` puts its compiler here. It
+#: returns the compiled kernel, or None where there is none.
+Launcher = Callable[[Any, int, dict[str, Any], dict[str, Any], dict[str, Any]], Any]
 
 
-def _launch(kernel: Any, programs: int, arguments: dict, constants: dict, options: dict) -> None:
-    tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-        kernel[(programs,)](**arguments, **constants, **options, **({} if triton_config.interpreted() else OPTIONS))
+def _launch(kernel: Any, programs: int, arguments: dict, constants: dict, options: dict) -> Any:
+    return kernel[(programs,)](**arguments, **constants, **options, **({} if triton_config.interpreted() else OPTIONS))
 
 
 launcher: Launcher = _launch
 
 
-def launch(kernel: Any, programs: int, arguments: dict, constants: dict, **options: int) -> None:
-    """Run ``kernel`` on a grid of ``programs``; nothing to do for an empty grid (B = 0)."""
-    if programs:
-        launcher(kernel, programs, arguments, constants, options)
-
-
-def arch(tensor: torch.Tensor) -> triton_config.Arch:
-    """The architecture of ``tensor``'s device; an H100's where there is none (interpreter)."""
-    if not tensor.is_cuda:
+def arch(device: torch.device) -> triton_config.Arch:
+    """The architecture of a device; an H100's where there is none (interpreter)."""
+    if device.type != "cuda":
         return triton_config.ARCHES[90]
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = torch.cuda.get_device_properties(device)
     return triton_config.arch_of((properties.major, properties.minor), properties.multi_processor_count)[1]
 
 

@@ -11,6 +11,7 @@ memory once and then, K + 1 times, from the caches.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from ... import checks
 from ...backends import triton_config
-from ...backends.triton_launch import dot_wide, launch, precision
+from ...backends.triton_launch import dot_wide, precision
+from ...backends.triton_plan import KEPT, Plan, Spec, spec
 
 
 @triton.jit
@@ -138,62 +140,70 @@ def backward_kernel(
         tl.store(df_ptr + (b * K + k)[:, None] * D + d[None, :], df, mask=inside)
 
 
-def _check(f: Tensor) -> None:
-    triton_config.check_shape("f", f, f.shape[1])
-    triton_config.check_rows("f", f)
-
-
-def _launch(kernel: Any, f: Tensor, eps: float, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
+def _launch(plan: Plan, kernel: Any, f: Spec, eps: float, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
     """A program a user, with what both kernels take besides ``arguments`` and ``constants``."""
     batch, factors, size = f.shape
-    both = {"f_ptr": f, "f_stride_b": f.stride(0), "f_stride_k": f.stride(1), "eps": eps, "D": size, "K": factors}
+    strides = {"f_stride_b": f.stride(0), "f_stride_k": f.stride(1)}
+    both = {"f_ptr": plan.inputs[0], **strides, "eps": eps, "D": size, "K": factors}
     blocks = {"KP": triton_config.FACTOR_BLOCK, "BLOCK_D": triton_config.aggregate_block()}
     constants = {**blocks, "ACC": precision(f.dtype)["ACC"], **constants}
-    launch(kernel, batch, {**both, **arguments}, constants, num_warps=4)
+    plan.launch(kernel, batch, {**both, **arguments}, constants, num_warps=4)
 
 
-def forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _plan(f: Spec, *dtypes: torch.dtype) -> Plan:
+    triton_config.check_shape("f", f, f.shape[1])
+    triton_config.check_rows("f", f)
+    return Plan(f.device, f.dtype, *dtypes)
+
+
+@lru_cache(maxsize=KEPT)
+def _forward_plan(f: Spec, gate_logits: Spec, eps: float) -> Plan:
+    plan = _plan(f, gate_logits.dtype)
+    batch, factors, size = f.shape
+    acc = checks.accumulation_dtype(f.dtype)
+    shapes = {"thought": (batch, size), "gates": (batch, factors), "orthogonality": (batch,), "entropy": (batch,)}
+    arguments = {
+        "logits_ptr": plan.inputs[1],
+        **{f"{name}_ptr": plan.result(shape, acc) for name, shape in shapes.items()},
+        "logits_stride_b": gate_logits.stride(0),
+        "logits_stride_k": gate_logits.stride(1),
+    }
+    _launch(plan, forward_kernel, f, eps, arguments, {})
+    return plan
+
+
+def forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, ...]:
     """thought [B, D], gates [B, K], orthogonality [B], gate_entropy [B]: the reference's arguments and results.
 
     Raises:
         ValueError: D, K or dtype outside of the kernels' range, or a last dimension of ``f`` that is not contiguous.
     """
-    _check(f)
-    batch, factors, size = f.shape
-    results = checks.empty_results(f, (batch, size), (batch, factors), (batch,), (batch,))
-    thought, gates, orthogonality, entropy = results
+    return _forward_plan(spec(f), spec(gate_logits), eps).run(f, gate_logits)
+
+
+@lru_cache(maxsize=KEPT)
+def _backward_plan(f: Spec, eps: float) -> Plan:
+    """For contiguous gates and gradients of the accumulation dtype."""
+    acc = checks.accumulation_dtype(f.dtype)
+    names = ("gates_ptr", "d_thought_ptr", "d_gates_ptr", "d_orthogonality_ptr", "d_entropy_ptr")
+    plan = _plan(f, *[acc] * len(names))
     arguments = {
-        "logits_ptr": gate_logits,
-        "thought_ptr": thought,
-        "gates_ptr": gates,
-        "orthogonality_ptr": orthogonality,
-        "entropy_ptr": entropy,
-        "logits_stride_b": gate_logits.stride(0),
-        "logits_stride_k": gate_logits.stride(1),
+        **dict(zip(names, plan.inputs[1:], strict=True)),
+        "df_ptr": plan.result(f.shape, f.dtype),
+        "d_logits_ptr": plan.result(f.shape[:2], acc),
     }
-    _launch(forward_kernel, f, eps, arguments, {})
-    return results
+    # K products a number, on the tensor cores at nearly float32 precision
+    constants = {"PRECISION": "ieee" if f.dtype == torch.float64 else "tf32x3"}
+    _launch(plan, backward_kernel, f, eps, arguments, constants)
+    return plan
 
 
 def backward(
     f: Tensor, gates: Tensor, d_thought: Tensor, d_gates: Tensor, d_orth: Tensor, d_entropy: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """df [B, K, D] and dlogits [B, K]: the reference's arguments, results and errors as forward.
 
     The incoming gradients are small, so those that autograd expanded are copied to contiguous memory.
     """
-    _check(f)
-    df = f.new_empty(f.shape)
-    d_logits = gates.new_empty(gates.shape)
-    arguments = {
-        "gates_ptr": gates.contiguous(),
-        "d_thought_ptr": d_thought.contiguous(),
-        "d_gates_ptr": d_gates.contiguous(),
-        "d_orthogonality_ptr": d_orth.contiguous(),
-        "d_entropy_ptr": d_entropy.contiguous(),
-        "df_ptr": df,
-        "d_logits_ptr": d_logits,
-    }
-    # K products a number, on the tensor cores at nearly float32 precision
-    _launch(backward_kernel, f, eps, arguments, {"PRECISION": "ieee" if f.dtype == torch.float64 else "tf32x3"})
-    return df, d_logits
+    small = [x.contiguous() for x in (gates, d_thought, d_gates, d_orth, d_entropy)]
+    return _backward_plan(spec(f), eps).run(f, *small)

@@ -57,6 +57,15 @@ def _check_rows(name: str, x: Tensor) -> None:
         )
 
 
+def fills(h: Tensor, *_: Any) -> bool:
+    """Whether users are enough, or so short, that no more than a cluster of multiprocessors a user is needed.
+
+    Measured on an H200: one user of 4,096 tokens takes 90 µs here and 45 with Triton, whose tiles go anywhere; four
+    users of 2,048 take 28.
+    """
+    return h.shape[0] >= 4 or h.shape[1] <= 512
+
+
 def forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False) -> Saved:
     """As the reference, for what :func:`check` lets pass; ``last_first`` changes the order of the users alone."""
     batch, factors, size = u.shape

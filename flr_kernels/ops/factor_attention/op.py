@@ -56,7 +56,7 @@ _TRITON = f"{__package__}.triton_host"
 _TRITON_BACKWARD = _grouped(dispatch.on_use(_TRITON, "backward"))
 _OP.register("reference", _reference_forward, _grouped(reference.factor_attention_backward))
 _OP.register("triton", dispatch.on_use(_TRITON, "forward"), _TRITON_BACKWARD, _triton_check)
-_OP.register("cuda", cuda_host.forward, _grouped(cuda_host.backward), cuda_host.check)
+_OP.register("cuda", cuda_host.forward, _grouped(cuda_host.backward), cuda_host.check, suits=cuda_host.fills)
 
 
 @dispatch.forward_op("factor_attention")
@@ -116,11 +116,12 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None = None, *, last_f
     """
     checks.tensor("h", h, "B L D")
     checks.tensor("u", u, "B K D", dtypes=(h.dtype,), beside=("h", h))
-    checks.same("u", (u.shape[0], u.shape[2]), (h.shape[0], h.shape[2]), "(B, D) of h")
-    if h.shape[1] == 0:
+    (batch, length, size), (users, _, columns) = h.shape, u.shape
+    checks.same("u", (users, columns), (batch, size), "(B, D) of h")
+    if length == 0:
         raise ValueError(f"h: expected at least one token (L >= 1), got shape {tuple(h.shape)}")
     if mask is not None:
         checks.tensor("mask", mask, "B L", dtypes=(torch.bool,), beside=("h", h))
-        checks.same("mask", tuple(mask.shape), tuple(h.shape[:2]), "(B, L) of h")
+        checks.same("mask", (*mask.shape,), (batch, length), "(B, L) of h")
     checks.flag("last_first", last_first)
     return FactorAttention(*_forward(h, u, mask, last_first))

@@ -7,6 +7,7 @@ Importing this module needs triton.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ... import checks
 from ...backends import triton_config
-from ...backends.triton_launch import arch, launch, precision
+from ...backends.triton_launch import arch, precision
+from ...backends.triton_plan import KEPT, Memory, Plan, Spec, spec
 from .reference import Saved
 from .triton_kernels import backward_kernel, combine_du_kernel, combine_kernel, delta_kernel, forward_kernel
 
@@ -26,30 +28,31 @@ _PARTS = ("context", "max", "overlap", "entropy", "sum")
 
 
 def _launch_tiles(
-    kernel: Any, tile: triton_config.Tile, h: Tensor, u: Tensor, mask: Tensor | None, arguments: dict, constants: dict
+    plan: Plan, kernel: Any, tile: triton_config.Tile, specs: tuple[Spec, ...], arguments: dict, constants: dict
 ) -> None:
     """A program a tile of a user's tokens, with what both directions take besides ``arguments`` and ``constants``."""
+    h, u, *masks = specs
     batch, length, size = h.shape
     splits = triton.cdiv(length, tile.block_l)
-    mask_stride_b, mask_stride_l = (0, 0) if mask is None else mask.stride()
+    mask_stride_b, mask_stride_l = masks[0].strides if masks else (0, 0)
     history = {
-        "h_ptr": h,
-        "u_ptr": u,
-        "mask_ptr": (h.detach() if mask is None else mask).view(torch.uint8),
+        "h_ptr": plan.inputs[0],
+        "u_ptr": plan.inputs[1],
+        "mask_ptr": plan.inputs[2 if masks else 0].viewed(torch.uint8),
         "h_stride_b": h.stride(0),
         "h_stride_l": h.stride(1),
         "u_stride_b": u.stride(0),
         "u_stride_k": u.stride(1),
         "mask_stride_b": mask_stride_b,
         "mask_stride_l": mask_stride_l,
-        "mask_length": 0 if mask is None else length,
+        "mask_length": length if masks else 0,
         "length": length,
         "splits": splits,
         "D": size,
         "K": u.shape[1],
     }
     blocks = {"KP": triton_config.FACTOR_BLOCK, "BLOCK_L": tile.block_l, "BLOCK_D": tile.block_d, "CACHE": tile.cache}
-    launch(
+    plan.launch(
         kernel,
         batch * splits,
         {**history, **arguments},
@@ -59,11 +62,11 @@ def _launch_tiles(
     )
 
 
-def _launch_combination(kernel: Any, result: Tensor, splits: int, arguments: dict, constants: dict) -> None:
-    """A program a row of ``result`` [B, K, D] and block of its columns."""
-    batch, factors, size = result.shape
+def _launch_combination(plan: Plan, kernel: Any, u: Spec, splits: int, arguments: dict, constants: dict) -> None:
+    """A program a row of a result [B, K, D] and block of its columns."""
+    batch, factors, size = u.shape
     block_d = triton_config.combine_block(size)
-    launch(
+    plan.launch(
         kernel,
         batch * factors * triton.cdiv(size, block_d),
         {**arguments, "splits": splits, "D": size, "K": factors},
@@ -72,10 +75,39 @@ def _launch_combination(kernel: Any, result: Tensor, splits: int, arguments: dic
     )
 
 
-def _check(h: Tensor, u: Tensor) -> None:
+def _tile(h: Spec, u: Spec, tile: triton_config.Tile | None, backward: bool) -> tuple[triton_config.Tile, int]:
+    """The tile, chosen if none is given, and how many of them a user's tokens need."""
     triton_config.check_shape("h", h, u.shape[1])
     triton_config.check_rows("h", h)
     triton_config.check_rows("u", u)
+    if tile is None:
+        tile = triton_config.attention_tile(arch(h.device), h.shape[0], h.shape[1], h.dtype, backward=backward)
+    return tile, triton.cdiv(h.shape[1], tile.block_l)
+
+
+@lru_cache(maxsize=KEPT)
+def _forward_plan(last_first: bool, tile: triton_config.Tile | None, h: Spec, u: Spec, *mask: Spec) -> Plan:
+    tile, splits = _tile(h, u, tile, backward=False)
+    batch, factors, size = u.shape
+    acc = checks.accumulation_dtype(h.dtype)
+    plan = Plan(h.device, *(x.dtype for x in (h, u, *mask)))
+
+    def shapes(*parts: int) -> tuple[tuple[int, ...], ...]:
+        scalars = (batch, *parts, factors)
+        return (*scalars, size), scalars, (*scalars, factors), scalars
+
+    out = [plan.result(shape, acc) for shape in shapes()]
+    part = [plan.working(shape, acc) for shape in shapes(splits)] if splits > 1 else out
+    total = plan.working(shapes(splits)[1], acc) if splits > 1 else out[1]  # not written with one split
+    arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in zip(_PARTS, (*part, total), strict=True)}
+    last = batch * splits - 1 if last_first else 0
+    _launch_tiles(plan, forward_kernel, tile, (h, u, *mask), {**arguments, "last": last}, {})
+    if splits > 1:
+        arguments = {f"part_{name}": x for name, x in arguments.items()}
+        arguments |= {f"{name}_ptr": x for name, x in zip(_RESULTS, out, strict=True)}
+        constants = {"KP": triton_config.FACTOR_BLOCK, "ACC": precision(h.dtype)["ACC"]}
+        _launch_combination(plan, combine_kernel, u, splits, arguments, constants)
+    return plan
 
 
 def forward(
@@ -91,27 +123,51 @@ def forward(
         ValueError: D, K or dtype outside of the kernels' range, or a last dimension of ``h`` or ``u`` that is not
             contiguous. Other strides, and all strides of ``mask``, are free.
     """
-    _check(h, u)
-    batch, length, size = h.shape
-    factors = u.shape[1]
-    tile = tile or triton_config.attention_tile(arch(h), batch, length, h.dtype, backward=False)
-    splits = triton.cdiv(length, tile.block_l)
+    if mask is None:
+        return _forward_plan(last_first, tile, spec(h), spec(u)).run(h, u)  # type: ignore[return-value]
+    return _forward_plan(last_first, tile, spec(h), spec(u), spec(mask)).run(h, u, mask)  # type: ignore[return-value]
 
-    def results(*parts: int) -> Saved:
-        scalars = (batch, *parts, factors)
-        return checks.empty_results(h, (*scalars, size), scalars, (*scalars, factors), scalars)
 
-    out = results()
-    part = results(splits) if splits > 1 else out
-    total = torch.empty_like(part[1])
-    arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in zip(_PARTS, (*part, total), strict=True)}
-    _launch_tiles(forward_kernel, tile, h, u, mask, {**arguments, "last": batch * splits - 1 if last_first else 0}, {})
+def _launch_delta(plan: Plan, u: Spec, arguments: dict, acc: Any) -> None:
+    """A program a user and factor."""
+    batch, factors, size = u.shape
+    plan.launch(
+        delta_kernel,
+        batch * factors,
+        {**arguments, "D": size, "K": factors},
+        {"KP": triton_config.FACTOR_BLOCK, "BLOCK_D": 4 * triton_config.combine_block(size), "ACC": acc},
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=KEPT)
+def _backward_plan(needs_dh: bool, tile: triton_config.Tile | None, h: Spec, u: Spec, *mask: Spec) -> Plan:
+    """For contiguous results and gradients of the accumulation dtype, which follow the inputs."""
+    tile, splits = _tile(h, u, tile, backward=True)
+    batch, factors, size = u.shape
+    acc = checks.accumulation_dtype(h.dtype)
+    wide, kernel_acc = (precision(h.dtype)[name] for name in ("WIDE", "ACC"))
+    names = (*_RESULTS, *(f"d_{name}" for name in _RESULTS))
+    plan = Plan(h.device, *(x.dtype for x in (h, u, *mask)), *[acc] * len(names))
+    saved = {f"{name}_ptr": x for name, x in zip(names, plan.inputs[-len(names) :], strict=True)}
+    dh = plan.result(h.shape if needs_dh else (0,), h.dtype)
+    du = plan.result(u.shape, u.dtype)
+    delta = plan.working((batch, factors), acc)
+    part = plan.working((batch, splits, factors, size), acc) if splits > 1 else du
+    written = plan.working((batch, splits), torch.int32)
+
+    def of(*wanted: str) -> dict[str, Memory]:
+        return {name: saved[name] for name in wanted}
+
+    shared = {**of("d_context_ptr", "d_overlap_ptr", "d_entropy_ptr"), "delta_ptr": delta}
+    _launch_delta(plan, u, {**shared, **of("context_ptr", "overlap_ptr", "entropy_ptr", "d_lse_ptr")}, kernel_acc)
+    arguments = {**shared, **of("lse_ptr"), "dh_ptr": dh, "du_ptr": part, "written_ptr": written}
+    constants = {"NEEDS_DH": needs_dh, "DH_PRECISION": "ieee" if wide else _DH_PRECISION[h.dtype]}
+    _launch_tiles(plan, backward_kernel, tile, (h, u, *mask), arguments, constants)
     if splits > 1:
-        arguments = {f"part_{name}": x for name, x in arguments.items()}
-        arguments |= {f"{name}_ptr": x for name, x in zip(_RESULTS, out, strict=True)}
-        constants = {"KP": triton_config.FACTOR_BLOCK, "ACC": precision(h.dtype)["ACC"]}
-        _launch_combination(combine_kernel, out[0], splits, arguments, constants)
-    return out
+        arguments = {"part_ptr": part, "written_ptr": written, "du_ptr": du}
+        _launch_combination(plan, combine_du_kernel, u, splits, arguments, {"ACC": kernel_acc})
+    return plan
 
 
 def backward(
@@ -122,32 +178,6 @@ def backward(
 
     The [B, K, ·] tensors are small beside H, so those that autograd expanded are copied to contiguous memory.
     """
-    _check(h, u)
-    batch, length, size = h.shape
-    factors = u.shape[1]
-    tile = tile or triton_config.attention_tile(arch(h), batch, length, h.dtype, backward=True)
-    splits = triton.cdiv(length, tile.block_l)
-    wide, acc = (precision(h.dtype)[name] for name in ("WIDE", "ACC"))
-    context, lse, overlap, entropy = (x.contiguous() for x in saved)
-    d_context, d_lse, d_overlap, d_entropy = (x.contiguous() for x in grads)
-    delta = torch.empty_like(lse)
-    shared = {"d_context_ptr": d_context, "d_overlap_ptr": d_overlap, "d_entropy_ptr": d_entropy, "delta_ptr": delta}
-    results = {"context_ptr": context, "overlap_ptr": overlap, "entropy_ptr": entropy, "d_lse_ptr": d_lse}
-    launch(
-        delta_kernel,
-        batch * factors,
-        {**shared, **results, "D": size, "K": factors},
-        {"KP": triton_config.FACTOR_BLOCK, "BLOCK_D": 4 * triton_config.combine_block(size), "ACC": acc},
-        num_warps=4,
-    )
-    dh = h.new_empty(h.shape if needs_dh else (0,))
-    du = u.new_empty(u.shape)
-    part = u.new_empty((batch, splits, factors, size), dtype=lse.dtype) if splits > 1 else du
-    written = u.new_empty((batch, splits), dtype=torch.int32)
-    arguments = {**shared, "lse_ptr": lse, "dh_ptr": dh, "du_ptr": part, "written_ptr": written}
-    constants = {"NEEDS_DH": needs_dh, "DH_PRECISION": "ieee" if wide else _DH_PRECISION[h.dtype]}
-    _launch_tiles(backward_kernel, tile, h, u, mask, arguments, constants)
-    if splits > 1:
-        arguments = {"part_ptr": part, "written_ptr": written, "du_ptr": du}
-        _launch_combination(combine_du_kernel, du, splits, arguments, {"ACC": acc})
-    return dh, du
+    inputs = (h, u) if mask is None else (h, u, mask)
+    plan = _backward_plan(needs_dh, tile, *map(spec, inputs))
+    return plan.run(*inputs, *[x.contiguous() for x in (*saved, *grads)])  # type: ignore[return-value]

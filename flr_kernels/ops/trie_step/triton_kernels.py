@@ -13,7 +13,7 @@ kept: it says the score exactly, and from the leaf position follow the parent (w
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 import triton
@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...backends import triton_config
-from ...backends.triton_launch import add_exponentials, launch, log_sum
+from ...backends.triton_launch import add_exponentials, log_sum
+from ...backends.triton_plan import KEPT, Memory, Plan
 
 #: Keys that a program sorts at a time, and that it keeps: few sizes, so few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)
@@ -192,16 +193,67 @@ def _sizes(wanted: int, children: int) -> tuple[int, int]:
     return keep, next((size for size in blocks if size >= max(children, 2 * keep)), largest)
 
 
-def _shrunk(keys: Tensor, keep: int, block: int) -> Tensor:
-    """The best of keys [B, n] among at most ``block`` keys a user; every block's best ``keep`` stay."""
-    while keys.shape[1] > block:
-        users, count = keys.shape
+def _shrunk(plan: Plan, users: int, keys: Memory, count: int, keep: int, block: int) -> tuple[Memory, int]:
+    """The best of ``count`` keys among at most ``block`` keys a user; every block's best ``keep`` stay."""
+    while count > block:
         blocks = -(-count // block)
-        out = keys.new_empty(users, blocks * keep)
+        out = plan.working((users, blocks * keep), torch.int64)
         arguments = {"keys_ptr": keys, "out_ptr": out, "count": count, "blocks": blocks}
-        launch(reduce_kernel, users * blocks, arguments, {"KEEP": keep, "BLOCK": block}, num_warps=4)
-        keys = out
-    return keys
+        plan.launch(reduce_kernel, users * blocks, arguments, {"KEEP": keep, "BLOCK": block}, num_warps=4)
+        keys, count = out, blocks * keep
+    return keys, count
+
+
+#: The tensors of a plan by the kernels' names for them; the normaliser, if it is given, comes after these.
+_TENSORS = (
+    *("logits_ptr", "score_ptr", "node_ptr", "children_ptr", "tokens_ptr", "begin_ptr", "end_ptr"),
+    *("filter_ptr", "offset_ptr"),
+)
+
+
+@lru_cache(maxsize=KEPT)
+def _plan(
+    row_stride: int, shape: tuple[int, int], entries: int, widths: tuple[int, int], widest: int, unique: bool,
+    filter: str, device: torch.device, *dtypes: torch.dtype,
+) -> Plan:  # fmt: skip
+    users, hypotheses = shape
+    plan = Plan(device, *dtypes)
+    tensors = dict(zip(_TENSORS, plan.inputs, strict=False))
+    step = {**tensors, "row_stride": row_stride, "hypotheses": hypotheses, "E": entries}
+    step["STEPS"] = max(entries, 1).bit_length()
+    results = [
+        [plan.result((users, width), dtype) for dtype in (torch.float32, *[torch.int64] * 3)] for width in widths
+    ]
+    invalid = plan.result((users,), torch.uint8)
+    keep, block = _sizes(max(widths), widest)
+    if len(dtypes) > len(_TENSORS):
+        norm = plan.inputs[-1]
+    else:
+        norm = plan.working(shape, torch.float32)
+        constants = {"FILTER": filter, "BLOCK": block}
+        plan.launch(normaliser_kernel, users * hypotheses, {**step, "norm_ptr": norm}, constants, num_warps=4)
+    blocks = -(-widest // block)
+    kept = [keep * (width > 0) for width in widths]
+    best = [plan.working((users, hypotheses * blocks * size), torch.int64) for size in kept]
+    plan.launch(
+        candidates_kernel,
+        users * hypotheses * blocks,
+        {**step, "norm_ptr": norm, "open_ptr": best[0], "all_ptr": best[1], "blocks": blocks},
+        {"FILTER": filter, "UNIQUE": unique, "OPEN": kept[0], "ALL": kept[1], "BLOCK": block},
+        num_warps=4,
+    )
+    shared = {name: tensors[name] for name in ("score_ptr", "node_ptr", "children_ptr", "begin_ptr", "end_ptr")}
+    shared |= {"norm_ptr": norm, "invalid_ptr": invalid}
+    for width, keys, size, outputs in zip(widths, best, kept, results, strict=True):
+        if not width:
+            continue
+        keys, count = _shrunk(plan, users, keys, hypotheses * blocks * size, keep, _sizes(width, 1 << 62)[1])
+        numbers = {"count": count, "hypotheses": hypotheses, "width": width, "SEARCH": widest.bit_length()}
+        names = ("out_score_ptr", "out_node_ptr", "out_parent_ptr", "out_key_ptr")
+        arguments = {**shared, **dict(zip(names, outputs, strict=True)), "keys_ptr": keys, **numbers}
+        constants = {"KEEP": keep, "HYPOTHESES": 16, "BLOCK": _sizes(width, count)[1]}
+        plan.launch(finish_kernel, users, arguments, constants, num_warps=4)
+    return plan
 
 
 def forward(
@@ -212,41 +264,11 @@ def forward(
     """The reference's arguments and result."""
     users, hypotheses = node.shape
     rows = logits.reshape(users * hypotheses, logits.shape[-1])
-    step: dict[str, Any] = {
-        "logits_ptr": rows, "row_stride": rows.stride(0), "score_ptr": score, "node_ptr": node, "tokens_ptr": tokens,
-        "children_ptr": children, "begin_ptr": leaf_begin, "end_ptr": leaf_end, "hypotheses": hypotheses, "E": entries,
-        "filter_ptr": tokens if listed is None else listed, "offset_ptr": node if offset is None else offset,
-        "STEPS": max(entries, 1).bit_length(),
-    }  # fmt: skip
-    keep, block = _sizes(max(num_unfinished, num_all), widest)
-    keep_open, keep_all = keep * (num_unfinished > 0), keep * (num_all > 0)
-    if norm is None:
-        norm = score.new_empty(users, hypotheses)
-        arguments = {**step, "norm_ptr": norm}
-        launch(normaliser_kernel, users * hypotheses, arguments, {"FILTER": filter, "BLOCK": block}, num_warps=4)
-    blocks = -(-widest // block)
-    of_all, of_open = (node.new_empty(users, hypotheses * blocks * keep) for keep in (keep_all, keep_open))
-    launch(
-        candidates_kernel,
-        users * hypotheses * blocks,
-        {**step, "norm_ptr": norm, "all_ptr": of_all, "open_ptr": of_open, "blocks": blocks},
-        {"FILTER": filter, "UNIQUE": unique, "ALL": keep_all, "OPEN": keep_open, "BLOCK": block},
-        num_warps=4,
-    )
-    invalid = torch.empty(users, dtype=torch.uint8, device=node.device)
-    out: list[Tensor] = []
-    for keys, width in ((of_open, num_unfinished), (of_all, num_all)):
-        best = (score.new_empty(users, width), *(node.new_empty(users, width) for _ in range(3)))
-        out.extend(best)
-        if not width:
-            continue
-        keys = _shrunk(keys, keep, _sizes(width, 1 << 62)[1])
-        arguments = {
-            "keys_ptr": keys, "score_ptr": score, "node_ptr": node, "norm_ptr": norm, "children_ptr": children,
-            "begin_ptr": leaf_begin, "end_ptr": leaf_end, "out_score_ptr": best[0], "out_node_ptr": best[1],
-            "out_parent_ptr": best[2], "out_key_ptr": best[3], "invalid_ptr": invalid, "count": keys.shape[1],
-            "hypotheses": hypotheses, "width": width, "SEARCH": widest.bit_length(),
-        }  # fmt: skip
-        constants = {"KEEP": keep, "HYPOTHESES": 16, "BLOCK": _sizes(width, keys.shape[1])[1]}
-        launch(finish_kernel, users, arguments, constants, num_warps=4)
-    return (*out, invalid.view(torch.bool))
+    filters = (tokens, node) if listed is None or offset is None else (listed, offset)
+    tensors = (rows, score, node, children, tokens, leaf_begin, leaf_end, *filters, *([] if norm is None else [norm]))
+    plan = _plan(
+        rows.stride(0), (users, hypotheses), entries, (num_unfinished, num_all), widest, unique, filter, rows.device,
+        *(x.dtype for x in tensors),
+    )  # fmt: skip
+    *best, invalid = plan.run(*tensors)
+    return (*best, invalid.view(torch.bool))

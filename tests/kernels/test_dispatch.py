@@ -1,0 +1,198 @@
+"""The two ways to an operator, the registered one and the short one of plain calls, and when which is taken."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flr_kernels
+from flr_kernels import dispatch
+from tests.kernels.test_arguments import arguments
+
+NAMES = ("factor_attention", "factor_aggregate", "log_normaliser", "token_logprob", "group_advantage", "trie_step")
+
+
+def call(name, **changed):
+    given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments(name).items()}
+    generator = torch.Generator().manual_seed(0)
+    for k, v in given.items():
+        if isinstance(v, torch.Tensor) and v.dtype == torch.float32 and k != "score":
+            given[k] = -torch.rand(v.shape, generator=generator)
+    return given | changed
+
+
+def leaves(x):
+    return [x] if isinstance(x, torch.Tensor) else [leaf for part in x for leaf in leaves(part)]
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Names of the operators that ran the registered way, and a list whose one entry asks for that way."""
+    taken, forced, patched = [], [False], set()
+    watched, original = dispatch._watched, dispatch.Operator.__call__
+
+    def call(self, *args):
+        if self not in patched:
+            patched.add(self)
+            registered = self._registered
+
+            def note(*args):
+                taken.append(self.name)
+                return registered(*args)
+
+            for attribute in ("_registered", "_record"):
+                if getattr(self, attribute) is registered:
+                    monkeypatch.setattr(self, attribute, note)
+        return original(self, *args)
+
+    monkeypatch.setattr(dispatch.Operator, "__call__", call)
+    monkeypatch.setattr(dispatch, "_watched", lambda: forced[0] or watched())
+    return taken, forced
+
+
+class Mode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_give_the_same_to_the_bit(name, ways):
+    taken, forced = ways
+    results = []
+    for forced[0] in (False, True):
+        taken.clear()
+        given = call(name)
+        wanted = [
+            x.requires_grad_()
+            for k, x in given.items()
+            if isinstance(x, torch.Tensor) and k in ("h", "u", "f", "gate_logits", "hidden", "weight", "token_logprobs")
+        ]
+        if name == "token_logprob":  # its third way keeps logits; a graph of two operators is compared here
+            out = leaves(flr_kernels.ops.token_logprob.op._forward(*given.values()))
+        else:
+            out = leaves(getattr(flr_kernels, name)(**given))
+        differentiable = [x for x in out if x.requires_grad]
+        assert bool(differentiable) == bool(wanted)
+        gradients = []
+        if wanted:
+            total = sum(x.sum() for x in differentiable)
+            gradients = torch.autograd.grad(total, wanted)
+        assert bool(taken) == forced[0]
+        results.append([*out, *gradients])
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_the_registered_operator_runs_where_operators_are_watched(ways):
+    taken, _ = ways
+    given = call("factor_attention")
+
+    def run(**changed):
+        taken.clear()
+        out = flr_kernels.factor_attention(**given | changed)
+        return out, list(taken)
+
+    assert run()[1] == []
+    assert run(h=torch.nn.Parameter(given["h"]))[1] == []
+    with torch.inference_mode():
+        out, way = run()
+        assert way == []
+        assert out.context.is_inference()
+    with Mode() as mode:
+        assert run()[1] == ["factor_attention"]
+    assert "flr.factor_attention.default" in mode.seen
+    with torch.profiler.profile() as profiled:
+        run()
+    assert "flr::factor_attention" in {e.key for e in profiled.key_averages()}
+    with forward_ad.dual_level():
+        assert run()[1] == ["factor_attention"]
+    meta = {k: v.to("meta") for k, v in given.items()}
+    assert run(**meta)[0].context.is_meta
+    with pytest.raises(RuntimeError, match="functorch"):  # torch.library's own word
+        torch.func.grad(lambda h: run(h=h)[0].context.sum())(given["h"])
+    assert taken[0] == "factor_attention"
+
+    class Subclass(torch.Tensor):
+        pass
+
+    assert run(h=given["h"].as_subclass(Subclass))[1] == ["factor_attention"]
+
+
+def test_compiled_graphs_hold_the_operator():
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(lambda **x: flr_kernels.factor_attention(**x), backend=backend, fullgraph=True)(
+        **call("factor_attention")
+    )
+    assert "flr.factor_attention.default" in seen
+
+
+def test_autocast_is_off_inside():
+    given = call("factor_attention")
+    expected = flr_kernels.factor_attention(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flr_kernels.factor_attention(**given)
+        assert torch.is_autocast_enabled("cpu")
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_can_be_changed_in_place_and_twice_differentiated_is_refused():
+    given = call("factor_attention")
+    h = given["h"].requires_grad_()
+    out = flr_kernels.factor_attention(**given)
+    (out.context * 2).sum().backward(retain_graph=True)
+    with torch.no_grad():
+        flr_kernels.factor_attention(**given).context.add_(1)
+    (dh,) = torch.autograd.grad(out.context.square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dh.sum().backward()
+
+
+def test_the_choice_of_backend_is_read_at_every_call(monkeypatch):
+    given = call("group_advantage")
+    flr_kernels.group_advantage(**given)
+    for asked, error in (("cuda", "backend 'cuda'"), ("triton", "asks for 'triton'")):
+        monkeypatch.setenv("FLR_BACKEND", asked)
+        with pytest.raises(flr_kernels.BackendUnavailable, match=error):
+            flr_kernels.group_advantage(**given)
+    monkeypatch.delenv("FLR_BACKEND")
+    flr_kernels.group_advantage(**given)
+
+
+def test_auto_leaves_what_does_not_suit_a_backend_to_the_next(monkeypatch):
+    made = dispatch.Op("made")
+    for backend in ("reference", "triton"):
+        made.register(backend, lambda x: x)
+    made.register("cuda", lambda x: x, suits=lambda x: x.shape[0] >= 4)
+    monkeypatch.setitem(dispatch.OPS, "made", made)
+
+    class OnCuda:
+        is_cuda = True
+
+        def __init__(self, users):
+            self.shape = (users, 4096, 64)
+
+    monkeypatch.delenv("FLR_BACKEND", raising=False)
+    assert dispatch.select("made", OnCuda(4)) == "cuda"
+    assert dispatch.select("made", OnCuda(1)) == "triton"
+    monkeypatch.setenv("FLR_BACKEND", "cuda")
+    assert dispatch.select("made", OnCuda(1)) == "cuda"  # asked for by name
+    monkeypatch.delenv("FLR_BACKEND")
+
+    def refuses(x):
+        raise ValueError("not this one")
+
+    made.check["triton"] = refuses
+    assert dispatch.select("made", OnCuda(1)) == "cuda"  # before the reference
