@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flr.decode.graphs import capturing
+
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -185,7 +187,7 @@ def captured(call: Callable, calls: int) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for _ in range(calls):
             call()
     return graph.replay
