@@ -3,9 +3,13 @@
 The host code of the ops runs on tensors of the ``meta`` device, with its launches handed to the compiler instead of to
 a device, so the variants listed are the ones that dispatch launches: every tile of
 :mod:`flr_kernels.backends.triton_config`, one split and several, with and without the history's gradient, and each
-input dtype. Registers and stack come from the ``cuobjdump`` that Triton ships, shared memory from the compiler. The
-CUDA kernels of the extension (csrc/), where it is built, are read from its file. The exit status is 1 if a kernel uses
-stack (a spill: local memory, several times slower) or more shared memory than the architecture gives one program.
+input dtype. Registers and stack come from the ``cuobjdump`` that Triton ships, loads from its ``nvdisasm``, shared
+memory from the compiler. The CUDA kernels of the extension (csrc/), where it is built, are read from its file. AMD's
+architectures are compiled when asked for (``--arch gfx942,gfx950``), and read from the assembly.
+
+The exit status is 1 if a kernel uses stack (a spill: local memory, several times slower), more shared memory than the
+architecture gives one program, or fewer loads of 16 bytes than a step over H or the logits takes (narrower ones cost
+more instructions than there is time for).
 """
 
 from __future__ import annotations
@@ -37,31 +41,39 @@ _TYPES = {
 }
 #: Of one multiprocessor, on all three architectures: registers, and threads that can be resident (sm_80, 90, 100).
 _REGISTERS, _THREADS = 65536, 2048
+#: Bytes of shared memory of a program on AMD's architectures.
+_AMD = {"gfx942": 64 << 10, "gfx950": 160 << 10}
 #: A size whose rows are 16-byte aligned, like every model's, and which no block size divides, so that masks are kept.
 _SIZE = 1552
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compiled kernel; ``programs`` fit a multiprocessor at once by registers, threads and shared memory."""
+    """One compiled kernel; ``programs`` fit a multiprocessor at once by registers, threads and shared memory.
+
+    ``wide`` of its loads are of 16 bytes, and ``wide_needed`` would have to be. ``arch`` is a compute capability times
+    ten, or AMD's name of an architecture; there ``programs`` is not worked out, 0.
+    """
 
     kernel: str
     label: str
-    arch: int
+    arch: int | str
     registers: int
     stack: int
     shared: int
     shared_limit: int
     warps: int
     programs: int
+    wide: int = 0
+    wide_needed: int = 0
 
     @property
     def ok(self) -> bool:
         return self.fits()
 
     def fits(self, stack: int = 0) -> bool:
-        """Whether it needs no more than so many bytes of stack, and no more shared memory than there is."""
-        return self.stack <= stack and self.shared <= self.shared_limit
+        """Whether it needs no more than so many bytes of stack and shared memory than there is, and loads are wide."""
+        return self.stack <= stack and self.shared <= self.shared_limit and self.wide >= self.wide_needed
 
 
 @dataclass(frozen=True)
@@ -168,8 +180,20 @@ def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
 
 
-def variants() -> dict[_Launch, str]:
-    """Every distinct launch, with a label."""
+def variants(amd: bool = False) -> dict[_Launch, str]:
+    """Every distinct launch, with a label; on AMD's devices some are others."""
+    from .backends import triton_launch, triton_plan
+
+    before, triton_launch.amd = triton_launch.amd, amd
+    triton_plan.forget()
+    try:
+        return _variants()
+    finally:
+        triton_launch.amd = before
+        triton_plan.forget()
+
+
+def _variants() -> dict[_Launch, str]:
     found: dict[_Launch, str] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = str(dtype).removeprefix("torch.")
@@ -181,8 +205,28 @@ def variants() -> dict[_Launch, str]:
     return found
 
 
-def compile_variant(launch: _Launch, label: str, arch: int) -> Variant:
+def compile_variant(launch: _Launch, label: str, arch: int | str) -> Variant:
     """Compile for one architecture (cached by Triton) and read the resource usage."""
+    compiled = _compiled(launch, arch)
+    name, needed = _name(launch.kernel), _wide_needed(launch, arch)
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if isinstance(arch, str):
+        assembly = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.findall(rf"\.{field}:\s*(\d+)", assembly)[0])
+            for field in ("vgpr_count", "private_segment_fixed_size")
+        )
+        wide = len(re.findall(r"(?:global|buffer)_load_(?:lds_)?dwordx4", assembly))
+        return Variant(name, label, arch, registers, stack, shared, _AMD[arch], warps, 0, wide, needed)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        ((_, registers, stack, _),) = _resources(cubin.name)
+        wide = _wide_loads(cubin.name) if needed else 0
+    return _variant(name, label, arch, registers, stack, shared, warps, wide, needed)
+
+
+def _compiled(launch: _Launch, arch: int | str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -195,15 +239,29 @@ def compile_variant(launch: _Launch, label: str, arch: int) -> Variant:
         dict(launch.constants),
         {(index,): [["tt.divisibility", 16]] for index in launch.aligned},
     )
-    options = {**dict(launch.options), **triton_launch.OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        (usage,) = _resources(cubin.name)
-    _, registers, stack, _ = usage
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return _variant(_name(launch.kernel), label, arch, registers, stack, shared, warps)
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={**dict(launch.options), **triton_launch.OPTIONS})
+
+
+def _wide_needed(launch: _Launch, arch: int | str) -> int:
+    """How many loads of 16 bytes a thread needs for a step over the tensor that the kernel is bound by."""
+    name, constants, options = _name(launch.kernel), dict(launch.constants), dict(launch.options)
+    if name not in ("attention forward", "attention backward", "normaliser forward"):
+        return 0
+    itemsize = {"*fp32": 4, "*fp16": 2, "*bf16": 2}[launch.signature[0][1]]
+    at_once = 16 * options["num_warps"] * (64 if isinstance(arch, str) else 32)
+    if name == "normaliser forward":
+        return constants["BLOCK"] * itemsize // at_once
+    return 2 * (constants["BLOCK_L"] * constants["BLOCK_D"] * itemsize // at_once)  # both walks over H
+
+
+def _wide_loads(path: str) -> int:
+    """Loads of 16 bytes from device memory to registers or shared memory."""
+    import triton
+
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", path]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b", code))
 
 
 def _resources(path: str, *options: str) -> list[tuple[str, int, int, int]]:
@@ -218,11 +276,14 @@ def _resources(path: str, *options: str) -> list[tuple[str, int, int, int]]:
     return [(name, int(registers), int(stack), int(shared)) for name, registers, stack, shared in found]
 
 
-def _variant(kernel: str, label: str, arch: int, registers: int, stack: int, shared: int, warps: int) -> Variant:
+def _variant(
+    kernel: str, label: str, arch: int, registers: int, stack: int, shared: int, warps: int,
+    wide: int = 0, needed: int = 0,
+) -> Variant:  # fmt: skip
     limit = triton_config.ARCHES[arch].shared
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256
     programs = min(_REGISTERS // (per_warp * warps), _THREADS // (32 * warps), (limit + 1024) // (shared + 1024))
-    return Variant(kernel, label, arch, registers, stack, shared, limit, warps, programs)
+    return Variant(kernel, label, arch, registers, stack, shared, limit, warps, programs, wide, needed)
 
 
 def extension_variants(arch: int) -> list[Variant]:
@@ -259,35 +320,44 @@ def _attention_variant(name: str, arch: int, registers: int, stack: int) -> Vari
     return _variant("attention forward cuda", label, arch, registers, stack, triton_config.ARCHES[arch].shared, 12)
 
 
+def _compile_all(asked_for: list[str]) -> Iterator[Variant]:
+    """Triton's variants, an architecture after another for each, then AMD's, then those of the extension."""
+    arches = [int(arch) for arch in asked_for if arch not in _AMD]
+    for group, amd in ((arches, False), ([arch for arch in asked_for if arch in _AMD], True)):
+        launches = variants(amd) if group else {}
+        yield from (compile_variant(launch, label, arch) for launch, label in launches.items() for arch in group)
+    yield from chain(*map(extension_variants, arches))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Command line; the exit status is 1 if a variant exceeds ``--max_stack`` or the architecture's shared memory."""
+    """Command line; the exit status is 1 if a variant exceeds ``--max_stack`` or shared memory, or loads narrowly."""
     parser = argparse.ArgumentParser(prog="python -m flr_kernels.inspect", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--arch",
         default=",".join(map(str, triton_config.ARCHES)),
-        help="comma-separated compute capabilities times ten (default: %(default)s)",
+        help="comma-separated compute capabilities times ten, gfx942, gfx950 (default: %(default)s)",
     )
     parser.add_argument(
         "--max_stack", type=int, default=0, help="bytes of stack a thread that are no fault (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    unknown = [a for a in arguments.arch.split(",") if not a.isdigit() or int(a) not in triton_config.ARCHES]
-    if unknown:
-        parser.error(f"--arch: expected some of {sorted(triton_config.ARCHES)}, got {', '.join(unknown)}")
+    known = [*map(str, triton_config.ARCHES), *_AMD]
+    if unknown := [a for a in arguments.arch.split(",") if a not in known]:
+        parser.error(f"--arch: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     if triton_config.interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    arches = list(map(int, arguments.arch.split(",")))
-    compiled = (compile_variant(launch, label, arch) for launch, label in variants().items() for arch in arches)
     rows, stack = [], arguments.max_stack
-    for row in chain(compiled, *map(extension_variants, arches)):
+    for row in _compile_all(arguments.arch.split(",")):
         rows.append(row)
         if not arguments.json:
             if len(rows) == 1:
-                print(f"{'kernel':20} {'variant':34}   arch  regs  stack  shared warps per SM")
+                print(f"{'kernel':20} {'variant':34}   arch  regs  stack  shared warps per SM  wide")
+            arch = row.arch if isinstance(row.arch, str) else f"sm_{row.arch}"
+            wide = f"{row.wide}" if row.wide_needed else "-"
             print(
-                f"{row.kernel:20} {row.label:34} sm_{row.arch:<3} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
-                f"{row.warps:>5} {row.programs:>6}{'' if row.fits(stack) else '  <- over the limit'}",
+                f"{row.kernel:20} {row.label:34} {arch:6} {row.registers:>5} {row.stack:>6} {row.shared:>7} "
+                f"{row.warps:>5} {row.programs:>6} {wide:>5}{'' if row.fits(stack) else '  <- over the limit'}",
                 flush=True,
             )
     bad = [row for row in rows if not row.fits(stack)]
@@ -299,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
     else:
-        print(f"{len(rows)} variants, {len(bad)} with more than {stack} bytes of stack or too much shared memory")
+        faults = f"over {stack} bytes of stack, too much shared memory or narrow loads"
+        print(f"{len(rows)} variants, {len(bad)} with {faults}")
     return 1 if bad else 0
 
 

@@ -107,7 +107,7 @@ class RecTrainingArguments(TrainingArguments):
     cuda_graphs: bool = option(
         True,
         "On one GPU: launch a training step's operations at once, by CUDA graphs, where its shapes have come before; "
-        "prompts are padded to multiples of 64 tokens. FLR_CUDA_GRAPHS=0 turns those of decoding off, too.",
+        "prompts are padded by up to an eighth. FLR_CUDA_GRAPHS=0 turns those of decoding off, too.",
     )
     bf16: bool | None = option(  # type: ignore[assignment]
         None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +29,8 @@ logger = logging.getLogger("flr")
 
 #: What is differentiated: tensors by name to results, some of which may be None.
 Call = Callable[[dict[str, Tensor]], tuple[Tensor | None, ...]]
-PROMPT_STEP, TARGET_STEP = 64, 8
-_KEPT = 8  # shapes with a graph
+TARGET_STEP = 8
+_KEPT = 32  # shapes with a graph: inputs and results of each, and what lies between in memory that all share
 _SEEN = 2  # the call of a shape at which it is captured
 #: What fills the new columns of a batch's tensors [B, W] of a whole row.
 _FILL: dict[str, Any] = {
@@ -60,7 +60,7 @@ def padded(batch: dict[str, Any], prompt_end: int) -> dict[str, Any]:
         prompt_end: the column behind the prompt's last; columns from it on are targets.
     """
     width = batch["input_ids"].shape[1]
-    left, right = -prompt_end % PROMPT_STEP, _more_targets(width - prompt_end)
+    left, right = -prompt_end % prompt_step(prompt_end), _more_targets(width - prompt_end)
     made: dict[str, Any] = {
         name: nn.functional.pad(batch[name], (left, right), value=fill) for name, fill in _FILL.items() if name in batch
     }
@@ -69,6 +69,16 @@ def padded(batch: dict[str, Any], prompt_end: int) -> dict[str, Any]:
     if "thought_start" in batch:
         made["thought_start"] = batch["thought_start"] + left
     return {**batch, **made}
+
+
+def prompt_step(length: int) -> int:
+    """What the widths of prompts are multiples of: at most an eighth of them, so that padding costs little.
+
+    Example:
+        >>> [length + -length % prompt_step(length) for length in (5, 20, 60, 65, 200, 300)]
+        [8, 24, 64, 80, 224, 320]
+    """
+    return max(8, 1 << max(length - 1, 1).bit_length() - 3)
 
 
 def _more_targets(count: int) -> int:
@@ -123,13 +133,15 @@ class _Replay(torch.autograd.Function):
 class _Captured:
     """Forward and backward of a call for one set of shapes, on tensors of their own."""
 
-    def __init__(self, call: Call, tensors: Mapping[str, Tensor], model: nn.Module, pool: Any) -> None:
-        self.call, self.model, self.pool = call, model, pool
+    def __init__(
+        self, call: Call, tensors: Mapping[str, Tensor], model: nn.Module, grads: list[Tensor], pool: Any
+    ) -> None:
+        self.call, self.model, self.grads, self.pool = call, model, grads, pool
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.reached = [True] * len(grads)  # parameters that the results depend on
         self.leaves: list[nn.Parameter] = []
         self.inputs = {name: x.clone() for name, x in tensors.items()}
         self.outputs: tuple[Tensor | None, ...] = ()
-        self.grads: tuple[Tensor | None, ...] = ()
         self.seeds: list[Tensor] = []
         self.serial = 0
         self._forward = self._backward = self._run  # until captured
@@ -144,33 +156,38 @@ class _Captured:
         with _in_place_of(self.model, {id(p): x for p, x in zip(self.parameters, self.leaves, strict=True)}):
             self.outputs = self.call(self.inputs)
 
+    def _wanted(self) -> list[Tensor]:
+        return [x for x in self.results() if x.requires_grad]
+
     def _differentiate(self) -> None:
-        wanted = [x for x in self.results() if x.requires_grad]
-        self.grads = torch.autograd.grad(wanted, self.leaves, self.seeds, allow_unused=True)
+        torch._foreach_zero_(self.grads)
+        for leaf, grad in zip(self.leaves, self.grads, strict=True):
+            leaf.grad = grad  # which autograd adds to in place
+        torch.autograd.backward(self._wanted(), self.seeds, inputs=self.leaves)
 
     def capture(self) -> None:
         """Raises what the capture raises, RuntimeError where its replay does something else."""
         device = next(iter(self.inputs.values())).device
         self._run()
-        self.seeds = [torch.ones_like(x) for x in self.results() if x.requires_grad]
+        self.seeds = [torch.ones_like(x) for x in self._wanted()]
         self.outputs = ()  # which hold what a backward would need
         state = _random_state(device)
         self._run()
-        self._differentiate()
-        expected = [x.detach().clone() for x in (*self.results(), *self._some(self.grads))]
+        grads = torch.autograd.grad(self._wanted(), self.leaves, self.seeds, allow_unused=True)
+        self.reached = [x is not None for x in grads]
+        expected = [*(x.detach().clone() for x in self.results()), *(x for x in grads if x is not None)]
         after = _random_state(device)
-        self.grads = ()
+        self.outputs = grads = ()
         self._forward = _record(self._run, self.pool)
         self._backward = _record(self._differentiate, self.pool)
         _set_random_state(state, device)
         self._forward()
         self._backward()
-        _compare([*self.results(), *self._some(self.grads)], expected)
+        _compare([*self.results(), *(x for x in self._gradients() if x is not None)], expected)
         _set_random_state(after, device)
 
-    @staticmethod
-    def _some(grads: Iterable[Tensor | None]) -> list[Tensor]:
-        return [x for x in grads if x is not None]
+    def _gradients(self) -> list[Tensor | None]:
+        return [x.detach() if reached else None for x, reached in zip(self.grads, self.reached, strict=True)]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, ...]:
         for name, x in tensors.items():
@@ -185,11 +202,11 @@ class _Captured:
         given = [g for g, x in zip(grads, self.results(), strict=True) if x.requires_grad]
         for seed, grad in zip(self.seeds, given, strict=True):
             seed.zero_() if grad is None else seed.copy_(grad)
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            if parameter.grad is not None and parameter.grad.data_ptr() == grad.data_ptr():
+                parameter.grad = parameter.grad.clone()  # of the micro-batch before, which took over our memory
         self._backward()
-        # tensors that nobody else has: a parameter without a gradient takes over what it is given, and the next
-        # replay writes into ours
-        copies = iter(torch._foreach_add(some, 0) if (some := self._some(self.grads)) else ())
-        return tuple(None if x is None else next(copies) for x in self.grads)
+        return tuple(self._gradients())
 
 
 class StepGraphs:
@@ -198,6 +215,7 @@ class StepGraphs:
     def __init__(self) -> None:
         self._known: OrderedDict[Hashable, _Captured | None] = OrderedDict()
         self._counts: dict[Hashable, int] = {}
+        self._grads: dict[Hashable, list[Tensor]] = {}  # of the parameters, for graphs of all shapes
         self._pool: Any = None
         self.refused = False
 
@@ -205,6 +223,7 @@ class StepGraphs:
         """Give the graphs' memory back."""
         self._known.clear()
         self._counts.clear()
+        self._grads.clear()
         self._pool = None
 
     def __call__(
@@ -220,13 +239,14 @@ class StepGraphs:
         """
         trained = [p for p in model.parameters() if p.requires_grad]
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(tensors.items()))
-        key = (key, shapes, hash(tuple(p.data_ptr() for p in trained)))
+        addresses = hash(tuple(p.data_ptr() for p in trained))
+        key = (key, shapes, addresses)
         if (captured := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return captured(tensors)
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == _SEEN and not self.refused and trained and torch.is_grad_enabled():
-            made = self._captured(call, tensors, model)
+            made = self._captured(call, tensors, model, addresses)
             if made is not None:
                 self._known[key] = made
                 while len(self._known) > _KEPT:
@@ -246,11 +266,13 @@ class StepGraphs:
         torch.cuda.empty_cache()
         return call(tensors)
 
-    def _captured(self, call: Call, tensors: dict[str, Tensor], model: nn.Module) -> _Captured | None:
-        if self._pool is None:
-            self._pool = _new_pool()
-        made = _Captured(call, tensors, model, self._pool)
+    def _captured(self, call: Call, tensors: dict[str, Tensor], model: nn.Module, addresses: int) -> _Captured | None:
         try:
+            if self._pool is None:
+                self._pool = _new_pool()
+            if addresses not in self._grads:
+                self._grads = {addresses: [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]}
+            made = _Captured(call, tensors, model, self._grads[addresses], self._pool)
             made.capture()
         except Exception as error:  # what cannot be captured raises whatever the operation in its way does
             logger.warning("training without CUDA graphs: %s", str(error).splitlines()[0] if str(error) else error)

@@ -66,6 +66,17 @@ _BACKWARD = {
 _INTERPRETED = Tile("interpreted", 16, 32, 4, 1)
 
 
+def stages(tile: Tile, itemsize: int, amd: bool) -> int:
+    """The depth of a tile's pipeline: on AMD's devices what 64 KB hold, the shared memory of all of them up to gfx942.
+
+    Example:
+        >>> [stages(tile, 2, amd=True) for tile in tiles(2, backward=False)]
+        [4, 6, 9]
+    """
+    step = (tile.block_l + FACTOR_BLOCK) * tile.block_d * itemsize
+    return min(tile.num_stages, (64 << 10) // step + 1) if amd else tile.num_stages
+
+
 def interpreted() -> bool:
     """Whether ``TRITON_INTERPRET`` asks for the interpreter; it must have been set before the kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -19,6 +19,9 @@ from . import triton_config
 OPTIONS = {"enable_fp_fusion": True}
 _ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+#: Whether kernels are for an AMD device; :mod:`flr_kernels.inspect` asks for both.
+amd = torch.version.hip is not None
+
 #: ``launcher(kernel, programs, arguments, constants, options)``; :mod:`flr_kernels.inspect` puts its compiler here. It
 #: returns the compiled kernel, or None where there is none.
 Launcher = Callable[[Any, int, dict[str, Any], dict[str, Any], dict[str, Any]], Any]
@@ -40,15 +43,15 @@ def arch(device: torch.device) -> triton_config.Arch:
 
 
 def precision(dtype: torch.dtype) -> dict[str, Any]:
-    """Constants of a kernel: the accumulator type, and whether dot operands are widened to it.
+    """Constants of a kernel: the accumulator type, whether dot operands are widened to it, and how products are taken.
 
     16-bit operands stay as they are for the tensor cores. The interpreter widens bfloat16, whose dot it gets wrong.
+    Products of accumulators are nearly float32: by three products of tf32, or exactly where the operands are wide, and
+    on AMD's matrix cores, which take float32.
     """
     acc = checks.accumulation_dtype(dtype)
-    return {
-        "WIDE": dtype == acc or (dtype == torch.bfloat16 and triton_config.interpreted()),
-        "ACC": _ACCUMULATORS[acc],
-    }
+    wide = dtype == acc or (dtype == torch.bfloat16 and triton_config.interpreted())
+    return {"WIDE": wide, "FINE": "ieee" if wide or amd else "tf32x3", "ACC": _ACCUMULATORS[acc]}
 
 
 @triton.jit

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -27,12 +28,28 @@ from triton.runtime import driver
 
 from . import triton_config, triton_launch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 logger = logging.getLogger("flr_kernels")
 
 #: How many plans of one host function are kept: training meets a new length with every batch.
 KEPT = 1024
 #: Addresses inside of working memory, and those of tensors that Triton compiles wide loads for, are multiples of them.
 _STEP, _ALIGNED = 128, 16
+_CACHES: list[Any] = []
+
+
+def planned(make: Callable[P, T]) -> Callable[P, T]:
+    """Decorates the function that makes a plan from hashable arguments: the latest plans are kept."""
+    kept: Any = functools.lru_cache(maxsize=KEPT)(make)
+    _CACHES.append(kept)
+    return kept
+
+
+def forget() -> None:
+    """Make every plan anew, for tests and inspection."""
+    for kept in _CACHES:
+        kept.cache_clear()
 
 
 class Spec(NamedTuple):
@@ -107,8 +124,8 @@ class Plan:
         if programs:
             self._launches.append(_Launch(kernel, programs, arguments, constants, options, self.device))
 
-    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Allocate and launch on the current stream; the results. Nothing waits for the device."""
+    def run(self, *inputs: Tensor) -> Any:
+        """Allocate and launch on the current stream; the tuple of results. Nothing waits for the device."""
         tensors = list(inputs)
         for like, shape, strides, dtype in self._allocations:
             if dtype is None:

@@ -1,5 +1,6 @@
 """The Triton backend around its kernels: interpreter run, dispatch, configurations, ahead-of-time inspection."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -159,21 +160,40 @@ def test_inspection_compiles_what_dispatch_launches():
 
 @needs_triton
 @pytest.mark.skipif(triton_config.interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", [90, "gfx942", "gfx950"])
+def test_histories_and_logits_are_loaded_16_bytes_at_a_time(arch):
+    from flr_kernels import inspect
+
+    wanted = ("attention forward bfloat16 medium split", "attention backward bfloat16 long whole",
+              "normaliser forward bfloat16", "aggregate backward bfloat16")  # fmt: skip
+    found = {f"{inspect._name(x.kernel)} {y}": x for x, y in inspect.variants(isinstance(arch, str)).items()}
+    rows = [inspect.compile_variant(found[name], name, arch) for name in wanted]
+    assert [row.label for row in rows if not row.ok] == []
+    assert all(row.wide_needed > 0 for row in rows[:3])
+    # a tensor that begins anywhere cannot be loaded so, and that shows
+    aligned = tuple(index for index in found[wanted[2]].aligned if index)
+    narrow = inspect.compile_variant(dataclasses.replace(found[wanted[2]], aligned=aligned), "", arch)
+    assert not narrow.ok
+    assert narrow.stack == 0
+
+
+@needs_triton
+@pytest.mark.skipif(triton_config.interpreted(), reason="the interpreter compiles nothing")
 def test_inspection_fails_on_a_spill(monkeypatch, capsys):
     from flr_kernels import inspect
 
     launches = dict(list(inspect.variants().items())[:1])
     good = inspect.Variant("attention forward", "x", 90, 128, 0, 1000, 2000, 4, 4)
-    monkeypatch.setattr(inspect, "variants", lambda: launches)
+    monkeypatch.setattr(inspect, "variants", lambda amd: launches)
     monkeypatch.setattr(inspect, "extension_variants", lambda arch: [])
-    for change, status in (({}, 0), ({"stack": 8}, 1), ({"shared": 3000}, 1)):
+    for change, status in (({}, 0), ({"stack": 8}, 1), ({"shared": 3000}, 1), ({"wide": 7, "wide_needed": 8}, 1)):
         row = inspect.Variant(**{**good.__dict__, **change})
         monkeypatch.setattr(inspect, "compile_variant", lambda *_, row=row: row)
         assert inspect.main(["--json", "--arch", "90"]) == status
         report = json.loads(capsys.readouterr().out)
         assert report["ok"] == (status == 0)
         assert report["variants"][0]["ok"] == (status == 0)
-        assert inspect.main(["--json", "--arch", "90", "--max_stack", "8"]) == ("shared" in change)
-        assert json.loads(capsys.readouterr().out)["ok"] == ("shared" not in change)
+        assert inspect.main(["--json", "--arch", "90", "--max_stack", "8"]) == (bool(change) and "stack" not in change)
+        assert json.loads(capsys.readouterr().out)["ok"] == (not change or "stack" in change)
     with pytest.raises(SystemExit):
         inspect.main(["--arch", "70"])

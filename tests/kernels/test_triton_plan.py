@@ -27,21 +27,13 @@ pytestmark = [
 def device(monkeypatch):
     """Launches on CPU tensors are recorded by the driver that it returns; nothing has been compiled or planned."""
     from flr_kernels.backends import triton_plan
-    from flr_kernels.ops.factor_aggregate import triton_kernels as aggregate
-    from flr_kernels.ops.factor_attention import triton_host as attention
-    from flr_kernels.ops.log_normaliser import triton_kernels as normaliser
-    from flr_kernels.ops.trie_step import triton_kernels as step
     from tests.helpers.triton_driver import recording
 
     monkeypatch.setattr(triton_config, "check_device", lambda _: None)
     monkeypatch.setenv("FLR_BACKEND", "triton")
     monkeypatch.setattr(triton_plan._Shortcut, "compiled", {})
     monkeypatch.setattr(triton_plan._Shortcut, "_closed", False)
-    for module in (aggregate, attention):
-        module._forward_plan.cache_clear()
-        module._backward_plan.cache_clear()
-    normaliser._plan.cache_clear()
-    step._plan.cache_clear()
+    triton_plan.forget()
     with recording() as driver:
         yield driver
 

@@ -143,15 +143,17 @@ def test_padding_changes_no_loss(tmp_path):
     batch = train._batch([DATA.train[i] for i in range(5)])
     first = int((batch["labels"] != IGNORE).any(0).int().argmax())
     wide = padded({**batch, "thought_start": first - processor.num_thoughts}, first)
-    assert first < 64
-    assert wide["thought_start"] == 64 - processor.num_thoughts
-    assert (wide["input_ids"].shape[1] - 64) % 8 == 0 or wide["input_ids"].shape[1] - 64 <= 4
+    width = first + -first % step_graphs.prompt_step(first)
+    assert width > first
+    assert wide["thought_start"] == width - processor.num_thoughts
+    assert (wide["input_ids"].shape[1] - width) % 8 == 0 or wide["input_ids"].shape[1] - width <= 4
     model.eval()
     torch.testing.assert_close(model(**wide).loss, model(**batch).loss)
     train = grpo_trainer(tmp_path, model=model, processor=processor)
     batch = train._batch([DATA.train[i] for i in range(5)])
     wide = padded(batch, batch["input_ids"].shape[1])
-    assert wide["input_ids"].shape[1] % 64 == 0
+    assert wide["input_ids"].shape[1] % 8 == 0
+    assert wide["input_ids"].shape[1] > batch["input_ids"].shape[1]
     expected = train.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(5))
     train._micro_batch = 0
     torch.testing.assert_close(train.compute_loss(model, wide, num_items_in_batch=torch.tensor(5)), expected)
@@ -185,10 +187,11 @@ def test_training_by_replays_comes_out_equal(tmp_path, stage, replays, monkeypat
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("codec", ["id", "sid", "title"])
+@pytest.mark.parametrize(("codec", "batches"), [("id", 1), ("sid", 2), ("title", 1)])
 @STAGES
-def test_on_the_device_training_comes_out_equal(tmp_path, stage, codec, caplog):
-    graphed, plain = (trainer_of(tmp_path, stage, codec, use_cpu=False, cuda_graphs=x) for x in (True, False))
+def test_on_the_device_training_comes_out_equal(tmp_path, stage, codec, batches, caplog):
+    options = {"use_cpu": False, "gradient_accumulation_steps": batches, "per_device_train_batch_size": 16 // batches}
+    graphed, plain = (trainer_of(tmp_path, stage, codec, cuda_graphs=x, **options) for x in (True, False))
     start = torch.cat([p.detach().flatten().double() for p in plain.model.parameters()])
     found, expected = weights_after(graphed), weights_after(plain)
     assert "without CUDA graphs" not in caplog.text

@@ -11,7 +11,6 @@ memory once and then, K + 1 times, from the caches.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import checks
-from ...backends import triton_config
+from ...backends import triton_config, triton_launch
 from ...backends.triton_launch import dot_wide, precision
-from ...backends.triton_plan import KEPT, Plan, Spec, spec
+from ...backends.triton_plan import Plan, Spec, planned, spec
 
 
 @triton.jit
@@ -156,7 +155,7 @@ def _plan(f: Spec, *dtypes: torch.dtype) -> Plan:
     return Plan(f.device, f.dtype, *dtypes)
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _forward_plan(f: Spec, gate_logits: Spec, eps: float) -> Plan:
     plan = _plan(f, gate_logits.dtype)
     batch, factors, size = f.shape
@@ -181,7 +180,7 @@ def forward(f: Tensor, gate_logits: Tensor, eps: float) -> tuple[Tensor, ...]:
     return _forward_plan(spec(f), spec(gate_logits), eps).run(f, gate_logits)
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _backward_plan(f: Spec, eps: float) -> Plan:
     """For contiguous gates and gradients of the accumulation dtype."""
     acc = checks.accumulation_dtype(f.dtype)
@@ -193,7 +192,7 @@ def _backward_plan(f: Spec, eps: float) -> Plan:
         "d_logits_ptr": plan.result(f.shape[:2], acc),
     }
     # K products a number, on the tensor cores at nearly float32 precision
-    constants = {"PRECISION": "ieee" if f.dtype == torch.float64 else "tf32x3"}
+    constants = {"PRECISION": "ieee" if f.dtype == torch.float64 or triton_launch.amd else "tf32x3"}
     _launch(plan, backward_kernel, f, eps, arguments, constants)
     return plan
 

@@ -7,7 +7,6 @@ Importing this module needs triton.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ import triton
 from torch import Tensor
 
 from ... import checks
-from ...backends import triton_config
+from ...backends import triton_config, triton_launch
 from ...backends.triton_launch import arch, precision
-from ...backends.triton_plan import KEPT, Memory, Plan, Spec, spec
+from ...backends.triton_plan import Memory, Plan, Spec, planned, spec
 from .reference import Saved
 from .triton_kernels import backward_kernel, combine_du_kernel, combine_kernel, delta_kernel, forward_kernel
 
@@ -58,7 +57,7 @@ def _launch_tiles(
         {**history, **arguments},
         {**blocks, "SPLIT": splits > 1, **precision(h.dtype), **constants},
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=triton_config.stages(tile, h.dtype.itemsize, triton_launch.amd),
     )
 
 
@@ -85,7 +84,7 @@ def _tile(h: Spec, u: Spec, tile: triton_config.Tile | None, backward: bool) -> 
     return tile, triton.cdiv(h.shape[1], tile.block_l)
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _forward_plan(last_first: bool, tile: triton_config.Tile | None, h: Spec, u: Spec, *mask: Spec) -> Plan:
     tile, splits = _tile(h, u, tile, backward=False)
     batch, factors, size = u.shape
@@ -124,8 +123,8 @@ def forward(
             contiguous. Other strides, and all strides of ``mask``, are free.
     """
     if mask is None:
-        return _forward_plan(last_first, tile, spec(h), spec(u)).run(h, u)  # type: ignore[return-value]
-    return _forward_plan(last_first, tile, spec(h), spec(u), spec(mask)).run(h, u, mask)  # type: ignore[return-value]
+        return _forward_plan(last_first, tile, spec(h), spec(u)).run(h, u)
+    return _forward_plan(last_first, tile, spec(h), spec(u), spec(mask)).run(h, u, mask)
 
 
 def _launch_delta(plan: Plan, u: Spec, arguments: dict, acc: Any) -> None:
@@ -140,13 +139,13 @@ def _launch_delta(plan: Plan, u: Spec, arguments: dict, acc: Any) -> None:
     )
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _backward_plan(needs_dh: bool, tile: triton_config.Tile | None, h: Spec, u: Spec, *mask: Spec) -> Plan:
     """For contiguous results and gradients of the accumulation dtype, which follow the inputs."""
     tile, splits = _tile(h, u, tile, backward=True)
     batch, factors, size = u.shape
     acc = checks.accumulation_dtype(h.dtype)
-    wide, kernel_acc = (precision(h.dtype)[name] for name in ("WIDE", "ACC"))
+    fine, kernel_acc = (precision(h.dtype)[name] for name in ("FINE", "ACC"))
     names = (*_RESULTS, *(f"d_{name}" for name in _RESULTS))
     plan = Plan(h.device, *(x.dtype for x in (h, u, *mask)), *[acc] * len(names))
     saved = {f"{name}_ptr": x for name, x in zip(names, plan.inputs[-len(names) :], strict=True)}
@@ -162,7 +161,7 @@ def _backward_plan(needs_dh: bool, tile: triton_config.Tile | None, h: Spec, u: 
     shared = {**of("d_context_ptr", "d_overlap_ptr", "d_entropy_ptr"), "delta_ptr": delta}
     _launch_delta(plan, u, {**shared, **of("context_ptr", "overlap_ptr", "entropy_ptr", "d_lse_ptr")}, kernel_acc)
     arguments = {**shared, **of("lse_ptr"), "dh_ptr": dh, "du_ptr": part, "written_ptr": written}
-    constants = {"NEEDS_DH": needs_dh, "DH_PRECISION": "ieee" if wide else _DH_PRECISION[h.dtype]}
+    constants = {"NEEDS_DH": needs_dh, "DH_PRECISION": "ieee" if fine == "ieee" else _DH_PRECISION[h.dtype]}
     _launch_tiles(plan, backward_kernel, tile, (h, u, *mask), arguments, constants)
     if splits > 1:
         arguments = {"part_ptr": part, "written_ptr": written, "du_ptr": du}
@@ -180,4 +179,4 @@ def backward(
     """
     inputs = (h, u) if mask is None else (h, u, mask)
     plan = _backward_plan(needs_dh, tile, *map(spec, inputs))
-    return plan.run(*inputs, *[x.contiguous() for x in (*saved, *grads)])  # type: ignore[return-value]
+    return plan.run(*inputs, *[x.contiguous() for x in (*saved, *grads)])

@@ -78,6 +78,7 @@ def forward_kernel(
     CACHE: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
+    FINE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     tile = tl.abs(last - tl.program_id(0))
@@ -105,7 +106,7 @@ def forward_kernel(
     p = tl.where(valid[None, :], tl.exp(shifted), 0.0)
     total = tl.sum(p, 1)
     entropy = tl.sum(tl.where(valid[None, :], p * shifted, 0.0), 1)
-    overlap = dot_wide(p, tl.trans(p), "ieee" if WIDE else "tf32x3", ACC)
+    overlap = dot_wide(p, tl.trans(p), FINE, ACC)
     if not SPLIT:  # the results themselves; a user without a valid token gets zeros and lse = -inf
         inverse = tl.where(some != 0, 1.0 / total, 0.0)
         entropy = tl.where(some != 0, tl.log(total) - entropy * inverse, 0.0)
@@ -262,6 +263,7 @@ def backward_kernel(
     NEEDS_DH: tl.constexpr,
     DH_PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    FINE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -296,7 +298,7 @@ def backward_kernel(
     pairs = real[:, None] & real[None, :]
     down = tl.load(d_overlap_ptr + factors[:, None] * K + k[None, :], mask=pairs, other=0.0)
     across = tl.load(d_overlap_ptr + factors[None, :] * K + k[:, None], mask=pairs, other=0.0)
-    dp += dot_wide(down + across, alpha, "ieee" if WIDE else "tf32x3", ACC)
+    dp += dot_wide(down + across, alpha, FINE, ACC)
     d_entropy = tl.load(d_entropy_ptr + factors, mask=real, other=0.0)
     dp -= d_entropy[:, None] * tl.where(alpha > 0, shifted, 0.0)
     ds = alpha * (dp - tl.load(delta_ptr + factors, mask=real, other=0.0)[:, None])

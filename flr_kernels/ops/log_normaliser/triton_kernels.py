@@ -11,8 +11,6 @@ begin at one, Triton compiles narrow loads.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +18,7 @@ from torch import Tensor
 from ... import checks, reference
 from ...backends import triton_config
 from ...backends.triton_launch import arch, log_sum, precision
-from ...backends.triton_plan import KEPT, Plan, Spec, spec
+from ...backends.triton_plan import Plan, Spec, planned, spec
 
 #: Programs of a multiprocessor that are worth starting: 4 warps with 4 loads of 16 bytes a thread in flight each.
 PROGRAMS = 4
@@ -80,7 +78,7 @@ def _block() -> int:
     return 64 if triton_config.interpreted() else 4096
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _plan(logits: Spec, programs: int) -> tuple[Plan, int]:
     triton_config.check_rows("logits", logits)
     rows, vocabulary = logits.shape

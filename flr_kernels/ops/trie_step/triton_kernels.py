@@ -13,8 +13,6 @@ kept: it says the score exactly, and from the leaf position follow the parent (w
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from ...backends import triton_config
 from ...backends.triton_launch import add_exponentials, log_sum
-from ...backends.triton_plan import KEPT, Memory, Plan
+from ...backends.triton_plan import Memory, Plan, planned
 
 #: Keys that a program sorts at a time, and that it keeps: few sizes, so few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)
@@ -211,7 +209,7 @@ _TENSORS = (
 )
 
 
-@lru_cache(maxsize=KEPT)
+@planned
 def _plan(
     row_stride: int, shape: tuple[int, int], entries: int, widths: tuple[int, int], widest: int, unique: bool,
     filter: str, device: torch.device, *dtypes: torch.dtype,
