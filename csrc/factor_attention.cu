@@ -27,12 +27,17 @@ cudaError_t prepare(Kernel kernel, int device, Room* room) {
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&room->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  const cudaLaunchConfig_t config = configure(&attribute, kWideCluster, kWideCluster, kSharedLimit, nullptr);
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
-      cudaOccupancyMaxActiveClusters(&room->wide_clusters, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();  // not this one's error
-    room->wide_clusters = 0;
+  bool allowed = true;
+  for (int i = 0; i < 4; ++i) {
+    const int cluster = 2 << i;
+    cudaLaunchAttribute attribute = {};
+    const cudaLaunchConfig_t config = configure(&attribute, cluster, cluster, kSharedLimit, nullptr);
+    if (cluster > 8)  // more than every device of this compute capability has to run
+      allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    if (!allowed || cudaOccupancyMaxActiveClusters(&room->clusters[i], kernel, &config) != cudaSuccess) {
+      room->clusters[i] = 0;
+      cudaGetLastError();  // nobody else's
+    }
   }
   return cudaSuccess;
 }

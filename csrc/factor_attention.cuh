@@ -18,7 +18,7 @@ constexpr int kProducers = 4;  // one warp alone issues copies too slowly; regis
 constexpr int kThreads = kWorkerThreads + 32 * kProducers;
 constexpr int kTokens = 16, kRows = kTokens / kProducers, kMaxChunk = 1536;
 constexpr int kMaxStages = 12, kSearch = 8;  // producers look at 32 kSearch tokens at a time
-constexpr int kCluster = 8, kWideCluster = 16;  // any device runs the one, and some the other
+constexpr int kMaxCluster = 16;
 constexpr int kSharedLimit = 227 * 1024;
 // A block starts with 168 registers a thread, 168 * 384 = 40 * 128 + 232 * 256.
 constexpr int kProducerRegisters = 40, kWorkerRegisters = 232;
@@ -33,7 +33,7 @@ struct alignas(128) Control {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
   float stats[3][8];             // maximum, sum, sum of weight times logit below the maximum
   float pairs[8][8];             // sums of products of weights
-  float weights[kWideCluster][8];
+  float weights[kMaxCluster][8];
   Mbarrier full[kMaxStages], empty[kMaxStages], queries_full[2], queries_empty[2];
   int tile[kMaxStages];  // number of tokens; 256 more for a user's last tile
   int tokens[kProducers][32 * kSearch + kTokens];  // the same for every producer
@@ -60,22 +60,21 @@ struct Plan {
   int query_pitch, shared_bytes;
 };
 
-// What the choice depends on: multiprocessors, and how many wide clusters run at a time.
+// What the choice depends on: multiprocessors, and how many clusters of 2, 4, 8 and 16 run at a time. That is less than
+// multiprocessors divided by blocks where a cluster's blocks have to lie together.
 struct Room {
-  int multiprocessors, wide_clusters;
+  int multiprocessors, clusters[4];
 };
 
 template <class C>
 Plan make_plan(const AttentionProblem& p, const Room& device) {
-  const int multiprocessors = device.multiprocessors;
   Plan plan{};
   plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
   plan.cluster = 1;
-  while (plan.cluster < kCluster && 2 * plan.cluster * p.users <= multiprocessors && 64 * plan.cluster <= p.length)
-    plan.cluster *= 2;
-  if (plan.cluster == kCluster && p.users <= device.wide_clusters && 64 * kCluster <= p.length)
-    plan.cluster = kWideCluster;
-  plan.grid = plan.cluster > 1 || p.users < multiprocessors ? p.users * plan.cluster : multiprocessors;
+  for (int i = 0; i < 4; ++i)  // the largest with which no user has to wait for another
+    if (p.users <= device.clusters[i] && 32 * (2 << i) <= p.length) plan.cluster = 2 << i;
+  const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
+  plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
   const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(Control));
   const bool waits = !C::kQueriesInRegisters && p.users * plan.cluster > plan.grid;  // for the user before
   plan.buffers = waits && (room - 2 * queries) / (2 * C::kSlot) > plan.chunks ? 2 : 1;

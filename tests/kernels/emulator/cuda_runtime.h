@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -43,30 +44,67 @@ namespace emu {
   std::_Exit(1);
 }
 
+// Fails where for ten seconds no thread has come past a barrier or ended.
+class Watchdog {
+ public:
+  static Watchdog& instance() {
+    static Watchdog watchdog;
+    return watchdog;
+  }
+  void progress() { count_.fetch_add(1, std::memory_order_relaxed); }
+  ~Watchdog() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      over_ = true;
+    }
+    condition_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  void watch() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (unsigned before = count_; !over_; before = count_)
+      if (!condition_.wait_for(lock, std::chrono::seconds(10), [&] { return over_; }) && before == count_)
+        fail("all threads wait");
+  }
+  std::atomic<unsigned> count_{0};
+  std::mutex mutex_;
+  std::condition_variable condition_;
+  bool over_ = false;
+  std::thread thread_{[this] { watch(); }};
+};
+
 // `leave` takes a thread out: the others no longer wait for it.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
   void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const unsigned mine = round_;
+    mutex_.lock();
+    const unsigned mine = round_.load();
     if (++here_ == threads_) return release();
-    condition_.wait(lock, [&] { return round_ != mine; });
+    mutex_.unlock();
+    round_.wait(mine);
   }
   unsigned leave() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (--threads_ == here_ && here_ > 0) release();
-    return threads_;
+    mutex_.lock();
+    const unsigned left = --threads_;
+    if (left == here_ && here_ > 0) release();
+    else mutex_.unlock();
+    return left;
   }
 
  private:
   void release() {
-    here_ = 0, ++round_;
-    condition_.notify_all();
+    here_ = 0;
+    ++round_;
+    mutex_.unlock();
+    round_.notify_all();
+    Watchdog::instance().progress();
   }
   std::mutex mutex_;
-  std::condition_variable condition_;
-  unsigned threads_, here_ = 0, round_ = 0;
+  std::atomic<unsigned> round_{0};
+  unsigned threads_, here_ = 0;
 };
 
 constexpr int kWords = 6;
@@ -98,6 +136,8 @@ struct Cluster {
 inline thread_local Block* block;
 inline thread_local Cluster* cluster;
 inline thread_local unsigned rank, turn;
+// Which of the faults that test_emulator.py plants is there; 0: none.
+inline const int fault = std::getenv("EMULATED_FAULT") ? std::atoi(std::getenv("EMULATED_FAULT")) : 0;
 inline int multiprocessors = 1;  // of the current device; device n has n
 
 template <class T, int id>
@@ -210,6 +250,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   return cudaSuccess;
 }
 template <class Kernel, class... A>  // kernel<<<grid, threads, 0, stream>>>(...)
-void emulated_launch(Kernel kernel, unsigned grid, unsigned threads, A... arguments) {
+void emulated_launch(Kernel kernel, unsigned grid, unsigned threads, cudaStream_t, A... arguments) {
   emu::run(grid, threads, 1, 0, [=] { kernel(arguments...); });
 }

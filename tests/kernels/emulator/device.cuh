@@ -61,35 +61,31 @@ struct Float16 : Tensor16<true> { static constexpr float kScale = 16384; };
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-struct alignas(8) Mbarrier {
+struct alignas(16) Mbarrier {
   int32_t bytes;
-  uint8_t arrivals, pending, phase;
-};
-struct Signals {  // by address, so that a change wakes few
-  std::mutex mutex;
-  std::condition_variable condition;
-  static Signals& of(const Mbarrier* m) {
-    static Signals all[64];
-    return all[uintptr_t(m) / 8 % 64];
-  }
+  uint16_t arrivals, pending;
+  uint32_t phase;
 };
 inline void mbar_change(Mbarrier* m, int bytes, int arrivals) {
-  Signals& signals = Signals::of(m);
-  std::lock_guard<std::mutex> lock(signals.mutex);
+  static std::mutex mutexes[64];
+  std::unique_lock<std::mutex> lock(mutexes[uintptr_t(m) / 16 % 64]);
   if (arrivals > m->pending) emu::fail("more arrivals at an mbarrier than it expects");
-  m->bytes += bytes, m->pending = uint8_t(m->pending - arrivals);
+  m->bytes += bytes, m->pending = uint16_t(m->pending - arrivals);
   if (m->pending != 0 || m->bytes != 0) return;
-  m->phase ^= 1, m->pending = m->arrivals;
-  signals.condition.notify_all();
+  m->pending = m->arrivals;
+  std::atomic_ref<uint32_t> phase(m->phase);
+  phase.store(m->phase ^ 1);
+  lock.unlock();
+  phase.notify_all();
+  emu::Watchdog::instance().progress();
 }
-inline void mbar_init(Mbarrier* m, uint32_t arrivals) { *m = {0, uint8_t(arrivals), uint8_t(arrivals), 0}; }
+inline void mbar_init(Mbarrier* m, uint32_t arrivals) { *m = {0, uint16_t(arrivals), uint16_t(arrivals), 0}; }
 inline void mbar_fence() {}
 inline void mbar_expect(Mbarrier* m, uint32_t bytes) { mbar_change(m, int(bytes), 1); }
 inline void mbar_arrive(Mbarrier* m) { mbar_change(m, 0, 1); }
 inline void mbar_wait(Mbarrier* m, uint32_t parity) {
-  Signals& signals = Signals::of(m);
-  std::unique_lock<std::mutex> lock(signals.mutex);
-  signals.condition.wait(lock, [&] { return m->phase != parity; });
+  std::atomic_ref<uint32_t> phase(m->phase);
+  for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
 }
 
 // Copies are done by a thread of their own, in no particular order.
