@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+FILES = ("*.cpp", "*.cu"), ("*.h", "*.cuh")  # what is compiled, what is included
 REQUIRED = os.environ.get("FLR_REQUIRE_EXTENSION", "") not in ("", "0")
 
 
@@ -108,8 +109,9 @@ class BuildExtension(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
         cxx = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         cxx += [*shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
-        core = SOURCES / "group_advantage.cuh"
-        headers = [core, SOURCES / "log_normaliser.h"]
+        hopper = any(re.match(r"9\.0\b", name) for name in names.split())
+        defines += ["-DFLR_SM90A"] * hopper
+        headers = [path for end in FILES[1] for path in sorted(SOURCES.glob(end))]
 
         def cpp(name, *extra):
             source, output = SOURCES / f"{name}.cpp", str(folder / f"{name}.o")
@@ -118,11 +120,13 @@ class BuildExtension(build_ext):
         commands = {}  # longest first
         linker = [*compiler, "-shared"]
         if nvcc:
-            source, output = SOURCES / "group_advantage.cu", str(folder / "group_advantage.cu.o")
             host = ["-ccbin", compiler[0]] if os.environ.get("CXX") else []
             gpu = [nvcc, *host, "-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            command = [*gpu, f"--threads={jobs}", *flags, "-c", str(source), "-o", output]
-            commands[output] = (command, [source, core])
+            # setmaxnreg is of 9.0a alone: nothing later runs this code
+            kernels = {"factor_attention": ["-gencode=arch=compute_90a,code=sm_90a"]} if hopper else {}
+            for name, targets in {**kernels, "group_advantage": [f"--threads={jobs}", *flags]}.items():
+                source, output = SOURCES / f"{name}.cu", str(folder / f"{name}.cu.o")
+                commands[output] = ([*gpu, *targets, "-c", str(source), "-o", output], [source, *headers])
             linker = [nvcc, *host, "-shared", "--cudart=static"]
         commands.update([cpp("bindings", *includes, *defines), cpp("group_advantage"), cpp("log_normaliser")])
         objects = list(commands)
@@ -131,12 +135,8 @@ class BuildExtension(build_ext):
         return f"CUDA {names} and host" if nvcc else "host only: no nvcc found or it failed"
 
 
-sources = [
-    f"csrc/{name}" for name in ("bindings.cpp", "group_advantage.cpp", "log_normaliser.cpp", "group_advantage.cu")
-]
-extension = Extension(
-    "flr_kernels._C", sources, depends=["csrc/group_advantage.cuh", "csrc/log_normaliser.h"], optional=not REQUIRED
-)
+compiled, included = ([str(p.relative_to(ROOT)) for end in ends for p in sorted(SOURCES.glob(end))] for ends in FILES)
+extension = Extension("flr_kernels._C", compiled, depends=included, optional=not REQUIRED)
 readme, urls = (ROOT / "README.md").read_text(encoding="utf-8"), {}
 if address := os.environ.get("FLR_PROJECT_URL"):
     page = runpy.run_path(str(ROOT / "scripts/index_readme.py"))

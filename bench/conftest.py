@@ -126,7 +126,8 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         bytes_moved, flops: what the work must move and compute, the same for all variants.
         target: the ratio competitor / ours that is wanted; reported, not asserted.
         rounds: instead of what the tier and the time of a round give.
-        clock: "wall" for work that waits (a server, a subprocess); default: harness.default_clock.
+        clock: "wall" for work that waits (a server, a subprocess); harness.kernel_clock() for kernels; default:
+            harness.default_clock. Where one variant cannot be captured in a graph, all are timed by calls.
         memory: "numpy" for work in NumPy, see harness.peak_bytes.
     """
     used = False

@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flr.decode.graphs import capturing
+
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -37,6 +39,8 @@ ROUNDS = {"quick": (15, 3, 2.0), "default": (31, 3, 15.0), "full": (51, 5, 60.0)
 #: A round calls a variant until this much time has passed: launches and the final wait do not count.
 ROUND_SECONDS = {"quick": 2e-3, "default": 5e-3, "full": 2e-2}
 MAX_CALLS = 50
+#: Fewest calls in a CUDA graph that is timed.
+GRAPH_CALLS = 8
 #: Seconds for a program to start, such as a server on a busy machine.
 START_SECONDS = 300
 #: What a commit is judged dirty by: code that benchmarks run, not results, figures and prose.
@@ -71,9 +75,14 @@ def rotation(item_bytes: int) -> int:
 
 
 def rotating(call: Callable, input_sets: Sequence[tuple]) -> Callable[[], Any]:
-    """``call`` without arguments, taking the next input set each time."""
+    """``call`` without arguments, taking the next input set each time; its ``sets`` says how many there are."""
     inputs = cycle(input_sets)
-    return lambda: call(*next(inputs))
+
+    def run() -> Any:
+        return call(*next(inputs))
+
+    run.sets = len(input_sets)  # type: ignore[attr-defined]
+    return run
 
 
 def label(shape: dict[str, Any]) -> str:
@@ -169,6 +178,27 @@ def _best(call: Callable, repeats: int = 9) -> float:
     return float(np.percentile(times, 25))
 
 
+def captured(call: Callable, calls: int) -> Callable[[], Any]:
+    """A CUDA graph of ``calls`` calls; replaying it costs the device's time and not that of launching from Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compile and allocate
+        for _ in range(calls):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with capturing(graph):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
+def kernel_clock() -> str:
+    """What races of kernels are timed by: replays of a CUDA graph on a GPU, since launching some of them from Python
+    takes longer than they do."""
+    return "graph" if ON_GPU else ""
+
+
 def default_clock() -> str:
     """``events`` on a GPU. On the CPU ``process`` for one thread: time that other programs had the core is not counted,
     which on a shared machine is most of the noise; else ``wall``."""
@@ -178,7 +208,7 @@ def default_clock() -> str:
 def seconds(call: Callable, calls: int, clock: str | None = None) -> float:
     """Seconds a call, mean of ``calls``, by CUDA events, the CPU time of this process, or the monotonic clock."""
     clock = clock or default_clock()
-    if clock == "events":
+    if clock in ("events", "graph"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
@@ -240,22 +270,50 @@ class Variant:
     times: list[float] = field(default_factory=list)
     peak: int | None = None
     failed: str | None = None
+    #: With clock "graph": calls in the graph, what is replayed, why there is none, and seconds of a call from Python.
+    inside: int = 1
+    replay: Callable[[], Any] | None = None
+    uncaptured: str | None = None
+    from_python: float | None = None
 
     def prepare(self, tier: str) -> None:
-        """Warm up (compile), measure memory, and choose how many calls make a round."""
+        """Warm up (compile), measure memory, capture, and choose how many calls make a round."""
         self.call()
         synchronize()
         self.peak = peak_bytes(self.call, self.memory)
-        once = seconds(self.call, 1, self.clock)
+        if self.clock == "graph":
+            self.from_python = min(seconds(self.call, 10) for _ in range(3))
+            self._capture()
+        self.choose_calls(tier)
+
+    def _capture(self) -> None:
+        sets = getattr(self.call, "sets", 1)
+        self.inside = sets * -(-GRAPH_CALLS // sets)  # each input set equally often
+        try:
+            self.replay = captured(self.call, self.inside)
+        except RuntimeError as error:
+            self.uncaptured = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            synchronize()
+
+    def from_now_on_by_calls(self, tier: str) -> None:
+        """Go without the graph."""
+        self.clock, self.replay, self.inside = "events", None, 1
+        self.choose_calls(tier)
+
+    def choose_calls(self, tier: str) -> None:
+        once = self._seconds(1)
         if once < ROUND_SECONDS[tier]:  # the first is often slow
-            once = min(once, *(seconds(self.call, 1, self.clock) for _ in range(4)))
-        self.calls = max(1, min(MAX_CALLS, round(ROUND_SECONDS[tier] / max(once, 1e-9))))
+            once = min(once, *(self._seconds(1) for _ in range(4)))
+        self.calls = max(1, min(MAX_CALLS, round(ROUND_SECONDS[tier] / max(once * self.inside, 1e-9))))
         self.times = [once]
+
+    def _seconds(self, runs: int) -> float:
+        return seconds(self.replay or self.call, runs, self.clock) / self.inside
 
     def time(self) -> None:
         if self.calls > 1:
-            self.call()  # untimed: caches hold what the variant before left there
-        self.times.append(seconds(self.call, self.calls, self.clock))
+            (self.replay or self.call)()  # untimed: caches hold what the variant before left there
+        self.times.append(self._seconds(self.calls))
 
 
 def rounds_for(tier: str, round_seconds: float) -> int:
@@ -291,7 +349,11 @@ class Race:
         for other in self.others:
             guarded(other, lambda other=other: other.prepare(tier))
         alive = [self.ours, *(o for o in self.others if not o.failed)]
-        self.rounds = rounds or rounds_for(tier, sum(v.times[0] * v.calls for v in alive))
+        if any(variant.uncaptured for variant in alive):  # a graph against calls would compare different things
+            self.clock = "events"
+            for variant in alive:
+                variant.from_now_on_by_calls(tier)
+        self.rounds = rounds or rounds_for(tier, sum(v.times[0] * v.calls * v.inside for v in alive))
         for variant in alive:
             variant.times.clear()
         self._round = 0
@@ -332,9 +394,13 @@ class Race:
             if variant.failed:
                 row["failed"] = variant.failed
             else:
-                row |= {"clock": self.clock, "rounds": len(variant.times), "calls": variant.calls}
+                row |= {"clock": self.clock, "rounds": len(variant.times), "calls": variant.calls * variant.inside}
                 row |= {f"{k}_ms": v * 1e3 for k, v in spread(variant.times).items()}
                 row |= rates(row, ceilings, dtype)
+                if variant.from_python is not None:
+                    row["call_ms"] = variant.from_python * 1e3
+                if variant.uncaptured:
+                    row["uncaptured"] = variant.uncaptured
                 if variant.peak is not None:
                     row["peak_mb"] = variant.peak / 1e6
                 if variant is not self.ours:

@@ -9,7 +9,7 @@ import torch
 
 from flr_kernels import factor_aggregate, reference
 
-from .harness import DEVICE, ON_GPU, label, rotating, rotation
+from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
 
 EPS = 1e-6
 
@@ -62,6 +62,7 @@ def test_factor_aggregate(shape, backward, tier, race):
         f"{'train' if backward else 'forward'} {label(shape)}",
         {name: rotating(step(call), sets) for name, call in variants.items()},
         suite="factor_aggregate",
+        clock=kernel_clock(),
         shape=shape,
         check=check,
         bytes_moved=size * (3 if backward else 1) + shape["B"] * shape["D"] * 4,

@@ -1,7 +1,7 @@
 """From token log-probabilities to advantages: ours, the usual PyTorch, compiled.
 
 ``flr`` is what dispatch picks: the CUDA kernel on a GPU, its C++ twin on the CPU; ``reference`` is ours in plain
-PyTorch, in float64. On a GPU the same is raced once more as CUDA graphs, where the launches of the CPU do not count.
+PyTorch, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from flr_kernels import group_advantage
 
 from .baselines import logprob
-from .harness import DEVICE, ON_GPU, label
+from .harness import DEVICE, ON_GPU, kernel_clock, label
 
 EPS = 1e-4
 
@@ -34,27 +34,13 @@ def by_reference(call):
     return run
 
 
-def graphed(call):
-    """One call of ``call`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 @pytest.mark.cases(
     quick=[shape_of(4, 8, 16)],
     default=[shape_of(4, 8, 16), shape_of(64, 8, 16), shape_of(64, 64, 256)],
     gpu=[shape_of(4, 8, 16), shape_of(64, 8, 16), shape_of(64, 8, 16, torch.bfloat16), shape_of(256, 64, 1024)],
 )
-@pytest.mark.parametrize("graph", [False, pytest.param(True, marks=pytest.mark.skipif(not ON_GPU, reason="no GPU"))])
 @pytest.mark.parametrize("kind", ["grpo", "latentr3"])
-def test_group_advantage(kind, graph, shape, tier, race, monkeypatch):
+def test_group_advantage(kind, shape, tier, race, monkeypatch):
     monkeypatch.delenv("FLR_BACKEND", raising=False)
     users, size, length = shape["B"], shape["G"], shape["S"]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -78,15 +64,14 @@ def test_group_advantage(kind, graph, shape, tier, race, monkeypatch):
             for found, exact in zip(variants[name](), expected, strict=True):
                 torch.testing.assert_close(found.double(), exact.double(), rtol=1e-4, atol=1e-4)
 
-    if graph:
-        variants = {name: graphed(call) for name, call in variants.items()}
     rows = users * size
     race(
-        f"{kind}{' graph' if graph else ''} {label(shape)}",
+        f"{kind} {label(shape)}",
         variants,
         suite="group_advantage",
+        clock=kernel_clock(),
         shape=shape,
-        check=None if graph else check,  # the same calls without a graph are checked
+        check=check,
         bytes_moved=rows * length * (shape["dtype"].itemsize + 1) + rows * 8 + users * 8,
         target={"eager": 10.0} if ON_GPU else None,
     )

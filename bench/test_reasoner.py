@@ -3,8 +3,7 @@
 ``flr`` is FactorizedReasoner with the ops that dispatch picks, ``reference`` the same with the PyTorch reference ops
 (on a GPU; on the CPU they are what dispatch picks), ``compiled`` is under torch.compile(fullgraph=True), ``latentr3``
 the single-factor predecessor, which projects all L tokens to keys and values (K = 1, T = 1 by definition: raced at T =
-1 only). On a GPU, forward, T > 1: ``graph`` is ours in a CUDA graph, ``blocks`` too but all refinements of 16 users
-before the next 16.
+1 only). On a GPU, forward, T > 1: ``blocks`` is ours with all refinements of 16 users before the next 16.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from flr.config import FLRConfig
 from flr.model.reasoner import FactorizedReasoner, LatentR3Reasoner
 
-from .harness import DEVICE, ON_GPU, label, rotating, rotation
+from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
 
 
 def shape_of(batch: int, length: int, size: int, refinements: int, dtype: torch.dtype = torch.float32) -> dict:
@@ -31,19 +30,15 @@ def build(shape: dict):
     return FactorizedReasoner(shape["D"], FLRConfig(num_factors=shape["K"], num_refinements=shape["T"])).to(DEVICE)
 
 
-def graphed(call, h, mask, users: int):
-    """A CUDA graph of ``call`` on every block of ``users``."""
-    parts = list(zip(h.split(users), mask.split(users), strict=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and initialises what must not happen during the capture
-        call(*parts[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for part in parts:
-            call(*part)
-    return graph.replay
+def in_blocks(call, users: int):
+    """``call`` on one block of ``users`` after another."""
+
+    def run(h, mask):
+        for part in zip(h.split(users), mask.split(users), strict=True):
+            out = call(*part)
+        return out
+
+    return run
 
 
 @contextmanager
@@ -106,16 +101,14 @@ def test_reasoner(shape, backward, tier, race):
     if shape["T"] == 1:
         config = FLRConfig(variant="latentr3", num_factors=1, num_refinements=1)
         variants["latentr3"] = step(LatentR3Reasoner(size, config).to(DEVICE))
-    graphs = {}
     if ON_GPU and shape["T"] > 1 and not backward:
-        graphs = {
-            name: graphed(step(module), *sets[0], users) for name, users in (("graph", len(sets[0][0])), ("blocks", 16))
-        }
+        variants["blocks"] = in_blocks(step(module), 16)
     weights = 4 * size * size * 4  # the queries', keys', values' and output's; 2 operations an element and user
     race(
         f"{'train' if backward else 'forward'} {label(shape)}",
-        {name: rotating(call, sets) for name, call in variants.items()} | graphs,
+        {name: rotating(call, sets) for name, call in variants.items()},
         suite="reasoner",
+        clock=kernel_clock(),
         shape=shape,
         check=check,
         # what one pass must move: the history (twice, and its gradient, in the backward) and the 4 D² weights

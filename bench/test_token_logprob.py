@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from flr_kernels import token_logprob
 
 from .baselines import logprob
-from .harness import DEVICE, ON_GPU, label
+from .harness import DEVICE, ON_GPU, kernel_clock, label
 
 
 def shape_of(rows: int, size: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> dict:
@@ -80,6 +80,7 @@ def test_token_logprob(shape, mode, tier, race):
         f"{mode} {label(shape)}",
         {name: step(call) for name, call in variants.items()},
         suite="token_logprob",
+        clock=kernel_clock(),
         shape=shape,
         check=check,
         # hidden states and weight; in the backward once more, and the gradients that are wanted

@@ -5,9 +5,13 @@ Competitors are those of baselines/two_pass.py: ``published`` (lm_head on every 
 the rewards, then the passes again with gradient) and ``best`` (lm_head on target rows, rewards from the pass that is
 differentiated); in RL ``grouped`` of baselines/grouped.py, the strongest that exists, a pass for the thought and one
 of all members behind one copy of the prompt; in the supervised step ``plain``, Hugging Face's own forward and loss
-over the same rows without a thought, which is less work and another loss. In RL ``flr`` is policy "tokens", the same
-work as theirs; ``thoughts`` is ours with the other policy, which needs no gradient through the suffix, and ``prompts
-kept`` ours with the prompts' states in memory, as in every epoch but the first of a run with ``--prompt_cache``. In
+over the same rows without a thought, which is less work and another loss. On a GPU ``flr`` is what the trainers do
+there, a CUDA graph of forward and backward (flr.train.step_graphs), ``calls`` the same launched from Python, and the
+competitors' steps are raced as they are and, where they can be captured, as one graph.
+
+In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy, which needs no
+gradient through the suffix, and ``prompts kept`` ours with the prompts' states in memory, as in every epoch but the
+first of a run with ``--prompt_cache``. In
 tokens through the backbone, forward and backward each counted once, ``grouped`` takes 3 L + 2 G S and ours L + 2 G S:
 2.0 times at L = 256 and 2.6 at 1024. The shape is that of the model in docs/log.md: an lm_head of about 15 % of the
 work. Backbone frozen in RL, trained in the supervised step; a larger vocabulary would flatter the ratios.
@@ -24,11 +28,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import flr
 from flr.model.outputs import GroupInputs
 from flr.model.prompt_cache import PromptCache
+from flr.train.grpo import by_graphs
 from flr.train.policy_loss import clipped_surrogate
+from flr.train.step_graphs import StepGraphs
 from flr_kernels import group_advantage
 
 from .baselines import grouped, two_pass
-from .harness import DEVICE, label
+from .harness import DEVICE, ON_GPU, captured, label
 
 MODEL = {"D": 512, "layers": 8, "V": 10432}
 SMALL = {"D": 128, "layers": 4, "V": 2048}  # large enough for a ratio of products, not of calls
@@ -83,6 +89,32 @@ def gradients(model, step) -> tuple[float, list[torch.Tensor]]:
     return loss, [p.grad.clone() for p in model.flr.parameters() if p.grad is not None]
 
 
+def from_nothing(model, steps: dict) -> dict:
+    """Every step without gradients of the one before, as an optimizer leaves it."""
+
+    def begun(step):
+        def run():
+            model.zero_grad()
+            return step()
+
+        return run
+
+    return {name: begun(step) for name, step in steps.items()}
+
+
+def whole_step(model, step):
+    """A competitor's whole step as one CUDA graph, captured at the first call."""
+    replays: list = []
+
+    def run():
+        if not replays:
+            model.zero_grad()
+            replays.append(captured(step, 1))
+        replays[0]()
+
+    return run
+
+
 def check_equal(model, ours, theirs, bound: float) -> None:
     (a, mine), (b, naive) = gradients(model, ours), gradients(model, theirs)
     largest = max(float(g.norm()) for g in naive)
@@ -94,7 +126,10 @@ def check_equal(model, ours, theirs, bound: float) -> None:
 @pytest.mark.cases(
     quick=[{**SMALL, "B": 2, "L": 128, "S": 8, "G": 8}],
     default=[{**MODEL, "B": b, "L": length, "S": 16, "G": 8} for b, length in ((1, 256), (4, 256), (1, 1024))],
-    gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 4, "L": 256, "S": 16, "G": 8, "dtype": torch.bfloat16}],
+    gpu=[
+        {"D": 1536, "layers": 28, "V": 151936, "B": b, "L": 256, "S": 16, "G": 8, "dtype": torch.bfloat16}
+        for b in (4, 16)
+    ],
 )
 def test_rl_step(shape, tier, race):
     model = build(shape).requires_grad_(False).eval()
@@ -106,15 +141,23 @@ def test_rl_step(shape, tier, race):
     noise[:, 0] = 0
     group = GroupInputs(targets, torch.ones_like(targets, dtype=torch.bool), noise, noise_scale=3.0)
 
-    def ours(policy: str = "tokens", prompts=prompts, group=group):
+    def forward(prompts, group):
+        return model(**prompts, group=group)
+
+    def ours(policy: str = "tokens", prompts=prompts, group=group, forward=forward):
         group = dataclasses.replace(group, policy=policy)
-        out = model(**prompts, group=group)
+        out = forward(prompts, group)
         rows = group.target_mask.repeat_interleave(shape["G"], 0)
         advantages = group_advantage(out.logprobs.detach().flatten(0, 1), rows, shape["G"]).advantages
         now, mask = (out.logprobs, group.target_mask) if policy == "tokens" else (out.thought_logprobs, None)
         clipped_surrogate(now, now.detach(), mask, advantages).loss.mean().backward()
         # the surrogate's value is that of ratios of 1; this one has its gradient and says more
         return two_pass.group_loss(out.logprobs.detach(), group.target_mask)[0]
+
+    graphs = StepGraphs()
+
+    def by_graph(policy: str = "tokens"):
+        return ours(policy, forward=lambda prompts, group: by_graphs(graphs, model, prompts, group))
 
     kept = PromptCache(model, gigabytes=1)
 
@@ -126,48 +169,42 @@ def test_rl_step(shape, tier, race):
             model._flr_patch.prompt_cache = None
 
     def check():
-        """One user, in double: single precision divides by the spread of nearly equal rewards and compares rounding."""
-        low = next(model.model.parameters()).dtype == torch.bfloat16
+        """One user, in double: lower precision divides by the spread of nearly equal rewards and compares rounding."""
         one = {k: v[:1] for k, v in prompts.items()}
-        dtype = torch.float32 if low else torch.float64
-        part = GroupInputs(targets[:1], group.target_mask[:1], noise[:1].to(dtype), group.noise_scale)
-        wide = model if low else model.double()
+        part = GroupInputs(targets[:1], group.target_mask[:1], noise[:1].double(), group.noise_scale)
+        wide = model.double()
         for published in (False, True):
             check_equal(
                 wide,
                 lambda: ours(prompts=one, group=part),
                 lambda p=published: two_pass.rl_step(model, one, part, published=p),
-                5e-2 if low else 1e-6,
+                1e-6,
             )
-        check_equal(
-            wide,
-            lambda: ours(prompts=one, group=part),
-            lambda: grouped.rl_step(model, one, part),
-            5e-2 if low else 1e-6,
-        )
+        check_equal(wide, lambda: ours(prompts=one, group=part), lambda: grouped.rl_step(model, one, part), 1e-6)
 
         def from_kept():
             with PromptCache(wide, gigabytes=1).used():
                 return ours(prompts=one, group=part)
 
-        check_equal(wide, from_kept, lambda: ours(prompts=one, group=part), 5e-2 if low else 1e-6)
-        if not low:
-            model.float()
+        check_equal(wide, from_kept, lambda: ours(prompts=one, group=part), 1e-6)
+        model.to(shape.get("dtype", torch.float32))
 
-    variants = {
-        "flr": ours,
+    others = {
         "published": lambda: two_pass.rl_step(model, prompts, group, published=True),
         "best": lambda: two_pass.rl_step(model, prompts, group, published=False),
         "grouped": lambda: grouped.rl_step(model, prompts, group),
-        "thoughts": lambda: ours("thoughts"),
-        "prompts kept": with_prompts_kept,
     }
+    if ON_GPU:
+        variants = {"flr": by_graph, **others, "thoughts": lambda: by_graph("thoughts"), "calls": ours}
+        variants |= {f"{name}, graph": whole_step(model, others[name]) for name in ("best", "grouped")}
+    else:
+        variants = {"flr": ours, **others, "thoughts": lambda: ours("thoughts"), "prompts kept": with_prompts_kept}
     if shape["L"] > 256:  # half a minute a call
         del variants["published"], variants["best"]
     targets_by_length = {256: {"published": 13 if shape["B"] == 1 else 20, "grouped": 2.5}, 1024: {"grouped": 2.5}}
     race(
         f"rl {label(shape)}",
-        variants,
+        from_nothing(model, variants),
         suite="train_step",
         shape=shape,
         check=check,
@@ -181,7 +218,7 @@ def test_rl_step(shape, tier, race):
 @pytest.mark.cases(
     quick=[{**SMALL, "B": 8, "L": 128, "S": 8}],
     default=[{**MODEL, "B": 8, "L": 256, "S": 16}],
-    gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": 8, "L": 256, "S": 16, "dtype": torch.bfloat16}],
+    gpu=[{"D": 1536, "layers": 28, "V": 151936, "B": b, "L": 256, "S": 16, "dtype": torch.bfloat16} for b in (8, 32)],
 )
 def test_sft_step(shape, tier, race):
     model = build(shape).train()
@@ -192,15 +229,25 @@ def test_sft_step(shape, tier, race):
     labels = torch.cat([torch.full_like(prompts["input_ids"], -100), targets], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
+    graphs = StepGraphs()
+
+    def call(tensors):
+        return (model(**tensors, thought_start=shape["L"] if ON_GPU else None).loss,)
+
+    def calls():
+        loss = call(inputs)[0]
+        loss.backward()
+        return loss.detach()
+
     def ours():
-        loss = model(**inputs).loss
+        loss = graphs(call, inputs, model, 0)[0] if ON_GPU else call(inputs)[0]
         loss.backward()
         return loss.detach()
 
     def check():
         bound = 5e-2 if next(model.model.parameters()).dtype == torch.bfloat16 else 1e-4
         for published in (False, True):
-            check_equal(model, ours, lambda p=published: two_pass.sft_step(model, inputs, p), bound)
+            check_equal(model, calls, lambda p=published: two_pass.sft_step(model, inputs, p), bound)
 
     place = shape["L"]  # of the thought token, which plain training knows nothing of
     rows = {k: torch.cat([v[:, :place], v[:, place + 1 :]], 1) for k, v in inputs.items()}
@@ -210,14 +257,17 @@ def test_sft_step(shape, tier, race):
         loss.backward()
         return loss.detach()
 
+    variants = {
+        "flr": ours,
+        "published": lambda: two_pass.sft_step(model, inputs, published=True),
+        "best": lambda: two_pass.sft_step(model, inputs, published=False),
+        "plain": plain,
+    }
+    if ON_GPU:
+        variants |= {"calls": calls, "plain, graph": whole_step(model, plain)}
     race(
         f"sft {label(shape)}",
-        {
-            "flr": ours,
-            "published": lambda: two_pass.sft_step(model, inputs, published=True),
-            "best": lambda: two_pass.sft_step(model, inputs, published=False),
-            "plain": plain,
-        },
+        from_nothing(model, variants),
         suite="train_step",
         shape=shape,
         check=check,

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "factor_attention.h"
 #include "group_advantage.cuh"
 #include "log_normaliser.h"
 
@@ -184,12 +185,72 @@ void log_normaliser(const View& logits, const View& out, int device, uintptr_t) 
   log_normaliser_host(static_cast<const float*>(rows.data), sizes[0], sizes[1], rows.strides[0], result);
 }
 
+// Rows of `array` [.., .., size] as the kernel's 16-byte copies need them.
+void check_rows(const std::string& name, const Array& array) {
+  if (array.strides[2] != 1 && array.shape[2] > 1)
+    refuse(name, "a contiguous last dimension", "strides " + text(array.strides));
+  const auto address = reinterpret_cast<uintptr_t>(array.data);
+  for (int i = 0; i < 2; ++i)
+    if (address % 16 || (array.shape[i] > 1 && array.strides[i] % 8))
+      refuse(name, "rows at multiples of 16 bytes", std::to_string(address) + ", strides " + text(array.strides));
+}
+
+void factor_attention(const View& h, const View& u, const std::optional<View>& mask, const View& context,
+                      const View& lse, const View& overlap, const View& entropy, bool last_first, int device,
+                      uintptr_t stream) {
+#ifdef FLR_SM90A
+  if (device < 0) refuse("device", "a device index: this has no host twin", std::to_string(device));
+#else
+  refuse("device", "none: this build has no code for compute capability 9.0", std::to_string(device));
+#endif
+  const Sizes &sizes = std::get<3>(h), &queries = std::get<3>(u);
+  if (sizes.size() != 3 || sizes[1] < 1) refuse("h", "[B, L, D] with L >= 1", text(sizes));
+  const int64_t users = sizes[0], size = sizes[2];
+  if (size < kColumnStep || size > kMaxColumns || size % kColumnStep)
+    refuse("h", "D a multiple of 8 from 8 to " + std::to_string(kMaxColumns), text(sizes));
+  if (users > kMaxUsers || sizes[1] > kMaxTokens) refuse("h", "at most 2^27 users of 2^30 tokens", text(sizes));
+  if (queries.size() != 3 || queries[1] < 1 || queries[1] > kMaxFactors)
+    refuse("u", "[B, K, D] with K from 1 to " + std::to_string(kMaxFactors), text(queries));
+  const int64_t factors = queries[1];
+  const Array history = check("h", h, device, sizes), query = check("u", u, device, {users, factors, size}, history.dtype);
+  if (history.dtype != "bfloat16" && history.dtype != "float16") refuse("h", "bfloat16 or float16", history.dtype);
+  check_rows("h", history);
+  check_rows("u", query);
+  AttentionProblem p{};
+  p.h = history.data, p.h_b = history.strides[0], p.h_l = history.strides[1];
+  p.u = query.data, p.u_b = query.strides[0], p.u_k = query.strides[1];
+  if (mask.has_value()) {
+    const Array valid = check("mask", *mask, device, {users, sizes[1]}, "bool");
+    p.mask = static_cast<const uint8_t*>(valid.data), p.mask_b = valid.strides[0], p.mask_l = valid.strides[1];
+  }
+  const auto result = [&](const char* name, const View& view, const Sizes& shape) {
+    return static_cast<float*>(contiguous(name, view, device, shape, "float32").data);
+  };
+  p.context = result("context", context, {users, factors, size});
+  if (reinterpret_cast<uintptr_t>(p.context) % 16) refuse("context", "an address that 16 divides", "another");
+  p.lse = result("lse", lse, {users, factors}), p.entropy = result("entropy", entropy, {users, factors});
+  p.overlap = result("overlap", overlap, {users, factors, factors});
+  p.users = users, p.length = sizes[1], p.size = int(size), p.factors = int(factors);
+  p.is_half = history.dtype == "float16", p.last_first = last_first;
+#ifdef FLR_SM90A
+  raise_if(factor_attention_cuda(p, device, reinterpret_cast<void*>(stream)));
+#else
+  (void)stream;
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled half of flr_kernels; see csrc/ and flr_kernels/backends/extension.py.";
   module.attr("source_hash") = FLR_SOURCE_HASH;
   module.attr("architectures") = FLR_ARCHITECTURES;  // "8.0 9.0 12.0+PTX"; empty without the CUDA half
+#ifdef FLR_SM90A
+  module.attr("has_factor_attention") = true;  // for compute capability 9.0 exactly
+#else
+  module.attr("has_factor_attention") = false;
+#endif
+  module.def("factor_attention", &factor_attention);
   module.def("group_advantage", &group_advantage);
   module.def("batch_advantage", &batch_advantage);
   module.def("log_normaliser", &log_normaliser);

@@ -45,6 +45,7 @@ class Op:
     forward: dict[str, Callable] = field(default_factory=dict)
     backward: dict[str, Callable] = field(default_factory=dict)
     check: dict[str, Callable[..., None]] = field(default_factory=dict)
+    suits: dict[str, Callable[..., bool]] = field(default_factory=dict)
     on_cpu: tuple[str, ...] = ("reference",)
 
     def register(
@@ -54,12 +55,14 @@ class Op:
         backward: Callable | None = None,
         check: Callable[..., None] | None = None,
         *,
+        suits: Callable[..., bool] | None = None,
         on_cpu: bool = False,
     ) -> None:
         """Plug in a backend. ``forward`` and ``backward`` take exactly the arguments of the reference ones.
 
         ``check`` takes the arguments of either and raises :class:`BackendUnavailable` or ``ValueError`` if the backend
-        cannot serve them. ``on_cpu``: ``auto`` tries it on CPU tensors; others run there when asked for by name.
+        cannot serve them. ``suits`` takes them, too: where it is false, ``auto`` tries the others before. ``on_cpu``:
+        ``auto`` tries it on CPU tensors; others run there when asked for by name.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -68,6 +71,8 @@ class Op:
             self.backward[backend] = backward
         if check is not None:
             self.check[backend] = check
+        if suits is not None:
+            self.suits[backend] = suits
         if on_cpu:
             self.on_cpu = (backend, *self.on_cpu)
 
@@ -155,10 +160,12 @@ def _first(op: Op, tensor: torch.Tensor, args: tuple, accepts: Callable[[str], N
     order = _AUTO_ORDER if tensor.is_cuda else op.on_cpu
     if len(order) == 1:
         return order[0]
+    known = [backend for backend in order if backend in op.forward]
+    if op.suits and accepts is None:
+        late = {x for x in known if x in op.suits and not op.suits[x](tensor, *args)}
+        known.sort(key=lambda x: (x == "reference", x in late))
     reasons = []
-    for candidate in order:
-        if candidate not in op.forward:
-            continue
+    for candidate in known:
         try:
             _check(op, candidate, tensor, args, accepts)
         except (BackendUnavailable, ValueError) as reason:

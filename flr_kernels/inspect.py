@@ -298,6 +298,9 @@ def extension_variants(arch: int) -> list[Variant]:
         return []
     rows = []
     for name, registers, stack, shared in _resources(str(module.__file__), "-arch", f"sm_{arch}"):
+        if attention := _attention_variant(name, arch, registers, stack):
+            rows.append(attention)
+            continue
         match = re.search(r"\d(group|batch)_advantage_kernelI(f|d|NS_\d+(\w*?float16)E)(Lb(\d)E)?E", name)
         assert match, name
         dtype = match[3] or {"f": "float32", "d": "float64"}[match[2]]
@@ -306,6 +309,15 @@ def extension_variants(arch: int) -> list[Variant]:
             _variant(f"{match[1]} advantage", dtype + team, arch, registers, stack, shared, 4 if team == " warp" else 8)
         )
     return rows
+
+
+def _attention_variant(name: str, arch: int, registers: int, stack: int) -> Variant | None:
+    """A kernel of csrc/factor_attention.cuh, or None; it asks for all shared memory at its launch."""
+    match = re.search(r"factor_attention_forwardINS_\d+(B?[Ff]loat16)ENS_\d+ColumnsILi(\d+)ELi(\d+)", name)
+    if match is None:
+        return None
+    label = f"{match[1].lower()} D{match[2]} by {match[3]}"
+    return _variant("attention forward cuda", label, arch, registers, stack, triton_config.ARCHES[arch].shared, 12)
 
 
 def _compile_all(asked_for: list[str]) -> Iterator[Variant]:

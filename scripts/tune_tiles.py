@@ -63,9 +63,7 @@ def main() -> int:
                 return op.backward(h, u, None, saved, grads, True, tile=tile)
             return op.forward(h, u, None, tile=tile)
 
-        chosen = triton_config.attention_tile(
-            arch(h.device), batch, length, size, factors, h.dtype, backward=arguments.backward
-        )
+        chosen = triton_config.attention_tile(arch(h), batch, length, h.dtype, backward=arguments.backward)
         expected = call(chosen)
         moved = h.numel() * h.itemsize * (2 if arguments.backward else 1)
         rows = []

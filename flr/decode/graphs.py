@@ -43,6 +43,22 @@ _LIMIT = 0.25  # of the device's free memory that the copy of a prompt cache may
 _Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]"
 
 
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """``torch.cuda.graph``; a capture that fails leaves the random numbers of the device as they were.
+
+    Without this its generator would refuse every later draw, since it takes the capture for one that goes on.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
+
+
 def _padded_users(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
@@ -114,7 +130,7 @@ class Replayed:
         levels: list[_Level] = []
         while more:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with capturing(graph, pool=pool, capture_error_mode="thread_local"):
                 state, more = next(steps)
                 outcome = self._outcome(state)
             levels.append((graph, *outcome))
@@ -139,7 +155,8 @@ class Replayed:
             if graph is not None:
                 graph.replay()
             known = watch.ask(outcome[0])
-            if known is not None and known[0] == 0:
+            # before a capture every level runs, so that none compiles a kernel while it is captured
+            if graph is not None and known is not None and known[0] == 0:
                 break
         _, best, broken, overflow = outcome
         failed = torch.stack([broken[:count].any(), overflow[:count].any()]).tolist()

@@ -35,6 +35,16 @@ from flr_kernels.checks import accumulation_dtype
 LOSSES = ("orthogonality", "diversity", "sparsity")
 
 
+def _autocast(h: Tensor) -> Tensor:
+    """Float32 hidden states on a GPU in the dtype of autocast, as PyTorch's own attention takes them there.
+
+    The kernels multiply 16-bit numbers in tensor cores and add up in float32; float32 has none to give equal results.
+    """
+    if h.is_cuda and h.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return h.to(torch.get_autocast_dtype("cuda"))
+    return h
+
+
 @dataclass
 class ReasonerOutput:
     """What the reasoner made of B users.
@@ -193,6 +203,7 @@ class FactorizedReasoner(Reasoner):
     def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
         config = self.config
         z = self._state(h, query_index).to(self.query.dtype)
+        h = _autocast(h)
         eps = self.EPS * (config.input_scale or 1.0)
         valid_tokens = mask.sum(-1) if mask is not None else torch.full((len(h),), h.shape[1], device=h.device)
         gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))

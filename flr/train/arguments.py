@@ -104,6 +104,11 @@ class RecTrainingArguments(TrainingArguments):
         "while the run lasts), so that each prompt is read once a run.",
     )
     prompt_cache_gb: float = option(4.0, "Bound of what prompt_cache keeps, in 10^9 bytes, in every process.")
+    cuda_graphs: bool = option(
+        True,
+        "On one GPU: launch a training step's operations at once, by CUDA graphs, where its shapes have come before; "
+        "prompts are padded by up to an eighth. FLR_CUDA_GRAPHS=0 turns those of decoding off, too.",
+    )
     bf16: bool | None = option(  # type: ignore[assignment]
         None,
         "Compute in bfloat16 beside float32 weights (autocast). Default: where flr trains a model that it was given, "

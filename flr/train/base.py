@@ -42,6 +42,7 @@ from .run_folder import (
     writing,
 )  # fmt: skip
 from .settings import run_settings
+from .step_graphs import StepGraphs, usable
 from .throughput import COUNTS, Throughput, counted
 
 logger = logging.getLogger("flr")
@@ -96,6 +97,7 @@ class RecTrainer(Trainer):
             **kwargs,
         )
         self.label_smoother = None  # done in the model's forward
+        self._graphs = StepGraphs() if usable(args, model) else None
         self._best = _BestInPlace()
         self.add_callback(self._best)
         self._late = LateLook()

@@ -11,7 +11,7 @@ exact for these Gaussians. The step goes through the wrapped module's forward, s
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,31 @@ from .finite import name_rows
 from .group_batches import GroupCollator, RepeatedBlocks
 from .policy_loss import clipped_surrogate
 from .rewards import RewardInputs, Rewards
+from .step_graphs import StepGraphs, padded
 from .throughput import COUNTS
+
+#: Tensors of a group's inputs and results that a CUDA graph takes and gives, beside the actions, which are pairs.
+_INPUTS = ("targets", "target_mask", "noise", "target_nodes")
+_RESULTS = ("logprobs", "thought_logprobs", "regularisers", "kl", "thoughts", "thought_norm", "gate_entropy")
+
+
+def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs) -> GroupOutput:
+    """``model(**prompts, group=group)``, by a CUDA graph where these shapes have come before."""
+    tensors = {name: x for name in _INPUTS if (x := getattr(group, name)) is not None}
+    if group.actions is not None:
+        tensors |= dict(zip(("action", "sigma"), group.actions, strict=True))
+
+    def call(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        given: Any = {name: tensors[name] for name in _INPUTS if name in tensors}
+        given["actions"] = (tensors["action"], tensors["sigma"]) if "action" in tensors else None
+        out = model(**{name: tensors[name] for name in prompts}, group=replace(group, **given))
+        return *(getattr(out, name) for name in _RESULTS), *out.actions
+
+    *results, action, sigma = graphs(call, tensors | prompts, model, (group.policy, model.training))
+    found: Any = dict(zip(_RESULTS, results, strict=True))
+    assert action is not None
+    assert sigma is not None
+    return GroupOutput(**found, actions=(action, sigma))
 
 
 @dataclass
@@ -97,7 +121,10 @@ class LatentGRPOTrainer(RecTrainer):
             raise ValueError(f"train: expected at least one batch of {self._block} users, got {len(train)} rows")
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
-        return self._with_target_nodes(self._groups(rows))
+        batch = self._groups(rows)
+        if self._graphs is not None:
+            batch = padded(batch, batch["input_ids"].shape[1])
+        return self._with_target_nodes(batch)
 
     def _with_target_nodes(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.catalogue_loss is not None:
@@ -162,7 +189,8 @@ class LatentGRPOTrainer(RecTrainer):
             )
         if iteration and args.policy == "thoughts":
             group.actions = self._rollouts[self._micro_batch].actions
-        out: GroupOutput = model(**inputs, group=group)
+        graphs = None if group.decodable else self._graphs
+        out = model(**inputs, group=group) if graphs is None else by_graphs(graphs, model, inputs, group)
         now = out.thought_logprobs if args.policy == "thoughts" else out.logprobs
         assert now is not None
         if iteration == 0:

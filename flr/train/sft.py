@@ -14,6 +14,7 @@ from flr.model.backbone import mixes
 from .arguments import SFTConfig
 from .base import RecTrainer
 from .settings import of_augment
+from .step_graphs import padded
 from .throughput import COUNTS
 
 
@@ -45,6 +46,7 @@ class SFTTrainer(RecTrainer):
         processor.scoring = args.normalisation
         self._collate = SFTCollator(processor, augment, seed=args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
+        self._names: tuple[str, ...] = ()
         if (smoothing := args.label_smoothing_factor) and mixes(model):
             raise ValueError(f"label_smoothing_factor: expected 0 with aggregation mixture, got {smoothing}")
         super().__init__(model, args, processor, train, valid, of_augment(augment), **kwargs)
@@ -71,7 +73,9 @@ class SFTTrainer(RecTrainer):
         if self.args.device.type == "cuda" and self.processor.num_thoughts:
             # fixed shapes and no synchronisation; on the CPU lm_head rows cost more than a look at the data
             first_label = int((batch["labels"] != IGNORE).any(0).int().argmax())
-            return {**batch, "thought_start": first_label - self.processor.num_thoughts}
+            start = first_label - self.processor.num_thoughts
+            whole: dict[str, Any] = {**batch, "thought_start": start}
+            return whole if self._graphs is None else padded(whole, first_label)
         return dict(batch)
 
     def _grouped_optimizer(self, model: Any) -> torch.optim.Optimizer:
@@ -104,16 +108,44 @@ class SFTTrainer(RecTrainer):
         if self.catalogue_loss is not None:
             inputs = {**inputs, "catalogue_loss": self.catalogue_loss}
         soft = (inputs.pop("soft_targets", None), inputs.pop("soft_weights", None))
+        if soft[0] is None and self._graphs is not None and model.training and not return_outputs:
+            return self._graphed_loss(model, inputs, num_items_in_batch)
         if soft[0] is None or not model.training:
             outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         else:
             outputs = self._soft_loss(model, inputs, *soft, num_items_in_batch)
         if model.training and outputs.flr is not None:
-            for name, value in outputs.flr.losses.items():
-                self._terms.setdefault(name, []).append(value.detach())
+            self._note(outputs.flr.losses)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             outputs.loss = outputs.loss * self.accelerator.num_processes  # a share of a sum, which DDP and FSDP average
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _note(self, terms: dict[str, torch.Tensor]) -> None:
+        for name, value in terms.items():
+            self._terms.setdefault(name, []).append(value.detach())
+
+    def _graphed_loss(self, model: Any, inputs: dict[str, Any], num_items: torch.Tensor | int | None) -> torch.Tensor:
+        """The loss of a training batch; its operations by a CUDA graph where these shapes have come before."""
+        assert self._graphs is not None
+        if isinstance(num_items, int):
+            num_items = torch.tensor(num_items, device=self.args.device)
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+        if num_items is not None:
+            tensors["num_items_in_batch"] = num_items
+        others = {name: x for name, x in inputs.items() if name not in tensors}
+
+        def call(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            outputs = model(**tensors, **others)
+            losses = {} if outputs.flr is None else outputs.flr.losses
+            self._names = tuple(losses)  # the same for every batch
+            return outputs.loss, *losses.values()
+
+        key = tuple(
+            (name, x if isinstance(x, int | float | bool | str | None) else id(x)) for name, x in others.items()
+        )
+        results: Any = self._graphs(call, tensors, model, key)
+        self._note(dict(zip(self._names, results[1:], strict=True)))
+        return results[0]
 
     @staticmethod
     def _soft_loss(model, inputs, targets, weights, num_items):

@@ -1,7 +1,8 @@
 """The compiled half (csrc/, built by setup.py): loading it, saying why it cannot run, and the backends it serves.
 
 Backends of ``group_advantage`` and ``batch_advantage``: "cuda" for CUDA tensors, "host" (the same C++ core on one
-thread) for CPU tensors. "host", that of ``log_normaliser`` too, is what ``auto`` runs on a CPU.
+thread) for CPU tensors. "host", that of ``log_normaliser`` too, is what ``auto`` runs on a CPU. The backend "cuda" of
+``factor_attention`` is in ops/factor_attention/cuda_host.py.
 """
 
 from __future__ import annotations
@@ -79,6 +80,20 @@ def _device_problem(index: int) -> str | None:
     return None
 
 
+@functools.cache
+def attention_problem(index: int) -> str | None:
+    """Why the extension's kernel of ``factor_attention`` does not run on a device where its CUDA half does, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability != (9, 0):
+        name = ".".join(map(str, capability))
+        return f"the extension's kernel of factor_attention is for compute capability 9.0, device {index} is {name}"
+    if not load().has_factor_attention:
+        return (
+            f"the extension was built without its kernel for compute capability 9.0; with 9.0 among the listed, {BUILD}"
+        )
+    return None
+
+
 def check_cuda(tensor: Tensor, *_: Any) -> None:
     """Raise unless the CUDA half serves the device of ``tensor``."""
     if not tensor.is_cuda:
@@ -108,15 +123,20 @@ def _view(x: Tensor) -> tuple:
     return x.data_ptr(), _DTYPES[x.dtype], device, x.shape, x.stride(), bytes_left
 
 
-def _call(name: str, tensor: Tensor, *arguments: Any) -> None:
+def call(name: str, tensor: Tensor, *arguments: Any) -> None:
     """Call into the extension on the device and current stream of ``tensor``."""
     views = [_view(a) if isinstance(a, Tensor) else a for a in arguments]
     function = getattr(load(), name)
     if not tensor.is_cuda:
         function(*views, -1, 0)
         return
-    with torch.cuda.device(tensor.device):
-        function(*views, tensor.device.index, torch.cuda.current_stream().cuda_stream)
+    index = tensor.device.index
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if index == torch.cuda.current_device():  # the guard below costs as much as all the rest
+        function(*views, index, stream)
+        return
+    with torch.cuda.device(index):
+        function(*views, index, stream)
 
 
 def group_advantage(
@@ -130,19 +150,19 @@ def group_advantage(
     batch = token_logprobs.new_empty(4 if whole_batch else 0, dtype=torch.float64)
     scratch = batch.new_empty(2 * groups + 1) if whole_batch else None
     results = (rewards, advantages, mean, std, batch if whole_batch else None, scratch)
-    _call("group_advantage", token_logprobs, token_logprobs, mask, *results, group_size, kind, reward, eps)
+    call("group_advantage", token_logprobs, token_logprobs, mask, *results, group_size, kind, reward, eps)
     return rewards, advantages, mean, std, batch
 
 
 def batch_advantage(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
     """As the reference; one launch."""
     advantages = torch.empty_like(rewards)
-    _call("batch_advantage", rewards, rewards, partials, advantages, eps)
+    call("batch_advantage", rewards, rewards, partials, advantages, eps)
     return advantages
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
     """As the reference, for float32 on a CPU; every logit is read from memory once (csrc/log_normaliser.cpp)."""
     out = logits.new_empty(logits.shape[0])
-    _call("log_normaliser", logits, logits, out)
+    call("log_normaliser", logits, logits, out)
     return out

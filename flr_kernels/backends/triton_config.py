@@ -1,11 +1,9 @@
 """Launch configurations of the Triton kernels: pure functions of (architecture, shapes, dtype), no triton, no device.
 
 The attention kernels give one tile of ``block_l`` tokens to a program, which walks over D twice (scores, then
-pooling). The choice of ``block_l`` is a trade between three costs, counted in bytes of device memory a token:
-
-* the tile is read a second time; that read is free of device-memory traffic only while all tiles in flight fit the L2;
-* every tile writes K partial rows of D accumulators, which the combine kernel reads again (short tiles pay more);
-* a grid that does not fill the multiprocessors leaves bandwidth unused (long tiles pay more).
+pooling) and writes K partial rows of D accumulators, which the combine kernel reads again: few long tiles move the
+least, but a grid that does not fill the multiprocessors leaves bandwidth unused. docs/log.md has the times of every
+tile on an H200.
 """
 
 from __future__ import annotations
@@ -24,24 +22,20 @@ from ..dispatch import BackendUnavailable
 FACTOR_BLOCK = 16
 MAX_FACTORS = 16
 MIN_SIZE, MAX_SIZE, SIZE_STEP = 32, 8192, 8
-#: Programs of one multiprocessor at a time, roughly: the depth of the 16-bit configurations' pipelines (``num_stages``)
-#: is chosen so that shared memory has room for 2 or 3. More would hide more latency and overflow the caches with tiles.
-PROGRAMS_PER_SM = 2
 #: Rows of partial results that a combine program sums at a time.
 COMBINE_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What the choice depends on: multiprocessors, bytes of L2, bytes of shared memory one program may use."""
+    """Multiprocessors, and bytes of shared memory that one program may use."""
 
     sms: int
-    l2: int
     shared: int
 
 
 #: By compute capability: A100, H100, B200.
-ARCHES = {80: Arch(108, 40 << 20, 163 << 10), 90: Arch(132, 50 << 20, 227 << 10), 100: Arch(148, 126 << 20, 227 << 10)}
+ARCHES = {80: Arch(108, 163 << 10), 90: Arch(132, 227 << 10), 100: Arch(148, 227 << 10)}
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,11 @@ class Tile:
 
 
 _FORWARD = {
-    2: (Tile("long", 64, 128, 4, 4), Tile("medium", 32, 128, 4, 7), Tile("short", 16, 128, 4, 10)),
+    2: (Tile("long", 64, 128, 4, 4), Tile("medium", 32, 128, 4, 7)),
     4: (Tile("long32", 64, 32, 4, 3), Tile("short32", 16, 64, 4, 3)),
 }
 _BACKWARD = {
-    2: (Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7), Tile("short", 16, 64, 4, 5)),
+    2: (Tile("longest", 128, 64, 4, 4), Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7)),
     4: (Tile("long32", 32, 32, 4, 3), Tile("short32", 16, 32, 4, 3)),
 }
 #: One configuration under the interpreter, with blocks small enough for awkward sizes to cross them.
@@ -95,7 +89,7 @@ def arch_of(capability: tuple[int, int], sms: int | None = None) -> tuple[int, A
         raise BackendUnavailable(f"triton backend: needs compute capability 8.0 or newer, got {number / 10}")
     key = max(known for known in ARCHES if known <= number)
     arch = ARCHES[key]
-    return key, Arch(sms or arch.sms, arch.l2, arch.shared)
+    return key, Arch(sms or arch.sms, arch.shared)
 
 
 def tiles(itemsize: int, backward: bool) -> tuple[Tile, ...]:
@@ -103,33 +97,26 @@ def tiles(itemsize: int, backward: bool) -> tuple[Tile, ...]:
     return (_BACKWARD if backward else _FORWARD)[itemsize]
 
 
-def token_cost(tile: Tile, arch: Arch, batch: int, length: int, size: int, factors: int, itemsize: int) -> float:
-    """Device-memory bytes that the busiest multiprocessor moves, by the model in the module docstring."""
-    programs = batch * -(-length // tile.block_l)
-    in_flight = min(programs, arch.sms * PROGRAMS_PER_SM) * tile.block_l * size * itemsize
-    usable = 0.7 * arch.l2  # the rest holds queries and partial results
-    missed = max(0.0, 1 - usable / in_flight)
-    partial = 1.5 * 4 * factors * size / tile.block_l if length > tile.block_l else 0.0  # half of it is read from L2
-    waves = -(-programs // arch.sms)
-    return waves * tile.block_l * (size * itemsize * (1 + missed) + partial)
+def attention_tile(arch: Arch, batch: int, length: int, dtype: torch.dtype, backward: bool) -> Tile:
+    """The longest tile, not twice a user's tokens, of which there are enough to fill the multiprocessors.
 
-
-def attention_tile(
-    arch: Arch, batch: int, length: int, size: int, factors: int, dtype: torch.dtype, backward: bool
-) -> Tile:
-    """The cheapest tile of :func:`token_cost`; the longest among equals.
+    Where no tile does that it is the shortest.
 
     Example:
         >>> h100 = ARCHES[90]
-        >>> attention_tile(h100, 1, 4096, 4096, 4, torch.bfloat16, backward=False).block_l  # 128 programs, one wave
+        >>> attention_tile(h100, 1, 4096, torch.bfloat16, backward=False).block_l  # 128 programs instead of 64
         32
-        >>> attention_tile(h100, 512, 64, 1536, 4, torch.bfloat16, backward=False).block_l  # one program a user
+        >>> attention_tile(h100, 512, 64, torch.bfloat16, backward=False).block_l  # one program a user
         64
     """
     if interpreted():
         return _INTERPRETED
-    itemsize = dtype.itemsize
-    return min(tiles(itemsize, backward), key=lambda t: token_cost(t, arch, batch, length, size, factors, itemsize))
+    found = tiles(dtype.itemsize, backward)
+
+    def fits(tile: Tile) -> bool:
+        return tile.block_l < 2 * length and batch * -(-length // tile.block_l) >= arch.sms
+
+    return next(filter(fits, found), found[-1])
 
 
 def combine_block(size: int) -> int:

@@ -57,6 +57,30 @@ def test_a_race_is_run_in_turns_and_its_ratio_is_that_of_each_round(monkeypatch)
     assert "peak_mb" not in ours  # not measured is absent
 
 
+def test_kernels_are_timed_by_graphs_of_whole_rounds_of_the_inputs_or_all_by_calls(monkeypatch):
+    def captured(call, calls):
+        if call() == "waits":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: [call() for _ in range(calls)]
+
+    monkeypatch.setattr(harness, "captured", captured)
+    monkeypatch.setattr(harness, "seconds", lambda call, calls, clock=None: 1e-3 * np.size(call()))
+    monkeypatch.setattr(harness, "peak_bytes", lambda call, memory: None)
+    ours = harness.rotating(lambda x: x, [("a",), ("b",), ("c",)])
+
+    def rows(others):
+        race = harness.Race({"flr": ours, **others}, "quick", rounds=2, clock="graph")
+        race.run()
+        return race.rows({}, FixedCeilings(), "float32", None)
+
+    assert rows({})[0]["p50_ms"] == 1  # of one call, not of the nine in the graph
+    assert rows({})[0]["calls"] % 9 == 0
+    assert {row["clock"] for row in rows({"plain": lambda: "plain"})} == {"graph"}
+    found = rows({"waits": lambda: "waits"})
+    assert {row["clock"] for row in found} == {"events"}  # a graph is not raced against calls
+    assert "capturing" in found[1]["uncaptured"]
+
+
 class FixedCeilings:
     copy = 1e10
 

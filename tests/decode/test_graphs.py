@@ -63,6 +63,23 @@ def filters(kind: str, users: int, items: int) -> dict[str, torch.Tensor]:
     }[kind]
 
 
+def test_every_level_runs_before_it_is_captured(replayed, monkeypatch):
+    """Also those below the last that has anything alive: a kernel is not compiled while a graph is captured."""
+    seen = []
+    level = graphs.Search.level
+
+    def spy(self, state, step):
+        seen.append(step)
+        return level(self, state, step)
+
+    monkeypatch.setattr(graphs.Search, "level", spy)
+    sequences = [(30 + i,) for i in range(20)] + [(50, 51, 52, 53, 54, 55)]  # found before the deepest level
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    beam_search(toy_model("llama"), toy_inputs((9, 4)), trie, 2, 2, "full")
+    assert replayed == [True]
+    assert seen == list(range(trie.depth))
+
+
 @pytest.mark.parametrize("kind", ["none", "mask", "shared", "exclude", "only"])
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -24,8 +24,14 @@ MARKS = [pytest.mark.usefixtures("triton_backend"), *([] if INTERPRETED else [py
 
 cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-#: Relative to the largest reference value: rounding of the result itself, and of what differs in summation order.
-FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+#: Relative to the largest reference value: rounding of the result itself, and of what differs in summation order. A
+#: device sums the 8,192 products of a score in float32 one after another: 7e-6 was seen there at the largest sizes.
+FLOOR = {
+    torch.float64: 1e-12,
+    torch.float32: 4e-6 if INTERPRETED else 1e-5,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+}
 
 
 def masks(kind, batch, length):

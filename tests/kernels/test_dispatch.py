@@ -169,3 +169,30 @@ def test_the_choice_of_backend_is_read_at_every_call(monkeypatch):
             flr_kernels.group_advantage(**given)
     monkeypatch.delenv("FLR_BACKEND")
     flr_kernels.group_advantage(**given)
+
+
+def test_auto_leaves_what_does_not_suit_a_backend_to_the_next(monkeypatch):
+    made = dispatch.Op("made")
+    for backend in ("reference", "triton"):
+        made.register(backend, lambda x: x)
+    made.register("cuda", lambda x: x, suits=lambda x: x.shape[0] >= 4)
+    monkeypatch.setitem(dispatch.OPS, "made", made)
+
+    class OnCuda:
+        is_cuda = True
+
+        def __init__(self, users):
+            self.shape = (users, 4096, 64)
+
+    monkeypatch.delenv("FLR_BACKEND", raising=False)
+    assert dispatch.select("made", OnCuda(4)) == "cuda"
+    assert dispatch.select("made", OnCuda(1)) == "triton"
+    monkeypatch.setenv("FLR_BACKEND", "cuda")
+    assert dispatch.select("made", OnCuda(1)) == "cuda"  # asked for by name
+    monkeypatch.delenv("FLR_BACKEND")
+
+    def refuses(x):
+        raise ValueError("not this one")
+
+    made.check["triton"] = refuses
+    assert dispatch.select("made", OnCuda(1)) == "cuda"  # before the reference

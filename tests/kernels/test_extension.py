@@ -17,10 +17,11 @@ from flr_kernels.backends import extension
 ROOT = Path(__file__).parents[2]
 GXX = shutil.which("g++")
 pytest.importorskip("pybind11")
-#: nvcc as far as setup.py asks: it lists three architectures, notes how it is called and fails to compile.
+#: nvcc as far as setup.py asks: it lists three architectures, notes how it is called and fails to link.
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_75; echo compute_80; echo compute_90; exit 0; fi
-echo "$@" > "$(dirname "$0")/called"
+echo "$@" >> "$(dirname "$0")/called"
+if [ "$1" != -shared ] && [ "$3" != -shared ]; then exit 0; fi  # -ccbin and its argument may come first
 echo "fake compiler error" >&2
 exit 1
 """
@@ -73,10 +74,13 @@ def test_a_failing_nvcc_and_no_ninja_leave_the_host_twin(build):
     assert "could not build the CUDA half" in result.output
     assert "built flr_kernels._C (host only" in result.output
     flags = [word for word in result.nvcc if word.startswith("-gencode")]
-    assert flags == [  # the default list, of what this nvcc knows, and PTX of the newest
+    assert sorted(
+        flags
+    ) == [  # the default list, of what this nvcc knows, PTX of the newest, and the kernel for 9.0 alone
         "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90a,code=sm_90a",
     ]
     code = (
         "import sys, importlib.util as u; s = u.spec_from_file_location('_C', sys.argv[1]); m = u.module_from_spec(s);"
@@ -101,7 +105,9 @@ def test_the_architecture_list(build):
     result = build(CXX="no-such-compiler", FLR_CUDA_ARCH_LIST="8.0; 9.0+PTX,7.5", FLR_REQUIRE_EXTENSION="1")
     assert result.returncode != 0
     codes = [word.rpartition("code=")[2] for word in result.nvcc if word.startswith("-gencode")]
-    assert codes == ["sm_80", "sm_90", "compute_90", "sm_75"]
+    assert sorted(codes) == ["compute_90", "sm_75", "sm_80", "sm_90", "sm_90a"]
+    without = build(CXX="no-such-compiler", FLR_CUDA_ARCH_LIST="8.0", FLR_REQUIRE_EXTENSION="1")
+    assert "sm_90a" not in " ".join(without.nvcc[len(result.nvcc) :])
     for wrong in ("12.0", "9", "sm_90", "9.0+ptx"):
         result = build(FLR_CUDA_ARCH_LIST=wrong)
         assert result.returncode != 0
@@ -195,10 +201,14 @@ def test_the_cuda_half_spills_nothing():
         pytest.skip("no CUDA half")
     architectures = extension.load().architectures.split()
     functions = inspect._resources(extension.load().__file__)
-    assert len(functions) == 10 * len(architectures)  # 4 dtypes, warp and block; the finish in 2
+    attention = [function for function in functions if "factor_attention" in function[0]]
+    advantages = [function for function in functions if function not in attention]
+    assert len(advantages) == 10 * len(architectures)  # 4 dtypes, warp and block; the finish in 2
     assert all(stack == 0 for _, _, stack, _ in functions), functions
-    assert all(registers <= 64 for _, registers, _, _ in functions)  # 1024 threads a block
-    if "9.0" in architectures:
+    assert all(registers <= 64 for _, registers, _, _ in advantages)  # 1024 threads a block
+    if {"9.0", "9.0+PTX"} & set(architectures):
+        assert len(attention) == 12  # 2 dtypes, 6 sets of columns
+        assert all(registers == 168 for _, registers, _, _ in attention)  # what a block starts with, and deals out anew
         rows = inspect.extension_variants(90)
-        assert len(rows) == 10
+        assert len(rows) == 22
         assert all(row.ok for row in rows)

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 import flr
@@ -90,3 +91,30 @@ def test_kernels_get_contiguous_rows_whatever_layout_a_product_has(monkeypatch):
     monkeypatch.setattr(torch, "einsum", another_layout)
     torch.testing.assert_close(reasoner(h).thought, expected)
     assert set(seen) == {1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_device_autocast_reaches_the_tensor_cores(monkeypatch):
+    """Float32 weights under bfloat16 autocast, the usual ``--bf16``."""
+    seen = []
+
+    def spy(h, *args, **kwargs):
+        seen.append(h.dtype)
+        return attend(h, *args, **kwargs)
+
+    attend = flr.model.reasoner.factor_attention
+    monkeypatch.setattr(flr.model.reasoner, "factor_attention", spy)
+    torch.manual_seed(0)
+    module = flr.model.reasoner.FactorizedReasoner(256, flr.FLRConfig(num_factors=4)).cuda()
+    h = torch.randn(4, 200, 256, device="cuda", requires_grad=True)
+
+    def run(enabled):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            thought = module(h).thought
+        return thought.float(), torch.autograd.grad(thought.float().square().sum(), h)[0]
+
+    for found, exact in zip(run(True), run(False), strict=True):
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm()) < 2e-2 * float(exact.norm())
+    assert seen == [torch.bfloat16, torch.float32]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import checks, dispatch
 from ...backends import triton_config
-from . import reference
+from . import cuda_host, reference
 
 
 class FactorAttention(NamedTuple):
@@ -56,6 +56,7 @@ _TRITON = f"{__package__}.triton_host"
 _TRITON_BACKWARD = _grouped(dispatch.on_use(_TRITON, "backward"))
 _OP.register("reference", _reference_forward, _grouped(reference.factor_attention_backward))
 _OP.register("triton", dispatch.on_use(_TRITON, "forward"), _TRITON_BACKWARD, _triton_check)
+_OP.register("cuda", cuda_host.forward, _grouped(cuda_host.backward), cuda_host.check, suits=cuda_host.fills)
 
 
 @dispatch.forward_op("factor_attention")

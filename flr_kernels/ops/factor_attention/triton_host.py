@@ -80,9 +80,7 @@ def _tile(h: Spec, u: Spec, tile: triton_config.Tile | None, backward: bool) -> 
     triton_config.check_rows("h", h)
     triton_config.check_rows("u", u)
     if tile is None:
-        batch, length, size = h.shape
-        known = arch(h.device)
-        tile = triton_config.attention_tile(known, batch, length, size, u.shape[1], h.dtype, backward=backward)
+        tile = triton_config.attention_tile(arch(h.device), h.shape[0], h.shape[1], h.dtype, backward=backward)
     return tile, triton.cdiv(h.shape[1], tile.block_l)
 
 

@@ -1,0 +1,189 @@
+// csrc/device.cuh on a CPU: the same names, with what the PTX does written out.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <deque>
+
+#define FLR_DEVICE inline
+#define FLR_DYNAMIC_SHARED(name) char* name = emu::block->memory()
+
+namespace flr {
+
+struct Pair { float x, y; };
+
+inline float widen16(uint16_t bits, bool half) {
+  if (half) {
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return float(value);
+  }
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t narrow16(float value, bool half) {  // to nearest even
+  uint16_t bits;
+  if (half) {
+    const _Float16 narrow = _Float16(value);
+    std::memcpy(&bits, &narrow, 2);
+    return bits;
+  }
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  return value != value ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
+template <bool half>
+struct Tensor16 {
+  static uint32_t pack(float low, float high) {
+    return narrow16(low, half) | uint32_t(narrow16(high, half)) << 16;
+  }
+  static Pair unpack(uint32_t pair) { return {widen16(uint16_t(pair), half), widen16(uint16_t(pair >> 16), half)}; }
+  static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const auto& given = emu::exchange<6>({a0, a1, a2, a3, b0, b1});
+    const int lane = threadIdx.x % 32;
+    for (int j = 0; j < 4; ++j) {
+      const int row = lane / 4 + j / 2 * 8, column = lane % 4 * 2 + (j & 1);
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {  // A's row is held by lanes 4 (row % 8) .., B's column by lanes 4 column ..
+        const Pair a = unpack(uint32_t(given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2]));
+        const Pair b = unpack(uint32_t(given[column * 4 + k % 8 / 2][4 + k / 8]));
+        sum += k & 1 ? a.y * b.y : a.x * b.x;
+      }
+      c[j] += sum;
+    }
+  }
+};
+struct Bfloat16 : Tensor16<false> { static constexpr float kScale = 1; };
+struct Float16 : Tensor16<true> { static constexpr float kScale = 16384; };
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+struct alignas(16) Mbarrier {
+  int32_t bytes;
+  uint16_t arrivals, pending;
+  uint32_t phase;
+};
+inline void mbar_change(Mbarrier* m, int bytes, int arrivals) {
+  static std::mutex mutexes[64];
+  std::unique_lock<std::mutex> lock(mutexes[uintptr_t(m) / 16 % 64]);
+  if (arrivals > m->pending) emu::fail("more arrivals at an mbarrier than it expects");
+  m->bytes += bytes, m->pending = uint16_t(m->pending - arrivals);
+  if (m->pending != 0 || m->bytes != 0) return;
+  m->pending = m->arrivals;
+  std::atomic_ref<uint32_t> phase(m->phase);
+  phase.store(m->phase ^ 1);
+  lock.unlock();
+  phase.notify_all();
+  emu::Watchdog::instance().progress();
+}
+inline void mbar_init(Mbarrier* m, uint32_t arrivals) { *m = {0, uint16_t(arrivals), uint16_t(arrivals), 0}; }
+inline void mbar_fence() {}
+inline void mbar_expect(Mbarrier* m, uint32_t bytes) { mbar_change(m, int(bytes), 1); }
+inline void mbar_arrive(Mbarrier* m) { mbar_change(m, 0, 1); }
+inline void mbar_wait(Mbarrier* m, uint32_t parity) {
+  std::atomic_ref<uint32_t> phase(m->phase);
+  for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
+}
+
+// Copies are done by a thread of their own, in no particular order.
+class CopyEngine {
+ public:
+  struct Copy {
+    void* to;
+    const void* from;
+    uint32_t bytes;
+    Mbarrier* barrier;
+  };
+  static CopyEngine& instance() {
+    static CopyEngine engine;
+    return engine;
+  }
+  void add(const Copy& copy) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    copies_.push_back(copy);
+    condition_.notify_one();
+  }
+  ~CopyEngine() {
+    add({nullptr, nullptr, 0, nullptr});
+    thread_.join();
+  }
+
+ private:
+  void work() {
+    std::mt19937 random(0);
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      condition_.wait(lock, [&] { return !copies_.empty(); });
+      std::swap(copies_[random() % copies_.size()], copies_.back());
+      const Copy copy = copies_.back();
+      copies_.pop_back();
+      lock.unlock();
+      if (copy.to == nullptr) return;
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      mbar_change(copy.barrier, -int(copy.bytes), 0);
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable condition_;
+  std::vector<Copy> copies_;
+  std::thread thread_{[this] { work(); }};
+};
+inline void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
+  if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
+  CopyEngine::instance().add({to, from, bytes, m});
+}
+
+template <int id, int threads>
+void bar_sync() {
+  emu::Barrier* barrier;
+  {
+    std::lock_guard<std::mutex> lock(emu::block->mutex);
+    auto& named = emu::block->named[id];
+    if (!named) named.reset(new emu::Barrier(threads));
+    barrier = named.get();
+  }
+  barrier->wait();
+}
+
+inline float shuffle_xor(float x, int step) { return __shfl_xor_sync(~0u, x, step); }
+inline float shuffle(float x, int lane) {
+  uint64_t word[1] = {};
+  std::memcpy(word, &x, sizeof x);
+  std::memcpy(&x, emu::exchange(word)[lane], sizeof x);
+  return x;
+}
+inline unsigned ballot(bool x) {
+  unsigned bits = 0;
+  const auto& given = emu::exchange<1>({uint64_t(x)});
+  for (int i = 0; i < 32; ++i) bits |= unsigned(given[i][0]) << i;
+  return bits;
+}
+inline int ones(unsigned x) { return __builtin_popcount(x); }
+
+template <bool transposed>
+void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
+  if (uintptr_t(row) % 16) emu::fail("a row for ldmatrix that is not aligned");
+  const auto& rows = emu::exchange<1>({uint64_t(row)});
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+  const auto at = [&](int matrix, int i, int j) { return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j]; };
+  for (int j = 0; j < 4; ++j) {
+    const uint16_t low = transposed ? at(j, t, g) : at(j, g, t), high = transposed ? at(j, t + 1, g) : at(j, g, t + 1);
+    r[j] = low | uint32_t(high) << 16;
+  }
+}
+
+inline unsigned cluster_rank() { return emu::rank; }
+inline void cluster_sync() { emu::cluster->barrier.wait(); }
+template <class T>
+const T* remote(const T* p, unsigned rank) {
+  const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();
+  return reinterpret_cast<const T*>(emu::cluster->blocks[rank]->memory() + offset);
+}
+
+template <int count> void fewer_registers() {}
+template <int count> void more_registers() {}
+
+}  // namespace flr

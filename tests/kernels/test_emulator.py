@@ -1,0 +1,213 @@
+"""The CUDA kernels of csrc/ on a CPU: emulator/ compiles the sources themselves, with ThreadSanitizer too.
+
+Every CUDA thread is a thread, so a missing barrier is a data race; each of the kernels' barriers is left out in turn, and
+has to be missed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EMULATOR = Path(__file__).parent / "emulator"
+COMPILER = shutil.which("g++")
+RACE = "WARNING: ThreadSanitizer: data race"
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
+
+#: What is left out of a source, by what goes wrong then. A statement, after the text that precedes it.
+FAULTS = {
+    "scores are read before every worker has written its part": (
+        "factor_attention.cuh",
+        "all[warp][lane] = Quad{s0[0], s0[1], s1[0], s1[1]};\n",
+        "bar_sync<1, kWorkerThreads>();",
+    ),
+    "scores of the next tile are written over those still read": (
+        "factor_attention.cuh",
+        "control.scores[turn];\n",
+        "turn ^= 1;",
+    ),
+    "rows beyond the tile's tokens have weight": (
+        "factor_attention.cuh",
+        "if (t() + (j & 1) + j / 2 * 8 >= count) ",
+        "s[j] = -INFINITY;",
+    ),
+    "a chunk is read before it has come": (
+        "factor_attention.cuh",
+        "const Slot here = slot_of(c);\n",
+        "mbar_wait(&control.full[here.index], here.phase);",
+    ),
+    "a chunk is overwritten while it is read": (
+        "factor_attention.cuh",
+        "Mbarrier* full = &control.full[slot.index];\n",
+        "mbar_wait(&control.empty[slot.index], slot.phase ^ 1);",
+    ),
+    "queries are read before they have come": (
+        "factor_attention.cuh",
+        "",
+        "mbar_wait(&control.queries_full[buffer], served / task.plan.buffers & 1);",
+    ),
+    "queries are overwritten while they are read": (
+        "factor_attention.cuh",
+        "",
+        "mbar_wait(&control.queries_empty[buffer], (round & 1) ^ 1);",
+    ),
+    "sums are written where the ring still is": (
+        "factor_attention.cuh",
+        "thread = 32 * warp + lane;\n",
+        "bar_sync<1, kWorkerThreads>();",
+    ),
+    "another block's sums are read before they are written": (
+        "factor_attention.cuh",
+        "pairs[1];\n    }\n",
+        "cluster_sync();",
+    ),
+    "weights are read before they are written": (
+        "factor_attention.cuh",
+        "combine_factor(user, thread);\n",
+        "bar_sync<1, kWorkerThreads>();",
+    ),
+    "a block leaves while others read from it": (
+        "factor_attention.cuh",
+        "= sum;\n    }\n",
+        "cluster_sync();",
+    ),
+    "a warp's sum is read before it is written": ("group_advantage.cu", "buffer[segment()] = x;\n", "__syncthreads();"),
+    "a warp's sum is overwritten while it is read": ("group_advantage.cu", "total += buffer[w];\n", "__syncthreads();"),
+    "rewards are read before they are written": (
+        "group_advantage.cu",
+        "__device__ void sync() const { ",
+        "__syncthreads();",
+    ),
+}
+#: B, L, D, K, float16, multiprocessors, percent of tokens kept, gain of the logits.
+CASES = {
+    "several users a block, one without a token": (5, 70, 896, 5, 1, 2, 50, 3),
+    "8 factors": (3, 203, 1536, 8, 0, 2, 80, 3),
+    "one factor, logits of 1000": (1, 140, 1024, 1, 1, 4, 100, 1000),
+    "cluster of 2": (2, 130, 2048, 3, 0, 4, 60, 30),
+    "cluster of 4": (1, 200, 520, 2, 0, 4, 90, 2),
+    "cluster of 16": (1, 600, 96, 2, 1, 16, 30, 3),
+    "half a chunk of padding": (3, 50, 2560, 6, 0, 2, 80, 20),
+    "the largest D": (1, 40, 4096, 4, 0, 1, 100, 2),
+    "the largest D and K, two queries' buffers do not fit": (3, 24, 4096, 8, 1, 2, 80, 3),
+    "the largest D, two queries' buffers": (3, 20, 4000, 3, 0, 1, 70, 5),
+}
+
+
+#: Fewer columns a worker, so that a run is short: every path of the kernel is there with 128 and 512 of them.
+SMALL = {
+    r"p\.size <= 1024(.*)<1024, 1024>": r"p.size <= 128\1<128, 128>",
+    r"p\.size <= 1536(.*)<1536, 1536>": r"p.size <= 512\1<512, 256>",
+    r".*Columns<(2048|3072|4096, 1024).*\n": "",
+    r"return launch<T, Columns<4096, 512>>.*": "return cudaErrorInvalidDevice;",
+    r"kQueriesInRegisters = D <= 2048": "kQueriesInRegisters = D <= 128",
+}
+
+
+def prepare(folder: Path, changes: dict[str, str]) -> None:
+    """The sources in ``folder``, in the C++ that g++ takes, with ``emu::fault`` choosing what is left out."""
+    for path in (ROOT / "csrc").iterdir():
+        text = path.read_text()
+        for number, (name, before, statement) in enumerate(FAULTS.values(), 1):
+            if name == path.name:
+                start = re.escape(before) + r"(\s*)"
+                text, count = re.subn(
+                    start + re.escape(statement),
+                    lambda m: f"{before}{m[1]}if (emu::fault != {number}) {statement}",
+                    text,
+                )
+                assert count == 1, f"{path.name}: {statement} after {before}: found {count} times"
+        for pattern, replacement in changes.items():
+            text = re.sub(pattern, replacement, text)
+        identifier = iter(range(100))
+        text = re.sub(
+            r"__shared__ (\w+) (\w+)(?:\[(\w+)\])?;",
+            lambda m: f"auto& {m[2]} = emu::shared<{m[1]}{f'[{m[3]}]' if m[3] else ''}, {next(identifier)}>();",
+            text,
+        )
+        text = re.sub(r"(\w+(?:<[^<>;]*>)?)<<<([^;]*?), 0, stream>>>\(", r"emulated_launch((\1), \2, stream, ", text)
+        (folder / path.name).write_text(text)
+    for path in EMULATOR.iterdir():  # device.cuh takes the place of csrc's
+        shutil.copy(path, folder)
+
+
+def build(folder: Path, *flags: str) -> None:
+    """``attention`` and ``advantage`` in ``folder``."""
+    command = [COMPILER, "-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
+    units = {
+        "attention": ["forward.cpp"],
+        "advantage": ["advantage.cpp", "group_advantage.cpp", "-x", "c++", "group_advantage.cu"],
+    }
+    for name, sources in units.items():
+        result = subprocess.run(
+            [*command, "-I", ".", *sources, "-o", name], cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        if "cannot find" in result.stderr and "tsan" in result.stderr:
+            pytest.skip("the compiler has no ThreadSanitizer")
+        assert result.returncode == 0, result.stderr[:4000]
+
+
+def run(folder: Path, name: str, *arguments: object, fault: int = 0) -> str:
+    """What the program prints; ends with ``exit STATUS``. One that hangs says so and fails."""
+    environment = {**os.environ, "EMULATED_FAULT": str(fault), "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [str(folder / name), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300, env=environment)
+    return f"{result.stdout}{result.stderr}exit {result.returncode}"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulated")
+    prepare(folder, {})
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sanitized")
+    prepare(folder, SMALL)
+    build(folder, "-fsanitize=thread")
+    shown = run(folder, "advantage", "few")
+    if "unexpected memory mapping" in shown:
+        pytest.skip("ThreadSanitizer does not run on this kernel")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_factor_attention_equals_float64(plain, case):
+    shown = run(plain, "attention", *case)
+    assert shown.endswith("exit 0"), shown
+    assert shown.startswith("ok"), shown
+
+
+def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
+    assert run(plain, "advantage") == "81 problems\nexit 0"
+
+
+#: A cluster of 2; the same with all of a block's tokens in the ring's first slot; one block for several users.
+SMALL_CASES = ((2, 130, 96, 2, 0, 4, 80, 3), (2, 130, 96, 8, 1, 4, 20, 3), (4, 90, 296, 2, 0, 1, 70, 3))
+
+
+def test_no_data_race(sanitized):
+    assert run(sanitized, "advantage", "few").endswith("problems\nexit 0")
+    shown = run(sanitized, "attention", *(number for case in SMALL_CASES for number in case))
+    assert shown.endswith("exit 0"), shown
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(sanitized, name):
+    number = list(FAULTS).index(name) + 1
+    advantage = FAULTS[name][0] == "group_advantage.cu"
+    for case in [("few",)] if advantage else SMALL_CASES:
+        shown = run(sanitized, "advantage" if advantage else "attention", *case, fault=number)
+        if RACE in shown or "FAIL" in shown:
+            return
+    pytest.fail(f"not found: {shown[-2000:]}")
