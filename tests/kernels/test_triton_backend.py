@@ -164,6 +164,10 @@ def test_inspection_compiles_what_dispatch_launches():
 def test_histories_and_logits_are_loaded_16_bytes_at_a_time(arch):
     from flr_kernels import inspect
 
+    import triton
+
+    if isinstance(arch, str) and triton.__version__ < "3.6":
+        pytest.skip("AMD's linker comes with Triton from 3.6 on")
     wanted = ("attention forward bfloat16 medium split", "attention backward bfloat16 long whole",
               "normaliser forward bfloat16", "aggregate backward bfloat16")  # fmt: skip
     found = {f"{inspect._name(x.kernel)} {y}": x for x, y in inspect.variants(isinstance(arch, str)).items()}

@@ -46,6 +46,18 @@ def test_log_normaliser_of_broken_rows_is_not_finite():
         flr_kernels.log_normaliser(torch.zeros(4, 0, device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [200, 203, 208])
+def test_rows_masked_by_the_least_number_and_rows_that_begin_anywhere(stride, dtype):
+    torch.manual_seed(stride)
+    logits = torch.randn(5, stride).to(DEVICE, dtype)[:, 1:200] * 5
+    least = torch.finfo(dtype).min
+    logits[0, :64], logits[1, 9:], logits[2], logits[3, 70:140] = least, least, least, -least
+    logits[4, 5:] = -math.inf
+    found, expected = flr_kernels.log_normaliser(logits), reference.log_normaliser(logits.double())
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6)
+
+
 def test_log_normaliser_is_registered():
     logits = torch.randn(5, 200, device=DEVICE)
     torch.library.opcheck(torch.ops.flr.log_normaliser.default, (logits,))
