@@ -286,7 +286,9 @@ class CatalogueTrie:
             with torch.inference_mode(False):
                 level = torch.arange(self.depth + 1, device=self.device)
                 width = torch.tensor(self.level_start, device=self.device).diff()
-                key = torch.repeat_interleave(level, width) * (self.num_items + 1) + self.leaf_begin
+                # the size is known: without it a device would be asked for it
+                level = torch.repeat_interleave(level, width, output_size=self.num_nodes)
+                key = level * (self.num_items + 1) + self.leaf_begin
             self._node_key = key  # ascending: nodes are numbered by level, within a level by their leaves
         return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
 

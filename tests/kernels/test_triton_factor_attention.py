@@ -265,3 +265,24 @@ def test_cuda_graph_capture():
     graph.replay()
     for a, b in zip(out, flr_kernels.factor_attention(h, u, valid), strict=True):
         assert torch.equal(a, b)
+
+
+@cuda_only
+@pytest.mark.parametrize("offset", [0, 3])  # 3: rows of the history do not begin at multiples of 16 bytes
+def test_short_launches_compute_what_tritons_own_do(offset, monkeypatch):
+    from flr_kernels.backends.triton_plan import _Shortcut
+
+    wide, u, mask = attention_inputs(3, 300, 256 + offset, 4, torch.bfloat16, "mixed")
+    h, u = wide.detach()[..., offset:].requires_grad_(), u.detach()[..., offset:].contiguous().requires_grad_()
+    runs = []
+    for own in (True, False, False, False):
+        monkeypatch.setattr(_Shortcut, "_closed", own)
+        with torch.cuda.stream(torch.cuda.Stream()) if len(runs) == 3 else torch.cuda.device(h.device):
+            out = flr_kernels.factor_attention(h, u, mask)
+            runs.append([*out, *torch.autograd.grad(out, (h, u), gradients_for(out))])
+            torch.cuda.synchronize()
+        assert _Shortcut._closed == own
+    assert len(_Shortcut.compiled) > 0
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -98,6 +99,28 @@ def test_short_launches_are_those_of_triton(device, name, monkeypatch):
     assert runs[1] == runs[0]
     assert runs[2] == runs[0]
     assert not triton_plan._Shortcut._closed
+
+
+def test_what_triton_compiles_apart_is_kept_apart(device, monkeypatch):
+    from flr_kernels.backends import triton_plan
+
+    u = torch.randn(2, 4, 64, dtype=torch.bfloat16)
+    wide = [torch.randn(2, 100, columns, dtype=torch.bfloat16) for columns in (80, 84)]
+    mask = torch.ones(2, 117, dtype=torch.bool)
+    calls = [
+        (history[:, :length, at : at + 64], u, mask[:, first : first + length])
+        for history, at, length, first in product(wide, (0, 8, 1), (100, 1), (0, 1))
+    ]
+    kernels = []
+    for own in (True, False, False):
+        monkeypatch.setattr(triton_plan._Shortcut, "_closed", own)
+        device.launches.clear()
+        for given in calls:
+            factor_attention(*given)
+        kernels.append([x.kernel for x in device.launches])
+    assert len(set(kernels[0])) >= 4
+    assert kernels[1] == kernels[0]
+    assert kernels[2] == kernels[0]
 
 
 def forbid_binder(monkeypatch):

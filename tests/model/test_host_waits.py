@@ -47,10 +47,15 @@ def test_the_counter_finds_what_waits():
         bool((x > 0).any())
         (x > 0).nonzero()
         torch.where(x > 0, x, 0.0)
+        x.tolist()
+        x.long().repeat_interleave(x.long())
+        x.long().repeat_interleave(x.long(), output_size=3)
     assert sorted(name for name, _ in waits.found) == [
+        "Tensor.tolist",
         "aten._local_scalar_dense.default",
         "aten.index.Tensor",
         "aten.nonzero.default",
+        "aten.repeat_interleave.Tensor",
     ]
     assert all(place.startswith("tests/model/test_host_waits.py:") for _, place in waits.found)
 
