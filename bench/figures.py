@@ -63,7 +63,8 @@ def speedup(rows: list[Row]) -> Figure:
         axes.annotate(against, (1, base), (8, 0), xycoords=(name, "data"), color=SOFT, fontsize=8.5, **beside)
     axes.set_yticks([])
     axes.set(xscale="log", ylim=(len(groups) - 0.6, -0.7))
-    axes.set_xlim(min(1, *(row["ratio"]["p50"] for row in rows)), 1.7 * max(row["ratio"]["p80"] for row in rows))
+    right = max(max(row["ratio"]["p80"], row["target"]) for row in rows)
+    axes.set_xlim(min(1, *(row["ratio"]["p50"] for row in rows)), 1.7 * right)
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
     _written_out(axes.xaxis, "×")
     axes.spines["left"].set_visible(False)
@@ -71,7 +72,8 @@ def speedup(rows: list[Row]) -> Figure:
     axes.set_xlabel(
         "Time of the competitor / time of ours, medians of one run. Dark: reached in every case. Tick: the target."
     )
-    axes.set_title("Times faster than the competitor on the same work")
+    where = f": {rows[0]['run']['device']}" if "run" in rows[0] else ""
+    axes.set_title(f"Times faster than the competitor on the same work{where}")
     return figure
 
 
@@ -243,8 +245,10 @@ def kernels(rows: list[Row]) -> Figure:
         places = [i + width * (index - (len(variants) - 1) / 2) for i in have]
         values = [median[cases[i], variant] for i in have]
         bars = lower.bar(places, values, width * 0.94, color=PALETTE[index], label=variant)
-        lower.bar_label(bars, [f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in values], fontsize=8.5, padding=1)
-    lower.set_xticks(range(len(cases)), [_two_lines(case) for case in cases], color=INK)
+        lower.bar_label(
+            bars, [_number(x, max(median.values())) for x in values], fontsize=6.5 if len(cases) > 6 else 8.5, padding=1
+        )
+    lower.set_xticks(range(len(cases)), _in_lines(cases), color=INK, fontsize=8 if len(cases) > 6 else None)
     lower.tick_params(axis="x", length=0)
     lower.set_yscale("log")
     lower.margins(y=0.12)
@@ -256,9 +260,24 @@ def kernels(rows: list[Row]) -> Figure:
     return figure
 
 
-def _two_lines(case: str) -> str:
-    words = case.split()
-    return f"{words[0]}\n{' '.join(words[1:])}"
+def _number(ms: float, largest: float) -> str:
+    """A bar's milliseconds, or microseconds where no bar has a millisecond."""
+    if largest < 1:
+        return f"{1e3 * ms:.0f}"
+    return f"{ms:.2g}" if ms < 10 else f"{ms:.0f}"
+
+
+def _in_lines(cases: list[str]) -> list[str]:
+    """What tells cases apart, two words a line where there are many of them."""
+    shared = set.intersection(*(set(case.split()) for case in cases)) if len(cases) > 1 else set()
+    made = []
+    for case in cases:
+        words = [word for word in case.split() if word not in shared]
+        if len(cases) > 6:
+            made.append("\n".join([words[0], *(" ".join(words[i : i + 2]) for i in range(1, len(words), 2))]))
+        else:
+            made.append(f"{words[0]}\n{' '.join(words[1:])}")
+    return made
 
 
 def _walk(axes: Axes) -> None:
@@ -288,11 +307,12 @@ def _walk(axes: Axes) -> None:
     axes.add_patch(Rectangle((9.7, 2.0), 2.1, 1.0, facecolor=ORANGE, edgecolor="white"))
     axes.text(10.75, 2.5, "combined in\nfixed order", **centre)
     axes.set(xlim=(-2.7, 12), ylim=(-0.8, 5.8))
-    axes.set_title("factor_attention forward: one read from device memory")
+    axes.set_title("factor_attention forward in Triton: one read from device memory")
     axes.axis("off")
 
 
-#: Figure, its function, and the rows it shows. On several devices a GPU's rows are drawn, if it has any for the figure.
+#: Figure, its function, and the rows it shows. On several devices a GPU's rows are drawn, if it has any for the figure;
+#: of speed-ups those of the device that has most.
 FIGURES: dict[str, tuple[Callable[[list[Row]], Figure], Callable[[Row], bool]]] = {
     "speedup": (speedup, lambda row: "target" in row and "ratio" in row),
     "roofline": (roofline, lambda row: "flops" in row and "bytes" in row and "p50_ms" in row),
@@ -306,7 +326,11 @@ def chosen(devices: dict[str, list[Row]]) -> dict[str, list[Row]]:
     found = {}
     for name, (_, wanted) in FIGURES.items():
         of_device = {device: [row for row in rows if wanted(row)] for device, rows in devices.items()}
-        best = sorted((device.startswith("CPU"), device) for device, rows in of_device.items() if rows)
+        best = sorted(
+            (-len(rows) if name == "speedup" else device.startswith("CPU"), device)
+            for device, rows in of_device.items()
+            if rows
+        )
         if best:
             found[name] = of_device[best[0][1]]
     if "scaling" in found and not any(sweep.time_law() for sweep in scaling.sweeps(found["scaling"])):

@@ -20,6 +20,8 @@ NO_COMPETITORS = (
     "flr, W rows",
     "thoughts",
     "prompts kept",
+    "calls",
+    "triton",
     "catalogue scoring",
     "full scoring",
     "host",

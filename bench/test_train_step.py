@@ -30,7 +30,7 @@ from flr.model.outputs import GroupInputs
 from flr.model.prompt_cache import PromptCache
 from flr.train.grpo import by_graphs
 from flr.train.policy_loss import clipped_surrogate
-from flr.train.step_graphs import StepGraphs
+from flr.train.step_graphs import StepGraphs, in_place_of
 from flr_kernels import group_advantage
 
 from .baselines import grouped, two_pass
@@ -108,8 +108,9 @@ def whole_step(model, step):
 
     def run():
         if not replays:
-            model.zero_grad()
-            replays.append(captured(step, 1))
+            leaves = {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+            with in_place_of(model, leaves):  # gradients of parameters that were used before wait for another stream
+                replays.append(captured(step, 1))
         replays[0]()
 
     return run
@@ -169,7 +170,11 @@ def test_rl_step(shape, tier, race):
             model._flr_patch.prompt_cache = None
 
     def check():
-        """One user, in double: lower precision divides by the spread of nearly equal rewards and compares rounding."""
+        """One user, in double: lower precision divides by the spread of nearly equal rewards and compares rounding.
+
+        Norms are float32 in any dtype, and 28 layers of them on a GPU left 1.2e-5.
+        """
+        bound = 1e-4 if ON_GPU else 1e-6
         one = {k: v[:1] for k, v in prompts.items()}
         part = GroupInputs(targets[:1], group.target_mask[:1], noise[:1].double(), group.noise_scale)
         wide = model.double()
@@ -178,15 +183,15 @@ def test_rl_step(shape, tier, race):
                 wide,
                 lambda: ours(prompts=one, group=part),
                 lambda p=published: two_pass.rl_step(model, one, part, published=p),
-                1e-6,
+                bound,
             )
-        check_equal(wide, lambda: ours(prompts=one, group=part), lambda: grouped.rl_step(model, one, part), 1e-6)
+        check_equal(wide, lambda: ours(prompts=one, group=part), lambda: grouped.rl_step(model, one, part), bound)
 
         def from_kept():
             with PromptCache(wide, gigabytes=1).used():
                 return ours(prompts=one, group=part)
 
-        check_equal(wide, from_kept, lambda: ours(prompts=one, group=part), 1e-6)
+        check_equal(wide, from_kept, lambda: ours(prompts=one, group=part), bound)
         model.to(shape.get("dtype", torch.float32))
 
     others = {

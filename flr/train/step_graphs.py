@@ -95,7 +95,7 @@ def _record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
 
 
 @contextmanager
-def _in_place_of(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> Iterator[None]:
+def in_place_of(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> Iterator[None]:
     """Other parameters for those of ``model`` whose ids are the keys."""
     places = [
         (module._parameters, name, p)
@@ -153,7 +153,7 @@ class _Captured:
         # Leaves of our own, with the parameters' memory: where autograd adds up the gradient of a leaf remembers the
         # stream of its first use, and a capture may not wait for the stream of an earlier step.
         self.leaves = [nn.Parameter(p.detach()) for p in self.parameters]
-        with _in_place_of(self.model, {id(p): x for p, x in zip(self.parameters, self.leaves, strict=True)}):
+        with in_place_of(self.model, {id(p): x for p, x in zip(self.parameters, self.leaves, strict=True)}):
             self.outputs = self.call(self.inputs)
 
     def _wanted(self) -> list[Tensor]:

@@ -106,13 +106,13 @@ def test_on_the_device_autocast_reaches_the_tensor_cores(monkeypatch):
     attend = flr.model.reasoner.factor_attention
     monkeypatch.setattr(flr.model.reasoner, "factor_attention", spy)
     torch.manual_seed(0)
-    module = flr.model.reasoner.FactorizedReasoner(256, flr.FLRConfig(num_factors=4)).cuda()
+    module = flr.model.reasoner.FactorizedReasoner(256, flr.FLRConfig(num_factors=4, num_refinements=1)).cuda()
     h = torch.randn(4, 200, 256, device="cuda", requires_grad=True)
 
     def run(enabled):
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
             thought = module(h).thought
-        return thought.float(), torch.autograd.grad(thought.float().square().sum(), h)[0]
+        return thought.detach().float(), torch.autograd.grad(thought.float().square().sum(), h)[0]
 
     for found, exact in zip(run(True), run(False), strict=True):
         assert found.dtype == torch.float32
