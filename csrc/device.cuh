@@ -119,14 +119,13 @@ FLR_DEVICE unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// Of all threads of the cluster's blocks that have not exited; by whole warps.
-FLR_DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// A barrier of all threads of the cluster's blocks that have not exited, in two halves; by whole warps.
+FLR_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FLR_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // What lies at p in the shared memory of another block of the cluster.
 template <class T>
-FLR_DEVICE const T* remote(const T* p, unsigned rank) {
-  const T* there;
+FLR_DEVICE T* remote(T* p, unsigned rank) {
+  T* there;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
   return there;
 }

@@ -66,7 +66,7 @@ FAULTS = {
     "another block's sums are read before they are written": (
         "factor_attention.cuh",
         "pairs[1];\n    }\n",
-        "cluster_sync();",
+        "cluster_arrive();\n    cluster_wait();",
     ),
     "weights are read before they are written": (
         "factor_attention.cuh",
@@ -76,7 +76,7 @@ FAULTS = {
     "a block leaves while others read from it": (
         "factor_attention.cuh",
         "= sum;\n    }\n",
-        "cluster_sync();",
+        "cluster_arrive();\n    cluster_wait();",
     ),
     "a warp's sum is read before it is written": ("group_advantage.cu", "buffer[segment()] = x;\n", "__syncthreads();"),
     "a warp's sum is overwritten while it is read": ("group_advantage.cu", "total += buffer[w];\n", "__syncthreads();"),
@@ -120,7 +120,7 @@ def prepare(folder: Path, changes: dict[str, str]) -> None:
                 start = re.escape(before) + r"(\s*)"
                 text, count = re.subn(
                     start + re.escape(statement),
-                    lambda m: f"{before}{m[1]}if (emu::fault != {number}) {statement}",
+                    lambda m: f"{before}{m[1]}if (emu::fault != {number}) {{ {statement} }}",
                     text,
                 )
                 assert count == 1, f"{path.name}: {statement} after {before}: found {count} times"

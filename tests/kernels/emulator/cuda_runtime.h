@@ -79,13 +79,15 @@ class Watchdog {
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
-  void wait() {
+  void wait() { await(arrive()); }
+  unsigned arrive() {
     mutex_.lock();
     const unsigned mine = round_.load();
-    if (++here_ == threads_) return release();
-    mutex_.unlock();
-    round_.wait(mine);
+    if (++here_ == threads_) release();
+    else mutex_.unlock();
+    return mine;
   }
+  void await(unsigned mine) { round_.wait(mine); }
   unsigned leave() {
     mutex_.lock();
     const unsigned left = --threads_;

@@ -176,11 +176,13 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
 }
 
 inline unsigned cluster_rank() { return emu::rank; }
-inline void cluster_sync() { emu::cluster->barrier.wait(); }
+inline thread_local unsigned arrived;
+inline void cluster_arrive() { arrived = emu::cluster->barrier.arrive(); }
+inline void cluster_wait() { emu::cluster->barrier.await(arrived); }
 template <class T>
-const T* remote(const T* p, unsigned rank) {
+T* remote(T* p, unsigned rank) {
   const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();
-  return reinterpret_cast<const T*>(emu::cluster->blocks[rank]->memory() + offset);
+  return reinterpret_cast<T*>(emu::cluster->blocks[rank]->memory() + offset);
 }
 
 template <int count> void fewer_registers() {}
