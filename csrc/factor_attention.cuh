@@ -469,7 +469,8 @@ struct Worker {
         sum += control.weights[q][k] * control.weights[q][j] * remote(&control.pairs[k][j], q)[0];
       p.overlap[(user * p.factors + k) * p.factors + j] = sum;
     }
-    cluster_arrive();  // nobody leaves while others read from it
+    // nobody leaves while others read from it
+    cluster_arrive();
     cluster_wait();
   }
 

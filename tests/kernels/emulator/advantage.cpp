@@ -71,12 +71,13 @@ bool differs(Dtype dtype, const Shape& s, Kind kind, Reward reward, bool has_mas
 
 int main(int count, char**) {
   std::vector<Shape> shapes = {{9, 4, 5}, {2, 33, 3}, {10, 4, 512}};
-  if (count == 1) shapes = {{1, 1, 1}, {5, 8, 16}, {9, 32, 7}, {2, 33, 3}, {2, 5, 420}, {10, 4, 512}};
+  if (count == 1) shapes = {{1, 1, 1}, {5, 8, 16}, {2, 33, 3}, {2, 5, 420}, {10, 4, 512}};
   int failed = 0, problems = 0;
   for (const Shape& s : shapes) {
     for (int k = 0; k < 4; ++k) {
       const Kind kind = Kind(k);
-      if (s.length > 500 && kind != Kind::latentr3) continue;  // several blocks, the last of which finishes
+      // several blocks, the last of which finishes
+      if ((s.length > 500 && kind != Kind::latentr3) || (count > 1 && s.length < 500 && kind != Kind::grpo)) continue;
       failed += differs<float>(Dtype::float32, s, kind, Reward(k % 2), k % 2), ++problems;
       if (count > 1 || s.length > 500) continue;
       failed += differs<bfloat16>(Dtype::bfloat16, s, kind, Reward::log_likelihood, true), ++problems;

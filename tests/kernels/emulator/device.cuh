@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <deque>
 
 #define FLR_DEVICE inline
 #define FLR_DYNAMIC_SHARED(name) char* name = emu::block->memory()
@@ -88,7 +87,7 @@ inline void mbar_wait(Mbarrier* m, uint32_t parity) {
   for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
 }
 
-// Copies are done by a thread of their own, in no particular order.
+// Copies are done by threads of their own, a while later, and what came last first; none waits for another's.
 class CopyEngine {
  public:
   struct Copy {
@@ -97,9 +96,9 @@ class CopyEngine {
     uint32_t bytes;
     Mbarrier* barrier;
   };
-  static CopyEngine& instance() {
-    static CopyEngine engine;
-    return engine;
+  static CopyEngine& of(const Mbarrier* m) {
+    static CopyEngine engines[5];
+    return engines[uintptr_t(m) / sizeof(Mbarrier) % 5];
   }
   void add(const Copy& copy) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -113,17 +112,20 @@ class CopyEngine {
 
  private:
   void work() {
-    std::mt19937 random(0);
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
       condition_.wait(lock, [&] { return !copies_.empty(); });
-      std::swap(copies_[random() % copies_.size()], copies_.back());
-      const Copy copy = copies_.back();
-      copies_.pop_back();
       lock.unlock();
-      if (copy.to == nullptr) return;
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      mbar_change(copy.barrier, -int(copy.bytes), 0);
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      lock.lock();
+      std::vector<Copy> copies;
+      copies.swap(copies_);
+      lock.unlock();
+      for (auto copy = copies.rbegin(); copy != copies.rend(); ++copy) {
+        if (copy->to == nullptr) return;
+        std::memcpy(copy->to, copy->from, copy->bytes);
+        mbar_change(copy->barrier, -int(copy->bytes), 0);
+      }
     }
   }
   std::mutex mutex_;
@@ -133,7 +135,7 @@ class CopyEngine {
 };
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
-  CopyEngine::instance().add({to, from, bytes, m});
+  CopyEngine::of(m).add({to, from, bytes, m});
 }
 
 template <int id, int threads>
@@ -146,6 +148,7 @@ void bar_sync() {
     barrier = named.get();
   }
   barrier->wait();
+  emu::dawdle();
 }
 
 inline float shuffle_xor(float x, int step) { return __shfl_xor_sync(~0u, x, step); }
@@ -178,7 +181,7 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
 inline unsigned cluster_rank() { return emu::rank; }
 inline thread_local unsigned arrived;
 inline void cluster_arrive() { arrived = emu::cluster->barrier.arrive(); }
-inline void cluster_wait() { emu::cluster->barrier.await(arrived); }
+inline void cluster_wait() { emu::cluster->barrier.await(arrived), emu::dawdle(); }
 template <class T>
 T* remote(T* p, unsigned rank) {
   const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();

@@ -101,9 +101,9 @@ bool run(const Case& c) {
     if (const char* error = factor_attention_cuda(p, c.multiprocessors, nullptr)) emu::fail(error);
     for (size_t b = 0; i == 0 && b < B; ++b)
       compare(c, data, int(b), p.context + b * K * D, p.lse + b * K, p.overlap + b * K * K, p.entropy + b * K, worst);
-    if (getenv("ONCE")) break;
+    if (emu::fault != 0) break;  // the first run shows it
   }
-  const bool same = getenv("ONCE") || memcmp(results[0].data(), results[1].data(), results[0].size() * 4) == 0;
+  const bool same = emu::fault != 0 || memcmp(results[0].data(), results[1].data(), results[0].size() * 4) == 0;
   const bool ok = same && worst.context < 5e-5 && worst.lse < 2e-6 && worst.overlap < 2e-5 && worst.entropy < 1e-4;
   std::printf("%s B %d L %d D %d K %d half %d multiprocessors %d keep %d gain %d: context %.1e lse %.1e overlap %.1e "
               "entropy %.1e%s\n", ok ? "ok  " : "FAIL", c.B, c.L, c.D, c.K, c.half, c.multiprocessors, c.keep, c.gain,
