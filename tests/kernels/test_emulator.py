@@ -209,7 +209,7 @@ def test_factor_attention_equals_float64(plain, case):
 
 
 def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
-    assert run(plain, "advantage") == "65 problems\nexit 0"
+    assert run(plain, "advantage") == "67 problems\nexit 0"
 
 
 #: Users in turn, with queries in shared memory; a cluster of 2; one with all of a block's tokens in its first slot.
@@ -221,7 +221,7 @@ SMALL_CASES = {
 
 
 def test_no_data_race(sanitized):
-    assert run(sanitized, "advantage", "few") == "3 problems\nexit 0"
+    assert run(sanitized, "advantage", "few") == "5 problems\nexit 0"
     shown = run(sanitized, "attention", *(number for case in SMALL_CASES.values() for number in case))
     assert shown.endswith("exit 0"), shown
 
