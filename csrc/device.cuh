@@ -1,5 +1,5 @@
-// The PTX of compute capability 9.0 that factor_attention.cuh is written in. The tests replace this file by one that does
-// the same on a CPU (tests/kernels/emulator/device.cuh).
+// The PTX of compute capability 9.0 that factor_attention.cuh is written in. The tests replace this file by one that
+// does the same on a CPU (tests/kernels/emulator/device.cuh).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -48,7 +48,7 @@ FAULTS = {
         "turn",
     ),
     "a chunk is overwritten while it is read": (
-        "factor_attention.cuh",
+        "factor_attention_producer.cuh",
         "Mbarrier* full = &control.full[slot.index];\n",
         "mbar_wait(&control.empty[slot.index], slot.phase ^ 1);",
         "turn",
@@ -60,7 +60,7 @@ FAULTS = {
         "turn",
     ),
     "queries are overwritten while they are read": (
-        "factor_attention.cuh",
+        "factor_attention_producer.cuh",
         "",
         "mbar_wait(&control.queries_empty[buffer], (round & 1) ^ 1);",
         "turn",
@@ -226,6 +226,7 @@ def test_no_data_race(sanitized):
     assert shown.endswith("exit 0"), shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(sanitized, name):
     _, _, _, case = FAULTS[name]

@@ -1,5 +1,5 @@
-// csrc/group_advantage.cu on the emulator against its host twin, every float to the bit. A line a problem that differs; the exit status
-// says whether one did. With an argument: few problems.
+// csrc/group_advantage.cu on the emulator against its host twin, every float to the bit. A line a problem that differs;
+// the exit status says whether one did. With an argument: few problems.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -59,8 +59,8 @@ bool differs(Dtype dtype, const Shape& s, Kind kind, Reward reward, bool has_mas
   const char* error = group_advantage_cuda(p, 0, nullptr);
   const size_t bytes = host.values.size() * sizeof(Acc);
   bool same = error == nullptr && memcmp(host.values.data(), device.values.data(), bytes) == 0;
-  for (int i = 0; kind == Kind::latentr3 && i < 4; ++i)  // sums over groups in double, in another order
-    same = same && std::fabs(host.batch[size_t(i)] - device.batch[size_t(i)]) <= 1e-12 * std::fabs(host.batch[size_t(i)]);
+  for (size_t i = 0; kind == Kind::latentr3 && i < 4; ++i)  // sums over groups in double, in another order
+    same = same && std::fabs(host.batch[i] - device.batch[i]) <= 1e-12 * std::fabs(host.batch[i]);
   if (!same)
     std::printf("FAIL dtype %d B %ld G %ld S %ld kind %d reward %d mask %d\n", int(dtype), long(s.groups), long(s.size),
                 long(s.length), int(kind), int(reward), int(has_mask));

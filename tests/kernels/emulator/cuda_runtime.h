@@ -1,8 +1,8 @@
 // Enough of CUDA on a CPU to run csrc/*.cu in tests: every CUDA thread is a thread of the system, so that
 // ThreadSanitizer sees what two of them do without a barrier in between. Blocks of a cluster run side by side.
 //
-// Emulated: blocks, clusters, barriers, shuffles, shared memory (NaN until written, and NaN again once its block is gone),
-// atomics. Not emulated: lockstep, proxies, a memory model weaker than the host's, limits on registers.
+// Emulated: blocks, clusters, barriers, shuffles, atomics, shared memory (NaN until written, and NaN again once its
+// block is gone). Not emulated: lockstep, proxies, a memory model weaker than the host's, limits on registers.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -230,7 +230,8 @@ inline void run(unsigned grid, unsigned threads, unsigned cluster_size, size_t b
     Pool::instance().run(unsigned(clusters.size()) * a_cluster, [&](unsigned i) {
       cluster = clusters[i / a_cluster].get(), rank = i % a_cluster / threads, turn = 0;
       block = cluster->blocks[rank].get();
-      threadIdx = dim3(i % threads), blockIdx = dim3(first + i / threads), blockDim = dim3(threads), gridDim = dim3(grid);
+      threadIdx = dim3(i % threads), blockIdx = dim3(first + i / threads), blockDim = dim3(threads);
+      gridDim = dim3(grid);
       kernel();
       if (block->alive.leave() == 0) std::fill(block->dynamic.begin(), block->dynamic.end(), char(0xff));
       cluster->barrier.leave();
@@ -289,7 +290,8 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int bytes) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && bytes > 227 * 1024) emu::fail("more shared memory than a block can have");
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && bytes > 227 * 1024)
+    emu::fail("more shared memory than a block can have");
   return cudaSuccess;
 }
 template <class Kernel>

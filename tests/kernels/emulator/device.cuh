@@ -87,7 +87,7 @@ inline void mbar_wait(Mbarrier* m, uint32_t parity) {
   for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
 }
 
-// Copies are done by threads of their own, a while later, and what came last first; none waits for another's.
+// Copies are done by threads of their own, one for each of a block's barriers, a while later and what came last first.
 class CopyEngine {
  public:
   struct Copy {
@@ -97,8 +97,8 @@ class CopyEngine {
     Mbarrier* barrier;
   };
   static CopyEngine& of(const Mbarrier* m) {
-    static CopyEngine engines[5];
-    return engines[uintptr_t(m) / sizeof(Mbarrier) % 5];
+    static CopyEngine engines[29];  // more than a block has barriers
+    return engines[uintptr_t(m) / sizeof(Mbarrier) % 29];
   }
   void add(const Copy& copy) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -171,7 +171,9 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
   if (uintptr_t(row) % 16) emu::fail("a row for ldmatrix that is not aligned");
   const auto& rows = emu::exchange<1>({uint64_t(row)});
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
-  const auto at = [&](int matrix, int i, int j) { return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j]; };
+  const auto at = [&](int matrix, int i, int j) {
+    return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j];
+  };
   for (int j = 0; j < 4; ++j) {
     const uint16_t low = transposed ? at(j, t, g) : at(j, g, t), high = transposed ? at(j, t + 1, g) : at(j, g, t + 1);
     r[j] = low | uint32_t(high) << 16;
