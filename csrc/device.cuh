@@ -119,9 +119,10 @@ FLR_DEVICE unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// A barrier of all threads of the cluster's blocks that have not exited, in two halves; by whole warps.
-FLR_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-FLR_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Of all threads of the cluster's blocks that have not exited; by whole warps.
+FLR_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // What lies at p in the shared memory of another block of the cluster.
 template <class T>
 FLR_DEVICE T* remote(T* p, unsigned rank) {

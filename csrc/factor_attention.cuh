@@ -203,13 +203,13 @@ struct Worker {
   FLR_DEVICE void combine_factor(int64_t user, int k) {
     const int cluster = task.plan.cluster;
     float high = -INFINITY, sum = 0, logits = 0;
-    for (int q = 0; q < cluster; ++q) high = fmaxf(high, control.stats[q][0][k]);
+    for (int q = 0; q < cluster; ++q) high = fmaxf(high, remote(&control.stats[0][k], q)[0]);
     for (int q = 0; q < cluster; ++q) {
-      const auto& stats = control.stats[q];
-      const float shift = stats[0][k] == -INFINITY ? 0.f : stats[0][k] - high;
-      const float weight = stats[0][k] == -INFINITY ? 0.f : expf(shift);
+      const float* stats = remote(&control.stats[0][k], q);  // then every eighth
+      const float shift = stats[0] == -INFINITY ? 0.f : stats[0] - high;
+      const float weight = stats[0] == -INFINITY ? 0.f : expf(shift);
       control.weights[q][k] = weight;
-      sum += weight * stats[1][k], logits += weight * (stats[2][k] + shift * stats[1][k]);
+      sum += weight * stats[8], logits += weight * (stats[16] + shift * stats[8]);
     }
     const float inverse = sum == 0 ? 0.f : 1 / sum;
     for (int q = 0; q < cluster; ++q) control.weights[q][k] *= inverse / T::kScale;
@@ -231,39 +231,24 @@ struct Worker {
       if (t() < p.factors) at[0] = sums[i][0], at[8] = sums[i][2];
       if (t() + 1 < p.factors) at[pitch] = sums[i][1], at[pitch + 8] = sums[i][3];
     }
-    cluster_wait();  // all blocks have started, and their memory is there
     if (warp == 0) {
-      for (int q = t() / 2; q < cluster; q += 4) {  // into every block of the cluster
-        float* stats = remote(&control.stats[rank][0][g()], q);
-        stats[0] = top, stats[8] = total, stats[16] = below;
-      }
+      if (t() == 0) control.stats[0][g()] = top, control.stats[1][g()] = total, control.stats[2][g()] = below;
       control.pairs[g()][t()] = pairs[0], control.pairs[g()][t() + 1] = pairs[1];
     }
-    cluster_arrive();
-    cluster_wait();
+    cluster_sync();
     if (thread < p.factors) combine_factor(user, thread);
     bar_sync<1, kWorkerThreads>();
     const int width = task.plan.chunks * C::CHUNK / cluster, quads = width / 4;
-    constexpr int kSide = 4;  // so many loads in flight
-    for (int first = thread; first < p.factors * quads; first += kSide * kWorkerThreads) {
-      Quad sums[kSide] = {};
+    for (int i = thread; i < p.factors * quads; i += kWorkerThreads) {
+      const int k = i / quads, d = rank * width + i % quads * 4;
+      if (d >= p.size) continue;
+      Quad sum{0, 0, 0, 0};
       for (int q = 0; q < cluster; ++q) {
-#pragma unroll
-        for (int j = 0; j < kSide; ++j) {
-          const int i = first + j * kWorkerThreads, k = i / quads, d = rank * width + i % quads * 4;
-          if (k >= p.factors) break;
-          const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * pitch + d), q);
-          const float weight = control.weights[q][k];
-          sums[j].x += weight * x.x, sums[j].y += weight * x.y;
-          sums[j].z += weight * x.z, sums[j].w += weight * x.w;
-        }
+        const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * pitch + d), q);
+        const float weight = control.weights[q][k];
+        sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
       }
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) {
-        const int i = first + j * kWorkerThreads, k = i / quads, d = rank * width + i % quads * 4;
-        if (k >= p.factors) break;
-        if (d < p.size) *reinterpret_cast<Quad*>(p.context + (user * p.factors + k) * p.size + d) = sums[j];
-      }
+      *reinterpret_cast<Quad*>(p.context + (user * p.factors + k) * p.size + d) = sum;
     }
     if (rank == 0 && thread < p.factors * p.factors) {
       const int k = thread / p.factors, j = thread % p.factors;
@@ -273,8 +258,7 @@ struct Worker {
       p.overlap[(user * p.factors + k) * p.factors + j] = sum;
     }
     // nobody leaves while others read from it
-    cluster_arrive();
-    cluster_wait();
+    cluster_sync();
   }
 
   FLR_DEVICE void run() {
@@ -316,13 +300,10 @@ __global__ void __launch_bounds__(kThreads, 1) factor_attention_forward(const __
     for (int i = threadIdx.x; i < task.plan.stages * kTokens * pieces; i += kThreads)
       reinterpret_cast<Quad*>(ring + i / pieces * C::kPitch + task.p.size)[i % pieces] = Quad{0, 0, 0, 0};
   }
-  __syncwarp();
-  if (task.plan.cluster > 1) cluster_arrive();  // awaited in combine()
   __syncthreads();
   if (warp >= kWorkers) {
     fewer_registers<kProducerRegisters>();
     Producer<C>(task, control, ring, queries, warp - kWorkers, lane, rank).run();
-    if (task.plan.cluster > 1) cluster_wait();
   } else {
     more_registers<kWorkerRegisters>();
     Worker<T, C>(task, control, ring, queries, warp, lane, rank).run();

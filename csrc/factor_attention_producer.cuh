@@ -23,7 +23,7 @@ struct alignas(16) Quad { float x, y, z, w; };
 
 struct alignas(128) Control {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
-  float stats[kMaxCluster][3][8];  // every block's maximum, sum, sum of weight times logit below the maximum
+  float stats[3][8];             // maximum, sum, sum of weight times logit below the maximum
   float pairs[8][8];             // sums of products of weights
   float weights[kMaxCluster][8];
   Mbarrier full[kMaxStages], empty[kMaxStages], queries_full[2], queries_empty[2];

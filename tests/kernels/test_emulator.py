@@ -74,7 +74,7 @@ FAULTS = {
     "another block's sums are read before they are written": (
         "factor_attention.cuh",
         "pairs[1];\n    }\n",
-        "cluster_arrive();\n    cluster_wait();",
+        "cluster_sync();",
         "cluster",
     ),
     "weights are read before they are written": (
@@ -86,7 +86,7 @@ FAULTS = {
     "a block leaves while others read from it": (
         "factor_attention.cuh",
         "read from it\n",
-        "cluster_arrive();\n    cluster_wait();",
+        "cluster_sync();",
         "cluster",
     ),
     "a warp's sum is read before it is written": (

@@ -181,9 +181,7 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
 }
 
 inline unsigned cluster_rank() { return emu::rank; }
-inline thread_local unsigned arrived;
-inline void cluster_arrive() { arrived = emu::cluster->barrier.arrive(); }
-inline void cluster_wait() { emu::cluster->barrier.await(arrived), emu::dawdle(); }
+inline void cluster_sync() { emu::cluster->barrier.wait(), emu::dawdle(); }
 template <class T>
 T* remote(T* p, unsigned rank) {
   const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();
