@@ -212,7 +212,8 @@ void factor_attention(const View& h, const View& u, const std::optional<View>& m
   if (queries.size() != 3 || queries[1] < 1 || queries[1] > kMaxFactors)
     refuse("u", "[B, K, D] with K from 1 to " + std::to_string(kMaxFactors), text(queries));
   const int64_t factors = queries[1];
-  const Array history = check("h", h, device, sizes), query = check("u", u, device, {users, factors, size}, history.dtype);
+  const Array history = check("h", h, device, sizes);
+  const Array query = check("u", u, device, {users, factors, size}, history.dtype);
   if (history.dtype != "bfloat16" && history.dtype != "float16") refuse("h", "bfloat16 or float16", history.dtype);
   check_rows("h", history);
   check_rows("u", query);

@@ -1,5 +1,5 @@
-// The PTX of compute capability 9.0 that factor_attention.cuh is written in. The tests replace this file by one that does
-// the same on a CPU (tests/kernels/emulator/device.cuh).
+// The PTX of compute capability 9.0 that factor_attention.cuh is written in. The tests replace this file by one that
+// does the same on a CPU (tests/kernels/emulator/device.cuh).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -125,8 +125,8 @@ FLR_DEVICE void cluster_sync() {
 }
 // What lies at p in the shared memory of another block of the cluster.
 template <class T>
-FLR_DEVICE const T* remote(const T* p, unsigned rank) {
-  const T* there;
+FLR_DEVICE T* remote(T* p, unsigned rank) {
+  T* there;
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
   return there;
 }

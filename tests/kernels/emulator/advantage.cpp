@@ -1,5 +1,5 @@
-// csrc/group_advantage.cu on the emulator against its host twin, every float to the bit. A line a problem that differs; the exit status
-// says whether one did. With an argument: few problems.
+// csrc/group_advantage.cu on the emulator against its host twin, every float to the bit. A line a problem that differs;
+// the exit status says whether one did. With an argument: few problems.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -59,24 +59,45 @@ bool differs(Dtype dtype, const Shape& s, Kind kind, Reward reward, bool has_mas
   const char* error = group_advantage_cuda(p, 0, nullptr);
   const size_t bytes = host.values.size() * sizeof(Acc);
   bool same = error == nullptr && memcmp(host.values.data(), device.values.data(), bytes) == 0;
-  for (int i = 0; kind == Kind::latentr3 && i < 4; ++i)  // sums over groups in double, in another order
-    same = same && std::fabs(host.batch[size_t(i)] - device.batch[size_t(i)]) <= 1e-12 * std::fabs(host.batch[size_t(i)]);
+  for (size_t i = 0; kind == Kind::latentr3 && i < 4; ++i)  // sums over groups in double, in another order
+    same = same && std::fabs(host.batch[i] - device.batch[i]) <= 1e-12 * std::fabs(host.batch[i]);
   if (!same)
     std::printf("FAIL dtype %d B %ld G %ld S %ld kind %d reward %d mask %d\n", int(dtype), long(s.groups), long(s.size),
                 long(s.length), int(kind), int(reward), int(has_mask));
   return !same;
 }
 
+// The small launch that finishes latentr3 from several processes' partials.
+template <class Acc>
+bool batch_differs(bool is_double) {
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> uniform(-3, 0);
+  std::vector<Acc> rewards(5 * 70), host(rewards.size(), NAN), device(rewards.size(), NAN);
+  std::vector<double> partials = {5, -1.5, -1.4, 30, 0, 0, 0, 0, 7, -1.25, -1.6, 55};
+  for (auto& value : rewards) value = Acc(uniform(random));
+  BatchProblem p{};
+  p.rewards = rewards.data(), p.partials = partials.data(), p.groups = 5, p.size = 70, p.processes = 3;
+  p.eps = 1e-4, p.is_double = is_double;
+  p.advantages = host.data();
+  batch_advantage_host(p);
+  p.advantages = device.data();
+  const char* error = batch_advantage_cuda(p, 0, nullptr);
+  if (error == nullptr && memcmp(host.data(), device.data(), host.size() * sizeof(Acc)) == 0) return false;
+  std::printf("FAIL batch_advantage, double %d\n", int(is_double));
+  return true;
+}
+
 }  // namespace
 
 int main(int count, char**) {
   std::vector<Shape> shapes = {{9, 4, 5}, {2, 33, 3}, {10, 4, 512}};
-  if (count == 1) shapes = {{1, 1, 1}, {5, 8, 16}, {9, 32, 7}, {2, 33, 3}, {2, 5, 420}, {10, 4, 512}};
+  if (count == 1) shapes = {{1, 1, 1}, {5, 8, 16}, {2, 33, 3}, {2, 5, 420}, {10, 4, 512}};
   int failed = 0, problems = 0;
   for (const Shape& s : shapes) {
     for (int k = 0; k < 4; ++k) {
       const Kind kind = Kind(k);
-      if (s.length > 500 && kind != Kind::latentr3) continue;  // several blocks, the last of which finishes
+      // several blocks, the last of which finishes
+      if ((s.length > 500 && kind != Kind::latentr3) || (count > 1 && s.length < 500 && kind != Kind::grpo)) continue;
       failed += differs<float>(Dtype::float32, s, kind, Reward(k % 2), k % 2), ++problems;
       if (count > 1 || s.length > 500) continue;
       failed += differs<bfloat16>(Dtype::bfloat16, s, kind, Reward::log_likelihood, true), ++problems;
@@ -84,6 +105,7 @@ int main(int count, char**) {
       failed += differs<float>(Dtype::float32, {s.groups, s.size, 1}, kind, Reward::given, false), ++problems;
     }
   }
+  failed += batch_differs<float>(false) + batch_differs<double>(true), problems += 2;
   std::printf("%d problems\n", problems);
   return failed != 0;
 }

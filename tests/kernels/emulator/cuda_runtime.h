@@ -1,11 +1,9 @@
 // Enough of CUDA on a CPU to run csrc/*.cu in tests: every CUDA thread is a thread of the system, so that
 // ThreadSanitizer sees what two of them do without a barrier in between. Blocks of a cluster run side by side.
 //
-// Emulated: blocks, clusters, barriers, shuffles, shared memory (NaN until written, and NaN again once its block is gone),
-// atomics. Not emulated: lockstep, proxies, a memory model weaker than the host's, limits on registers.
+// Emulated: blocks, clusters, barriers, shuffles, atomics, shared memory (NaN until written, and NaN again once its
+// block is gone). Not emulated: lockstep, proxies, a memory model weaker than the host's, limits on registers.
 #pragma once
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -51,6 +49,7 @@ class Watchdog {
     static Watchdog watchdog;
     return watchdog;
   }
+  unsigned count() const { return count_.load(std::memory_order_relaxed); }
   void progress() { count_.fetch_add(1, std::memory_order_relaxed); }
   ~Watchdog() {
     {
@@ -79,13 +78,15 @@ class Watchdog {
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
-  void wait() {
+  void wait() { await(arrive()); }
+  unsigned arrive() {
     mutex_.lock();
     const unsigned mine = round_.load();
-    if (++here_ == threads_) return release();
-    mutex_.unlock();
-    round_.wait(mine);
+    if (++here_ == threads_) release();
+    else mutex_.unlock();
+    return mine;
   }
+  void await(unsigned mine) { round_.wait(mine); }
   unsigned leave() {
     mutex_.lock();
     const unsigned left = --threads_;
@@ -158,37 +159,92 @@ const uint64_t (&exchange(const uint64_t (&mine)[words]))[32][kWords] {
   return slots;
 }
 
-inline void run_cluster(unsigned first, unsigned blocks, unsigned threads, size_t bytes, unsigned grid,
-                        const std::function<void()>& kernel) {
-  Cluster together(blocks * threads);
-  for (unsigned q = 0; q < blocks; ++q) together.blocks.emplace_back(new Block(threads, bytes));
-  std::vector<std::thread> all;
-  for (unsigned i = 0; i < blocks * threads; ++i) {
-    all.emplace_back([&, i] {
-      rank = i / threads, cluster = &together, block = together.blocks[rank].get(), turn = 0;
-      threadIdx = dim3(i % threads), blockIdx = dim3(first + rank), blockDim = dim3(threads), gridDim = dim3(grid);
-      kernel();
-      if (block->alive.leave() == 0) std::fill(block->dynamic.begin(), block->dynamic.end(), char(0xff));
-      together.barrier.leave();
-    });
+// Threads that stay from one launch to the next.
+class Pool {
+ public:
+  static Pool& instance() {
+    static Pool pool;
+    return pool;
   }
-  for (auto& thread : all) thread.join();
+  void run(unsigned count, const std::function<void(unsigned)>& job) {
+    while (seats_.size() < count) {
+      seats_.emplace_back(new Seat);
+      seats_.back()->thread = std::thread([this, seat = seats_.back().get(), i = unsigned(seats_.size() - 1)] {
+        work(*seat, i);
+      });
+    }
+    job_ = &job, left_ = count;
+    call(count);
+    for (unsigned left = left_; left != 0; left = left_) left_.wait(left);
+  }
+  ~Pool() {
+    job_ = nullptr;
+    call(unsigned(seats_.size()));
+    for (auto& seat : seats_) seat->thread.join();
+  }
+
+ private:
+  struct Seat {
+    std::thread thread;
+    std::atomic<unsigned> ticket{0};
+  };
+  void call(unsigned count) {
+    for (unsigned i = 0; i < count; ++i) ++seats_[i]->ticket, seats_[i]->ticket.notify_one();
+  }
+  void work(Seat& seat, unsigned index) {
+    for (unsigned seen = 0;; ++seen) {
+      seat.ticket.wait(seen);
+      if (job_ == nullptr) return;
+      (*job_)(index);
+      if (--left_ == 0) left_.notify_one();
+    }
+  }
+  std::vector<std::unique_ptr<Seat>> seats_;
+  const std::function<void(unsigned)>* job_ = nullptr;
+  std::atomic<unsigned> left_{0};
+};
+
+// Behind a barrier some warps wait until the others come no further without them: what relies on luck has none.
+inline void dawdle() {
+#ifdef __SANITIZE_THREAD__
+  static thread_local uint32_t state = 1;
+  state = (state + threadIdx.x / 32 * 0x9e3779b9u) * 1664525 + 1013904223;
+  if (state >> 28 > 1) return;
+  unsigned before = 0;
+  for (int i = 0; i < 20 && before != Watchdog::instance().count(); ++i) {
+    before = Watchdog::instance().count();
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+#endif
 }
 
 inline void run(unsigned grid, unsigned threads, unsigned cluster_size, size_t bytes,
                 const std::function<void()>& kernel) {
-  const unsigned side = cluster_size > 1 ? 1 : 2;  // clusters at a time
+  const unsigned a_cluster = cluster_size * threads, side = cluster_size > 1 ? 1 : 2;  // clusters at a time
   for (unsigned first = 0; first < grid; first += side * cluster_size) {
-    std::vector<std::thread> clusters;
-    for (unsigned b = first; b < grid && b < first + side * cluster_size; b += cluster_size)
-      clusters.emplace_back([=, &kernel] { run_cluster(b, cluster_size, threads, bytes, grid, kernel); });
-    for (auto& thread : clusters) thread.join();
+    std::vector<std::unique_ptr<Cluster>> clusters;
+    for (unsigned b = first; b < grid && b < first + side * cluster_size; b += cluster_size) {
+      clusters.emplace_back(new Cluster(a_cluster));
+      for (unsigned q = 0; q < cluster_size; ++q) clusters.back()->blocks.emplace_back(new Block(threads, bytes));
+    }
+    Pool::instance().run(unsigned(clusters.size()) * a_cluster, [&](unsigned i) {
+      cluster = clusters[i / a_cluster].get(), rank = i % a_cluster / threads, turn = 0;
+      block = cluster->blocks[rank].get();
+      threadIdx = dim3(i % threads), blockIdx = dim3(first + i / threads), blockDim = dim3(threads);
+      gridDim = dim3(grid);
+      kernel();
+      if (block->alive.leave() == 0) std::fill(block->dynamic.begin(), block->dynamic.end(), char(0xff));
+      cluster->barrier.leave();
+    });
   }
 }
 
 }  // namespace emu
 
-inline void __syncthreads() { emu::block->all.wait(); }
+inline void __syncthreads() {
+  emu::block->all.wait();
+  emu::dawdle();
+}
 inline void __syncwarp() { emu::block->warp().barrier.wait(); }
 inline void __threadfence() {}
 template <class T>
@@ -234,7 +290,8 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int attribute, int bytes) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && bytes > 227 * 1024) emu::fail("more shared memory than a block can have");
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && bytes > 227 * 1024)
+    emu::fail("more shared memory than a block can have");
   return cudaSuccess;
 }
 template <class Kernel>

@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <deque>
 
 #define FLR_DEVICE inline
 #define FLR_DYNAMIC_SHARED(name) char* name = emu::block->memory()
@@ -88,7 +87,7 @@ inline void mbar_wait(Mbarrier* m, uint32_t parity) {
   for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
 }
 
-// Copies are done by a thread of their own, in no particular order.
+// Copies are done by threads of their own, one for each of a block's barriers, a while later and what came last first.
 class CopyEngine {
  public:
   struct Copy {
@@ -97,9 +96,9 @@ class CopyEngine {
     uint32_t bytes;
     Mbarrier* barrier;
   };
-  static CopyEngine& instance() {
-    static CopyEngine engine;
-    return engine;
+  static CopyEngine& of(const Mbarrier* m) {
+    static CopyEngine engines[29];  // more than a block has barriers
+    return engines[uintptr_t(m) / sizeof(Mbarrier) % 29];
   }
   void add(const Copy& copy) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -113,17 +112,20 @@ class CopyEngine {
 
  private:
   void work() {
-    std::mt19937 random(0);
     for (;;) {
       std::unique_lock<std::mutex> lock(mutex_);
       condition_.wait(lock, [&] { return !copies_.empty(); });
-      std::swap(copies_[random() % copies_.size()], copies_.back());
-      const Copy copy = copies_.back();
-      copies_.pop_back();
       lock.unlock();
-      if (copy.to == nullptr) return;
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      mbar_change(copy.barrier, -int(copy.bytes), 0);
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      lock.lock();
+      std::vector<Copy> copies;
+      copies.swap(copies_);
+      lock.unlock();
+      for (auto copy = copies.rbegin(); copy != copies.rend(); ++copy) {
+        if (copy->to == nullptr) return;
+        std::memcpy(copy->to, copy->from, copy->bytes);
+        mbar_change(copy->barrier, -int(copy->bytes), 0);
+      }
     }
   }
   std::mutex mutex_;
@@ -133,7 +135,7 @@ class CopyEngine {
 };
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
-  CopyEngine::instance().add({to, from, bytes, m});
+  CopyEngine::of(m).add({to, from, bytes, m});
 }
 
 template <int id, int threads>
@@ -146,6 +148,7 @@ void bar_sync() {
     barrier = named.get();
   }
   barrier->wait();
+  emu::dawdle();
 }
 
 inline float shuffle_xor(float x, int step) { return __shfl_xor_sync(~0u, x, step); }
@@ -168,7 +171,9 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
   if (uintptr_t(row) % 16) emu::fail("a row for ldmatrix that is not aligned");
   const auto& rows = emu::exchange<1>({uint64_t(row)});
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
-  const auto at = [&](int matrix, int i, int j) { return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j]; };
+  const auto at = [&](int matrix, int i, int j) {
+    return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j];
+  };
   for (int j = 0; j < 4; ++j) {
     const uint16_t low = transposed ? at(j, t, g) : at(j, g, t), high = transposed ? at(j, t + 1, g) : at(j, g, t + 1);
     r[j] = low | uint32_t(high) << 16;
@@ -176,11 +181,11 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
 }
 
 inline unsigned cluster_rank() { return emu::rank; }
-inline void cluster_sync() { emu::cluster->barrier.wait(); }
+inline void cluster_sync() { emu::cluster->barrier.wait(), emu::dawdle(); }
 template <class T>
-const T* remote(const T* p, unsigned rank) {
+T* remote(T* p, unsigned rank) {
   const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();
-  return reinterpret_cast<const T*>(emu::cluster->blocks[rank]->memory() + offset);
+  return reinterpret_cast<T*>(emu::cluster->blocks[rank]->memory() + offset);
 }
 
 template <int count> void fewer_registers() {}

@@ -1,0 +1,204 @@
+// factor_attention.cuh's shared memory, its plan, and the warps that fill its ring.
+#pragma once
+#include "device.cuh"
+#include "factor_attention.h"
+
+namespace flr {
+
+constexpr int kWorkers = 8, kWorkerThreads = 32 * kWorkers;
+constexpr int kProducers = 4;  // one warp alone issues copies too slowly; registers are given to groups of four warps
+constexpr int kThreads = kWorkerThreads + 32 * kProducers;
+constexpr int kTokens = 16, kRows = kTokens / kProducers, kMaxChunk = 1536;
+constexpr int kMaxStages = 12, kSearch = 8;  // producers look at 32 kSearch tokens at a time
+constexpr int kMaxCluster = 16;
+constexpr int kSharedLimit = 227 * 1024;
+// A block starts with 168 registers a thread, 168 * 384 = 40 * 128 + 232 * 256.
+constexpr int kProducerRegisters = 40, kWorkerRegisters = 232;
+static_assert(kProducerRegisters * 32 * kProducers + kWorkerRegisters * kWorkerThreads <=
+                  65536 / kThreads / 8 * 8 * kThreads,
+              "a warp that asks for registers that the block does not have waits for ever");
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct alignas(16) Quad { float x, y, z, w; };
+
+struct alignas(128) Control {
+  Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
+  float stats[3][8];             // maximum, sum, sum of weight times logit below the maximum
+  float pairs[8][8];             // sums of products of weights
+  float weights[kMaxCluster][8];
+  Mbarrier full[kMaxStages], empty[kMaxStages], queries_full[2], queries_empty[2];
+  int tile[kMaxStages];  // number of tokens; 256 more for a user's last tile
+  int tokens[kProducers][32 * kSearch + kTokens];  // the same for every producer
+};
+
+// Columns in registers, how many of them come in one copy, and the most factors.
+template <int D_, int CHUNK_, int FACTORS = kMaxFactors>
+struct Columns {
+  static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
+  static constexpr int kPitch = CHUNK + 8;  // 16 bytes of padding: ldmatrix reads without bank conflicts
+  static constexpr int kChunkBytes = 2 * CHUNK, kSlot = kPitch * kTokens;
+  static constexpr bool kQueriesInRegisters = D <= 2048;
+  static constexpr int kLeastStages = (kSharedLimit - int(sizeof(Control)) - 2 * FACTORS * (D + 8)) / (2 * kSlot);
+  static_assert(D % CHUNK == 0 && CHUNK % (16 * kWorkers) == 0 && CHUNK <= kMaxChunk);
+  static_assert(kLeastStages > kChunks, "a tile has to fit, and something of the next");
+  static_assert(2 * kSlot * kLeastStages >= 4 * FACTORS * (D + 4), "the sums have to fit where the ring was");
+};
+
+// Shared memory: Control, `stages` slots of the ring, `buffers` of queries. After the last tile of a block of a cluster
+// its sums [K, D] lie where the ring was.
+struct Plan {
+  int chunks, stages, buffers, cluster;
+  int64_t grid;
+  int query_pitch, shared_bytes;
+};
+
+// What the choice depends on: multiprocessors, and how many clusters of 2, 4, 8 and 16 run at a time. That is less than
+// multiprocessors divided by blocks where a cluster's blocks have to lie together.
+struct Room {
+  int multiprocessors, clusters[4];
+};
+
+template <class C>
+Plan make_plan(const AttentionProblem& p, const Room& device) {
+  Plan plan{};
+  plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
+  plan.cluster = 1;
+  for (int i = 0; i < 4; ++i)  // the largest with which no user has to wait for another
+    if (p.users <= device.clusters[i] && 32 * (2 << i) <= p.length) plan.cluster = 2 << i;
+  const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
+  plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
+  const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(Control));
+  const bool waits = !C::kQueriesInRegisters && p.users * plan.cluster > plan.grid;  // for the user before
+  plan.buffers = waits && (room - 2 * queries) / (2 * C::kSlot) > plan.chunks ? 2 : 1;
+  plan.stages = (room - plan.buffers * queries) / (2 * C::kSlot);
+  if (plan.stages > kMaxStages) plan.stages = kMaxStages;
+  plan.shared_bytes = int(sizeof(Control)) + plan.stages * 2 * C::kSlot + plan.buffers * queries;
+  return plan;
+}
+
+// What both halves of a block go through: users, slots of the ring.
+struct Task {
+  AttentionProblem p;
+  Plan plan;
+};
+
+struct Users {
+  int64_t index, step, count;
+  bool last_first;
+  FLR_DEVICE explicit Users(const Task& task)
+      : index(blockIdx.x / task.plan.cluster), step(gridDim.x / task.plan.cluster), count(task.p.users),
+        last_first(task.p.last_first) {}
+  FLR_DEVICE bool more() const { return index < count; }
+  FLR_DEVICE int64_t user() const { return last_first ? count - 1 - index : index; }
+};
+
+struct Slot {
+  int index = 0;
+  uint32_t phase = 0;
+  FLR_DEVICE void advance(int by, int stages) {
+    index += by;
+    if (index >= stages) index -= stages, phase ^= 1;
+  }
+};
+
+alignas(128) __device__ static uint16_t kZeros[kMaxChunk];
+
+// One of the warps that fill the ring: of every tile its kRows rows. All look for tokens alike.
+template <class C>
+struct Producer {
+  const Task& task;
+  Control& control;
+  uint16_t *ring, *queries;
+  int* tokens;
+  int warp, lane, rank;
+  Slot slot;
+
+  FLR_DEVICE Producer(const Task& task, Control& control, uint16_t* ring, uint16_t* queries, int warp, int lane,
+                      int rank)
+      : task(task), control(control), ring(ring), queries(queries), tokens(control.tokens[warp]), warp(warp),
+        lane(lane), rank(rank) {}
+
+  // Rows of queries [K, D], zero from D to the end of the last chunk.
+  FLR_DEVICE void send_queries(int64_t user, int served) const {
+    const auto& p = task.p;
+    const int buffer = served % task.plan.buffers, round = served / task.plan.buffers;
+    mbar_wait(&control.queries_empty[buffer], (round & 1) ^ 1);  // at once in the first round
+    __syncwarp();  // a lane that still waits must not miss this phase for the next
+    const int columns = task.plan.chunks * C::CHUNK, factor = kProducers * lane + warp;
+    Mbarrier* full = &control.queries_full[buffer];
+    if (lane == 0) mbar_expect(full, uint32_t((p.factors + kProducers - 1 - warp) / kProducers * 2 * columns));
+    __syncwarp();
+    if (factor < p.factors) {
+      uint16_t* to = queries + (buffer * p.factors + factor) * task.plan.query_pitch;
+      bulk_copy(to, static_cast<const uint16_t*>(p.u) + user * p.u_b + factor * p.u_k, 2 * p.size, full);
+      if (columns > p.size) bulk_copy(to + p.size, kZeros, 2 * (columns - p.size), full);
+    }
+  }
+
+  // A tile of `count` tokens from the list, rows of zeros after them; without any, one slot that says so.
+  FLR_DEVICE void send_tile(const uint16_t* h, int first, int count, bool last) {
+    const int chunks = count > 0 ? task.plan.chunks : 1, size = task.p.size, mine = kRows * warp + lane;
+    const uint16_t* row = lane < kRows && mine < count ? h + tokens[first + mine] * task.p.h_l : nullptr;
+    for (int c = 0; c < chunks; ++c) {
+      // the last chunk's columns from D on are zero from the start where they stay in place
+      const int left = size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
+      const int padding = C::kChunks == 1 ? 0 : C::CHUNK - columns;
+      Mbarrier* full = &control.full[slot.index];
+      mbar_wait(&control.empty[slot.index], slot.phase ^ 1);
+      __syncwarp();
+      if (lane == 0) {
+        if (c == 0 && warp == 0) control.tile[slot.index] = count | int(last) << 8;
+        if (count > 0) mbar_expect(full, uint32_t(kRows * 2 * (columns + padding)));
+        else mbar_arrive(full);
+      }
+      __syncwarp();
+      if (count > 0 && lane < kRows) {
+        uint16_t* to = ring + slot.index * C::kSlot + mine * C::kPitch;
+        bulk_copy(to, row == nullptr ? kZeros : row + c * C::CHUNK, uint32_t(2 * columns), full);
+        if (padding > 0) bulk_copy(to + columns, kZeros, uint32_t(2 * padding), full);
+      }
+      slot.advance(1, task.plan.stages);
+    }
+  }
+
+  FLR_DEVICE void send_user(int64_t user) {
+    const auto& p = task.p;
+    const uint16_t* h = static_cast<const uint16_t*>(p.h) + user * p.h_b;
+    const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + user * p.mask_b;
+    const int apart = 32 * task.plan.cluster, length = int(p.length);
+    int held = 0;
+    for (int base = 32 * rank; base < length; base += kSearch * apart) {
+      bool valid[kSearch];  // that many loads in flight
+#pragma unroll
+      for (int i = 0; i < kSearch; ++i) {
+        const int token = base + i * apart + lane;
+        valid[i] = token < length && (mask == nullptr || mask[token * p.mask_l]);
+      }
+#pragma unroll
+      for (int i = 0; i < kSearch; ++i) {
+        const unsigned bits = ballot(valid[i]);
+        if (valid[i]) tokens[held + ones(bits & ((1u << lane) - 1))] = base + i * apart + lane;
+        held += ones(bits);
+      }
+      __syncwarp();
+      int first = 0;
+      for (; held - first > kTokens; first += kTokens) send_tile(h, first, kTokens, false);
+      held -= first;  // 0 to 16 stay: the user's last tile is known as such when it is sent
+      const int token = lane < held ? tokens[first + lane] : 0;
+      __syncwarp();
+      if (lane < held) tokens[lane] = token;
+      __syncwarp();
+    }
+    send_tile(h, 0, held, true);
+  }
+
+  FLR_DEVICE void run() {
+    int served = 0;
+    for (Users users(task); users.more(); users.index += users.step, ++served) {
+      send_queries(users.user(), served);
+      send_user(users.user());
+    }
+  }
+};
+
+}  // namespace flr
