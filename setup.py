@@ -53,6 +53,13 @@ def architectures(nvcc):
     return flags, " ".join(asked)
 
 
+def knows_hopper(nvcc):
+    """Whether nvcc compiles for compute capability 9.0a, which it does since 12.0."""
+    shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", shown)
+    return release is None or int(release[1]) >= 12
+
+
 def run_all(commands, folder, jobs):
     """Run ``{output: (command, inputs)}``, the last one after the others; with ninja only what is out of date."""
     ninja = shutil.which("ninja")
@@ -109,7 +116,7 @@ class BuildExtension(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or "g++"]
         cxx = [*compiler, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         cxx += [*shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
-        hopper = any(re.match(r"9\.0\b", name) for name in names.split())
+        hopper = any(re.match(r"9\.0\b", name) for name in names.split()) and knows_hopper(nvcc)
         defines += ["-DFLR_SM90A"] * hopper
         headers = [path for end in FILES[1] for path in sorted(SOURCES.glob(end))]
 

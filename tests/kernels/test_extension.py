@@ -20,6 +20,7 @@ pytest.importorskip("pybind11")
 #: nvcc as far as setup.py asks: it lists three architectures, notes how it is called and fails to link.
 FAKE_NVCC = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_75; echo compute_80; echo compute_90; exit 0; fi
+if [ "$1" = --version ]; then echo "Cuda compilation tools, release ${FAKE_RELEASE:-13.0}, V1"; exit 0; fi
 echo "$@" >> "$(dirname "$0")/called"
 if [ "$1" != -shared ] && [ "$3" != -shared ]; then exit 0; fi  # -ccbin and its argument may come first
 echo "fake compiler error" >&2
@@ -108,6 +109,10 @@ def test_the_architecture_list(build):
     assert sorted(codes) == ["compute_90", "sm_75", "sm_80", "sm_90", "sm_90a"]
     without = build(CXX="no-such-compiler", FLR_CUDA_ARCH_LIST="8.0", FLR_REQUIRE_EXTENSION="1")
     assert "sm_90a" not in " ".join(without.nvcc[len(result.nvcc) :])
+    old = build(CXX="no-such-compiler", FLR_CUDA_ARCH_LIST="9.0", FLR_REQUIRE_EXTENSION="1", FAKE_RELEASE="11.8")
+    codes = " ".join(old.nvcc[len(without.nvcc) :])
+    assert "code=sm_90" in codes
+    assert "sm_90a" not in codes  # which 11.8 does not know
     for wrong in ("12.0", "9", "sm_90", "9.0+ptx"):
         result = build(FLR_CUDA_ARCH_LIST=wrong)
         assert result.returncode != 0
