@@ -1,6 +1,7 @@
 """Training steps as CUDA graphs: what is captured, compared, replayed; on a device, that training comes out equal."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,28 @@ def test_padding_changes_no_loss(tmp_path):
 def weights_after(train):
     train.train()
     return torch.cat([p.detach().flatten().double() for p in train.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"cuda_graphs": False}, False),
+        ({"device": torch.device("cpu")}, False),
+        ({"world_size": 2}, False),
+        ({"gradient_checkpointing": True}, False),
+        ({"torch_compile": True}, False),
+        ({"prompt_cache": "memory"}, False),
+    ],
+)
+def test_where_steps_are_captured(change, expected, monkeypatch):
+    monkeypatch.delenv("FLR_CUDA_GRAPHS", raising=False)
+    plain = {"device": torch.device("cuda"), "world_size": 1, "n_gpu": 1, "prompt_cache": "none", "cuda_graphs": True}
+    off = dict.fromkeys(("gradient_checkpointing", "torch_compile", "fsdp"), False)
+    args = SimpleNamespace(**{**plain, **off, **change})
+    assert step_graphs.usable(args, layer()[0]) == expected
+    monkeypatch.setenv("FLR_CUDA_GRAPHS", "0")
+    assert not step_graphs.usable(args, layer()[0])
 
 
 STAGES = pytest.mark.parametrize("stage", ["sft", "thoughts", "tokens"])
