@@ -147,10 +147,10 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
     saved = (_meta(*vectors), _meta(*scalars), _meta(*square), _meta(*scalars))
     u = _meta(*vectors, dtype=dtype)
-    for tile, splits in product(triton_config.tiles(dtype.itemsize, backward=False), (1, 3)):
+    for tile, splits in product(triton_config.tiles(dtype.itemsize, backward=False)[::-1], (1, 3)):
         h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
         yield f"{tile.name} {'split' if splits > 1 else 'whole'}", partial(attention.forward, h, u, None, tile=tile)
-    for tile, splits, dh in product(triton_config.tiles(dtype.itemsize, backward=True), (1, 3), (True, False)):
+    for tile, splits, dh in product(triton_config.tiles(dtype.itemsize, backward=True)[::-1], (1, 3), (True, False)):
         h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
         label = f"{tile.name} {'split' if splits > 1 else 'whole'}{'' if dh else ' no dh'}"
         yield label, partial(attention.backward, h, u, None, saved, saved, dh, tile=tile)
@@ -320,12 +320,24 @@ def _attention_variant(name: str, arch: int, registers: int, stack: int) -> Vari
     return _variant("attention forward cuda", label, arch, registers, stack, triton_config.ARCHES[arch].shared, 12)
 
 
+def _chosen_on(arch: int | str, label: str) -> bool:
+    """Whether dispatch may choose the label's tile, if it has one, on an architecture."""
+    known = {tile.name: tile for size in (2, 4) for back in (False, True) for tile in triton_config.tiles(size, back)}
+    found = [known[word] for word in label.split() if word in known]
+    return isinstance(arch, str) or all(tile.suits(triton_config.ARCHES[arch]) for tile in found)
+
+
 def _compile_all(asked_for: list[str]) -> Iterator[Variant]:
     """Triton's variants, an architecture after another for each, then AMD's, then those of the extension."""
     arches = [int(arch) for arch in asked_for if arch not in _AMD]
     for group, amd in ((arches, False), ([arch for arch in asked_for if arch in _AMD], True)):
         launches = variants(amd) if group else {}
-        yield from (compile_variant(launch, label, arch) for launch, label in launches.items() for arch in group)
+        yield from (
+            compile_variant(launch, label, arch)
+            for launch, label in launches.items()
+            for arch in group
+            if _chosen_on(arch, label)
+        )
     yield from chain(*map(extension_variants, arches))
 
 

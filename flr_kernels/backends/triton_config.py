@@ -28,14 +28,15 @@ COMBINE_ROWS = 16
 
 @dataclass(frozen=True)
 class Arch:
-    """Multiprocessors, and bytes of shared memory that one program may use."""
+    """Compute capability times ten, multiprocessors, and bytes of shared memory that one program may use."""
 
+    number: int
     sms: int
     shared: int
 
 
 #: By compute capability: A100, H100, B200.
-ARCHES = {80: Arch(108, 163 << 10), 90: Arch(132, 227 << 10), 100: Arch(148, 227 << 10)}
+ARCHES = {arch.number: arch for arch in (Arch(80, 108, 163 << 10), Arch(90, 132, 227 << 10), Arch(100, 148, 227 << 10))}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Tile:
 
     ``cache`` ".ca" lets the tile pass through the L1 on its way to shared memory, so that the second walk finds the end
     of it there; ".cg" goes past the L1. Triton up to 3.7 copies 16 bytes at a time past the L1 whatever is asked for,
-    3.9 does as asked.
+    3.9 does as asked. ``arches`` are those that it is for, if it is not for all.
     """
 
     name: str
@@ -53,14 +54,20 @@ class Tile:
     num_warps: int
     num_stages: int
     cache: str = ".ca"
+    arches: tuple[int, ...] = ()
+
+    def suits(self, arch: Arch) -> bool:
+        """Whether ``arch`` may take it."""
+        return not self.arches or arch.number in self.arches
 
 
 _FORWARD = {
     2: (Tile("long", 64, 128, 4, 4), Tile("medium", 32, 128, 4, 7)),
     4: (Tile("long32", 64, 32, 4, 3), Tile("short32", 16, 64, 4, 3)),
 }
+#: The longest was measured on Hopper; on others it spills registers.
 _BACKWARD = {
-    2: (Tile("longest", 128, 64, 4, 4), Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7)),
+    2: (Tile("longest", 128, 64, 4, 4, arches=(90,)), Tile("long", 64, 64, 4, 3), Tile("medium", 32, 64, 4, 7)),
     4: (Tile("long32", 32, 32, 4, 3), Tile("short32", 16, 32, 4, 3)),
 }
 #: One configuration under the interpreter, with blocks small enough for awkward sizes to cross them.
@@ -90,7 +97,7 @@ def arch_of(capability: tuple[int, int], sms: int | None = None) -> tuple[int, A
         raise BackendUnavailable(f"triton backend: needs compute capability 8.0 or newer, got {number / 10}")
     key = max(known for known in ARCHES if known <= number)
     arch = ARCHES[key]
-    return key, Arch(sms or arch.sms, arch.shared)
+    return key, Arch(key, sms or arch.sms, arch.shared)
 
 
 def tiles(itemsize: int, backward: bool) -> tuple[Tile, ...]:
@@ -115,7 +122,8 @@ def attention_tile(arch: Arch, batch: int, length: int, dtype: torch.dtype, back
     found = tiles(dtype.itemsize, backward)
 
     def fits(tile: Tile) -> bool:
-        return tile.block_l < 2 * length and batch * -(-length // tile.block_l) >= arch.sms
+        enough = batch * -(-length // tile.block_l) >= arch.sms
+        return enough and tile.block_l < 2 * length and tile.suits(arch)
 
     return next(filter(fits, found), found[-1])
 

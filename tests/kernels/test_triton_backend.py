@@ -123,10 +123,11 @@ def test_choice_of_tiles(capability, dtype, backward, monkeypatch):
         return triton_config.attention_tile(arch, batch, length, dtype, backward)
 
     assert 4096 / tile(1, 4096).block_l > 0.5 * arch.sms  # one long history reaches most of the chip
-    for length in {t.block_l for t in triton_config.tiles(dtype.itemsize, backward)}:
+    for length in {t.block_l for t in triton_config.tiles(dtype.itemsize, backward) if t.suits(arch)}:
         assert tile(512, length).block_l == length  # many short ones: a program a user, nothing to combine
     for batch, length in ((0, 5), (1, 1), (3, 77), (4096, 4096)):
         assert tile(batch, length) in triton_config.tiles(dtype.itemsize, backward)
+        assert tile(batch, length).suits(arch)
 
 
 def test_architectures(monkeypatch):
