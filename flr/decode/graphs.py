@@ -43,6 +43,11 @@ _LIMIT = 0.25  # of the device's free memory that the copy of a prompt cache may
 _Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]"
 
 
+def graphs_allowed() -> bool:
+    """Whether the environment lets graphs be used, those of decoding and of training."""
+    return os.environ.get("FLR_CUDA_GRAPHS", "1") != "0"
+
+
 @contextlib.contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
     """``torch.cuda.graph``; a capture that fails leaves the random numbers of the device as they were.
@@ -212,7 +217,7 @@ def _fits(prompts: Prompts) -> bool:
 def _usable(search: Search, prompts: Prompts) -> bool:
     if not (prompts.states.is_cuda and search.kernel and isinstance(prompts.session, PackedSession)):
         return False
-    return os.environ.get("FLR_CUDA_GRAPHS", "1") != "0" and not torch.cuda.is_current_stream_capturing()
+    return graphs_allowed() and not torch.cuda.is_current_stream_capturing()
 
 
 def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None:

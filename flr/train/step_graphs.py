@@ -12,10 +12,10 @@ What cannot be captured, or does not come out equal, is logged once and goes on 
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flr.config import IGNORE
-from flr.decode.graphs import capturing
+from flr.decode.graphs import capturing, graphs_allowed
 
 logger = logging.getLogger("flr")
 
@@ -42,7 +42,7 @@ def usable(args: Any, model: nn.Module) -> bool:
     """Whether steps of a training with these arguments may be captured at all."""
     return (
         args.cuda_graphs
-        and os.environ.get("FLR_CUDA_GRAPHS", "1") != "0"
+        and graphs_allowed()
         and args.device.type == "cuda"
         and args.world_size == 1
         and args.n_gpu <= 1
@@ -115,7 +115,7 @@ def in_place_of(model: nn.Module, leaves: Mapping[int, nn.Parameter]) -> Iterato
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, captured: _Captured, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.captured, ctx.serial = captured, captured.serial
+        ctx.captured, ctx.serial = captured, captured.shared.serial
         results = tuple(x.detach().clone() for x in captured.results())
         ctx.mark_non_differentiable(
             *(r for r, x in zip(results, captured.results(), strict=True) if not x.requires_grad)
@@ -125,25 +125,32 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if ctx.serial != ctx.captured.serial:
-            raise RuntimeError("backward: expected to come before the next forward of the captured step, got it later")
+        if ctx.serial != ctx.captured.shared.serial:
+            raise RuntimeError("backward: expected to come before the next forward of a captured step, got it later")
         return None, *ctx.captured.gradients(grads)
+
+
+@dataclass
+class _Shared:
+    """What graphs of all shapes have in common: they are replayed one after another, forward and then backward."""
+
+    parameters: list[nn.Parameter]
+    grads: list[Tensor]
+    pool: Any
+    serial: int = 0  # of the latest forward, whose intermediate results the pool holds
 
 
 class _Captured:
     """Forward and backward of a call for one set of shapes, on tensors of their own."""
 
-    def __init__(
-        self, call: Call, tensors: Mapping[str, Tensor], model: nn.Module, grads: list[Tensor], pool: Any
-    ) -> None:
-        self.call, self.model, self.grads, self.pool = call, model, grads, pool
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.reached = [True] * len(grads)  # parameters that the results depend on
+    def __init__(self, call: Call, tensors: Mapping[str, Tensor], model: nn.Module, shared: _Shared) -> None:
+        self.call, self.model, self.shared = call, model, shared
+        self.parameters, self.grads = shared.parameters, shared.grads
+        self.reached = [True] * len(shared.grads)  # parameters that the results depend on
         self.leaves: list[nn.Parameter] = []
         self.inputs = {name: x.clone() for name, x in tensors.items()}
         self.outputs: tuple[Tensor | None, ...] = ()
         self.seeds: list[Tensor] = []
-        self.serial = 0
         self._forward = self._backward = self._run  # until captured
 
     def results(self) -> list[Tensor]:
@@ -178,8 +185,8 @@ class _Captured:
         expected = [*(x.detach().clone() for x in self.results()), *(x for x in grads if x is not None)]
         after = _random_state(device)
         self.outputs = grads = ()
-        self._forward = _record(self._run, self.pool)
-        self._backward = _record(self._differentiate, self.pool)
+        self._forward = _record(self._run, self.shared.pool)
+        self._backward = _record(self._differentiate, self.shared.pool)
         _set_random_state(state, device)
         self._forward()
         self._backward()
@@ -193,7 +200,7 @@ class _Captured:
         for name, x in tensors.items():
             self.inputs[name].copy_(x)
         self._forward()
-        self.serial += 1
+        self.shared.serial += 1
         found = iter(_Replay.apply(self, *self.parameters))
         return tuple(None if x is None else next(found) for x in self.outputs)
 
@@ -213,18 +220,17 @@ class StepGraphs:
     """Calls of a model by graphs where their shapes have come before."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._counts: dict[Hashable, int] = {}
-        self._grads: dict[Hashable, list[Tensor]] = {}  # of the parameters, for graphs of all shapes
-        self._pool: Any = None
+        self._addresses: int | None = None  # of the parameters that are trained
+        self._shared: _Shared | None = None
         self.refused = False
 
     def clear(self) -> None:
         """Give the graphs' memory back."""
         self._known.clear()
         self._counts.clear()
-        self._grads.clear()
-        self._pool = None
+        self._shared = None
 
     def __call__(
         self, call: Call, tensors: dict[str, Tensor], model: nn.Module, key: Hashable
@@ -240,13 +246,16 @@ class StepGraphs:
         trained = [p for p in model.parameters() if p.requires_grad]
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(tensors.items()))
         addresses = hash(tuple(p.data_ptr() for p in trained))
-        key = (key, shapes, addresses)
+        if addresses != self._addresses:
+            self.clear()
+            self._addresses = addresses
+        key = (key, shapes)
         if (captured := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return captured(tensors)
         self._counts[key] = self._counts.get(key, 0) + 1
         if self._counts[key] == _SEEN and not self.refused and trained and torch.is_grad_enabled():
-            made = self._captured(call, tensors, model, addresses)
+            made = self._captured(call, tensors, model, trained)
             if made is not None:
                 self._known[key] = made
                 while len(self._known) > _KEPT:
@@ -266,13 +275,14 @@ class StepGraphs:
         torch.cuda.empty_cache()
         return call(tensors)
 
-    def _captured(self, call: Call, tensors: dict[str, Tensor], model: nn.Module, addresses: int) -> _Captured | None:
+    def _captured(
+        self, call: Call, tensors: dict[str, Tensor], model: nn.Module, trained: list[nn.Parameter]
+    ) -> _Captured | None:
         try:
-            if self._pool is None:
-                self._pool = _new_pool()
-            if addresses not in self._grads:
-                self._grads = {addresses: [torch.zeros_like(p) for p in model.parameters() if p.requires_grad]}
-            made = _Captured(call, tensors, model, self._grads[addresses], self._pool)
+            if self._shared is None:
+                pool = _new_pool()
+                self._shared = _Shared(trained, [torch.zeros_like(p) for p in trained], pool)
+            made = _Captured(call, tensors, model, self._shared)
             made.capture()
         except Exception as error:  # what cannot be captured raises whatever the operation in its way does
             logger.warning("training without CUDA graphs: %s", str(error).splitlines()[0] if str(error) else error)

@@ -97,6 +97,11 @@ def test_a_backward_that_comes_too_late_is_refused(replays):
     graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
     with pytest.raises(RuntimeError, match="backward: expected to come before the next forward"):
         late.sum().backward()
+    for _ in range(2):  # other shapes, whose graph has its intermediate results in the same memory
+        late = graphs(of(module), {"x": torch.randn(5, 4)}, module, 0)[0]
+    graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
+    with pytest.raises(RuntimeError, match="backward: expected to come before the next forward"):
+        late.sum().backward()
 
 
 @pytest.mark.parametrize("fault", ["differs", "raises"])
