@@ -9,7 +9,6 @@ SDPA and FlexAttention give values alone, ours log-sum-exp, overlap and entropy,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from flr_kernels import factor_attention
 
+from .backends import backend
 from .baselines import attention as baselines
 from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
 
@@ -139,20 +139,6 @@ def test_factor_attention(shape, backward, tier, race):
     )
 
 
-def by_backend(backend: str, call: Callable) -> Callable:
-    """``call`` with one backend of factor_attention instead of the one that dispatch picks."""
-
-    def run(*inputs):
-        before = os.environ.get("FLR_BACKEND")
-        os.environ["FLR_BACKEND"] = f"factor_attention={backend}"
-        try:
-            return call(*inputs)
-        finally:
-            os.environ.pop("FLR_BACKEND") if before is None else os.environ.update(FLR_BACKEND=before)
-
-    return run
-
-
 @CASES
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_factor_attention_op(shape, backward, tier, race):
@@ -188,7 +174,7 @@ def test_factor_attention_op(shape, backward, tier, race):
     ours = torch.ops.flr.factor_attention_backward.default if backward else factor_attention
     calls = {"flr": ours}
     if ON_GPU:
-        calls["triton"] = by_backend("triton", ours)
+        calls["triton"] = backend("factor_attention=triton")(ours)
     if not backward:
         calls["eager"] = lambda h, u: baselines.plain_attend(h, u, h.new_ones(1, 1, dtype=torch.bool))
     race(

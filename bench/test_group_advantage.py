@@ -6,13 +6,12 @@ PyTorch, in float64.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from flr_kernels import group_advantage
 
+from .backends import backend
 from .baselines import logprob
 from .harness import DEVICE, ON_GPU, kernel_clock, label
 
@@ -21,17 +20,6 @@ EPS = 1e-4
 
 def shape_of(users: int, size: int, length: int, dtype: torch.dtype = torch.float32) -> dict:
     return {"B": users, "G": size, "S": length, "dtype": dtype}
-
-
-def by_reference(call):
-    def run():
-        os.environ["FLR_BACKEND"] = "group_advantage=reference"
-        try:
-            return call()
-        finally:
-            del os.environ["FLR_BACKEND"]
-
-    return run
 
 
 @pytest.mark.cases(
@@ -54,7 +42,7 @@ def test_group_advantage(kind, shape, tier, race, monkeypatch):
         "eager": lambda: logprob.group_advantages(logp, mask, size, kind, EPS),
     }
     if not ON_GPU:
-        variants["reference"] = by_reference(variants["flr"])
+        variants["reference"] = backend("group_advantage=reference")(variants["flr"])
     if tier != "quick":
         variants["compiled"] = lambda: compiled(logp, mask, size, kind, EPS)
 

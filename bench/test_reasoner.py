@@ -9,8 +9,6 @@ the single-factor predecessor, which projects all L tokens to keys and values (K
 from __future__ import annotations
 
 import copy
-import os
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ import torch
 from flr.config import FLRConfig
 from flr.model.reasoner import FactorizedReasoner, LatentR3Reasoner
 
+from .backends import backend
 from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
 
 
@@ -39,16 +38,6 @@ def in_blocks(call, users: int):
         return out
 
     return run
-
-
-@contextmanager
-def reference_ops():
-    before = os.environ.get("FLR_BACKEND")
-    os.environ["FLR_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        os.environ.pop("FLR_BACKEND") if before is None else os.environ.update(FLR_BACKEND=before)
 
 
 @pytest.mark.cases(
@@ -84,7 +73,7 @@ def test_reasoner(shape, backward, tier, race):
     def check():
         with torch.no_grad():
             h, mask = (x[:2] for x in sets[0])
-            with reference_ops():
+            with backend("reference"):
                 expected = copy.deepcopy(module).double()(h.double(), mask).thought
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 found = module(h, mask).thought
@@ -95,7 +84,7 @@ def test_reasoner(shape, backward, tier, race):
 
     variants = {"flr": step(module)}
     if ON_GPU:
-        variants["reference"] = reference_ops()(step(module))
+        variants["reference"] = backend("reference")(step(module))
     if tier != "quick":
         variants["compiled"] = step(torch.compile(module, fullgraph=True, dynamic=False))
     if shape["T"] == 1:
