@@ -28,7 +28,8 @@ class RLOptions(WeightOptions):
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
     revision: str | None = option(None, REVISION)
     held_back: float = option(
-        0.0, "Reinforce on this share of train alone, the latest rows, which flr sft --held_back left out. Default: all."
+        0.0,
+        "Reinforce on this share of train alone, the latest rows, which flr sft --held_back left out.",
     )
 
     def __post_init__(self) -> None:
