@@ -22,6 +22,7 @@ COMMANDS = {
     "neighbours": "mix item-kNN into a trained model's answers, with a weight chosen on valid",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "robustness": "ranking on damaged histories, and of cold items and users: table and plot",
+    "factors": "which factors a model needs, and for what kind of item; the others pruned",
     "recommend": "top-k items for histories, with each factor's share",
     "batch": "everybody's lists, offline: Parquet in, Parquet out, on processes or on Ray",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
