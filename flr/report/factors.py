@@ -31,7 +31,7 @@ def plot_needed(found: Mapping[str, Any], path: PathLike, *, dark: bool = False)
         counts = [len(left) for left, _ in found["path"]]
         change = np.array([list(values) for _, values in found["path"]])  # [K, (mean, low, high)]
         ax = axes[0]
-        ax.axhspan(0, found["error"], color=scheme.soft, alpha=0.15, linewidth=0)
+        ax.axhspan(0, found["error"], color=scheme.soft, alpha=0.15, linewidth=0, label="a standard error")
         ax.fill_between(counts, change[:, 1], change[:, 2], color=scheme.first, alpha=0.15, linewidth=0)
         ax.plot(counts, change[:, 0], color=scheme.first, marker="o", markersize=4.5)
         enough = counts.index(found["enough"])
@@ -40,6 +40,7 @@ def plot_needed(found: Mapping[str, Any], path: PathLike, *, dark: bool = False)
         ax.set_xlabel("factors kept")
         ax.set_ylabel("loss more, nats a user")
         ax.set_title(f"{found['enough']} of {counts[0]} are enough")
+        ax.legend(frameon=False, fontsize=8)
         ax.grid(axis="y")
         ax.spines[:].set_visible(False)
         if several:
@@ -51,13 +52,15 @@ def _kinds(ax: Any, found: Mapping[str, Any], scheme: Any) -> None:
     """A cell a factor and kind, the kinds of most rows."""
     order = sorted(range(len(found["kinds"])), key=lambda n: -found["rows"][n])[:_MOST_KINDS]
     values = np.array(found["by_kind"])[:, order]
-    bound = max(float(np.abs(values).max()), 1e-12)
+    bound = max(float(np.abs(values).max()), found["error"])  # what is within an error stays pale
     ax.imshow(values, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     for k, row in enumerate(values):
         for n, value in enumerate(row):
             colour = "white" if abs(value) > 0.6 * bound else "black"
             ax.text(n, k, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-    ax.set_xticks(range(len(order)), [found["kinds"][n] for n in order], rotation=45, ha="right", fontsize=7)
+    labels = [found["kinds"][n] for n in order]
+    slanted = {"rotation": 45, "ha": "right"} if max(map(len, labels)) > 4 else {}
+    ax.set_xticks(range(len(order)), labels, fontsize=8, **slanted)
     ax.set_yticks(range(len(values)), [str(k + 1) for k in range(len(values))])
     ax.set_ylabel("without factor")
     ax.set_xlabel("kind of the next item")
