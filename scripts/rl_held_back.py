@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
         "kl_target": 0.5,
     },
 }
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
 METRICS = ("hr@10", "ndcg@10")
 
 
