@@ -20,6 +20,7 @@ from .parsing import emit, parse
 if TYPE_CHECKING:
     from flr.data import RecDataset
     from flr.recommend import Explanation
+    from flr.train import SFTConfig
 
 ABOUT = (
     "Train eight small models on generated data, reinforce one of them, compare, explain and report: about five "
@@ -51,7 +52,9 @@ class QuickstartOptions:
     open: bool = option(False, "Open the report in a browser at the end.")
 
 
-def settings(options: QuickstartOptions) -> tuple[Any, ...]:
+def settings(
+    options: QuickstartOptions,
+) -> tuple[CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]:
     """The configuration of the tour; ``flr compare`` takes the same things as flags."""
     from flr.train import SFTConfig
 

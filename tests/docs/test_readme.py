@@ -1,4 +1,4 @@
-"""The README's first lines run as printed, and what it names exists (docs/tutorial.md: test_site.py)."""
+"""The README's first lines run as printed, and what it names exists (docs/tutorial.ipynb: test_site.py)."""
 
 import doctest
 import re
