@@ -86,15 +86,21 @@ class AugmentOptions:
         check_option(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
         check_option(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
 
-    def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
-        """Training rows, and how to vary them."""
+    def apply(
+        self, dataset: RecDataset, max_history: int, learned: Interactions | None = None
+    ) -> tuple[Interactions, Augment]:
+        """Training rows, and how to vary them.
+
+        ``learned``: rows to learn instead of ``dataset.train``, in which neighbours are counted all the same.
+        """
         from flr.data import Augment
         from flr.data import expand_prefixes as all_prefixes
         from flr.train import item_neighbours, with_catalogue_rows
 
         options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
         chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
-        rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
+        rows = dataset.train if learned is None else learned
+        rows = all_prefixes(rows, max_history=max_history) if self.expand_prefixes else rows
         table = None
         if self.augment_neighbour or self.catalogue_rows:
             content, temperature = self.neighbour_content, self.neighbour_temperature
