@@ -129,13 +129,13 @@ def in_words(dataset: RecDataset) -> str:
 
 def load_trained(
     name: str,
-    dataset: RecDataset,
+    dataset: RecDataset | None,
     revision: str | None = None,
     is_trainable: bool = False,
     max_prompt_tokens: int | None = None,
     **loading: Any,
 ) -> tuple[Any, RecProcessor]:
-    """Model and processor in a folder or on the Hub; ValueError where they were trained on another catalogue.
+    """Model and processor in a folder or on the Hub; ValueError where ``dataset`` has another catalogue.
 
     ``loading``: dtype, attn_implementation and others of :func:`flr.from_pretrained`.
     """
@@ -146,6 +146,6 @@ def load_trained(
     processor = RecProcessor.from_pretrained(folder)
     if max_prompt_tokens is not None:
         processor.bound_prompts(max_prompt_tokens)
-    if processor.catalogue.item_ids != dataset.catalogue.item_ids:
+    if dataset is not None and processor.catalogue.item_ids != dataset.catalogue.item_ids:
         raise ValueError(f"data: expected the catalogue that {name} was trained on, got another one")
     return model, processor

@@ -9,7 +9,7 @@ import numpy as np
 from flr.files import shown
 
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions
+from .interactions import CSR, Interactions, RecDataset
 
 
 class Growth(NamedTuple):
@@ -42,7 +42,8 @@ def grow_catalogue(known: Catalogue, later: Catalogue, codes: bool = False) -> G
         codes: items are written by semantic IDs, which ``later`` must have, the same for known items.
 
     Raises:
-        ValueError: ``later`` lacks semantic IDs or has others, or lacks an attribute.
+        ValueError: ``later`` lacks semantic IDs or has others, or lacks an attribute; or most of its titles are others:
+            it is of other items that have the same ids.
 
     Example:
         >>> grown = grow_catalogue(Catalogue(["x", "y"], ["Blue", "Red"]), Catalogue(["z", "x"], ["Gold", "Blue"]))
@@ -55,7 +56,7 @@ def grow_catalogue(known: Catalogue, later: Catalogue, codes: bool = False) -> G
     places = np.array([index[item_id] for item_id in later.item_ids], np.int64)
     common = np.flatnonzero(places < len(known))
     sids = _codes(known, later, places, common.tolist(), new, codes)
-    retitled = sum(known.titles[places[place]] != later.titles[place] for place in common.tolist())
+    retitled = _retitled(known, later, places)
     absent = len(known) - len(common)
     lost = [name for name in known.attributes if name not in later.attributes]
     if lost and new:
@@ -73,6 +74,18 @@ def grow_catalogue(known: Catalogue, later: Catalogue, codes: bool = False) -> G
         attributes,
     )
     return Growth(catalogue, places, absent, retitled, left_out)
+
+
+def _retitled(known: Catalogue, later: Catalogue, places: np.ndarray) -> int:
+    """How many items have another title in ``later``, whose item i is ``places[i]`` of ``known``."""
+    common = [place for place, item in enumerate(places.tolist()) if item < len(known)]
+    differing = [place for place in common if known.titles[places[place]] != later.titles[place]]
+    if 2 * len(differing) > len(common):
+        first = differing[0]
+        wanted = f"the model's items, as {known.titles[places[first]]!r:.80} for {later.item_ids[first]!r:.80}"
+        got = f"{later.titles[first]!r:.80}, and other titles for {len(differing)} of {len(common)} items"
+        raise ValueError(f"data: expected {wanted}, got {got}")
+    return len(differing)
 
 
 def _codes(
@@ -107,6 +120,25 @@ def _attribute(name: str, known: Catalogue, later: Catalogue, places: np.ndarray
         whole = np.zeros(size, values.dtype)
     whole[places] = values
     return whole
+
+
+def in_catalogue(dataset: RecDataset, catalogue: Catalogue, model: str) -> RecDataset:
+    """``dataset`` over the items of ``model``, among which all of its own must be, in any order.
+
+    Raises:
+        ValueError: items that the model does not know, or that are others there.
+    """
+    if dataset.catalogue.item_ids == catalogue.item_ids:
+        return dataset
+    index = {item_id: place for place, item_id in enumerate(catalogue.item_ids)}
+    unknown = [item_id for item_id in dataset.catalogue.item_ids if item_id not in index]
+    if unknown:
+        got = f"{shown(unknown[0], 80)} and {len(unknown) - 1} others that it lacks"
+        raise ValueError(f"data: expected the catalogue that {model} was trained on, or items of it, got {got}")
+    places = np.array([index[item_id] for item_id in dataset.catalogue.item_ids], np.int64)
+    _retitled(catalogue, dataset.catalogue, places)
+    train, valid, test = (replaced(part, places) for part in (dataset.train, dataset.valid, dataset.test))
+    return RecDataset(catalogue, train, valid, test, dataset.name, dataset.report)
 
 
 def replaced(rows: Interactions, places: np.ndarray) -> Interactions:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flr.data import Catalogue, Interactions, NeighbourTable, RecProcessor, build_codec, build_tokenizer
-from flr.data.growth import cut, grow_catalogue, joined, replaced
+from flr.data import Catalogue, Interactions, NeighbourTable, RecDataset, RecProcessor, build_codec, build_tokenizer
+from flr.data.growth import cut, grow_catalogue, in_catalogue, joined, replaced
 from tests.helpers.catalogues import DATA
 
 CODES = st.lists(st.sampled_from(["<a_1>", "<a_2>", "x"]), min_size=2, max_size=2)
@@ -90,21 +90,43 @@ def test_growth_is_saved(tmp_path):
 
 
 def test_known_items_keep_places_titles_and_codes():
-    known = Catalogue(["x", "y"], ["Blue", "Red"], [("a",), ("b",)], {"price": [1, 2], "kind": ["cd", "lp"]})
-    later = Catalogue(["z", "x"], ["Gold", "BLUE"], [("c",), ("a",)],
-                      {"price": [3.5, 4.5], "kind": ["mc", "cd"], "new": [1, 2]})  # fmt: skip
+    sids = [("a",), ("b",), ("c",), ("d",)]
+    prices = {"price": [1, 2, 3, 4], "kind": ["cd", "lp", "cd", "cd"]}
+    known = Catalogue(["w", "x", "y", "v"], ["White", "Blue", "Red", "Violet"], sids, prices)
+    more = {"price": [3.5, 4.5, 5.5, 6.5], "kind": ["mc", "cd", "lp", "lp"], "new": [1, 2, 3, 4]}
+    codes = [("e",), ("b",), ("a",), ("d",)]
+    later = Catalogue(["z", "x", "w", "v"], ["Gold", "BLUE", "White", "Violet"], codes, more)
     grown = grow_catalogue(known, later, codes=True)
-    assert grown.catalogue.item_ids == ["x", "y", "z"]
-    assert grown.catalogue.titles == ["Blue", "Red", "Gold"]
-    assert grown.catalogue.sids == [("a",), ("b",), ("c",)]
-    assert grown.catalogue.attributes["price"].tolist() == [4.5, 2, 3.5]
-    assert grown.catalogue.attributes["kind"].tolist() == ["cd", "lp", "mc"]
-    assert (grown.places.tolist(), grown.absent, grown.retitled, grown.left_out) == ([2, 0], 1, 1, ["new"])
-    whole = Catalogue(["y", "x"], ["Red", "Blue"], None, {"new": [1, 2]})
+    assert grown.catalogue.item_ids == ["w", "x", "y", "v", "z"]
+    assert grown.catalogue.titles == ["White", "Blue", "Red", "Violet", "Gold"]
+    assert grown.catalogue.sids == [*sids, ("e",)]
+    assert grown.catalogue.attributes["price"].tolist() == [5.5, 4.5, 3, 6.5, 3.5]
+    assert grown.catalogue.attributes["kind"].tolist() == ["lp", "cd", "cd", "lp", "mc"]
+    assert (grown.places.tolist(), grown.absent, grown.retitled, grown.left_out) == ([4, 1, 0, 3], 1, 1, ["new"])
+    whole = Catalogue(["v", "y", "x", "w"], ["Violet", "Red", "Blue", "White"], None, {"new": [1, 2, 3, 4]})
     grown = grow_catalogue(known, whole)
-    assert grown.catalogue.attributes["new"].tolist() == [2, 1]
-    assert grown.catalogue.attributes["price"].tolist() == [1, 2]
+    assert grown.catalogue.attributes["new"].tolist() == [4, 3, 2, 1]
+    assert grown.catalogue.attributes["price"].tolist() == [1, 2, 3, 4]
     assert grown.catalogue.sids == known.sids
+
+
+def test_data_in_another_order_are_data_of_the_model():
+    order = np.random.default_rng(0).permutation(40)
+    items = DATA.catalogue
+    mixed = Catalogue([items.item_ids[i] for i in order], [items.titles[i] for i in order])
+    places = np.argsort(order)
+    data = RecDataset(mixed, *(replaced(part, places) for part in (DATA.train, DATA.valid, DATA.test)))
+    found = in_catalogue(data, items, "runs/a")
+    assert (found.train, found.valid, found.test) == (DATA.train, DATA.valid, DATA.test)
+    assert found.catalogue is items
+    with pytest.raises(
+        ValueError, match="data: expected the catalogue that runs/a was trained on, or items of it, got"
+    ):
+        in_catalogue(data, catalogue(["t"]), "runs/a")
+    other = RecDataset(Catalogue(mixed.item_ids, ["t"] * 40), data.train, data.valid, data.test)
+    for call in (lambda: in_catalogue(other, items, "runs/a"), lambda: grow_catalogue(items, other.catalogue)):
+        with pytest.raises(ValueError, match=r"data: expected the model's items, as .*, and other titles for 40 of 40"):
+            call()
 
 
 def test_what_does_not_fit_is_refused():
