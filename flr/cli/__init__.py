@@ -18,6 +18,7 @@ COMMANDS = {
     "sft": "train a recommender on an interaction log",
     "rl": "reinforce the thoughts of a trained recommender: latent GRPO",
     "merge": "write an adapter and its base model as one model",
+    "update": "learn new rows and items since the last run; kept only where it is not worse",
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "neighbours": "mix item-kNN into a trained model's answers, with a weight chosen on valid",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",

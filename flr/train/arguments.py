@@ -170,6 +170,35 @@ class SFTConfig(RecTrainingArguments):
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
+#: What an update refuses beside what training refuses.
+REFUSED_BY_UPDATE: dict[str, str] = {
+    "resume_from_checkpoint": "an update that was cut goes on by itself",
+    "overwrite_output_dir": "the output is replaced where the update is kept",
+    "eval_strategy": "the newest rows are ranked before and after",
+    "load_best_model_at_end": "the last weights are compared with those before",
+    "save_only_model": "an update that was cut would begin anew",
+    "normalisation": "it is that of the model",
+}
+
+
+@dataclass
+class UpdateConfig(SFTConfig):
+    """``SFTConfig`` with the defaults of an update: one epoch over new and old rows, and no more than some steps."""
+
+    output_dir: str | None = option("", "Folder of the updated model. Default: the model's own, which is replaced.")
+    max_steps: int = option(1000, "Steps at most; there are fewer where num_train_epochs over the rows need fewer.")
+    num_train_epochs: float = option(1.0, "Epochs over new rows and replayed ones, where max_steps allows.")
+    eval_strategy: str = option("no", "Must stay no: the newest rows are ranked before and after.")
+    load_best_model_at_end: bool = option(False, "Must stay false: the last weights are compared with those before.")
+    save_strategy: str = option("steps", "When to write a checkpoint to go on from: no, steps, epoch.")
+    save_steps: float = option(0.25, "Steps between two checkpoints, or a share of all steps.")
+    save_total_limit: int | None = option(1, "Checkpoints kept while the update lasts.")
+
+    def __post_init__(self) -> None:
+        _check_flags(self, REFUSED_BY_UPDATE)
+        super().__post_init__()
+
+
 @dataclass
 class LatentGRPOConfig(RecTrainingArguments):
     """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
