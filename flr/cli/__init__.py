@@ -24,6 +24,7 @@ COMMANDS = {
     "robustness": "ranking on damaged histories, and of cold items and users: table and plot",
     "recommend": "top-k items for histories, with each factor's share",
     "batch": "everybody's lists, offline: Parquet in, Parquet out, on processes or on Ray",
+    "plan": "machines, hours and money for everybody's lists, from measured times",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",
     "report": "one run, or two compared, as a page: training curves, factors over training, metrics by user group",
