@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import results, scaling
-from .harness import ROOT, label
+from .harness import label
+from .machine import ROOT
 
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
