@@ -116,9 +116,13 @@ class Study:
                              tie_word_embeddings=False, init_items="title")  # fmt: skip
         thought = FLRConfig(anchor="last", num_factors=4, num_refinements=1, dropout=0.5)
         data = DataOptions(codec="id", max_history=10, views_weight=1.0, views_decay=0.6)
+        if (folder / "seconds.json").is_file():
+            return float(read_json(folder / "seconds.json")["cpu_seconds"])
         started = time.process_time()
         train(data, self.augment, model, thought, training, dataset)
-        return time.process_time() - started
+        seconds = time.process_time() - started
+        write_json(folder / "seconds.json", {"cpu_seconds": seconds})
+        return seconds
 
     def update(self, before: Path, dataset: RecDataset, replay: RecDataset, folder: Path) -> tuple[float, Any]:
         """One update; CPU seconds, the evaluations before and after among them, and what was decided."""
@@ -144,43 +148,51 @@ class Study:
             done["start"]["cpu_seconds"] = self.learn(first, self.root / "nothing")
             shutil.rmtree(self.root / "update", ignore_errors=True)
             shutil.copytree(self.root / "nothing", self.root / "update")
-        waiting = self.start.select([])  # rows that decided the last time, and are learned now
-        for number, rows in enumerate(self.periods[:-1]):
-            held = len(rows) - len(rows) // 10
-            fresh, newest = rows.select(np.arange(held)), rows.select(np.arange(held, len(rows)))
-            if number >= len(done["periods"]):
-                done["periods"].append(self.period(number, joined(waiting, fresh), newest))
-                write_json(file, done)
-                print(json.dumps({k: v for k, v in done["periods"][-1].items() if k != "values"}), flush=True)
-            waiting = newest
+        for number in range(len(done["periods"]), len(self.periods) - 1):
+            done["periods"].append(self.period(number))
+            write_json(file, done)
+            print(
+                json.dumps({k: v for k, v in done["periods"][-1].items() if k not in ("values", "users")}), flush=True
+            )
         return done
 
-    def period(self, number: int, fresh: Interactions, newest: Interactions) -> dict[str, Any]:
+    def arrived(self, number: int) -> tuple[Interactions, Interactions, Interactions]:
+        """Rows that were learned before a period, those that it brings to learn, and those that decide.
+
+        The rows that decided the last time are learned now.
+        """
+        rows = by_time(joined(self.start, *self.periods[: number + 1]))
+        tenth = [len(part) // 10 for part in self.periods]
+        newest = len(rows) - tenth[number]
+        fresh = newest - (len(self.periods[number]) - tenth[number]) - (tenth[number - 1] if number else 0)
+        cuts = ((0, fresh), (fresh, newest), (newest, len(rows)))
+        return tuple(rows.select(np.arange(*cut)) for cut in cuts)  # type: ignore[return-value]
+
+    def scratch(self, number: int) -> float:
+        """A model of all rows that have arrived; CPU seconds."""
+        past, fresh, newest = self.arrived(number)
+        everything = over_used_items(self.name, self.items, joined(past, fresh), newest)
+        return self.learn(everything, self.root / f"scratch-{number}")
+
+    def period(self, number: int) -> dict[str, Any]:
         """One arrival: learn it in each way, and measure on the next period."""
-        past = self.start
-        for rows in self.periods[:number]:
-            past = joined(past, rows)
-        if number:
-            past = past.select(np.arange(len(past) - len(self.periods[number - 1]) // 10))  # those of ``fresh``
+        past, fresh, newest = self.arrived(number)
         new = over_used_items(self.name, self.items, fresh, newest)
         old = over_used_items(self.name, self.items, past, past.select([]))
         seconds = {"nothing": 0.0}
         seconds["update"], outcome = self.update(self.root / "update", new, old, self.root / "update")
-        everything = over_used_items(self.name, self.items, joined(past, fresh), newest)
-        scratch = self.root / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
-        seconds["scratch"] = self.learn(everything, scratch)
+        seconds["scratch"] = self.scratch(number)
+        folders = {"nothing": "nothing", "update": "update", "scratch": f"scratch-{number}"}
         coming = self.periods[number + 1]
-        values = {way: ranked(self.root / way, self.items, coming, 256) for way in WAYS}
+        values = {way: ranked(self.root / folders[way], self.items, coming, 256) for way in WAYS}
         users = list(coming.users)
         means = bootstrap_intervals(values, users)
-        found: dict[str, Any] = {
+        return {
             "rows": len(coming), "kept": outcome.kept, "why": outcome.why, "new_items": outcome.facts["new_items"],
             "steps": outcome.facts["steps"], "cpu_seconds": seconds, "users": users,
             "ndcg@10": {way: [float(x.mean()), *means[way]] for way, x in values.items()},
             "values": {way: [round(float(v), 5) for v in x] for way, x in values.items()},
         }  # fmt: skip
-        return found
 
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
