@@ -71,6 +71,9 @@ class AugmentOptions:
     """How training histories are varied."""
 
     expand_prefixes: bool = option(False, "Train on every prefix of a history too.")
+    held_back: float = option(
+        0.0, "Leave this share of train out, the latest rows, for flr rl --held_back to be rewarded on."
+    )
     augment_prefix: float = option(0.0, "Probability that a row is cut at a random place.")
     augment_suffix: float = option(0.0, "Probability that only a random number of the latest items is kept.")
     augment_drop_item: float = option(0.0, "Probability that an item of a history is left out.")
@@ -84,6 +87,7 @@ class AugmentOptions:
     def __post_init__(self) -> None:
         check_option(self, "an integer >= 0", self.catalogue_rows >= 0, "catalogue_rows")
         check_option(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
+        check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
         check_option(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
 
     def apply(
@@ -93,18 +97,20 @@ class AugmentOptions:
 
         ``learned``: rows to learn instead of ``dataset.train``, in which neighbours are counted all the same.
         """
-        from flr.data import Augment
+        from flr.data import Augment, hold_back
         from flr.data import expand_prefixes as all_prefixes
         from flr.train import item_neighbours, with_catalogue_rows
 
         options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
         chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
-        rows = dataset.train if learned is None else learned
-        rows = all_prefixes(rows, max_history=max_history) if self.expand_prefixes else rows
+        train = dataset.train if learned is None else learned
+        train = hold_back(train, self.held_back)[0] if self.held_back else train
+        rows = all_prefixes(train, max_history=max_history) if self.expand_prefixes else train
         table = None
         if self.augment_neighbour or self.catalogue_rows:
             content, temperature = self.neighbour_content, self.neighbour_temperature
-            table = item_neighbours(dataset.train, dataset.catalogue, content=content, temperature=temperature)
+            counted = train if learned is None else dataset.train
+            table = item_neighbours(counted, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
         return rows, Augment(**chances, neighbours=table)
 

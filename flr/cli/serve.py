@@ -1,4 +1,4 @@
-"""``flr serve``: recommendations over HTTP, with a page."""
+"""``flr serve``: recommendations over HTTP, with a page; from this process, or from replicas on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ ABOUT = "Serve recommendations over HTTP: /v1/recommend, /v1/explain, and a page
 
 
 def main(argv: list[str]) -> int:
+    from flr.serve.scaling import Scaling
     from flr.serve.settings import Settings
 
-    settings, rest = parse("serve", ABOUT, (Settings,), argv)
+    settings, scaling, rest = parse("serve", ABOUT, (Settings, Scaling), argv)
     voice.manner.logs = False  # a server's log is lines of JSON
     if rest.quiet:
         logging.getLogger("flr.serve").setLevel(logging.WARNING)
     from flr.serve.server import run
 
-    return run(settings)
+    return run(settings, scaling)

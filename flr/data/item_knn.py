@@ -41,7 +41,7 @@ class NeighbourTable:
     """The matrix M of item-kNN, and what scores a catalogue by it.
 
     Args:
-        similarity: M, CSR [C, C], finite and at least 0.
+        similarity: M, CSR [C, C] of float32 or float64, finite and at least 0.
         popularity: float [C], how often each item is a training target.
         history_decay: in (0, 1].
 
@@ -105,12 +105,15 @@ class NeighbourTable:
         return type(self)(matrix, np.pad(self.popularity, (0, num_items - len(self))), self.history_decay)
 
     def scores(self, histories: CSR) -> np.ndarray:
-        """Float64 [B, C], higher is better."""
+        """Float64 [B, C], higher is better. Of M only the rows of the histories' items are read."""
         rows = len(histories.offsets) - 1
         row = np.repeat(np.arange(rows), np.diff(histories.offsets))
         age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
-        weights = sp.csr_matrix((self.history_decay**age, (row, histories.values)), shape=(rows, len(self)))
-        return (weights @ self.similarity).toarray() + _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
+        items, place = np.unique(histories.values, return_inverse=True)
+        weights = sp.csr_matrix((self.history_decay**age, (row, place)), shape=(rows, len(items)))
+        scores = (weights @ self.similarity[items].astype(np.float64)).toarray()
+        scores += _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
+        return scores
 
     def probabilities(self, histories: CSR) -> np.ndarray:
         """Float64 [B, C]: scores over their sum; popularity where nothing is known of a history.
@@ -163,7 +166,7 @@ class NeighbourTable:
         if not sound:
             raise ValueError(f"{file}: expected rows of item indices and weights of at least 0, got damaged ones")
         shape = (num_items, num_items)
-        matrix = sp.csr_matrix((weights.astype(np.float64), items, offsets), shape=shape)
+        matrix = sp.csr_matrix((weights, items, offsets), shape=shape)  # float32 and mapped: one copy for all processes
         decay = about.get("history_decay")
         if isinstance(decay, bool) or not isinstance(decay, (int, float)):
             raise ValueError(f"{file}: expected history_decay, got {shown(decay, 40)}")

@@ -11,7 +11,7 @@ import torch
 
 from flr.data import CSR, Interactions, NeighbourTable
 
-from .metrics import ranks_from_scores
+from .metrics import ranks_from_scores, within_memory
 
 
 class _Baseline:
@@ -32,6 +32,7 @@ class _Baseline:
         """int64 [n] ranks of the targets, by item, or by title given ``group_ids`` of the titles."""
         by = None if groups is None else torch.from_numpy(groups)
         parts = [np.zeros(0, dtype=np.int64)]
+        batch_size = within_memory(batch_size, self.num_items)
         for start in range(0, len(interactions), batch_size):
             part = interactions.select(np.arange(start, min(start + batch_size, len(interactions))))
             targets, scores = part.targets.astype(np.int64), self.scores(part.histories)

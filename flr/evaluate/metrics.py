@@ -24,6 +24,7 @@ HR_CUTOFFS = (1, 5, 10, 20)
 NDCG_CUTOFFS = (5, 10, 20)
 COVERAGE_CUTOFF = 10
 NOT_FOUND = 0
+_MAX_SCORES = 1 << 25  # of all items: users a batch are cut so that B·C stays below (256 MiB in float64, and 4 such)
 _RESAMPLED_CELLS = 1 << 24  # counts held at a time by the bootstrap
 
 
@@ -50,6 +51,15 @@ def group_ids(titles: Sequence[str]) -> np.ndarray:
     [0, 1, 0]
     """
     return numbered(titles)
+
+
+def within_memory(batch_size: int, num_items: int) -> int:
+    """Users a batch whose scores of every item fit.
+
+    >>> within_memory(256, 5000), within_memory(256, 10_000_000)
+    (256, 3)
+    """
+    return max(1, min(batch_size, _MAX_SCORES // num_items))
 
 
 def ranks_from_scores(scores: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:

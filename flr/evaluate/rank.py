@@ -32,7 +32,7 @@ from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
 from flr.model.backbone import causal_lm, evaluating, mixes, position_limit
 
-from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items
+from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items, within_memory
 from .parts import Ranked, fingerprint, in_parts
 from .ranks import Share
 from .result import EvalResult
@@ -78,7 +78,8 @@ def evaluate(
 
     Args:
         model: patched or plain causal LM. processor: its RecProcessor. interactions: the rows, e.g. ``dataset.test``.
-        batch_size: users at a time, fewer where B·W·V logits would take more than 512 MiB; results stay the same.
+        batch_size: users at a time, fewer where B·W·V logits would take more than 512 MiB, or B·C scores of all items
+            more than 256 MiB; results stay the same.
         num_beams: W of the beam search.
         scoring: "full" or "catalogue", see :mod:`flr.decode`; "auto" takes the processor's, that of training.
         method: "exhaustive" scores every item, so every target has its exact rank; "beam" ranks what a beam search
@@ -126,6 +127,8 @@ def evaluate(
     beams = num_beams if method == "beam" else None
     ways = causal_lm(model)._flr_patch.config.num_factors if mixes(model) else 1
     batch_size = max(1, min(batch_size, _MAX_LOGITS // ((beams or 1) * vocabulary * ways)))
+    if beams is None:
+        batch_size = within_memory(batch_size, trie.num_items)
     settings: dict[str, Any] = {"method": method, "scoring": scoring, "num_beams": beams, "exclude_seen": exclude_seen}
     settings |= {"top_k": top_k, "codec": processor.codec}
     rank = _ranker(model, processor, interactions, trie, settings)
@@ -213,8 +216,9 @@ def evaluate_scorer(
     settings = {"method": "exhaustive", "exclude_seen": exclude_seen, "top_k": top_k}
     shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress, "share": share}
     return _result(
-        rank, interactions, len(catalogue), settings, name=scorer.name, batch_size=batch_size, order=order, **shared
-    )
+        rank, interactions, len(catalogue), settings, name=scorer.name, order=order,
+        batch_size=within_memory(batch_size, len(catalogue)), **shared,
+    )  # fmt: skip
 
 
 def padded_rows(rows: CSR) -> torch.Tensor:

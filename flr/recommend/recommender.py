@@ -38,6 +38,7 @@ logger = logging.getLogger("flr")
 
 _MAX_LOGITS = 1 << 26  # of a beam step: users a part are cut so that B·W·V stays below (256 MiB in float32)
 _MAX_USERS = 64  # a part
+_MAX_MASKS = 1 << 27  # of filters: users a part are cut so that B·C stays below (640 MiB with their prefix sums)
 
 
 class Recommender(QueryBuilder):
@@ -244,8 +245,8 @@ class Recommender(QueryBuilder):
         return [order[first : first + size] for first in range(0, len(order), size)]
 
     def rows_at_once(self, num_beams: int) -> int:
-        """How many queries :meth:`ranked` may be given, so that its logits stay within bounds; at least 1."""
-        part = min(_MAX_USERS, _MAX_LOGITS // (num_beams * self._vocabulary))
+        """How many queries :meth:`ranked` may be given, so that logits and filters stay within bounds; at least 1."""
+        part = min(_MAX_USERS, _MAX_LOGITS // (num_beams * self._vocabulary), _MAX_MASKS // self.trie.num_items)
         if self.processor.views is not None:
             part = min(part, _MAX_LOGITS // self.trie.num_items)
         return max(1, part)

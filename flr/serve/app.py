@@ -1,9 +1,13 @@
-"""The application: the engine, FastAPI with the routes over it, and the middleware around both."""
+"""The application: the engine, FastAPI with the routes over it, and the middleware around both.
+
+The front of a cluster is the same without recommendations of its own: those come from replicas.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -11,8 +15,9 @@ import flr
 from flr.recommend import Recommender
 
 from . import routes
+from .cluster import Cluster, Unanswered, kept
 from .engine import Engine, Loaded
-from .middleware import Middleware
+from .middleware import Middleware, problem
 from .settings import Settings
 
 _OPEN = frozenset({*routes.PAGE, "/health", "/ready", "/openapi.json"})
@@ -22,13 +27,15 @@ def create_app(
     recommender: Recommender,
     settings: Settings | None = None,
     load: Callable[[], Recommender] | None = None,
-) -> Middleware:
+    tokens: tuple[bytes | None, bytes | None] | None = None,
+) -> Middleware[Engine]:
     """The ASGI application.
 
     Args:
         recommender: what to serve.
         settings: limits and tokens (``model``, ``host`` and ``port`` are for whoever runs the application).
         load: reads the model anew for a reload; None: there is no reloading.
+        tokens: digests of the token and of the admin token; None: as the settings say.
 
     Returns:
         An ASGI callable with the attributes ``engine`` (:class:`~flr.serve.engine.Engine`), ``fastapi`` and
@@ -38,7 +45,7 @@ def create_app(
         ValueError, OSError: a token that is too short, examples that are not in the catalogue.
     """
     settings = Settings() if settings is None else settings
-    tokens = settings.tokens()
+    tokens = settings.tokens() if tokens is None else tokens
     engine = Engine(Loaded.warm(recommender, 1, settings), settings, load)
     examples = routes.read_examples(settings.examples, recommender)
 
@@ -50,7 +57,49 @@ def create_app(
         engine.metrics.ready.set(0)
         await engine.close()
 
-    app = FastAPI(
+    app = _fastapi(lifespan)
+    middleware = Middleware(app, engine, _OPEN, tokens)
+    routes.add_recommendations(app, middleware, engine)
+    routes.add_catalogue(app, engine, examples)
+    routes.add_operations(app, middleware)
+    routes.add_page(app)
+    middleware.paths |= app.openapi()["paths"].keys()
+    return middleware
+
+
+#: What the replicas answer.
+_FORWARDED = frozenset({"/v1/recommend", "/v1/explain", "/v1/items", "/v1/info", "/openapi.json"})
+
+
+def create_front(cluster: Cluster) -> Middleware[Cluster]:
+    """The ASGI application over replicas on a cluster: the same paths, limits and tokens as :func:`create_app`'s.
+
+    Raises:
+        ValueError: a token that is too short.
+    """
+    app = _fastapi(None, openapi_url=None)
+    middleware = Middleware(app, cluster, _OPEN, cluster.settings.tokens())
+    routes.add_operations(app, middleware)
+    routes.add_page(app)
+    middleware.paths |= app.openapi()["paths"].keys() | _FORWARDED
+
+    async def forward(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            reply = await cluster.answer(scope, (await receive())["body"])
+            status, headers, body = reply.status, kept(reply.headers), reply.body
+        except Unanswered as error:
+            status, body = 503, problem(str(error), scope["flr"])
+            headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    app.mount("/", forward)
+    return middleware
+
+
+def _fastapi(lifespan: Any, **options: Any) -> FastAPI:
+    return FastAPI(
         title="FLR recommender",
         version=flr.__version__,
         summary="Recommendations by factorized latent reasoning, and why.",
@@ -58,11 +107,5 @@ def create_app(
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         exception_handlers=routes.ERROR_HANDLERS,
+        **options,
     )
-    middleware = Middleware(app, engine, _OPEN, tokens)
-    routes.add_recommendations(app, middleware)
-    routes.add_catalogue(app, engine, examples)
-    routes.add_operations(app, middleware)
-    routes.add_page(app)
-    middleware.paths |= app.openapi()["paths"].keys()
-    return middleware

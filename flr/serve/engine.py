@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flr.recommend import Recommender
@@ -73,6 +73,11 @@ class Loaded:
         same = before is not None and before.recommender.processor.catalogue is catalogue
         return cls(recommender, before.search if before is not None and same else ItemSearch(catalogue), generation)
 
+    @property
+    def num_items(self) -> int:
+        """Of the catalogue."""
+        return len(self.recommender.processor.catalogue)
+
 
 @dataclass(eq=False)
 class Job:
@@ -112,6 +117,8 @@ class Engine:
         load: reads the model anew, in a thread of its own; None where reloading makes no sense.
         metrics: where to count.
     """
+
+    not_ready = "the engine has stopped"
 
     def __init__(
         self,
@@ -190,8 +197,24 @@ class Engine:
         finally:
             timer.cancel()
 
-    async def reload(self) -> Loaded:
+    async def ready(self) -> bool:
+        """Whether requests are answered."""
+        return self.alive
+
+    async def exposition(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return self.metrics.text()
+
+    def relabel(self, generation: int) -> None:
+        """Count the model that serves as this generation: it was read from the folder as it is now."""
+        self.model = replace(self.model, generation=generation)
+        self.metrics.generation.set(generation)
+
+    async def reload(self, generation: int | None = None) -> Loaded:
         """Load the model anew, warm it, and let it take over; the one that serves stays if that fails.
+
+        Args:
+            generation: of the new one; None for the next.
 
         Raises:
             RuntimeError: a reload is under way, or there is nothing to load from.
@@ -202,7 +225,7 @@ class Engine:
         if self._reloading:
             raise RuntimeError("a reload is under way")
         load, before, settings = self._load, self.model, self.settings
-        generation = before.generation + 1
+        generation = before.generation + 1 if generation is None else generation
         self._reloading = True
         started = time.monotonic()
         try:

@@ -15,10 +15,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from .engine import Engine
-from .settings import token_digest
+from .metrics import Metrics
+from .settings import Settings, token_digest
 
 logger = logging.getLogger("flr.serve")
 
@@ -48,6 +48,35 @@ class Trace:
     announced: bool = False  # the engine waits for it
 
 
+class Core(Protocol):
+    """What stands behind the application: an engine in this process, or a cluster's front."""
+
+    settings: Settings
+    metrics: Metrics
+    not_ready: str  # why, where :meth:`ready` says no
+
+    @property
+    def alive(self) -> bool: ...
+
+    def announce(self, more: int) -> None: ...
+
+    async def ready(self) -> bool: ...
+
+    async def exposition(self) -> bytes: ...
+
+    async def reload(self) -> Load: ...
+
+
+class Load(Protocol):
+    """A model as it was loaded."""
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def num_items(self) -> int: ...
+
+
 class Refused(Exception):
     """The request is answered here, without the application."""
 
@@ -65,12 +94,15 @@ def problem(error: str, trace: Trace, details: list[dict[str, Any]] | None = Non
     return json.dumps({"error": error, "details": details or [], "request_id": trace.id}).encode("ascii", "replace")
 
 
-class Middleware:
+CoreT = TypeVar("CoreT", bound=Core)
+
+
+class Middleware(Generic[CoreT]):
     """ASGI middleware.
 
     Args:
         fastapi: the application.
-        engine: that the application asks; its settings hold here too.
+        engine: that the application asks, or the cluster in its place; its settings hold here too.
         open_paths: those that need no token.
         tokens: digests of the token and of the admin token, None where there is none.
 
@@ -80,7 +112,7 @@ class Middleware:
     """
 
     def __init__(
-        self, fastapi: Any, engine: Engine, open_paths: frozenset[str], tokens: tuple[bytes | None, bytes | None]
+        self, fastapi: Any, engine: CoreT, open_paths: frozenset[str], tokens: tuple[bytes | None, bytes | None]
     ) -> None:
         self.fastapi, self.engine = fastapi, engine
         self.settings, self.metrics = engine.settings, engine.metrics
@@ -98,7 +130,8 @@ class Middleware:
             headers.setdefault(name.lower(), []).append(value)
         given = headers.get(b"x-request-id", [])
         sane = len(given) == 1 and _SANE_ID.fullmatch(given[0])
-        trace = Trace(given[0].decode("ascii") if sane else uuid.uuid4().hex, time.monotonic())
+        started = time.monotonic() - scope.get("flr_spent", 0.0)  # seconds on the way from a front to a replica
+        trace = Trace(given[0].decode("ascii") if sane else uuid.uuid4().hex, started)
         scope["flr"] = trace
         path = scope["path"] if scope["path"] in self.paths else "other"
         batched = path in _BATCHED and scope["method"] == "POST"

@@ -61,7 +61,7 @@ class _InvalidQuery(Exception):
     """A ValueError about the names or filters of a request."""
 
 
-def add_recommendations(app: FastAPI, middleware: Middleware) -> None:
+def add_recommendations(app: FastAPI, middleware: Middleware[Any], engine: Engine) -> None:
     """/v1/recommend and /v1/explain."""
     recommend_request, explain_request = request_models(middleware.settings)
     responses = _problems(400, 401, 413, 415, 421, 422, 429, 504)
@@ -70,13 +70,13 @@ def add_recommendations(app: FastAPI, middleware: Middleware) -> None:
     async def recommend(body: recommend_request, request: Request) -> Response:  # type: ignore[valid-type]
         """The k best items for a history."""
         kind: Kind = "shares" if body.shares else "recommend"  # type: ignore[attr-defined]
-        items, job = await _answer(middleware, request, body, kind)
+        items, job = await _answer(middleware, engine, request, body, kind)
         return _json({"items": [item.to_dict() for item in items], "unknown": job.unknown, **_origin(request, job)})
 
     @app.post("/v1/explain", response_model=ExplainResponse, responses=responses)
     async def explain(body: explain_request, request: Request) -> Response:  # type: ignore[valid-type]
         """The k best items, what every factor attended to, and what it contributed to each of them."""
-        explanation, job = await _answer(middleware, request, body, "explain")
+        explanation, job = await _answer(middleware, engine, request, body, "explain")
         return _json({**explanation.to_dict(), "effects": explanation.effects(), **_origin(request, job)})
 
 
@@ -118,7 +118,7 @@ def add_catalogue(app: FastAPI, engine: Engine, given_examples: Examples) -> Non
         )
 
 
-def add_operations(app: FastAPI, middleware: Middleware) -> None:
+def add_operations(app: FastAPI, middleware: Middleware[Any]) -> None:
     """/v1/reload, /health, /ready and /metrics."""
     engine = middleware.engine
 
@@ -130,9 +130,8 @@ def add_operations(app: FastAPI, middleware: Middleware) -> None:
             model = await asyncio.shield(engine.reload())
         except Exception as error:
             return _problem(request, 409, f"not reloaded: {error}")
-        number = len(model.recommender.processor.catalogue)
         seconds = round(time.monotonic() - started, 3)
-        return _json({"generation": model.generation, "num_items": number, "seconds": seconds})
+        return _json({"generation": model.generation, "num_items": model.num_items, "seconds": seconds})
 
     @app.get("/health", response_model=StatusResponse, responses=_problems(503))
     async def health(request: Request) -> Response:
@@ -142,8 +141,8 @@ def add_operations(app: FastAPI, middleware: Middleware) -> None:
     @app.get("/ready", response_model=StatusResponse, responses=_problems(503))
     async def ready(request: Request) -> Response:
         """200 while requests are welcome: 503 from SIGTERM on."""
-        if middleware.draining or not engine.alive:
-            return _problem(request, 503, "draining" if middleware.draining else "the engine has stopped")
+        if middleware.draining or not await engine.ready():
+            return _problem(request, 503, "draining" if middleware.draining else engine.not_ready)
         return _json({"status": "ready"})
 
     in_text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
@@ -152,7 +151,7 @@ def add_operations(app: FastAPI, middleware: Middleware) -> None:
     async def measured() -> Response:
         """In Prometheus' text format."""
         engine.metrics.ready.set(int(engine.alive and not middleware.draining))
-        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await engine.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def add_page(app: FastAPI) -> None:
@@ -195,9 +194,11 @@ _ERRORS = (RequestValidationError, HTTPException, _InvalidQuery, QueueFull, Dead
 ERROR_HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Any]] = dict.fromkeys(_ERRORS, _failed)
 
 
-async def _answer(middleware: Middleware, request: Request, body: Any, kind: Kind) -> tuple[Any, Job]:
+async def _answer(
+    middleware: Middleware[Any], engine: Engine, request: Request, body: Any, kind: Kind
+) -> tuple[Any, Job]:
     """Queue a request and wait for its result."""
-    engine, trace = middleware.engine, _trace(request)
+    trace = _trace(request)
     if engine.settings.log_histories:
         trace.fields["history"] = body.history
     engine.check_room()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from flr.recommend import Recommender
 from .app import create_app
 from .connections import ACCEPTED_AT_ONCE, Connection, Connections, connection_limit
 from .middleware import MAX_HEAD, Middleware
+from .scaling import Scaling
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
@@ -77,7 +80,7 @@ class Server(uvicorn.Server):
     """uvicorn's, with a drain before it stops listening, an exit status of 0 after it, and SIGHUP."""
 
     def __init__(
-        self, config: uvicorn.Config, app: Middleware, settings: Settings, address: str, connections: Connections
+        self, config: uvicorn.Config, app: Middleware[Any], settings: Settings, address: str, connections: Connections
     ) -> None:
         super().__init__(config)
         self.app, self.settings, self.address, self.connections = app, settings, address, connections
@@ -145,22 +148,25 @@ def load(settings: Settings, like: Recommender | None = None) -> Recommender:
     return Recommender.from_pretrained(settings.model, device, like=known, revision=settings.revision, **options)
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, scaling: Scaling | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status.
+
+    Args:
+        settings: what, where, within which limits.
+        scaling: replicas on a cluster that run the model; None, or no address in it: this process does.
 
     Raises:
         ValueError, OSError: the address is taken, the model cannot be loaded, a token is too short.
+        ModuleNotFoundError: Ray Serve is not installed: ``pip install "flr[ray]"``.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     handler.addFilter(Seldom())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     transformers.utils.logging.disable_progress_bar()  # a log of JSON lines
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for loud in ("uvicorn", "httpx", "ray"):
+        logging.getLogger(loud).setLevel(logging.WARNING)
     token, _ = settings.tokens()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     bound = bind(settings.host, settings.port)
     with bound:
         host, port = bound.getsockname()[:2]
@@ -168,18 +174,35 @@ def run(settings: Settings) -> int:
         if token is None and not settings.loopback:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
-        served = [load(settings)]
-
-        def again() -> Recommender:
-            served[0] = load(settings, served[0])
-            return served[0]
-
-        app = create_app(served[0], settings, again)
-        connections = Connections(_limit(settings.max_connections), settings, app.metrics)
-        server = Server(_config(app, settings, connections), app, settings, address, connections)
-        server.run(sockets=[bound])
+        with _application(settings, scaling) as app:
+            connections = Connections(_limit(settings.max_connections), settings, app.metrics)
+            server = Server(_config(app, settings, connections), app, settings, address, connections)
+            server.run(sockets=[bound])
     logger.info("stopped", extra={"fields": {"event": "stopped"}})
     return 0 if server.started else 1
+
+
+@contextlib.contextmanager
+def _application(settings: Settings, scaling: Scaling | None) -> Iterator[Middleware[Any]]:
+    """Over the model in this process, or over replicas that are taken away at the end."""
+    if scaling is not None and scaling.ray is not None:
+        from .ray import Deployed
+
+        deployed = Deployed(settings, scaling)
+        try:
+            yield deployed.front
+        finally:
+            deployed.close()
+        return
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    served = [load(settings)]
+
+    def again() -> Recommender:
+        served[0] = load(settings, served[0])
+        return served[0]
+
+    yield create_app(served[0], settings, again)
 
 
 def _limit(wanted: int) -> int:
@@ -190,7 +213,7 @@ def _limit(wanted: int) -> int:
     return limit
 
 
-def _config(app: Middleware, settings: Settings, connections: Connections) -> uvicorn.Config:
+def _config(app: Middleware[Any], settings: Settings, connections: Connections) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=functools.partial(Connection, shared=connections),  # type: ignore[arg-type]

@@ -107,6 +107,7 @@ class Process:
         *flags: str,
         environment: dict[str, str] | None = None,
         descriptors: int | None = None,
+        seconds: float = 120,
     ) -> None:
         code = "import sys; from flr.cli import main; sys.exit(main())"
         if descriptors is not None:
@@ -120,7 +121,7 @@ class Process:
                 stdout=sink,
                 stderr=sink,
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + seconds
         while not (found := [line for line in self.lines() if line.get("event") == "listening"]):
             if self.popen.poll() is not None or time.monotonic() > deadline:
                 self.popen.kill()
