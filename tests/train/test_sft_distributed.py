@@ -22,7 +22,7 @@ STEPS, ROWS = 3, 8
 
 
 def adapters(rank: int, world: int, path: str) -> dict[str, torch.Tensor]:
-    """Losses and trained weights of three steps of AdamW on eight rows each, over ``world`` processes."""
+    """Losses and trained weights of three steps of SGD on eight rows each, over ``world`` processes."""
     pytest.importorskip("peft")
     model, processor = trainable("sid")
     model = add_lora(model, LoraSettings(2, 4.0), own_tokens(processor))
@@ -37,9 +37,11 @@ def adapters(rank: int, world: int, path: str) -> dict[str, torch.Tensor]:
             fully_shard(part)
         fully_shard(model)
         assert any(hasattr(p, "device_mesh") for p in model.parameters())
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # not Adam, to which gradients of another size are the same
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     rows = InteractionDataset(DATA.train)
     found = {}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     for step in range(STEPS):
         batch = [rows[(0, ROWS * step + i)] for i in range(rank, ROWS, world)]
         inputs = trainer._prepare_inputs(trainer._batch(batch))
@@ -56,6 +58,8 @@ def adapters(rank: int, world: int, path: str) -> dict[str, torch.Tensor]:
         if parameter.requires_grad:
             value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             found[name] = value.detach().clone()
+            if world == 1:
+                assert (value - before[name]).abs().max() > 1e-4, name
     return found
 
 
