@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from . import results
-from .harness import ON_GPU, ROOT, START_SECONDS, TIERS, Ceilings, Race, facts, keep_memory, label
+from .harness import START_SECONDS, TIERS, Ceilings, Race, keep_memory, label
+from .machine import ON_GPU, ROOT, facts
 
 #: Seconds of wall time for a test, far above what it takes on idle cores: other programs may have most of them. A test
 #: of the server waits for two start-ups of START_SECONDS each.

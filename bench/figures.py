@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from flr.report.drawing import LIGHT, WIDTH, new_figure, save_svg, styled
 from flr.report.html import FACTOR_COLOURS
@@ -53,7 +53,7 @@ def speedup(rows: list[Row]) -> Figure:
         medians, target = [row["ratio"]["p50"] for row in group], group[0]["target"]
         low, high = min(medians), max(medians)
         axes.barh(y, high - 1, left=1, color=BLUE, height=0.4, alpha=0.35)
-        axes.barh(y, low - 1, left=1, color=BLUE, height=0.4)
+        axes.barh(y, low - 1, left=1, color=BLUE if low >= 1 else LIGHT.second, height=0.4)
         axes.plot(target, y, marker="|", color=INK, markersize=15, markeredgewidth=2)
         ends = f"{low:.3g}" if len(group) == 1 else f"{low:.3g} to {high:.3g}"
         axes.text(max(high, target) * 1.05, y, f"{ends}×", va="center", weight="bold")
@@ -70,7 +70,7 @@ def speedup(rows: list[Row]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_xlabel(
-        "Time of the competitor / time of ours, medians of one run. Dark: reached in every case. Tick: the target."
+        "Time of the competitor / time of ours. Dark: reached in every case; brown: slower in the worst. Tick: target."
     )
     where = f": {rows[0]['run']['device']}" if "run" in rows[0] else ""
     axes.set_title(f"Times faster than the competitor on the same work{where}")
@@ -107,7 +107,7 @@ def roofline(rows: list[Row]) -> Figure:
             (0, 5),
             textcoords="offset points",
         )
-    copy = f"copy: {1e3 * bandwidth:.3g} GB/s"
+    copy = f"copy: {float(f'{1e3 * bandwidth:.3g}'):,.0f} GB/s"
     axes.annotate(copy, (low, low * bandwidth), (4, -4), textcoords="offset points", va="top", ha="left")
     colours = {v: PALETTE[i % len(PALETTE)] for i, v in enumerate(dict.fromkeys(r["variant"] for r in rows))}
     shapes = {suite: "osD^vP*X"[i % 8] for i, suite in enumerate(dict.fromkeys(r["suite"] for r in rows))}
@@ -232,32 +232,47 @@ def _written_out(axis: Axis, unit: str = "") -> None:
 
 
 def kernels(rows: list[Row]) -> Figure:
-    """How a program walks over its tile, and below it the measured medians of factor attention."""
-    figure = new_figure(figsize=(WIDTH, 6.2))
-    upper, lower = figure.subplots(2, 1, height_ratios=(1.1, 1))
-    _walk(upper)
+    """How a program walks over its tile, and below it the measured medians of factor attention, a row a direction."""
     cases = list(dict.fromkeys(r["case"] for r in rows))
     variants = list(dict.fromkeys(r["variant"] for r in rows))
-    median = {(r["case"], r["variant"]): r["p50_ms"] for r in rows if "p50_ms" in r}
-    width = 0.84 / len(variants)
-    for index, variant in enumerate(variants):
-        have = [i for i, case in enumerate(cases) if (case, variant) in median]
-        places = [i + width * (index - (len(variants) - 1) / 2) for i in have]
-        values = [median[cases[i], variant] for i in have]
-        bars = lower.bar(places, values, width * 0.94, color=PALETTE[index], label=variant)
-        lower.bar_label(
-            bars, [_number(x, max(median.values())) for x in values], fontsize=6.5 if len(cases) > 6 else 8.5, padding=1
-        )
-    lower.set_xticks(range(len(cases)), _in_lines(cases), color=INK, fontsize=8 if len(cases) > 6 else None)
-    lower.tick_params(axis="x", length=0)
-    lower.set_yscale("log")
-    lower.margins(y=0.12)
-    _decades(lower.yaxis, "s")
+    kind_of = {case: words[0] if len(cases) > 6 else "" for case, words in _own_words(cases).items()}
+    kinds = list(dict.fromkeys(kind_of.values()))
+    figure = new_figure(figsize=(WIDTH, 3.4 + 2.4 * len(kinds)))
+    upper, *lower = figure.subplots(1 + len(kinds), 1, height_ratios=(1.35, *[1] * len(kinds)))
+    _walk(upper)
+    for axes, kind in zip(lower, kinds, strict=True):
+        _bars(axes, [row for row in rows if kind_of[row["case"]] == kind], variants)
+        axes.set_ylabel(kind)
     run = rows[0]["run"]
     where = f"{run['device']}, {run['threads']} thread{'s' * (run['threads'] > 1)}, torch {run['versions']['torch']}"
-    lower.set_title(f"factor_attention, median time of a call: {where}", pad=24)
-    lower.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(variants), borderpad=0.2)
+    lower[0].set_title(f"factor_attention, median time of a call: {where}", pad=24)
+    lower[0].legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=len(variants), borderpad=0.2)
     return figure
+
+
+def _bars(axes: Axes, rows: list[Row], variants: list[str]) -> None:
+    """A bar for each case and variant, from zero; a scale of powers of ten where one would hide the others."""
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    median = {(r["case"], r["variant"]): r["p50_ms"] for r in rows if "p50_ms" in r}
+    largest = max(median.values())
+    own = [variant for variant in variants if any((case, variant) in median for case in cases)]
+    width = 0.84 / len(variants)
+    for index, variant in enumerate(own):
+        have = [i for i, case in enumerate(cases) if (case, variant) in median]
+        places = [i + width * (index - (len(own) - 1) / 2) for i in have]
+        values = [median[cases[i], variant] for i in have]
+        colour = PALETTE[variants.index(variant)]
+        bars = axes.bar(places, values, width * 0.94, color=colour, label=variant)
+        axes.bar_label(bars, [_number(x, largest) for x in values], fontsize=8.5, padding=1)
+    axes.set_xticks(range(len(cases)), _in_lines(cases), color=INK, fontsize=8.5)
+    axes.tick_params(axis="x", length=0)
+    if largest > 30 * min(median.values()):
+        axes.set_yscale("log")
+        _decades(axes.yaxis, "s")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        _written_out(axes.yaxis, "s")
+    axes.margins(y=0.14)
 
 
 def _number(ms: float, largest: float) -> str:
@@ -267,17 +282,16 @@ def _number(ms: float, largest: float) -> str:
     return f"{ms:.2g}" if ms < 10 else f"{ms:.0f}"
 
 
-def _in_lines(cases: list[str]) -> list[str]:
-    """What tells cases apart, two words a line where there are many of them."""
+def _own_words(cases: list[str]) -> dict[str, list[str]]:
+    """Of each case the words that not all have."""
     shared = set.intersection(*(set(case.split()) for case in cases)) if len(cases) > 1 else set()
-    made = []
-    for case in cases:
-        words = [word for word in case.split() if word not in shared]
-        if len(cases) > 6:
-            made.append("\n".join([words[0], *(" ".join(words[i : i + 2]) for i in range(1, len(words), 2))]))
-        else:
-            made.append(f"{words[0]}\n{' '.join(words[1:])}")
-    return made
+    return {case: [word for word in case.split() if word not in shared] for case in cases}
+
+
+def _in_lines(cases: list[str]) -> list[str]:
+    """What tells cases apart, in two lines."""
+    halves = [(words[: -(-len(words) // 2)], words[-(-len(words) // 2) :]) for words in _own_words(cases).values()]
+    return ["\n".join(filter(None, (" ".join(first), " ".join(second)))) for first, second in halves]
 
 
 def _walk(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""How a number is made: device facts, ceilings, timing, peak memory, rows.
+"""How a number is made: ceilings, timing, peak memory, rows.
 
 A *race* times ours and its competitors in turn, once each a round, so that a disturbance of the machine hits all alike.
 A ratio is the median over rounds of competitor / ours; p20 and p80 go with it. Nothing that could not be measured is
@@ -9,20 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import platform
-import re
-import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import cache
-from importlib import metadata
 from itertools import accumulate, cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,9 +22,8 @@ import torch
 
 from flr.decode.graphs import capturing
 
-ROOT = Path(__file__).resolve().parents[1]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
+from .machine import DEVICE, ON_GPU
+
 TIERS = ("quick", "default", "full")
 #: Most rounds of a race, fewest, and the seconds after which the fewest do.
 ROUNDS = {"quick": (15, 3, 2.0), "default": (31, 3, 15.0), "full": (51, 5, 60.0)}
@@ -43,8 +34,6 @@ MAX_CALLS = 50
 GRAPH_CALLS = 8
 #: Seconds for a program to start, such as a server on a busy machine.
 START_SECONDS = 300
-#: What a commit is judged dirty by: code that benchmarks run, not results, figures and prose.
-CODE = ("flr", "flr_kernels", "csrc", "bench", "setup.py", ":!bench/results", ":!bench/quick_baseline.json")
 
 
 def keep_memory() -> None:
@@ -92,51 +81,6 @@ def label(shape: dict[str, Any]) -> str:
         value = str(value).removeprefix("torch.")
         parts.append(value if key == "dtype" else f"{key}{value}" if len(key) == 1 else f"{key}={value}")
     return " ".join(parts)
-
-
-@cache
-def device_name() -> str:
-    if ON_GPU:
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"CPU {found[1].strip() if found else platform.machine()}"
-
-
-def slug(name: str) -> str:
-    """The folder of a device below bench/results."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def git(*arguments: str) -> str:
-    try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except OSError:
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
-
-
-@cache
-def facts() -> dict[str, Any]:
-    """What every run of the suite says about itself."""
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "transformers"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    found = {
-        "commit": git("rev-parse", "--short=10", "HEAD") or os.environ.get("FLR_BENCH_COMMIT", "unknown"),
-        "dirty": bool(git("status", "--porcelain", "--", *CODE)),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": device_name(),
-        "versions": versions,
-        "threads": torch.get_num_threads(),
-    }
-    if ON_GPU:
-        properties = torch.cuda.get_device_properties(DEVICE)
-        found["device_memory_gb"] = round(properties.total_memory / 1e9, 1)
-    return found
 
 
 class Ceilings:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import results, scaling
-from .harness import ROOT, label
+from .harness import label
+from .machine import ROOT
 
 MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench -->)", re.S)
 Row = dict[str, Any]
@@ -105,14 +106,33 @@ def speed(rows: list[Row]) -> str:
     return markdown(["work", "against", "times faster", "20-80 %", "peak memory, theirs / ours", "target"], lines)
 
 
-def worst(rows: list[Row]) -> str:
-    """A line for each suite: the work and the competitor to which ours stands worst, with or without a target."""
-    ours, lowest = _ours(rows), {}
+def _races(rows: list[Row]) -> dict[str, list[Row]]:
+    """By suite, the rows of competitors that ran, with or without a target, ours worst first."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
         if "ratio" in row and row["variant"] not in NO_COMPETITORS and row["suite"] != "scaling":
-            kept = lowest.setdefault(row["suite"], row)
-            if row["ratio"]["p50"] < kept["ratio"]["p50"]:
-                lowest[row["suite"]] = row
+            found.setdefault(row["suite"], []).append(row)
+    return {name: sorted(found[name], key=lambda row: row["ratio"]["p50"]) for name in sorted(found)}
+
+
+def summary(devices: dict[str, list[Row]]) -> str:
+    """A line for each suite and device: targets met, and the greatest and the lowest of all ratios to competitors."""
+    lines = []
+    for device, rows in sorted(devices.items()):
+        for name, races in _races(rows).items():
+            wanted = [row for row in rows if row["suite"] == name and "target" in row]
+            met = sum("ratio" in row and row["ratio"]["p50"] >= row["target"] for row in wanted)
+            ends = [f"{ratio(row)} {row['variant']}, {row['case'].split()[0]}" for row in (races[-1], races[0])]
+            share = f"{met} of {len(wanted)}" if wanted else "none set"
+            machine = device.removeprefix("CPU ").replace("(R)", "").removesuffix(" Processor")
+            lines.append([name.replace("_", " "), machine, share, *ends])
+    lines.sort(key=lambda line: line[0])
+    return markdown(["suite", "machine", "targets met", "times faster, best", "worst"], lines)
+
+
+def worst(rows: list[Row]) -> str:
+    """A line for each suite: the work and the competitor to which ours stands worst, with or without a target."""
+    ours = _ours(rows)
     lines = [
         [
             name.replace("_", " "),
@@ -122,7 +142,7 @@ def worst(rows: list[Row]) -> str:
             between(row),
             number(ours[name, row["case"]]["p50_ms"]),
         ]
-        for name, row in sorted(lowest.items())
+        for name, (row, *_) in _races(rows).items()
     ]
     return markdown(["suite", "work", "against", "times faster", "20-80 %", "ours, ms"], lines)
 
@@ -236,6 +256,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
 
     names = sorted({row["suite"] for rows in devices.values() for row in rows})
     found = {
+        "summary": summary(devices),
         "speed": per_device(speed),
         "worst": per_device(worst),
         "targets": per_device(targets),

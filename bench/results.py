@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .harness import ROOT, slug
+from .machine import ROOT, slug
 
 RESULTS = ROOT / "bench/results"
 Row = dict[str, Any]

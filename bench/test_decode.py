@@ -16,7 +16,8 @@ from flr_kernels import Continuations
 from .baselines import generate_eval
 from .baselines.constraint import Best, PythonDict, Static
 from .decode_data import beams_at, catalogue, prefix_of, thinking_model
-from .harness import DEVICE, ON_GPU, label
+from .harness import label
+from .machine import DEVICE, ON_GPU
 
 PROMPT = 150  # tokens of a prompt, which the Python dictionary has to cut off
 

@@ -9,7 +9,8 @@ import torch
 
 from flr_kernels import factor_aggregate, reference
 
-from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
+from .harness import kernel_clock, label, rotating, rotation
+from .machine import DEVICE, ON_GPU
 
 EPS = 1e-6
 

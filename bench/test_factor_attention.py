@@ -19,7 +19,8 @@ from flr_kernels import factor_attention
 
 from .backends import backend
 from .baselines import attention as baselines
-from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
+from .harness import kernel_clock, label, rotating, rotation
+from .machine import DEVICE, ON_GPU
 
 TARGETS = {"eager": 5.0, "compiled": 2.0, "projected": 8.0} if ON_GPU else {"projected": 5.0}
 

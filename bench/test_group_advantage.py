@@ -13,7 +13,8 @@ from flr_kernels import group_advantage
 
 from .backends import backend
 from .baselines import logprob
-from .harness import DEVICE, ON_GPU, kernel_clock, label
+from .harness import kernel_clock, label
+from .machine import DEVICE, ON_GPU
 
 EPS = 1e-4
 

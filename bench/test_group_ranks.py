@@ -16,7 +16,8 @@ from flr.decode import CatalogueTrie, beam_search
 from flr.decode.group import group_ranks
 from flr.model.outputs import GroupInputs
 
-from .harness import DEVICE, label
+from .harness import label
+from .machine import DEVICE
 from .test_train_step import MODEL, SMALL, build, prompts_of
 
 CODES = 4

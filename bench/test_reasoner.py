@@ -17,7 +17,8 @@ from flr.config import FLRConfig
 from flr.model.reasoner import FactorizedReasoner, LatentR3Reasoner
 
 from .backends import backend
-from .harness import DEVICE, ON_GPU, kernel_clock, label, rotating, rotation
+from .harness import kernel_clock, label, rotating, rotation
+from .machine import DEVICE, ON_GPU
 
 
 def shape_of(batch: int, length: int, size: int, refinements: int, dtype: torch.dtype = torch.float32) -> dict:

@@ -23,7 +23,7 @@ from flr.model.reasoner import FactorizedReasoner
 from flr.train.policy_loss import clipped_surrogate
 from flr_kernels import factor_attention, group_advantage
 
-from .harness import DEVICE
+from .machine import DEVICE
 
 #: operation -> (symbols and their base values, symbol -> the values it takes)
 SWEEPS: dict[str, tuple[dict[str, int], dict[str, list[int]]]] = {

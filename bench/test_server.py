@@ -30,8 +30,9 @@ import flr
 from flr.data import RecProcessor, build_tokenizer, planted_dataset
 from flr.recommend import Recommender
 
-from .harness import DEVICE, ON_GPU, START_SECONDS, label
+from .harness import START_SECONDS, label
 from .load import Client, Reply, closed_loop, open_loop
+from .machine import DEVICE, ON_GPU
 
 SERVERS = {"flr": [], "single": ["--max_batch_size", "1", "--max_wait_ms", "0"]}
 K, BEAMS = 10, 20

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from flr_kernels import token_logprob
 
 from .baselines import logprob
-from .harness import DEVICE, ON_GPU, kernel_clock, label
+from .harness import kernel_clock, label
+from .machine import DEVICE, ON_GPU
 
 
 def shape_of(rows: int, size: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> dict:

@@ -34,7 +34,8 @@ from flr.train.step_graphs import StepGraphs, in_place_of
 from flr_kernels import group_advantage
 
 from .baselines import grouped, two_pass
-from .harness import DEVICE, ON_GPU, captured, label
+from .harness import captured, label
+from .machine import DEVICE, ON_GPU
 
 MODEL = {"D": 512, "layers": 8, "V": 10432}
 SMALL = {"D": 128, "layers": 4, "V": 2048}  # large enough for a ratio of products, not of calls

@@ -1,6 +1,7 @@
 """What mkdocs.yml needs beside docs/: pages that stand elsewhere in the checkout, or are generated from the code.
 
     index.md            README.md, its links as docs/ sees them
+    tutorial.md         docs/tutorial.ipynb with the outputs that it holds
     CHANGELOG.md, CONTRIBUTING.md, examples/*.md
     commands.md         ``--help`` of every command
     api.md              the public names of every public package, from their docstrings
@@ -34,16 +35,27 @@ def from_docs(text: str, page: str) -> str:
     '[a](../data.md)'
     >>> from_docs("[a](data.md) [b](../examples/smollm2.md)", "docs/rl.md")
     '[a](data.md) [b](examples/smollm2.md)'
+    >>> from_docs("[a](docs/tutorial.ipynb)", "README.md")  # a notebook is a page of the site
+    '[a](tutorial.md)'
     """
     folder = os.path.dirname(page)
     place = "" if folder == "docs" else folder.removeprefix("docs/")  # of the page on the site
 
     def moved(match: re.Match[str]) -> str:
         target = os.path.normpath(os.path.join(folder, match[2]))
-        target = target.removeprefix("docs/")
+        target = re.sub(r"\.ipynb$", ".md", target.removeprefix("docs/"))
         return match[1] + os.path.relpath(target, place or ".")
 
     return _LINK.sub(moved, text)
+
+
+def notebook(path: Path) -> str:
+    """A notebook in Markdown, with the outputs that it holds and a link to itself."""
+    from nbconvert import MarkdownExporter
+
+    text, _ = MarkdownExporter().from_filename(str(path))
+    head, _, rest = from_docs(text, f"docs/{path.name}").partition("\n")
+    return f"{head}\n\n[Download this notebook]({path.name}).\n{rest}"
 
 
 def commands() -> str:
@@ -83,7 +95,7 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {"index.md": "README.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
     pages |= {f"examples/{file.name}": f"examples/{file.name}" for file in sorted((ROOT / "examples").glob("*.md"))}
     made = {name: from_docs((ROOT / source).read_text(), source) for name, source in pages.items()}
-    made |= {"commands.md": commands(), "api.md": api()}
+    made |= {"tutorial.md": notebook(ROOT / "docs/tutorial.ipynb"), "commands.md": commands(), "api.md": api()}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -27,7 +27,7 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for bench
 
-from bench.harness import facts  # noqa: E402
+from bench.machine import facts  # noqa: E402
 from flr.cli import rl, sft  # noqa: E402
 from flr.cli.backbone import ModelOptions  # noqa: E402
 from flr.cli.options import AugmentOptions, DataOptions  # noqa: E402

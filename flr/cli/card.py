@@ -109,10 +109,10 @@ def save_card(args: TrainingArguments, facts: ModelFacts, evaluation: Evaluation
         _written(str(args.output_dir), facts, evaluation, trained=True)
 
 
-def update_card(folder: str, facts: ModelFacts, evaluation: Evaluation | None) -> None:
-    """Bring metrics into the card in ``folder``; ``facts`` where it does not say yet what the model is."""
+def update_card(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trained: bool = False) -> None:
+    """Bring metrics into the card in ``folder``; ``facts`` where it was ``trained`` or does not say what it is."""
     if Path(folder).is_dir():  # else a model on the Hub, whose card is its owner's
-        _written(folder, facts, evaluation, trained=False)
+        _written(folder, facts, evaluation, trained)
 
 
 def _written(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trained: bool) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -143,17 +144,24 @@ def compare(
     model_options: ModelOptions,
     config: FLRConfig,
     args: SFTConfig,
+    dataset: RecDataset | None = None,
+    say: Callable[[str], None] = voice.note,
 ) -> dict[str, Any]:
-    """All modes and seeds; rows, means, and differences to the control pooled over seeds."""
-    dataset = data.announce()
+    """All modes and seeds; rows, means, and differences to the control pooled over seeds.
+
+    ``dataset`` is what ``data`` loads, where that has been done; ``say`` says the line of a run that has ended.
+    """
+    dataset = data.announce() if dataset is None else dataset
     rows: list[dict[str, Any]] = []
     results: dict[str, list[EvalResult]] = {}
-    for mode in options.mode_list():
+    modes = options.mode_list()
+    for mode in modes:
         for seed in range(options.seeds):
-            with voice.stage(f"{mode}, seed {seed}"):
+            place = f"{len(rows) + 1} of {len(modes) * options.seeds}"
+            with voice.stage(f"{place}, {run_name(mode, seed, options.seeds)}"):
                 row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset)
             rows.append(row)
-            note_run(row, options.split, MODES[mode])
+            note_run(row, options.split, MODES[mode], say)
             results.setdefault(mode, []).append(result)
     return {"split": options.split, "rows": rows, "differences": differences(results), "dataset": repr(dataset)}
 
@@ -180,10 +188,15 @@ def seed_difference(control: list[EvalResult], runs: list[EvalResult], metric: s
     return (d.mean, d.low, d.high)
 
 
-def note_run(row: dict[str, Any], split: str, what: str) -> None:
+def run_name(mode: str, seed: int, seeds: int) -> str:
+    """What a run is called; of one seed alone nothing is said."""
+    return f"{mode}, seed {seed}" if seeds > 1 else mode
+
+
+def note_run(row: dict[str, Any], split: str, what: str, say: Callable[[str], None]) -> None:
     """A line about a run that has ended."""
     value, seconds, width = row["metrics"]["ndcg@10"], row["seconds"], max(map(len, MODES))
-    voice.note(f"{row['mode']:<{width}}  seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
+    say(f"{row['mode']:<{width}}  seed {row['seed']}:  {split} NDCG@10 {value:.4f}, {seconds:.0f} s  ({what})")
 
 
 def print_table(outcome: dict[str, Any]) -> None:

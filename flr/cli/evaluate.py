@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
@@ -10,6 +11,9 @@ from . import voice
 from .options import DataOptions, load_trained
 from .parsing import REVISION, emit, parse
 from .weights import WeightOptions
+
+if TYPE_CHECKING:
+    from flr.evaluate import EvalResult, Share
 
 ABOUT = "Rank every target of a split over the whole catalogue; popularity and item-kNN stand beside the model."
 
@@ -41,7 +45,24 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
     if options.max_users is not None and options.max_users < 1:
         raise ValueError(f"max_users: expected at least 1, got {options.max_users}")
+    from flr.evaluate import launched
+
+    with launched() as share:
+        results = _results(options, data, share)
+    if share.rank:
+        return 0  # the first process speaks for all
+    result, *others = results
+    voice.result(result.table(*others))
+    if any(one.metrics["title"][name] != one.metrics["item"][name] for one in results for name in one.metrics["title"]):
+        voice.result(result.table(*others, level="title"))  # items share titles
+    emit({r.name: {"metrics": r.metrics, "settings": r.settings} for r in results}, rest.json)
+    return 0
+
+
+def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[EvalResult]:
+    """The model's result, then those of the baselines, the same in every process; the first one writes files."""
     from flr.data import HistoryViews
+    from flr.data.growth import in_catalogue
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, Popularity
 
@@ -49,10 +70,10 @@ def main(argv: list[str]) -> int:
     from .report import with_popularity
 
     dataset = data.announce()
-    limit = data.max_prompt_tokens
     model, processor = load_trained(
-        options.model, dataset, options.revision, max_prompt_tokens=limit, **options.as_saved()
+        options.model, None, options.revision, max_prompt_tokens=data.max_prompt_tokens, **options.as_saved()
     )
+    dataset = in_catalogue(dataset, processor.catalogue, options.model)
     views = data.views(processor.views)
     if options.neighbours_weight is not None:
         views = replace(views or HistoryViews(weight=0.0), neighbours=options.neighbours_weight)
@@ -61,26 +82,18 @@ def main(argv: list[str]) -> int:
         model,
         processor,
         rows,
-        batch_size=options.batch_size,
-        num_beams=options.num_beams,
-        scoring=options.scoring,
-        method=options.method,
-        exclude_seen=options.exclude_seen,
+        **{name: getattr(options, name) for name in ("batch_size", "num_beams", "scoring", "method", "exclude_seen")},
         output_dir=options.output,
         views=views,
         progress=voice.shows_progress(),
         name=getattr(model.config, "flr", {}).get("variant", "model"),
+        share=share,
     )
-    if options.output:
+    if options.output and share.rank == 0:
         with_popularity(result, dataset).save(options.output)
-    if options.card:
+    if options.card and share.rank == 0:
         update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = (Popularity, ItemKNN) if options.baselines else ()
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
-    others = [evaluate_scorer(s, rows, dataset.catalogue, exclude_seen=options.exclude_seen) for s in scorers]
-    results = (result, *others)
-    voice.result(result.table(*others))
-    if any(one.metrics["title"][name] != one.metrics["item"][name] for one in results for name in one.metrics["title"]):
-        voice.result(result.table(*others, level="title"))  # items share titles
-    emit({r.name: {"metrics": r.metrics, "settings": r.settings} for r in (result, *others)}, rest.json)
-    return 0
+    shared: dict[str, Any] = {"exclude_seen": options.exclude_seen, "share": share}
+    return [result, *(evaluate_scorer(scorer, rows, dataset.catalogue, **shared) for scorer in scorers)]

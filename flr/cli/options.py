@@ -71,6 +71,9 @@ class AugmentOptions:
     """How training histories are varied."""
 
     expand_prefixes: bool = option(False, "Train on every prefix of a history too.")
+    held_back: float = option(
+        0.0, "Leave this share of train out, the latest rows, for flr rl --held_back to be rewarded on."
+    )
     augment_prefix: float = option(0.0, "Probability that a row is cut at a random place.")
     augment_suffix: float = option(0.0, "Probability that only a random number of the latest items is kept.")
     augment_drop_item: float = option(0.0, "Probability that an item of a history is left out.")
@@ -84,21 +87,30 @@ class AugmentOptions:
     def __post_init__(self) -> None:
         check_option(self, "an integer >= 0", self.catalogue_rows >= 0, "catalogue_rows")
         check_option(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
+        check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
         check_option(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
 
-    def apply(self, dataset: RecDataset, max_history: int) -> tuple[Interactions, Augment]:
-        """Training rows, and how to vary them."""
-        from flr.data import Augment
+    def apply(
+        self, dataset: RecDataset, max_history: int, learned: Interactions | None = None
+    ) -> tuple[Interactions, Augment]:
+        """Training rows, and how to vary them.
+
+        ``learned``: rows to learn instead of ``dataset.train``, in which neighbours are counted all the same.
+        """
+        from flr.data import Augment, hold_back
         from flr.data import expand_prefixes as all_prefixes
         from flr.train import item_neighbours, with_catalogue_rows
 
         options = [f.name for f in dataclasses.fields(self) if f.name.startswith("augment_")]
         chances = {name.removeprefix("augment_"): getattr(self, name) for name in options}
-        rows = all_prefixes(dataset.train, max_history=max_history) if self.expand_prefixes else dataset.train
+        train = dataset.train if learned is None else learned
+        train = hold_back(train, self.held_back)[0] if self.held_back else train
+        rows = all_prefixes(train, max_history=max_history) if self.expand_prefixes else train
         table = None
         if self.augment_neighbour or self.catalogue_rows:
             content, temperature = self.neighbour_content, self.neighbour_temperature
-            table = item_neighbours(dataset.train, dataset.catalogue, content=content, temperature=temperature)
+            counted = train if learned is None else dataset.train
+            table = item_neighbours(counted, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
         return rows, Augment(**chances, neighbours=table)
 
@@ -123,13 +135,13 @@ def in_words(dataset: RecDataset) -> str:
 
 def load_trained(
     name: str,
-    dataset: RecDataset,
+    dataset: RecDataset | None,
     revision: str | None = None,
     is_trainable: bool = False,
     max_prompt_tokens: int | None = None,
     **loading: Any,
 ) -> tuple[Any, RecProcessor]:
-    """Model and processor in a folder or on the Hub; ValueError where they were trained on another catalogue.
+    """Model and processor in a folder or on the Hub; ValueError where ``dataset`` has another catalogue.
 
     ``loading``: dtype, attn_implementation and others of :func:`flr.from_pretrained`.
     """
@@ -140,6 +152,6 @@ def load_trained(
     processor = RecProcessor.from_pretrained(folder)
     if max_prompt_tokens is not None:
         processor.bound_prompts(max_prompt_tokens)
-    if processor.catalogue.item_ids != dataset.catalogue.item_ids:
+    if dataset is not None and processor.catalogue.item_ids != dataset.catalogue.item_ids:
         raise ValueError(f"data: expected the catalogue that {name} was trained on, got another one")
     return model, processor

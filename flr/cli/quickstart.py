@@ -13,24 +13,32 @@ from flr.config import FLRConfig, option
 
 from . import rl, voice
 from .backbone import ModelOptions
-from .compare import METRICS, MODES, CompareOptions, compare, note_run, print_table, run_row, seed_difference
+from .compare import METRICS, MODES, CompareOptions, compare, note_run, print_table, run_name, run_row, seed_difference
 from .options import AugmentOptions, DataOptions, in_words
 from .parsing import emit, parse
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
     from flr.recommend import Explanation
+    from flr.train import SFTConfig
 
 ABOUT = (
     "Train eight small models on generated data, reinforce one of them, compare, explain and report: about five "
     "minutes on one CPU core."
 )
+REINFORCED = "flr-rl"
+NAMES = {**MODES, REINFORCED: "latent GRPO on the model of mode flr"}
+#: The modes in three lines of a terminal of 80 columns, so that all that is said fits on its 24.
+_LEGEND = """\
+none: no thought; anchor: one more token, the control; latentr3: one factor;
+flr: K factors; -plain: without regularisers; -mixture: a thought each;
+-rl: reinforced; offsets: K learned vectors that attend to nothing."""
 _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 256,
     "report_to": "none",
     "use_cpu": True,
-    "logging_strategy": "no",
+    "logging_strategy": "epoch",
 }
 
 
@@ -44,7 +52,9 @@ class QuickstartOptions:
     open: bool = option(False, "Open the report in a browser at the end.")
 
 
-def settings(options: QuickstartOptions) -> tuple[Any, ...]:
+def settings(
+    options: QuickstartOptions,
+) -> tuple[CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig]:
     """The configuration of the tour; ``flr compare`` takes the same things as flags."""
     from flr.train import SFTConfig
 
@@ -89,18 +99,18 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
     results = []
     for seed in range(options.seeds):
         started = time.perf_counter()
-        folder = root / f"flr + rl-{seed}"
+        folder = root / f"{REINFORCED}-{seed}"
         epochs = 1 if options.quick else 2
         args = LatentGRPOConfig(output_dir=str(folder), num_train_epochs=epochs, seed=seed, **_TRAINING)
-        with voice.stage(f"flr + rl, seed {seed}"):
+        with voice.stage(run_name(REINFORCED, seed, options.seeds)):
             model, processor, _ = rl.train(rl.RLOptions(model=str(root / f"flr-{seed}")), data, args, dataset)
-            shown: dict[str, Any] = {"name": "flr + rl", "progress": voice.shows_progress()}
+            shown: dict[str, Any] = {"name": REINFORCED, "progress": voice.shows_progress()}
             result = evaluate(model, processor, dataset.test, output_dir=folder / "test", **shown)
         results.append(result)
-        outcome["rows"].append(run_row("flr + rl", seed, result, started))
-        note_run(outcome["rows"][-1], "test", "latent GRPO on the model of mode flr")
+        outcome["rows"].append(run_row(REINFORCED, seed, result, started))
+        note_run(outcome["rows"][-1], "test", NAMES[REINFORCED], voice.passing)
     control = [EvalResult.load(root / f"anchor-{seed}" / outcome["split"]) for seed in range(options.seeds)]
-    outcome["differences"]["flr + rl"] = {m: list(seed_difference(control, results, m)) for m in METRICS}
+    outcome["differences"][REINFORCED] = {m: list(seed_difference(control, results, m)) for m in METRICS}
 
 
 def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
@@ -114,22 +124,16 @@ def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
     return factor_interest(model, processor, dataset.test, dataset.catalogue.attributes["interest"]).to_dict()
 
 
-def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> dict[str, str]:
-    """Captions by file of the pictures for the report: none without matplotlib.
-
-    The attention of the factors is drawn for other uses; the report has it as a table.
-    """
+def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> None:
+    """Draw what the report shows, for other uses: nothing without matplotlib."""
     from flr.report.drawing import WITHOUT, can_draw
-    from flr.report.html import dark_form
     from flr.report.plots import plot_compare
 
     if not can_draw():
         voice.note(WITHOUT)
-        return {}
+        return
     plot_compare(rows, out / "compare.png")
-    plot_compare(rows, dark_form(out / "compare.png"), dark=True)
     explanation.heatmap(out / "attention.png")
-    return {str(out / "compare.png"): "Metrics by mode"}
 
 
 def main(argv: list[str]) -> int:
@@ -146,43 +150,41 @@ def main(argv: list[str]) -> int:
     parts = settings(options)
     data, args = parts[1], parts[-1]
     out, runs = Path(options.output_dir), Path(str(args.output_dir))
-    outcome = compare(*parts)
     dataset = data.load()
+    voice.note(f"Generated data: {in_words(dataset)}.")
+    outcome = compare(*parts, dataset=dataset, say=voice.passing)
     reinforce(options, data, runs, dataset, outcome)
     print_table(outcome)
 
+    voice.result(_LEGEND)
     nmi = {mode: recovery(runs, mode, dataset) for mode in ("flr", "flr-plain")}
-    title = "Do the factors find the planted interests? Normalised mutual information"
-    table = voice.table(title, "mode", "NMI", "by chance")
-    for mode, agreement in nmi.items():
-        table.add_row(f"{mode} ({MODES[mode]})", f"{agreement['nmi']:.3f}", f"{agreement['chance']:.3f}")
-    voice.result(table)
+    found = ", ".join(f"{mode} {agreement['nmi']:.3f}" for mode, agreement in nmi.items())
+    chance = max(agreement["chance"] for agreement in nmi.values())
+    voice.result(f"NMI of factors and interests: {found}; by chance {chance:.3f}.")
 
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]
     recommender = Recommender.from_pretrained(runs / "flr-0")
     explanation = recommender.explain(history, k=5)
-    images = pictures(outcome["rows"], explanation, out)
+    pictures(outcome["rows"], explanation, out)
     seconds = time.perf_counter() - started
-    quoted = " ".join(history[-3:])
+    model, example = f"--model {runs / 'flr-0'}", f"--history {' '.join(history[-3:])}"
     next_steps = [
-        f"flr recommend --model {runs / 'flr-0'} --history {quoted}",
-        f"flr explain --model {runs / 'flr-0'} --history {quoted} --html why.html",
-        f"flr rl --model {runs / 'flr-0'} --output_dir runs/rl --planted_items {data.planted_items} "
-        f"--planted_users {data.planted_users}",
-        "flr sft --data <your folder> --codec id --anchor last --output_dir runs/mine",
-        "flr evaluate --model runs/mine --data <your folder>",
+        f"flr recommend {model} {example}",
+        f"flr explain {model} {example}",
+        "flr sft --data FOLDER --codec id --anchor last --output_dir runs/mine",
     ]
+    interests = len(set(dataset.catalogue.attributes["interest"].tolist()))
     parameters = causal_lm(recommender.model).num_parameters()
     report = {
         "title": "Factorized latent reasoning: quickstart",
-        "text": f"Five models of {parameters:,} parameters on generated data ({in_words(dataset)}), "
-        f"the same budget for each, one of them reinforced by latent GRPO, {seconds:.0f} s altogether. Users mix three "
-        "of four interests; the interest of every item is known.",
+        "text": f"Models of {len(MODES)} kinds on generated data ({in_words(dataset)}), all with the same budget, and "
+        f"one of them reinforced by latent GRPO. The one with K factors has {parameters:,} parameters. All of it took "
+        f"{seconds:.0f} s. Every user mixes some of {interests} interests; the interest of every item is known.",
         "rows": outcome["rows"],
+        "names": NAMES,
         "differences": outcome["differences"],
         "nmi": nmi,
-        "images": images,
         "example": explanation.to_dict(),
         "next_steps": next_steps,
         "settings": {type(p).__name__: str(_changed(p)) for p in parts},

@@ -100,14 +100,18 @@ def _facts(summary: dict[str, Any], state: dict[str, Any], ended: bool) -> dict[
     named = {
         "State": "finished" if ended else "not finished",
         "Variant": summary.get("variant"),
-        "Training rows": summary.get("train_rows"),
-        "Steps": state.get("global_step"),
+        "Training rows": _count(summary.get("train_rows")),
+        "Steps": _count(state.get("global_step")),
         "Epochs": None if state.get("epoch") is None else f"{state['epoch']:.4g}",
         "Time": f"{summary['seconds']:.0f} s" if summary.get("seconds") else None,
         "Tokens a second": f"{summary['tokens_per_second']:,.0f}" if summary.get("tokens_per_second") else None,
         "Best on valid": f"{best:.4f}" if isinstance(best, float) else None,
     }
     return {name: str(value) for name, value in named.items() if value is not None}
+
+
+def _count(value: Any) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None
 
 
 def differences(results: list[dict[str, EvalResult]]) -> dict[str, Any]:

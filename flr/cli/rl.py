@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flr.config import option
 
 from . import voice
-from .options import DataOptions, load_trained
+from .options import DataOptions, check_option, load_trained
 from .parsing import REVISION, emit, parse
 from .training import summarise, training_run
 from .weights import WeightOptions
@@ -27,6 +27,14 @@ class RLOptions(WeightOptions):
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")
     revision: str | None = option(None, REVISION)
+    held_back: float = option(
+        0.0,
+        "Reinforce on this share of train alone, the latest rows, which flr sft --held_back left out.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
 
 
 def train(
@@ -38,6 +46,7 @@ def train(
     """Train and save; returns model, processor and a summary. ``args.resume_from_checkpoint`` says where it begins."""
     from transformers import set_seed
 
+    from flr.data import hold_back
     from flr.model.folder import is_adapter, local_folder
     from flr.train import LatentGRPOTrainer
     from flr.train.precision import choose_autocast
@@ -53,7 +62,8 @@ def train(
     limit = data.max_prompt_tokens
     model, processor = load_trained(options.model, dataset, options.revision, True, limit, **loading)
     processor.views = data.views(processor.views)
-    trainer = LatentGRPOTrainer(model, args, processor, dataset.train, dataset.valid)
+    rows = hold_back(dataset.train, options.held_back)[1] if options.held_back else dataset.train
+    trainer = LatentGRPOTrainer(model, args, processor, rows, dataset.valid)
     with training_run(trainer) as start:
         if not start.finished:
             start.summary = _reinforce(trainer, options, args)

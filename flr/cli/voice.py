@@ -118,6 +118,12 @@ def detail(text: Any) -> None:
         note(text)
 
 
+def passing(text: Any) -> None:
+    """A note that a live line says already: where there is none, or with ``--verbose``."""
+    if manner.verbose or not shows_progress():
+        note(text)
+
+
 def warn(text: str) -> None:
     """What may make the result another one than was meant."""
     if _first_process():

@@ -22,6 +22,7 @@ from .prompt import HistoryViews, PromptTemplate
 from .readers import FORMATS, load_dataset
 from .report import BadRow, ReadReport
 from .sampler import EpochSampler, LengthGroupedSampler
+from .splits import hold_back
 from .tokenizers import build_tokenizer
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "build_codec",
     "build_tokenizer",
     "expand_prefixes",
+    "hold_back",
     "load_dataset",
     "planted_dataset",
     "read_codes",

@@ -9,6 +9,10 @@ sequence begins another's, so a decoder knows where an item ends and the probabi
 
 Codes, ids, same_n and end are single tokens of the tokenizer. The missing ones are added in one order that depends on
 the catalogue alone, so that building again with the saved tokenizer adds nothing and gives the same sequences.
+
+A catalogue that grows keeps the tokens of its items: what a later item shares with an earlier one shows in the later
+item alone. Of a title the second item has same_1 and the first one no same_0; of a semantic ID, which may end there,
+the later item has a same_n in the place of its last code.
 """
 
 from __future__ import annotations
@@ -111,12 +115,21 @@ class ItemCodec:
         return item
 
 
-def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_tokens: int | None = None) -> ItemCodec:
+def build_codec(
+    name: str,
+    catalogue: Catalogue,
+    tokenizer: Any,
+    *,
+    max_title_tokens: int | None = None,
+    growth: Sequence[int] = (),
+) -> ItemCodec:
     """Token sequences of ``catalogue`` in the form ``name`` ("title", "sid" or "id").
 
     Adds the tokens it needs to ``tokenizer`` (a fast Hugging Face tokenizer) in at most one call a kind; calling again
     with the same or the saved tokenizer adds nothing and gives the same codec. ``max_title_tokens`` (title only) cuts
-    long titles; titles that become equal by the cut are told apart like equal titles.
+    long titles; titles that become equal by the cut are told apart like equal titles. ``growth`` holds the sizes, in
+    ascending order, that the catalogue had before items were added: the first ``growth[k]`` items have the tokens that
+    they had then.
 
     Example:
         >>> from flr.data import Catalogue, build_tokenizer
@@ -132,18 +145,21 @@ def build_codec(name: str, catalogue: Catalogue, tokenizer: Any, *, max_title_to
         raise ValueError(
             f"max_title_tokens: expected None, or >= 1 with codec 'title', got {max_title_tokens}, {name!r}"
         )
+    sizes = [*growth, len(catalogue)]
+    if sizes != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError(f"growth: expected ascending sizes in 1..{len(catalogue) - 1}, got {list(growth)!r:.80}")
     if name == "id":
         tokens = token_ids(tokenizer, item_tokens(len(catalogue)), special=False)
         sequences = CSR(tokens, np.arange(len(catalogue) + 1, dtype=np.int64))
     elif name == "sid":
-        sequences = _sid_sequences(catalogue, tokenizer)
+        sequences = _sid_sequences(catalogue, tokenizer, growth)
     elif name == "title":
         end = int(token_ids(tokenizer, [END_TOKEN], special=True)[0])
         bodies = title_tokens(catalogue.titles, tokenizer)
         if max_title_tokens is not None:
             starts, ends = bodies.offsets[:-1], bodies.offsets[1:]
             bodies = bodies.slice(starts, np.minimum(ends, starts + max_title_tokens))
-        sequences = _append(_disambiguate(bodies, tokenizer), end)
+        sequences = _append(_disambiguate(bodies, tokenizer, growth)[0], end)
     else:
         raise ValueError(f"name: expected one of {CODEC_NAMES}, got {name!r}")
     return ItemCodec(cast(CodecName, name), sequences.values, sequences.offsets)
@@ -204,14 +220,23 @@ def _groups(sequences: CSR) -> tuple[np.ndarray, np.ndarray]:
     return group, rank
 
 
-def _disambiguate(sequences: CSR, tokenizer: Any) -> CSR:
-    """Append one token same_n to the members of every group of equal rows."""
+def _disambiguate(sequences: CSR, tokenizer: Any, growth: Sequence[int] = ()) -> tuple[CSR, np.ndarray]:
+    """Append one token same_n to the members of every group of equal rows.
+
+    A row that stood alone when rows were added (``growth``) stays as it was; bool [rows] marks those that begin with
+    such a row for that reason.
+    """
     group, rank = _groups(sequences)
-    shared = np.bincount(group)[group] > 1
+    stage = np.searchsorted(growth, np.arange(len(group)), side="right")
+    last = np.zeros((int(group.max()) + 1, len(growth) + 1), np.int64)  # rank of a group's last member by then
+    np.maximum.at(last, (group, stage), rank)
+    shared = np.maximum.accumulate(last, 1)[group, stage] > 0
     if not shared.any():
-        return sequences
-    extra = token_ids(tokenizer, [f"<|same_{n}|>" for n in range(int(rank.max()) + 1)], special=True)
-    return _append(sequences, extra[rank], shared)
+        return sequences, shared
+    first = np.zeros(len(last), bool)  # whether a group's first member is told apart
+    first[group[rank == 0]] = shared[rank == 0]
+    extra = token_ids(tokenizer, [f"<|same_{n}|>" for n in range(int(rank[shared].max()) + 1)], special=True)
+    return _append(sequences, extra[rank], shared), shared & ~first[group]
 
 
 def _append(sequences: CSR, tokens: np.ndarray | int, where: np.ndarray | None = None) -> CSR:
@@ -225,16 +250,33 @@ def _append(sequences: CSR, tokens: np.ndarray | int, where: np.ndarray | None =
     return CSR(values.astype(np.int32), offsets)
 
 
-def _sid_sequences(catalogue: Catalogue, tokenizer: Any) -> CSR:
+def _sid_sequences(catalogue: Catalogue, tokenizer: Any, growth: Sequence[int]) -> CSR:
     names = sid_tokens(catalogue)
     ids = dict(zip(names, token_ids(tokenizer, names, special=False).tolist(), strict=True))
     if len(set(ids.values())) != len(ids):
         raise ValueError("tokenizer: expected different ids for different codes of the semantic IDs, got equal ones")
-    sequences = CSR.from_rows([[ids[code] for code in sid] for sid in cast(list[tuple[str, ...]], catalogue.sids)])
-    sequences = _disambiguate(sequences, tokenizer)
-    if find_prefix(sequences) is not None:  # IDs of different lengths
-        sequences = _append(sequences, int(token_ids(tokenizer, [END_TOKEN], special=True)[0]))
-    return sequences
+    codes = CSR.from_rows([[ids[code] for code in sid] for sid in cast(list[tuple[str, ...]], catalogue.sids)])
+    sequences, late = _disambiguate(codes, tokenizer, growth)
+    at_first = np.arange(growth[0] if growth else len(catalogue))
+    if find_prefix(sequences.take(at_first)) is not None:  # IDs of different lengths
+        return _append(sequences, int(token_ids(tokenizer, [END_TOKEN], special=True)[0]))
+    return _without_last_code(sequences, late, tokenizer)
+
+
+def _without_last_code(sequences: CSR, late: np.ndarray, tokenizer: Any) -> CSR:
+    """The rows that ``late`` marks, codes and a same_n, as all codes but the last and a same_n of their own."""
+    rows = np.flatnonzero(late)
+    if not rows.size:
+        return sequences
+    starts, ends = sequences.offsets[rows], sequences.offsets[rows + 1] - 2
+    _, rank = _groups(sequences.slice(starts, ends))
+    extra = token_ids(tokenizer, [f"<|same_{n}|>" for n in range(int(rank.max()) + 1)], special=True)
+    values, keep = sequences.values.copy(), np.ones(len(sequences.values), bool)
+    values[ends] = extra[rank]
+    keep[ends + 1] = False
+    offsets = sequences.offsets.copy()
+    offsets[1:] -= np.cumsum(late)
+    return CSR(values[keep], offsets)
 
 
 def title_tokens(titles: list[str], tokenizer: Any) -> CSR:

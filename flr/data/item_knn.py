@@ -96,6 +96,14 @@ class NeighbourTable:
         """C."""
         return len(self.popularity)
 
+    def padded(self, num_items: int) -> NeighbourTable:
+        """The table of a catalogue that has grown to ``num_items``, which says nothing of the new ones."""
+        if num_items < len(self):
+            raise ValueError(f"num_items: expected at least {len(self)}, got {num_items}")
+        matrix = self.similarity.tocsr().copy()
+        matrix.resize((num_items, num_items))
+        return type(self)(matrix, np.pad(self.popularity, (0, num_items - len(self))), self.history_decay)
+
     def scores(self, histories: CSR) -> np.ndarray:
         """Float64 [B, C], higher is better. Of M only the rows of the histories' items are read."""
         rows = len(histories.offsets) - 1

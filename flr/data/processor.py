@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ class RecProcessor:
         views: how evaluation and recommendation weigh several views of a history; None for the whole prompt alone.
         item_knn: the table that ``views.neighbours`` gives a weight; needed where that is above 0.
         item_codec: of this catalogue and tokenizer where it is there already; built when None.
+        growth: sizes that the catalogue had before items were added (see :meth:`grown`), ascending.
         scoring: "full" or "catalogue", what the model's probabilities are normalised over unless the caller says
             otherwise (see :mod:`flr.decode`); training sets it to its own normalisation.
 
@@ -86,6 +88,7 @@ class RecProcessor:
         item_knn: NeighbourTable | None = None,
         scoring: str = "full",
         item_codec: ItemCodec | None = None,
+        growth: Sequence[int] = (),
     ) -> None:
         _whole("max_history", max_history, 1)
         _whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
@@ -110,8 +113,12 @@ class RecProcessor:
         self.thought_token_id: int | None = None
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
+        for size in growth:
+            _whole("growth", size, 1, len(catalogue) - 1)
+        self.growth = tuple(int(size) for size in growth)
         if item_codec is None:
-            item_codec = build_codec(codec, catalogue, tokenizer, max_title_tokens=max_title_tokens)
+            options: dict[str, Any] = {"max_title_tokens": max_title_tokens, "growth": self.growth}
+            item_codec = build_codec(codec, catalogue, tokenizer, **options)
         if (item_codec.name, len(item_codec)) != (codec, len(catalogue)):
             wanted, got = f"{codec!r} of {len(catalogue)} items", f"{item_codec.name!r} of {len(item_codec)}"
             raise ValueError(f"item_codec: expected {wanted}, got {got}")
@@ -130,6 +137,38 @@ class RecProcessor:
         self._fixed = len(self._prefix) + len(self._suffix) + num_thoughts  # tokens of an empty history's prompt
         self._longest = int(self.item_codec.lengths.max())
         self.bound_prompts(max_prompt_tokens)
+
+    def grown(self, catalogue: Catalogue) -> RecProcessor:
+        """A processor with the same settings for a catalogue that begins with this one's items, whose tokens stay.
+
+        The tokenizer is copied, and new tokens come after all that it has. A table of item-kNN knows nothing of new
+        items.
+
+        Raises:
+            ValueError: other items at the beginning, or new ones whose tokens would change those of a known one.
+        """
+        known = len(self.catalogue)
+        if catalogue.item_ids[:known] != self.catalogue.item_ids:
+            raise ValueError(f"catalogue: expected the {known} items that are known at its beginning, got others")
+        growth = (*self.growth, known) if len(catalogue) > known else self.growth
+        names = ("max_prompt_tokens", "max_title_tokens", "thought_token", "views", "scoring")
+        larger = type(self)(
+            copy.deepcopy(self.tokenizer),
+            catalogue,
+            self.codec,
+            self.template,
+            self.max_history,
+            self.num_thoughts,
+            item_knn=None if self.item_knn is None else self.item_knn.padded(len(catalogue)),
+            growth=growth,
+            **{name: getattr(self, name) for name in names},
+        )
+        larger.fit_positions(self.max_positions)
+        old, new = self.item_codec, larger.item_codec
+        end = int(old.offsets[-1])
+        if not (np.array_equal(new.offsets[: known + 1], old.offsets) and np.array_equal(new.tokens[:end], old.tokens)):
+            raise ValueError("catalogue: expected known items with the titles and codes that they had, got others")
+        return larger
 
     def bound_prompts(self, max_prompt_tokens: int | None) -> None:
         """Set ``max_prompt_tokens``; ValueError where it is below template and longest item, or past the positions."""

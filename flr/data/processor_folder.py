@@ -47,6 +47,7 @@ def save_processor(processor: Any, path: PathLike) -> None:
             "max_positions": processor.max_positions,
             "views": None if processor.views is None else asdict(processor.views),
             "scoring": processor.scoring,
+            "growth": list(processor.growth),
             "vocabulary_size": len(processor.tokenizer),
             "codec_tokens": len(processor.item_codec.tokens),
             "digests": digests,
@@ -87,6 +88,7 @@ def load_processor(kind: Any, path: PathLike, like: Any = None) -> Any:
             item_knn=item_knn,
             scoring=config.get("scoring", "full"),  # absent before there was a choice
             item_codec=None if stored is None else stored.codec,
+            growth=config.get("growth", ()),  # absent before catalogues grew
         )
         processor.fit_positions(config.get("max_positions"))  # absent before there was a bound
         rebuilt = (size, len(tokenizer), processor.thought_token_id, len(processor.item_codec.tokens))

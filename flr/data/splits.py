@@ -151,6 +151,48 @@ def time_cuts(times: np.ndarray, shares: Sequence[float]) -> list[int]:
     return [int(changes[np.abs(changes - share * len(times)).argmin()]) for share in shares]
 
 
+def hold_back(rows: Interactions, share: float) -> tuple[Interactions, Interactions]:
+    """Training rows without the latest of them, and those: what supervised training has not seen (``flr rl``).
+
+    With times, the rows at and after the time that leaves nearest to ``share`` of them. Without, the last row of users
+    that are evenly spread over the data.
+
+    Args:
+        rows: of train.
+        share: of the rows, in (0, 1).
+
+    Returns:
+        The others and those held back, each in the order of ``rows``.
+
+    Raises:
+        ValueError: a share that leaves nothing on one side, or, without times, that exceeds one row a user.
+
+    Example:
+        >>> from flr.data import CSR
+        >>> rows = Interactions(["a", "a", "b", "b"], CSR.from_rows([[0], [0, 1], [2], [2, 3]]), [1, 2, 3, 4])
+        >>> rest, held = hold_back(rows, 0.5)
+        >>> rest.targets.tolist(), held.targets.tolist()
+        ([1, 3], [2, 4])
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"held_back: expected a share between 0 and 1, got {share}")
+    is_held = np.zeros(len(rows), bool)
+    if rows.timestamps is not None:
+        order = np.argsort(rows.timestamps, kind="stable")
+        (cut,) = time_cuts(rows.timestamps[order], (1 - share,)) if len(rows) else (0,)
+        is_held[order[cut:]] = True
+    else:
+        last = np.array(list({user: place for place, user in enumerate(rows.users)}.values()), np.int64)
+        wanted = round(share * len(rows))
+        if wanted > len(last):
+            most = f"at most {len(last) / len(rows):.3f}, a row a user, for rows without times"
+            raise ValueError(f"held_back: expected {most}, got {share}")
+        is_held[last[np.arange(wanted) * len(last) // max(wanted, 1)]] = True
+    if is_held.all() or not is_held.any():
+        raise ValueError(f"held_back: expected rows on both sides, got {is_held.sum()} of {len(rows)} held back")
+    return rows.select(np.flatnonzero(~is_held)), rows.select(np.flatnonzero(is_held))
+
+
 def _leak(train: Interactions, test: Interactions) -> str:
     if train.timestamps is None or test.timestamps is None:
         return "how many is not known without times"

@@ -121,6 +121,18 @@ def check_bounds(since: str | float | None, until: str | float | None) -> None:
             _parsed(name, value)
 
 
+def seconds_of(name: str, value: str | float) -> float:
+    """Seconds since 1970 of an ISO date or a number of them; ValueError for anything else.
+
+    >>> seconds_of("since", "2001-09-09"), seconds_of("since", "1000000000")
+    (999993600.0, 1000000000.0)
+    """
+    number, is_date = _parsed(name, value)
+    if not is_date:
+        _check_number(name, value)
+    return number
+
+
 def within(
     log: InteractionLog, since: str | float | None, until: str | float | None, report: ReadReport
 ) -> InteractionLog:
@@ -166,6 +178,11 @@ def _parsed(name: str, value: str | float) -> tuple[float, bool]:
     raise ValueError(f"{name}: expected an ISO date or seconds since 1970, got {value!r}")
 
 
+def _check_number(name: str, value: str | float) -> None:
+    if isinstance(value, str) and len(value) <= 8:  # 2015, 20150101
+        raise ValueError(f"{name}: expected an ISO date (2015-01-01) or seconds since 1970, got {value!r}")
+
+
 def _bound(log: InteractionLog, name: str, value: str | float) -> float:
     """A bound in the unit of the log's times."""
     number, is_date = _parsed(name, value)
@@ -177,8 +194,8 @@ def _bound(log: InteractionLog, name: str, value: str | float) -> float:
             got = f"got times from {log.times.min():g} to {log.times.max():g}"
             raise ValueError(f"{wanted}, {got}; give a number of their unit")
         return number * unit
-    if log.per_second is not None and isinstance(value, str) and len(value) <= 8:  # 2015, 20150101
-        raise ValueError(f"{name}: expected an ISO date (2015-01-01) or seconds since 1970, got {value!r}")
+    if log.per_second is not None:
+        _check_number(name, value)
     return number * (log.per_second or 1)
 
 

@@ -3,6 +3,7 @@
 from .groups import by_trait
 from .neighbours import NeighbourFit, fit_neighbours
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
+from .ranks import Share, launched
 from .result import EvalResult, Level
 from .robustness import robustness
 
@@ -12,10 +13,12 @@ __all__ = [
     "Method",
     "NeighbourFit",
     "Scorer",
+    "Share",
     "by_trait",
     "evaluate",
     "evaluate_scorer",
     "fit_neighbours",
+    "launched",
     "padded_rows",
     "robustness",
 ]

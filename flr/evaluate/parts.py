@@ -17,6 +17,7 @@ from flr.data import CSR, Interactions, RecProcessor
 from flr.files import atomic_file
 
 from .metrics import group_ids
+from .ranks import Share
 
 _PART_ROWS = 1024
 
@@ -36,28 +37,48 @@ def in_parts(
     batch_size: int,
     folder: Path | None,
     advance: Callable[[int], None],
+    share: Share = Share(),  # noqa: B008 - a tuple
 ) -> Ranked:
-    """``rank`` of all rows, taken in ``order``, given in the rows' own; ``folder`` keeps parts that are finished."""
+    """``rank`` of all rows, taken in ``order``, given in the rows' own.
+
+    Args:
+        rank: of some rows.
+        order: int64 [n], a permutation.
+        batch_size: rows at a time, the same for any number of processes.
+        folder: keeps parts that are finished.
+        advance: is told how many rows are done.
+        share: of this process. Batches are dealt out in turn, so that all have long and short rows, and every process
+            gets all results.
+    """
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    own, many = share.dealt(batches), max(1, _PART_ROWS // batch_size)
     parts = []
-    for start in range(0, len(order), _PART_ROWS):
-        rows = order[start : start + _PART_ROWS]
-        file = None if folder is None else folder / f"{start:09d}.npz"
-        part = None if file is None else _read_part(file, len(rows))
+    for start in range(0, len(own), many):
+        some = own[start : start + many]
+        name = f"{start * batch_size:09d}" + (f"-{share.rank}-of-{share.of}" if share.of > 1 else "")
+        file = None if folder is None else folder / f"{name}.npz"
+        size = sum(map(len, some))
+        part = None if file is None else _read_part(file, size)
         if part is None:
-            batches = []
-            for first in range(0, len(rows), batch_size):
-                batch = rows[first : first + batch_size]
-                batches.append(rank(batch))
+            ranked = []
+            for batch in some:
+                ranked.append(rank(batch))
                 advance(len(batch))
-            part = Ranked(*(np.concatenate(x) for x in zip(*batches, strict=True)))
+            part = _joined(ranked)
             if file is not None:
                 with atomic_file(file) as temporary, temporary.open("wb") as stream:
                     np.savez(stream, **part._asdict())
         else:
-            advance(len(rows))
+            advance(size)
         parts.append(part)
-    back = np.argsort(order)
-    return Ranked(*(np.concatenate(x)[back] for x in zip(*parts, strict=True)))
+    found = share.gathered(parts)
+    rows = [batch for number in range(share.of) for batch in Share(number, share.of).dealt(batches)]
+    back = np.argsort(np.concatenate(rows))
+    return Ranked(*(x[back] for x in _joined([part for parts in found for part in parts])))
+
+
+def _joined(parts: list[Ranked]) -> Ranked:
+    return Ranked(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
 def _read_part(file: Path, rows: int) -> Ranked | None:

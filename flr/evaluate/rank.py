@@ -34,6 +34,7 @@ from flr.model.backbone import causal_lm, evaluating, mixes, position_limit
 
 from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items, within_memory
 from .parts import Ranked, fingerprint, in_parts
+from .ranks import Share
 from .result import EvalResult
 
 Method = Literal["auto", "beam", "exhaustive"]
@@ -69,6 +70,7 @@ def evaluate(
     views: HistoryViews | None = None,
     samples: int = 1000,
     seed: int = 0,
+    share: Share = Share(),  # noqa: B008 - a tuple
 ) -> EvalResult:
     """Rank every row's target among the whole catalogue.
 
@@ -92,6 +94,8 @@ def evaluate(
         views: rank by a mixture over views of the history (:mod:`flr.decode.mixture`; not resumed); default: the
             processor's, if it has any.
         samples, seed: of the bootstrap.
+        share: ``Share.own()`` shares the rows among the processes of ``torch.distributed``. Every process calls this,
+            with the same model and rows, and gets the whole result; the first one writes.
 
     Raises:
         ValueError: no rows, an argument out of range, and as ``beam_search``.
@@ -110,7 +114,7 @@ def evaluate(
     if trie.num_items != len(processor.catalogue):
         raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {trie.num_items}")
     views = processor.views if views is None else views
-    shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
+    shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress, "share": share}
     if views is not None:
         num_beams = max(num_beams, top_k)
         mixture = ViewMixture(
@@ -135,7 +139,7 @@ def evaluate(
         folder = Path(output_dir) / "parts" / fingerprint(settings, model, processor, prompts, interactions, order)
     shared |= {"name": name, "batch_size": batch_size, "order": order, "folder": folder}
     result = _result(rank, interactions, len(processor.catalogue), settings, **shared)
-    if output_dir is not None:
+    if output_dir is not None and share.rank == 0:
         result.save(output_dir)
         shutil.rmtree(Path(output_dir) / "parts", ignore_errors=True)
     return result
@@ -175,7 +179,7 @@ def _by_mixture(
         result = evaluate_scorer(mixture, interactions, processor.catalogue, order=order, **options)
     result.settings |= {"scoring": mixture.scoring, "num_beams": mixture.num_beams, "codec": processor.codec}
     result.settings["views"] = asdict(mixture.views)
-    if output_dir is not None:
+    if output_dir is not None and options["share"].rank == 0:
         result.save(output_dir)
     return result
 
@@ -192,6 +196,7 @@ def evaluate_scorer(
     seed: int = 0,
     progress: bool = False,
     order: np.ndarray | None = None,
+    share: Share = Share(),  # noqa: B008 - a tuple
 ) -> EvalResult:
     """:func:`evaluate` for what scores the catalogue directly, e.g. the baselines: exact ranks, ties against it.
 
@@ -209,7 +214,7 @@ def evaluate_scorer(
         return _from_scores(scores, part.targets, groups, top_k)
 
     settings = {"method": "exhaustive", "exclude_seen": exclude_seen, "top_k": top_k}
-    shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress}
+    shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress, "share": share}
     return _result(
         rank, interactions, len(catalogue), settings, name=scorer.name, order=order,
         batch_size=within_memory(batch_size, len(catalogue)), **shared,
@@ -259,13 +264,14 @@ def _result(
     progress: bool,
     order: np.ndarray | None = None,
     folder: Path | None = None,
+    share: Share,
     **bootstrap: int,
 ) -> EvalResult:
     """Rank all rows, in the order given, and measure the time that it takes."""
     order = np.arange(len(interactions)) if order is None else order
     started = time.perf_counter()
-    with progress_bar(progress, f"evaluating {name}", len(interactions)) as advance:
-        ranked = in_parts(rank, order, batch_size, folder, advance)
+    with progress_bar(progress, f"evaluating {name}", -(-len(interactions) // share.of)) as advance:
+        ranked = in_parts(rank, order, batch_size, folder, advance, share)
     settings["seconds"] = round(time.perf_counter() - started, 3)
     return EvalResult(
         name=name,

@@ -1,7 +1,18 @@
-"""What factors did: attention on history items, Shapley values of recommendations, agreement with known interests."""
+"""What factors did: attention on items, Shapley values, agreement with known interests, which of them are needed."""
 
 from .attention import item_attention
 from .interest import FactorInterest, agreement, assign_factors, factor_interest
 from .likes import factor_likes
+from .needed import FactorsNeeded, factor_stability, factors_needed
 
-__all__ = ["FactorInterest", "agreement", "assign_factors", "factor_interest", "factor_likes", "item_attention"]
+__all__ = [
+    "FactorInterest",
+    "FactorsNeeded",
+    "agreement",
+    "assign_factors",
+    "factor_interest",
+    "factor_likes",
+    "factor_stability",
+    "factors_needed",
+    "item_attention",
+]

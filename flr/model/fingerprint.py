@@ -9,12 +9,13 @@ from typing import Any
 from flr.files import sha256
 
 from .adapter import base_name, base_revision
-from .folder import BESIDE, INDEX, WEIGHTS, PathLike, is_adapter, local_folder
+from .folder import BESIDE, INDEX, UPDATE_NAME, WEIGHTS, PathLike, is_adapter, local_folder
 
 _NOT_READ = (
     "trainer_state.json",
     "flr_run.json",
     "manifest.json",
+    UPDATE_NAME,
 )  # of a training run, whose folder is the model's, too
 
 

@@ -22,6 +22,9 @@ PathLike = str | os.PathLike[str]
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+#: What ``flr update`` writes beside a model: of which rows, and why it was kept.
+UPDATE_NAME = "flr_update.json"
+
 #: Keyword arguments of transformers' loaders that say where on the Hub a model is looked for.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 

@@ -56,13 +56,15 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: 
         raise ValueError(f"noise: expected [{batch}, G, {thoughts}, {hidden}], got shape {tuple(noise.shape)}")
     if group.policy not in ("tokens", "thoughts"):
         raise ValueError(f"policy: expected tokens or thoughts, got {group.policy!r}")
+    if group.likelihood and group.actions is not None:
+        raise ValueError("actions: expected None with likelihood, whose targets they do not reach, got a pair")
     if group.policy == "thoughts" and torch.is_grad_enabled() and backbone_trains(model):
         raise ValueError("policy: expected tokens for a backbone that trains, got thoughts, which do not reach it")
     if (group.catalogue_loss is None) != (nodes is None) or (nodes is not None and nodes.shape != mask.shape):
         raise ValueError(
             f"target_nodes: expected {tuple(mask.shape)} with a catalogue_loss and none without, got another"
         )
-    if group.noise_scale < 0:
+    if not isinstance(group.noise_scale, Tensor) and group.noise_scale < 0:
         raise ValueError(f"noise_scale: expected a number >= 0, got {group.noise_scale}")
     if model.training and is_checkpointing(model):
         raise ValueError("gradient checkpointing: expected off, got on; it excludes the KV cache that members share")
@@ -97,20 +99,22 @@ class _Thoughts:
         self.outs: list[ReasonerOutput] = []
         self.kl: Any = 0.0  # [B]
 
-    def noisy_thought(self, anchor: Tensor, passes_gradients: bool) -> Tensor:
+    def noisy_thought(self, anchor: Tensor) -> Tensor:
         """Embeddings [B, G, D] of the next thought, anchor [B, D] + r + σ ε."""
         group, n = self.group, len(self.outs)
         position = self.length - 1 + n
         out = self.model.flr(self.history, self.valid, position)
         r = out.thought.view(self.batch, -1, out.thought.shape[-1])  # [B, 1 or G, D]: the first thought is shared
         if group.actions is None:
-            sigma = torch.full_like(r[..., :1], group.noise_scale)  # [B, 1 or G, 1]
+            sigma = torch.ones_like(r[..., :1]) * group.noise_scale  # [B, 1 or G, 1]
             if group.relative:
                 sigma = sigma * r.detach().square().mean(-1, keepdim=True).sqrt()
             noisy = r + sigma * group.noise[:, :, n].to(r.dtype)
         else:
             noisy, sigma = group.actions[0][:, :, n], group.actions[1][:, :, n, None]
-        noisy = noisy if passes_gradients else noisy.detach()
+        if group.policy == "thoughts":
+            free = noisy.detach()
+            noisy = torch.cat([noisy[:, :1], free[:, 1:]], 1) if group.likelihood else free
         variance = 2 * sigma.square() + torch.finfo(r.dtype).tiny
         self.logprobs.append(-((noisy.detach() - r).square() / variance).sum(-1))
         if group.reference is not None:
@@ -195,10 +199,10 @@ def group_forward(
     if reasoner_mask is not None:
         valid = valid & reasoner_mask[:, :length]
     anchor = {"last": embeds[:, length - 1], "none": torch.zeros_like(embeds[:, 0])}.get(config.anchor)
-    grad_through_targets = group.policy == "tokens"  # gradients pass from the targets to the thoughts
+    grad_through_targets = group.policy == "tokens" or group.likelihood  # from the targets to the thoughts
     made = _Thoughts(model, group, history, valid)
     for n in range(thoughts):
-        embedding = made.noisy_thought(embeds[:, length + n] if anchor is None else anchor, grad_through_targets)
+        embedding = made.noisy_thought(embeds[:, length + n] if anchor is None else anchor)
         if n < thoughts - 1:
             with _gradients(grad_through_targets):
                 made.extend(suffix.run(embedding[:, :, None], thought_ids))

@@ -94,10 +94,13 @@ class GroupInputs:
         targets: int64 [B, S], a user's target tokens from column 0 on; anything behind them.
         target_mask: bool [B, S], true on target tokens; every row starts with a true one and has no gap.
         noise: [B, G, N, D], ε of unit variance; member 0 of every group is the unperturbed one and must be 0.
-        noise_scale: σ, absolute or in units of the RMS of the user's thought r.
+        noise_scale: σ, absolute or in units of the RMS of the user's thought r; a number, or a tensor [] of one that
+            changes from step to step.
         relative: which of the two.
         policy: "tokens", log-probabilities of the targets pass gradients to the thoughts; or "thoughts", they do not
             (the suffix runs without a graph), and those of the noisy thoughts do.
+        likelihood: under policy "thoughts", let log-probabilities of the targets pass gradients to the unperturbed
+            member's thoughts alone.
         reference: a frozen reasoner; gives the KL of the noisy thoughts from its own.
         actions: r + σ ε [B, G, N, D] of an earlier forward, and their σ [B, G, N]: only ``thought_logprobs`` of these
             are computed then, and neither noise nor targets are looked at.
@@ -109,9 +112,10 @@ class GroupInputs:
     targets: Tensor
     target_mask: Tensor
     noise: Tensor
-    noise_scale: float = 1.0
+    noise_scale: float | Tensor = 1.0
     relative: bool = True
     policy: str = "tokens"
+    likelihood: bool = False
     reference: nn.Module | None = None
     actions: tuple[Tensor, Tensor] | None = None
     catalogue_loss: CatalogueLoss | None = None

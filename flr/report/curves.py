@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .drawing import DARK, LIGHT, Scheme, new_figure, styled
+from .drawing import DARK, LIGHT, Scheme, new_figure, png, styled
 from .html import colour, png_data, short
 
 _STYLES = ("-", "--")  # of the first and the second run
@@ -98,9 +97,7 @@ def _draw(title: str, series: Sequence[Series], names: Sequence[str], scheme: Sc
         if len(shown) > 1:  # below the curves, never on them
             options: dict[str, Any] = {"ncols": 4, "fontsize": 8, "handlelength": 2.2}
             figure.legend(shown.values(), shown.keys(), loc="outside lower center", **options)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=150)
-    return stream.getvalue()
+        return png(figure)
 
 
 def _label(series: Series, names: Sequence[str], kinds: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ import base64
 import functools
 import os
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flr.files import atomic_file
@@ -23,7 +22,6 @@ PathLike = str | os.PathLike[str]
 #: Okabe and Ito's colours, told apart with any colour vision; black left out.
 FACTOR_COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#0072b2", "#999999")
 _STRONG = 0.63  # of a cell's shade: in the dark scheme black reads better on it than white from here on
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 @functools.cache
@@ -36,7 +34,7 @@ def _templates() -> Environment:
     made = Environment(
         loader=FunctionLoader(source), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"line": line, "short": short, "shade": shade, "colour": colour, "picture": picture}
+    made.filters |= {"line": line, "short": short, "shade": shade, "colour": colour}
     made.globals |= {"style": source("page.css")}
     return made
 
@@ -73,25 +71,6 @@ def shade(value: float, largest: float) -> dict[str, Any]:
     """How a heat map's cell is shown: ``alpha`` of its colour, ``strong`` where that needs another ink in the dark."""
     alpha = 0.9 * min(max(value / largest, 0.0), 1.0) if largest > 0 else 0.0
     return {"alpha": f"{alpha:.3f}", "strong": alpha > _STRONG}
-
-
-def dark_form(path: PathLike) -> Path:
-    """Where the form of a picture for dark pages lies, if it has one: ``compare-dark.png`` beside ``compare.png``."""
-    file = Path(path)
-    return file.with_name(f"{file.stem}-dark{file.suffix}")
-
-
-def picture(path: PathLike) -> dict[str, str | None]:
-    """A PNG file as data for a page, ``light`` and, with a :func:`dark_form`, ``dark``; ValueError if no PNG."""
-    dark = dark_form(path)
-    return {"light": _data(Path(path)), "dark": _data(dark) if dark.is_file() else None}
-
-
-def _data(path: Path) -> str:
-    content = path.read_bytes()
-    if not content.startswith(_PNG_MAGIC):
-        raise ValueError(f"path: expected a PNG file, got {path}")
-    return png_data(content)
 
 
 def png_data(content: bytes) -> str:

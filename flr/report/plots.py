@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from .drawing import DARK, LIGHT, Scheme, new_figure, save_png, styled
-from .html import PathLike
+from .drawing import DARK, LIGHT, Scheme, new_figure, png, save_png, styled
+from .html import PathLike, png_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,11 +70,7 @@ def interval_note(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot_compare(
-    rows: Sequence[Mapping[str, Any]],
-    path: PathLike,
-    metrics: Sequence[str] = ("hr@10", "ndcg@10"),
-    *,
-    dark: bool = False,
+    rows: Sequence[Mapping[str, Any]], path: PathLike, metrics: Sequence[str] = ("hr@10", "ndcg@10")
 ) -> None:
     """Dot plot of every mode: a point a seed, the mean, and its 95 % interval (see :func:`summarise`). Writes a PNG.
 
@@ -82,29 +78,57 @@ def plot_compare(
         rows: ``{"mode": str, "seed": int, "metrics": {"hr@10": float, …}, "intervals": {…} or absent}``, one a run.
         path: of the PNG.
         metrics: a panel each; those that no row has are left out.
-        dark: light on dark, for a page of that scheme.
 
     Raises:
         ValueError: no row has any of the metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    panels = {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
+    panels = _summaries(rows, metrics)
     if not panels:
         raise ValueError(f"rows: expected metrics {', '.join(metrics)}, got {', '.join(metric_names(rows)) or 'none'}")
-    scheme = DARK if dark else LIGHT
-    modes = list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
-    with styled(scheme):
+    modes = _modes(panels)
+    with styled():
         figure = new_figure(figsize=(4.3 * len(panels) + 1.2, 0.46 * len(modes) + 1.25))
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (metric, summary) in zip(axes, panels.items(), strict=True):
-            _panel(ax, metric, summary, modes, scheme)
+            _panel(ax, summary, modes, LIGHT)
+            ax.set_title(metric.upper())
         seeds = any(len(s.values) > 1 for summary in panels.values() for s in summary)
         note = interval_note(rows) + (" Small orange dots: single seeds." if seeds else "")
-        figure.supxlabel(note, fontsize=8.5, color=scheme.soft)
+        figure.supxlabel(note, fontsize=8.5, color=LIGHT.soft)
         save_png(figure, path)
 
 
-def _panel(ax: Axes, metric: str, summary: Sequence[ModeSummary], modes: Sequence[str], scheme: Scheme) -> None:
+def compare_panels(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, str]]:
+    """What :func:`plot_compare` draws, for a page: a small picture a metric, ``title``, ``alt``, ``light``, ``dark``.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    found = _summaries(rows, metrics)
+    modes, drawn = _modes(found), []
+    for metric, summary in found.items():
+        pictures = []
+        for scheme in (LIGHT, DARK):
+            with styled(scheme):
+                figure = new_figure(figsize=(4.2, 0.4 * len(modes) + 0.5))
+                _panel(figure.subplots(), summary, modes, scheme)
+                pictures.append(png_data(png(figure)))
+        told = "; ".join(f"{s.mode} {s.mean:.4f}" for s in summary)
+        title = metric.upper()
+        drawn.append({"title": title, "alt": f"{title}: {told}", "light": pictures[0], "dark": pictures[1]})
+    return drawn
+
+
+def _summaries(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, list[ModeSummary]]:
+    return {metric: summary for metric in metrics if (summary := summarise(rows, metric))}
+
+
+def _modes(panels: Mapping[str, Sequence[ModeSummary]]) -> list[str]:
+    return list(dict.fromkeys(s.mode for summary in panels.values() for s in summary))
+
+
+def _panel(ax: Axes, summary: Sequence[ModeSummary], modes: Sequence[str], scheme: Scheme) -> None:
     """A metric of every mode."""
     for s in summary:
         y = modes.index(s.mode)
@@ -115,7 +139,6 @@ def _panel(ax: Axes, metric: str, summary: Sequence[ModeSummary], modes: Sequenc
             ax.scatter(s.values, below, s=16, color=scheme.second, edgecolor=scheme.ground, linewidth=0.5, zorder=3)
         ax.scatter([s.mean], [y], s=52, color=scheme.first, edgecolor=scheme.ground, linewidth=1, zorder=4)
         ax.annotate(f"{s.mean:.4f}", (s.mean, y), (0, 9), textcoords="offset points", ha="center", fontsize=8.5)
-    ax.set_title(metric.upper())
     ax.set_yticks(range(len(modes)), modes, fontsize=10, color=scheme.text)
     ax.set_ylim(len(modes) - 0.45, -0.7)
     ax.grid(axis="x")

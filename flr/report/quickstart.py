@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from .drawing import can_draw
 from .explanation import shown
-from .html import PathLike, picture, write_page
-from .plots import interval_note, metric_names, summarise
+from .html import PathLike, write_page
+from .plots import compare_panels, interval_note, metric_names, summarise
 
 _MAIN_METRICS = ("hr@10", "ndcg@10")
 _AGREEMENT = ("nmi", "chance", "chance_high", "within_user", "within_user_chance")
@@ -23,34 +24,36 @@ def quickstart_report(results: Mapping[str, Any], path: PathLike) -> None:
             title: str
             text: str, a paragraph on what was run
             rows: as for :func:`~flr.report.plots.plot_compare`, with ``"seconds": float`` or without
-            differences: ``{mode: {metric: (mean, low, high)}}``, mode minus control (as ``flr compare`` gives them)
+            names: what each mode is, by mode
+            differences: ``{mode: {metric: (mean, low, high)}}``, mode minus control (as ``flr compare`` gives them),
+                shown beside ``rows``
             control: str, the mode that differences are to; "anchor" when absent
             nmi: ``FactorInterest.to_dict()`` by mode
-            images: caption by path, or a list of paths, of PNG files to embed; a file ``NAME-dark.png`` beside
-                ``NAME.png`` is shown in its place on a dark page
             example: ``Explanation.to_dict()``
             next_steps: list of shell commands
             settings: values by name
         path: of the HTML file; written whole or not at all.
 
     Raises:
-        ValueError: an unknown key, or an image that is no PNG.
+        ValueError: an unknown key.
     """
-    known = ("title", "text", "rows", "differences", "control", "nmi", "images", "example", "next_steps", "settings")
+    known = ("title", "text", "rows", "names", "differences", "control", "nmi", "example", "next_steps", "settings")
     if unknown := set(results) - set(known):
         raise ValueError(f"results: expected keys among {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    images = results.get("images") or {}
-    captions = images if isinstance(images, Mapping) else dict.fromkeys(images, "")
+    rows = results.get("rows")
+    comparison = _comparison(rows) if rows else None
     write_page(
         path,
         "quickstart.html",
         title=results.get("title") or "FLR quickstart",
         text=results.get("text"),
-        comparison=_comparison(results["rows"]) if results.get("rows") else None,
+        comparison=comparison,
+        names=results.get("names"),
+        drawn=compare_panels(rows, comparison["main"]) if rows and comparison and can_draw() else [],
+        many_seeds=any(mode["seeds"] > 1 for mode in comparison["modes"]) if comparison else False,
         differences=results.get("differences"),
         control=results.get("control") or "anchor",
         nmi=[_recovery(mode, values) for mode, values in (results.get("nmi") or {}).items()],
-        pictures=[{**picture(file), "caption": caption} for file, caption in captions.items()],
         example=shown(results["example"]) if results.get("example") else None,
         next_steps=results.get("next_steps"),
         settings=results.get("settings"),

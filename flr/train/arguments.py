@@ -170,6 +170,35 @@ class SFTConfig(RecTrainingArguments):
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
+#: What an update refuses beside what training refuses.
+REFUSED_BY_UPDATE: dict[str, str] = {
+    "resume_from_checkpoint": "an update that was cut goes on by itself",
+    "overwrite_output_dir": "the output is replaced where the update is kept",
+    "eval_strategy": "the newest rows are ranked before and after",
+    "load_best_model_at_end": "the last weights are compared with those before",
+    "save_only_model": "an update that was cut would begin anew",
+    "normalisation": "it is that of the model",
+}
+
+
+@dataclass
+class UpdateConfig(SFTConfig):
+    """``SFTConfig`` with the defaults of an update: one epoch over new and old rows, and no more than some steps."""
+
+    output_dir: str | None = option("", "Folder of the updated model. Default: the model's own, which is replaced.")
+    max_steps: int = option(1000, "Steps at most; there are fewer where num_train_epochs over the rows need fewer.")
+    num_train_epochs: float = option(1.0, "Epochs over new rows and replayed ones, where max_steps allows.")
+    eval_strategy: str = option("no", "Must stay no: the newest rows are ranked before and after.")
+    load_best_model_at_end: bool = option(False, "Must stay false: the last weights are compared with those before.")
+    save_strategy: str = option("steps", "When to write a checkpoint to go on from: no, steps, epoch.")
+    save_steps: float = option(0.25, "Steps between two checkpoints, or a share of all steps.")
+    save_total_limit: int | None = option(1, "Checkpoints kept while the update lasts.")
+
+    def __post_init__(self) -> None:
+        _check_flags(self, REFUSED_BY_UPDATE)
+        super().__post_init__()
+
+
 @dataclass
 class LatentGRPOConfig(RecTrainingArguments):
     """``TrainingArguments`` plus what latent GRPO needs; a batch size counts users, each of which is a group."""
@@ -194,6 +223,22 @@ class LatentGRPOConfig(RecTrainingArguments):
     epsilon_high: float = option(0.2, "The ratio is clipped above 1 plus this.")
     num_iterations: int = option(1, "Optimizer steps on a batch, with its noise and rewards.")
     kl_weight: float = option(0.0, "Weight of the KL from the thoughts of the model given.")
+    kl_target: float | None = option(
+        None, "Adapt kl_weight so that the mean KL stays at this, in nats a user. Default: leave it as it is."
+    )
+    noise_target: float | None = option(
+        None,
+        "Adapt noise_scale so that this share of the users, in (0, 1), have members whose rewards differ; with rewards "
+        "that rank. Default: leave it as it is.",
+    )
+    likelihood_weight: float = option(
+        0.0,
+        "λ in [0, 1] of a hybrid objective, λ times the target's likelihood after the thought without noise and 1 - λ "
+        "times the policy's.",
+    )
+    likelihood_adaptive: bool = option(
+        False, "λ is the least of every user's; it grows to 1 where a user's members are all rewarded alike."
+    )
     regularise: bool = option(False, "Add the reasoner's regularisers, as in SFT.")
     train_backbone: bool = option(False, "Train the backbone too (policy tokens).")
     backbone_learning_rate: float | None = option(
@@ -217,6 +262,7 @@ class LatentGRPOConfig(RecTrainingArguments):
         for name in ("epsilon_low", "epsilon_high", "kl_weight", "advantage_epsilon"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        self._check_hybrid()
         if self.train_backbone and (self.policy == "thoughts" or self.kl_weight):
             raise ValueError(
                 "train_backbone: expected policy tokens and kl_weight 0, since thoughts reach the reasoner alone, got "
@@ -231,3 +277,20 @@ class LatentGRPOConfig(RecTrainingArguments):
         super().__post_init__()
         if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
+
+    def _check_hybrid(self) -> None:
+        checks = (
+            ("likelihood_weight", "a number in [0, 1]", 0 <= self.likelihood_weight <= 1),
+            ("kl_target", "None or a positive number", self.kl_target is None or self.kl_target > 0),
+            ("kl_weight", "a positive number to begin from with kl_target", not self.kl_target or self.kl_weight > 0),
+            ("noise_target", "None or a share between 0 and 1", self.noise_target is None or 0 < self.noise_target < 1),
+            ("num_iterations", "1 with a likelihood beside the policy", self.num_iterations == 1 or not self.is_hybrid),
+        )
+        for name, expected, ok in checks:
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether the likelihood of targets is a part of the objective."""
+        return self.likelihood_weight > 0 or self.likelihood_adaptive

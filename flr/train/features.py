@@ -14,11 +14,13 @@ from torch import Tensor
 
 from flr.data import CSR, RecProcessor
 from flr.data.codecs import END_TOKEN, title_tokens
-from flr.data.features import item_features
+from flr.data.features import item_features, text_tfidf
 
-__all__ = ["init_item_embeddings", "init_new_tokens", "item_features"]
+__all__ = ["init_grown_tokens", "init_item_embeddings", "init_new_tokens", "item_features"]
 
 _CHUNK = 1 << 16  # tokens of titles whose embeddings are read at a time
+_ALIKE = 10  # known items that a new one starts from
+_BLOCK = 256  # new items whose likeness to all known ones is in memory at a time
 
 
 @torch.no_grad()
@@ -105,6 +107,73 @@ def init_new_tokens(model: Any, processor: RecProcessor, known: int, how: str = 
         return []
     wanted = f"{left:,} new tokens of items start from the mean of all tokens: their items have no title"
     return [wanted]
+
+
+@torch.no_grad()
+def init_grown_tokens(model: Any, processor: RecProcessor, known: int) -> list[str]:
+    """Fill the rows of tokens that a catalogue's growth has brought to a trained model, input and output table alike.
+
+    Where the tokenizer reads text, as :func:`init_new_tokens` does. A tokenizer that was made of the items alone has no
+    embeddings of words: there a token starts at the mean of what the known items have in its place that are most alike
+    by the words of their titles, ten for each new item, weighted by likeness. Such means are moved away from their own
+    mean to the distance that known tokens have. Tokens without such items start at the mean of the known ones.
+
+    Args:
+        model: a causal LM with a row for every token of ``processor.tokenizer``; changed in place.
+        processor: of the grown catalogue (:meth:`flr.data.RecProcessor.grown`).
+        known: tokens of the tokenizer before; rows from there on are filled.
+
+    Returns:
+        Lines for the user.
+    """
+    size = len(processor.tokenizer)
+    if size == known:
+        return []
+    if type(processor.tokenizer.backend_tokenizer.model).__name__ != "WordLevel":
+        return init_new_tokens(model, processor, known)
+    links = _alike_tokens(processor, known, size)
+    pair = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    for weight in {id(weight): weight for weight in pair}.values():
+        old = weight[:known].float()
+        centre = old.mean(0)
+        weight[known:size] = centre.to(weight)
+        if not links:
+            continue
+        new, source, likeness = (torch.tensor(column, device=weight.device) for column in zip(*links, strict=True))
+        rows = old.new_zeros(size - known, old.shape[1])
+        rows.index_add_(0, new - known, old[source] * likeness.float()[:, None])
+        total = old.new_zeros(size - known).index_add_(0, new - known, likeness.float())
+        found = total > 0
+        rows = rows[found] / total[found, None]
+        spread = (old - centre).square().mean().sqrt()
+        apart = rows - rows.mean(0)
+        length = apart.square().mean(1, keepdim=True).sqrt()
+        scale = torch.where(length > 1e-6 * spread, spread / length, 0)
+        weight[known:size][found] = (rows.mean(0) + apart * scale).to(weight)
+    return []
+
+
+def _alike_tokens(processor: RecProcessor, known: int, size: int) -> list[tuple[int, int, float]]:
+    """(new token, known token, likeness): what items that are alike have in the place of a new item's new token."""
+    codec = processor.item_codec
+    before = processor.growth[-1]
+    features = text_tfidf(processor.catalogue.titles)
+    old = features[:before]
+    lengths = codec.lengths
+    links = []
+    for start in range(before, len(codec), _BLOCK):
+        items = range(start, min(start + _BLOCK, len(codec)))
+        likeness = (features[items.start : items.stop] @ old.T).tocsr()
+        for row, item in enumerate(items):
+            near = slice(likeness.indptr[row], likeness.indptr[row + 1])
+            order = np.lexsort((likeness.indices[near], -likeness.data[near]))[:_ALIKE]
+            for place, token in enumerate(codec.encode(item)):
+                if not known <= token < size:
+                    continue
+                for other, value in zip(likeness.indices[near][order], likeness.data[near][order], strict=True):
+                    if place < lengths[other] and (its := int(codec.tokens[codec.offsets[other] + place])) < known:
+                        links.append((token, its, float(value)))
+    return links
 
 
 def _from_titles(weight: Tensor, processor: RecProcessor, titles: CSR, new: Tensor) -> tuple[Tensor, Tensor]:

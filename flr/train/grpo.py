@@ -1,11 +1,13 @@
 """Latent GRPO with transformers' ``Trainer``: G noisy thoughts a user, rewards, group advantages, a clipped surrogate.
 
     a_i = r + σ ε_i,  ε_0 = 0      R_i = reward of the target after thought a_i      A = group_advantage(R)
-    loss = -mean_i mean(min(ρ_i A_i, clip(ρ_i, 1 - ε_low, 1 + ε_high) A_i)) + β KL     mean over users of the batch
+    P = -mean_i mean(min(ρ_i A_i, clip(ρ_i, 1 - ε_low, 1 + ε_high) A_i))
+    loss = (1 - λ) P - λ log p(target | r) + β KL                                      mean over users of the batch
 
 ``policy`` says what ρ is the ratio of (docs/rl.md has the reasons): "thoughts", N(a_i; r, σ²) now against then, or
 "tokens", p(target token | prompt, r + σ ε_i) now against then, as LatentR3 has it. KL = Σ_n ‖r_n - r_n^SFT‖² / (2 σ²),
-exact for these Gaussians. The step goes through the wrapped module's forward, so DDP and FSDP2 average gradients.
+exact for these Gaussians. λ is 0 unless asked for; it, β and σ may be adapted (:mod:`flr.train.controls`). The step
+goes through the wrapped module's forward, so DDP and FSDP2 average gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from flr.model.outputs import GroupInputs, GroupOutput
 
 from .arguments import LatentGRPOConfig
 from .base import RecTrainer
+from .controls import Controls, user_weights
 from .finite import name_rows
 from .group_batches import GroupCollator, RepeatedBlocks
 from .policy_loss import clipped_surrogate
@@ -35,13 +38,13 @@ from .step_graphs import StepGraphs, padded
 from .throughput import COUNTS
 
 #: Tensors of a group's inputs and results that a CUDA graph takes and gives, beside the actions, which are pairs.
-_INPUTS = ("targets", "target_mask", "noise", "target_nodes")
+_INPUTS = ("targets", "target_mask", "noise", "target_nodes", "noise_scale")
 _RESULTS = ("logprobs", "thought_logprobs", "regularisers", "kl", "thoughts", "thought_norm", "gate_entropy")
 
 
 def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs) -> GroupOutput:
     """``model(**prompts, group=group)``, by a CUDA graph where these shapes have come before."""
-    tensors = {name: x for name in _INPUTS if (x := getattr(group, name)) is not None}
+    tensors = {name: x for name in _INPUTS if isinstance(x := getattr(group, name), torch.Tensor)}
     if group.actions is not None:
         tensors |= dict(zip(("action", "sigma"), group.actions, strict=True))
 
@@ -51,7 +54,7 @@ def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], 
         out = model(**{name: tensors[name] for name in prompts}, group=replace(group, **given))
         return *(getattr(out, name) for name in _RESULTS), *out.actions
 
-    *results, action, sigma = graphs(call, tensors | prompts, model, (group.policy, model.training))
+    *results, action, sigma = graphs(call, tensors | prompts, model, (group.policy, group.likelihood, model.training))
     found: Any = dict(zip(_RESULTS, results, strict=True))
     assert action is not None
     assert sigma is not None
@@ -107,11 +110,18 @@ class LatentGRPOTrainer(RecTrainer):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")
         self.reference = copy.deepcopy(lm.flr).requires_grad_(False).eval()
+        if args.noise_target is not None and not self.rewards.may_decode:
+            raise ValueError(
+                f"noise_target: expected None with likelihoods, which differ at any noise, got {args.noise_target}"
+            )
         self._rollouts: list[_Rollout] = []
         self._micro_batch = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._extremes = torch.tensor([torch.inf, -torch.inf])
         super().__init__(model, args, processor, train, valid, {"reward_terms": self.rewards.names}, **kwargs)
+        targets = (args.kl_target, args.noise_target)
+        self.controls = Controls(args.kl_weight, args.noise_scale, *targets, self._over_processes)
+        self.add_callback(self.controls)
         hidden = lm.get_input_embeddings().weight.shape[-1]
         self._groups = GroupCollator(processor, args.group_size, hidden, args.seed)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
@@ -168,19 +178,7 @@ class LatentGRPOTrainer(RecTrainer):
         inputs = dict(inputs)
         inputs.pop("rows", None)
         inputs.pop(COUNTS, None)
-        items = inputs.pop("items")
-        group = GroupInputs(
-            inputs.pop("targets"),
-            inputs.pop("target_mask"),
-            inputs.pop("noise"),
-            noise_scale=args.noise_scale,
-            relative=args.noise_relative,
-            policy=args.policy,
-            catalogue_loss=self.catalogue_loss,
-            target_nodes=inputs.pop("target_nodes", None),
-            reference=self.reference.to(inputs["input_ids"].device),
-            decodable=self.rewards.may_decode,
-        )
+        items, group = inputs.pop("items"), self._group(inputs)
         iteration = self.state.global_step % args.num_iterations
         if iteration and self._micro_batch >= len(self._rollouts):
             raise ValueError(
@@ -197,17 +195,46 @@ class LatentGRPOTrainer(RecTrainer):
             self._roll_out(model, inputs, items, group, out, now)
         rollout = self._rollouts[self._micro_batch]
         self._micro_batch += 1
-        mask = None if args.policy == "thoughts" else group.target_mask
-        surrogate = clipped_surrogate(now, rollout.old, mask, rollout.advantages, args.epsilon_low, args.epsilon_high)
-        losses = surrogate.loss + args.kl_weight * out.kl
-        if args.regularise:
-            losses = losses + out.regularisers
-        # advantages may be finite for rewards that are not; so each shows in the loss, which is looked at anyway
-        losses = losses + 0 * rollout.rewards.sum(1)
+        losses = self._objective(group, out, now, rollout)
         self._losses = losses.detach()
         users = torch.tensor(len(losses), device=losses.device)
         total = self._over_processes(users) if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / total * self.accelerator.num_processes  # DDP and FSDP average over processes
+        return (loss, out) if return_outputs else loss
+
+    def _group(self, inputs: dict[str, torch.Tensor]) -> GroupInputs:
+        """What a step asks of the forward; ``inputs`` loses what is not a prompt's."""
+        args: Any = self.args
+        return GroupInputs(
+            inputs.pop("targets"),
+            inputs.pop("target_mask"),
+            inputs.pop("noise"),
+            noise_scale=self.controls.on("noise_scale", inputs["input_ids"].device),
+            relative=args.noise_relative,
+            policy=args.policy,
+            likelihood=args.is_hybrid and args.policy == "thoughts",
+            catalogue_loss=self.catalogue_loss,
+            target_nodes=inputs.pop("target_nodes", None),
+            reference=self.reference.to(inputs["input_ids"].device),
+            decodable=self.rewards.may_decode,
+        )
+
+    def _objective(self, group: GroupInputs, out: GroupOutput, now: torch.Tensor, rollout: _Rollout) -> torch.Tensor:
+        """Losses [B] of the users."""
+        args: Any = self.args
+        mask = None if args.policy == "thoughts" else group.target_mask
+        surrogate = clipped_surrogate(now, rollout.old, mask, rollout.advantages, args.epsilon_low, args.epsilon_high)
+        losses = surrogate.loss
+        if args.is_hybrid:
+            assert out.logprobs is not None
+            weights = user_weights(rollout.rewards, args.likelihood_weight, args.likelihood_adaptive, self._mean_of)
+            likelihood = out.logprobs[:, 0].sum(-1) / group.target_mask.sum(-1)
+            losses = (1 - weights) * losses - weights * likelihood
+            self._note(likelihood=likelihood, likelihood_weight=weights)
+        assert out.kl is not None
+        losses = losses + self.controls.on("kl_weight", losses.device) * out.kl
+        if args.regularise:
+            losses = losses + out.regularisers
         self._note(
             loss=losses,
             clip_fraction=surrogate.clipped,
@@ -215,7 +242,13 @@ class LatentGRPOTrainer(RecTrainer):
             thought_norm=out.thought_norm,
             gate_entropy=out.gate_entropy,
         )
-        return (loss, out) if return_outputs else loss
+        # advantages may be finite for rewards that are not; so each shows in the loss, which is looked at anyway
+        return losses + 0 * rollout.rewards.sum(1)
+
+    def _mean_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of values [B] over the users of all processes' micro-batches."""
+        total = self._over_processes(torch.stack([values.sum(), torch.full_like(values[0], len(values))]))
+        return total[0] / total[1]
 
     def _fault(self, model: Any, inputs: dict[str, Any], rows: torch.Tensor, num_items: Any) -> str:
         rewards = self._rollouts[self._micro_batch - 1].rewards.cpu()
@@ -256,6 +289,8 @@ class LatentGRPOTrainer(RecTrainer):
             advantages = advantages * self._over_processes(count).sqrt()
         del self._rollouts[self._micro_batch :]
         self._rollouts.append(_Rollout(result.rewards.detach(), advantages, now.detach(), out.actions))
+        if out.kl is not None:
+            self.controls.observe(out.kl, result.rewards)
         self._note(reward=result.mean, reward_std=result.std, reward_clean=result.rewards[:, 0].detach())
         least, most = self._extremes.to(advantages.device)
         self._extremes = torch.stack([torch.minimum(least, advantages.min()), torch.maximum(most, advantages.max())])
@@ -299,6 +334,8 @@ class LatentGRPOTrainer(RecTrainer):
             names = sorted(self._sums)
             sums = self._over_processes(torch.stack([self._sums[name] for name in names])).cpu()
             logs |= {name: float(s[0] / s[1]) for name, s in zip(names, sums, strict=True)}
+            if self.controls.adapts:
+                logs |= {name: float(value) for name, value in self.controls.values.items()}
             ends = self._extremes.to(self.args.device) * torch.tensor([-1.0, 1.0], device=self.args.device)
             ends = self.accelerator.gather(ends[None]).amax(0).cpu()
             if ends[1] > -torch.inf:

@@ -56,8 +56,8 @@ def run_settings(
         **{key: value for key, value in args.to_dict().items() if key not in APART},
         **_of_model(model),
         **_of_processor(processor, train),
-        "data.train": _rows_digest(train),
-        "data.valid": None if valid is None else _rows_digest(valid),
+        "data.train": rows_digest(train),
+        "data.valid": None if valid is None else rows_digest(valid),
         **more,
     }
     return json.loads(json.dumps(_flat(settings), sort_keys=True, default=str))
@@ -139,7 +139,8 @@ def _of_processor(processor: RecProcessor, train: Interactions) -> dict[str, Any
     }
 
 
-def _rows_digest(rows: Interactions) -> str:
+def rows_digest(rows: Interactions) -> str:
+    """The number of rows, and a digest of histories, targets and users."""
     parts = (rows.histories.values, rows.histories.offsets, rows.targets, *_joined(rows.users))
     return f"{len(rows)} rows {digest(parts)}"
 

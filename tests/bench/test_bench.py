@@ -34,12 +34,34 @@ def test_a_report_shows_the_newest_commit_of_a_kind_of_work(tmp_path):
     assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["targets"]
     assert "| s x | eager | **4.00×** | 3.64-4.40 |  | 5×: **missed** |" in tables["speed"]
     assert "failed: RuntimeError: no" in tables["s"]
+    assert "| s | Some 3.0 | 0 of 1 | 4.00× eager, x | 4.00× eager, x |" in tables["summary"]
     text = "a\n<!-- bench:speed -->\nold\n<!-- /bench -->\nb\n"
     assert (
         report.render(text, tables, "x.md") == f"a\n<!-- bench:speed -->\n\n{tables['speed']}\n\n<!-- /bench -->\nb\n"
     )
-    with pytest.raises(ValueError, match=r"x\.md: expected bench:NAME with NAME one of speed.*got nothing"):
+    with pytest.raises(ValueError, match=r"x\.md: expected bench:NAME with NAME one of summary, speed.*got nothing"):
         report.render(text.replace("speed", "nothing"), tables, "x.md")
+
+
+def test_the_summary_hides_no_loss():
+    """A line a suite and device, with the lowest of all ratios, and with targets that failed counted as missed."""
+    rows = [
+        {"suite": suite, "case": f"{case} B2", "variant": variant, **more}
+        for suite, case, variant, more in (
+            ("a_b", "step", "flr", {"p50_ms": 1.0}),
+            ("a_b", "step", "eager", {"ratio": {"p50": 9.0, "p20": 8.0, "p80": 10.0}, "target": 5}),
+            ("a_b", "build", "other", {"failed": "no", "target": 2}),
+            ("a_b", "build", "compiled", {"ratio": {"p50": 0.5, "p20": 0.4, "p80": 0.6}}),
+            ("a_b", "build", "host", {"ratio": {"p50": 0.1, "p20": 0.1, "p80": 0.1}}),  # ours in another form
+            ("c", "x", "eager", {"ratio": {"p50": 2.0, "p20": 2.0, "p80": 2.0}}),
+        )
+    ]
+    lines = report.summary({"CPU Some(R) Thing Processor": rows, "GPU": rows[:2]}).splitlines()[2:]
+    assert lines == [
+        "| a b | Some Thing | 1 of 2 | 9.00× eager, step | 0.500× compiled, build |",
+        "| a b | GPU | 1 of 1 | 9.00× eager, step | 9.00× eager, step |",
+        "| c | Some Thing | none set | 2.00× eager, x | 2.00× eager, x |",
+    ]
 
 
 def test_a_kind_of_work_measured_again_leaves_the_others(tmp_path):

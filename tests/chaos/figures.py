@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.harness import facts
+from bench.machine import facts
 from flr.files import read_json, write_json
 
 

@@ -9,8 +9,11 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from flr.cli import COMMANDS, main, voice
+from flr.cli.compare import MODES
+from flr.cli.quickstart import REINFORCED
 from tests.helpers.serving import save
 
 DATA = ["--planted_items", "40", "--planted_users", "60"]
@@ -172,10 +175,20 @@ def test_unknown_items_get_suggestions(run, capsys):
 
 
 @pytest.mark.slow
-def test_the_quickstart_fits_one_screen(tmp_path, capfd):
-    assert main(["quickstart", "--quick", "true", "--output_dir", str(tmp_path / "out")]) == 0
-    out, err = capfd.readouterr()
-    assert out.count("\n") + err.count("\n") <= 40
-    assert not any(raw in out + err for raw in RAW)
-    assert "flr + rl" in out
-    assert f"Wrote {tmp_path / 'out' / 'report.html'}" in out
+def test_the_quickstart_fits_one_screen(tmp_path, monkeypatch):
+    """A terminal of 24 rows and 80 columns, whose last row is the prompt."""
+    monkeypatch.chdir(tmp_path)
+    screen = {"force_terminal": True, "width": 80, "height": 24, "highlight": False}
+    for name in ("_out", "_err"):
+        monkeypatch.setattr(voice, name, Console(file=io.StringIO(), **screen))
+    notes = []
+    monkeypatch.setattr(voice, "note", notes.append)
+    assert main(["quickstart", "--quick", "true"]) == 0
+    out = Text.from_ansi(voice._out.file.getvalue()).plain
+    lines = [*notes, *out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 23
+    assert not any(raw in out for raw in RAW)
+    assert [line.split()[0] for line in lines[5:14]] == [*MODES, REINFORCED]
+    assert any(line.startswith("Wrote quickstart/report.html") for line in lines)
+    assert "8 of 8, offsets-mixture: epoch 1 of 1" in Text.from_ansi(voice._err.file.getvalue()).plain

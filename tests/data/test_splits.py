@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flr.data import Catalogue, ReadReport, load_dataset
+from flr.data import CSR, Catalogue, Interactions, ReadReport, hold_back, load_dataset
 from flr.data.events import InteractionLog, LogBuilder
 from flr.data.splits import k_core, split_log, titled_catalogue
 
@@ -96,3 +96,33 @@ def test_split_errors():
     ):
         with pytest.raises(ValueError, match=message):
             split_log(log, describe=lambda ids: Catalogue(ids, ids), **(arguments | change))
+
+
+def rows_of(users: list[str], times: list[int] | None) -> Interactions:
+    histories = CSR.from_rows([[0]] * len(users))
+    return Interactions(users, histories, list(range(len(users))), None if times is None else np.array(times))
+
+
+def test_the_latest_rows_are_held_back():
+    rest, held = hold_back(rows_of(list("abcdefghij"), [5, 1, 9, 2, 8, 3, 7, 4, 6, 0]), 0.3)
+    assert held.targets.tolist() == [2, 4, 6]
+    assert rest.targets.tolist() == [0, 1, 3, 5, 7, 8, 9]
+    assert held.timestamps.min() > rest.timestamps.max()
+
+
+def test_rows_of_one_time_stay_together():
+    rest, held = hold_back(rows_of(list("abcd"), [1, 2, 2, 2]), 0.4)
+    assert (len(rest), len(held)) == (1, 3)
+
+
+def test_without_times_the_last_rows_of_evenly_spread_users_are_held_back():
+    users = [f"u{n // 4}" for n in range(40)]
+    rest, held = hold_back(rows_of(users, None), 0.125)
+    assert held.targets.tolist() == [3, 11, 19, 27, 35]
+    assert sorted(rest.targets.tolist() + held.targets.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.0, None), (1.0, None), (0.5, None), (0.5, [3, 3, 3, 3])])
+def test_a_share_that_cannot_be_held_back(share, times):
+    with pytest.raises(ValueError, match=r"^held_back: expected .*, got "):
+        hold_back(rows_of(["a", "a", "a", "a"], times), share)

@@ -1,4 +1,4 @@
-"""The README's first lines run as printed, and what it names exists (docs/tutorial.md: test_site.py)."""
+"""The README's first lines run as printed, and what it names exists (docs/tutorial.ipynb: test_site.py)."""
 
 import doctest
 import re
@@ -15,6 +15,27 @@ README = (ROOT / "README.md").read_text()
 
 def first_code():
     return re.search(r"executed by tests/docs/test_readme.py.*?-->\n```python\n(.*?)```", README, re.S)[1]
+
+
+def test_it_is_short_and_begins_with_the_patch():
+    """One page: what it is, one picture, two commands to start with, one table, one block of use."""
+    assert len(README.splitlines()) < 120
+    languages = re.findall(r"^```(\w+)$", README, re.M)
+    assert languages == ["python", "bash", "bash"]
+    assert "flr.patch_model(model)" in first_code()
+    assert README.index(first_code()) < 1500
+    assert len(re.findall(r"^!\[", README, re.M)) == 1
+    assert len(re.findall(r"^\| ?---", README, re.M)) == 1
+    start = re.findall(r"^```bash\n(.*?)```", README, re.M | re.S)[0]
+    assert len(start.splitlines()) == 2
+
+
+def test_every_command_is_in_the_block_of_use():
+    from flr.cli import COMMANDS
+
+    use = re.findall(r"^```bash\n(.*?)```", README, re.M | re.S)[1]
+    shown = re.findall(r"^flr (\w+)", use, re.M)
+    assert set(shown) == set(COMMANDS) - {"quickstart", "bench"}
 
 
 def test_the_first_lines_run(monkeypatch):

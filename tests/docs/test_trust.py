@@ -39,7 +39,7 @@ def test_the_container_copies_what_is_there_and_is_no_root():
             assert all((ROOT / source).exists() for source in rest.split()[:-1]), rest
         if word == "FROM":
             assert re.match(r"\S+:\S*\d", rest), rest  # a version, not what is newest today
-    assert [rest for word, rest in steps if word == "USER"] == ["flr"]
+    assert [rest for word, rest in steps if word == "USER"] == ["1000"]
     extras = re.search(r"\.\[(.*?)\]", (ROOT / "Dockerfile").read_text())[1].split(",")
     project = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = \[", project, re.M) for extra in extras)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from flr.cli import main
 from flr.cli.quickstart import pictures
-from flr.report.plots import plot_compare, summarise
+from flr.report.plots import compare_panels, plot_compare, summarise
 from tests.helpers.extras import hide
 from tests.helpers.models import build_recommender
 from tests.helpers.serving import save
@@ -48,7 +49,8 @@ def test_a_fault_inside_matplotlib_is_not_called_a_missing_extra(monkeypatch, tm
 
 def test_commands_without_matplotlib(monkeypatch, tmp_path, capsys, explanation):
     hide(monkeypatch, "matplotlib")
-    assert pictures(ROWS, explanation, tmp_path) == {}
+    pictures(ROWS, explanation, tmp_path)
+    assert list(tmp_path.iterdir()) == []
     assert "pictures are left out, matplotlib is not installed: pip install 'flr[plots]'" in _text(capsys)
     assert main(["explain", "--history", "a", "--png", "heat.png"]) == 1
     assert "png: expected matplotlib for a picture, got none; pip install 'flr[plots]'" in _text(capsys)
@@ -61,16 +63,20 @@ def test_commands_without_matplotlib(monkeypatch, tmp_path, capsys, explanation)
 
 
 def test_pictures_with_matplotlib(tmp_path, explanation):
-    drawn = pictures(ROWS, explanation, tmp_path)
-    assert [Path(name).name for name in drawn] == ["compare.png"]
+    pictures(ROWS, explanation, tmp_path)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(made) == {"compare.png", "compare-dark.png", "attention.png"}
+    assert set(made) == {"compare.png", "attention.png"}
     assert all(content.startswith(b"\x89PNG") for content in made.values())
-    corners = {}
-    for name in ("compare.png", "compare-dark.png"):
-        with Image.open(tmp_path / name) as picture:
-            corners[name] = picture.convert("RGB").getpixel((2, 2))
-    assert corners == {"compare.png": (255, 255, 255), "compare-dark.png": (0x15, 0x18, 0x1B)}
+
+
+def test_a_pages_panels_have_a_dark_form():
+    (panel,) = compare_panels(ROWS, ["hr@10", "mrr"])
+    assert (panel["title"], panel["alt"]) == ("HR@10", "HR@10: flr 0.2000")
+    corners = []
+    for scheme in ("light", "dark"):
+        with Image.open(io.BytesIO(base64.b64decode(panel[scheme].partition(",")[2]))) as picture:
+            corners.append(picture.convert("RGB").getpixel((2, 2)))
+    assert corners == [(255, 255, 255), (0x15, 0x18, 0x1B)]
 
 
 def test_no_module_of_the_main_job_needs_an_extra():

@@ -31,8 +31,6 @@ def rows_of(seeds):
 def test_report(tmp_path, seeds):
     recommender: Recommender = build_recommender(catalogue=nasty_catalogue())
     rows = rows_of(seeds)
-    plot_compare(rows, tmp_path / "compare.png")
-    plot_compare(rows, tmp_path / "compare-dark.png", dark=True)
     confusion = {"nmi": 0.5, "chance": 0.1, "chance_high": None, "confusion": [[5, 1], [0, 0]]}
     quickstart_report(
         {
@@ -40,7 +38,7 @@ def test_report(tmp_path, seeds):
             "rows": rows,
             "differences": {"flr <K>": {"ndcg@10": [0.01, -0.01, 0.02]}},
             "nmi": {"flr <K>": confusion},
-            "images": {tmp_path / "compare.png": "all modes"},
+            "names": {"anchor": f"a token {NASTY}"},
             "example": recommender.explain(["item_0", "item_1"]).to_dict(),
             "next_steps": ["flr sft --config <yours>"],
             "settings": {"seed": 0},
@@ -50,15 +48,14 @@ def test_report(tmp_path, seeds):
     page = (tmp_path / "report.html").read_text()
     shown = " ".join(Checker(page).text)
     assert "flr <K>" in shown
-    assert page.count("data:image/png") == 2  # light, and dark for a page of that scheme
-    assert page.count("<source media") == 1
+    assert page.count("data:image/png") == 4  # two metrics, light, and dark for a page of that scheme
+    assert page.count("<source media") == 2
+    assert "NDCG@10 minus anchor" in shown
+    assert ("Small orange dots" in shown) == (seeds > 1)
     assert "nan" not in shown
     quickstart_report({}, tmp_path / "empty.html")
     with pytest.raises(ValueError, match="got rowz"):
         quickstart_report({"rowz": []}, tmp_path / "no.html")
-    (tmp_path / "fake.png").write_bytes(b"GIF89a")
-    with pytest.raises(ValueError, match="expected a PNG file"):
-        quickstart_report({"images": [tmp_path / "fake.png"]}, tmp_path / "no.html")
     assert not (tmp_path / "no.html").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flr.data import Catalogue, RecProcessor, build_tokenizer
-from flr.train import init_item_embeddings, init_new_tokens, item_features
+from flr.train import init_grown_tokens, init_item_embeddings, init_new_tokens, item_features
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import tiny_llama, trainable
 
@@ -117,3 +117,31 @@ def test_the_end_of_an_item_stands_for_no_text(pretrained):
     end, same = (processor.tokenizer.convert_tokens_to_ids(name) for name in ("<|item_end|>", "<|same_0|>"))
     torch.testing.assert_close(weight[end], mean)
     assert (weight[same] - mean).abs().max().item() > 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_item_starts_from_the_known_ones_with_alike_titles(tied):
+    titles = [f"{colour} {place}" for colour in ("amber chess", "brave opera") for place in range(15)]
+    known = Catalogue([f"i{n}" for n in range(30)], titles)
+    processor = RecProcessor(build_tokenizer(known, "id"), known)
+    more = Catalogue([f"i{n}" for n in range(32)], [*titles, "brave opera 99", "amber chess 98"])
+    grown = processor.grown(more)
+    model = tiny_llama(len(grown.tokenizer), tie_word_embeddings=tied)
+    size = len(processor.tokenizer)
+    with torch.no_grad():
+        for place, weight in enumerate({model.get_input_embeddings().weight, model.get_output_embeddings().weight}):
+            weight[size:] = torch.nan
+            weight[grown.item_codec.tokens[:15]] = torch.randn(1, weight.shape[1]) + place
+            weight[grown.item_codec.tokens[15:30]] = torch.randn(1, weight.shape[1]) - place
+    assert init_grown_tokens(model, grown, size) == []
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        new = weight[grown.item_codec.tokens[30:]]
+        means = torch.stack(
+            [weight[grown.item_codec.tokens[15:30]].mean(0), weight[grown.item_codec.tokens[:15]].mean(0)]
+        )
+        assert torch.isfinite(new).all()
+        nearest = torch.cdist(new, means).argmin(1)
+        assert nearest.tolist() == [0, 1]
+        old = weight[:size]
+        apart = (new - new.mean(0)).square().mean(1).sqrt()
+        torch.testing.assert_close(apart, (old - old.mean(0)).square().mean().sqrt().expand(2))

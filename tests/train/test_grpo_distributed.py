@@ -17,6 +17,15 @@ from tests.helpers.training import grpo_trainer
 RUNS = {
     "thoughts, grpo": {"policy": "thoughts", "kl_weight": 0.1, "num_iterations": 2},
     "tokens, latentr3": {"policy": "tokens", "advantage": "latentr3", "advantage_from_clean": False},
+    "hybrid": {
+        "likelihood_weight": 0.3,
+        "likelihood_adaptive": True,
+        "kl_weight": 0.1,
+        "kl_target": 0.01,
+        "reward": "log_likelihood=1,ndcg@10=1",
+        "noise_target": 0.5,
+        "reward_beams": 8,
+    },
     "backbone": {"policy": "tokens", "train_backbone": True, "gradient_accumulation_steps": 2},
 }
 #: How eight users are split over processes when nothing is even.

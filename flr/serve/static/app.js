@@ -275,7 +275,7 @@ function drawList() {
     : el("p", { class: "hint" }, "No item is left to recommend."));
   $("notice").textContent = effects ? effects.notice : "";
   $("list-note").textContent = factors
-    ? "Bars on the right: by how many nats each factor raised or lowered the log-probability (Shapley values, they add up to the effect of all together; one nat makes an item ×2.7 as likely). Choose an item to see below where its factors looked."
+    ? "Coloured bars: by how many nats each factor raised or lowered the log-probability (Shapley values, they add up to the effect of all together; one nat makes an item ×2.7 as likely). A bar of a probability is relative to the greatest. Choose an item to see below where its factors looked."
     : `This model (${state.shown.variant}) has no factors to show.`;
 }
 
@@ -322,7 +322,6 @@ function drawFactors() {
   const largest = Math.max(...alpha.flat(), 1e-9);
   const chosen = recommendations[state.chosen];
   const weight = chosen && history.map((_, m) => chosen.factor_shares.reduce((sum, share, k) => sum + share * attention.at(-1).at(-1)[k][m], 0));
-  const strongest = weight && Math.max(...weight, 1e-9);
   const each = (make) => Array.from({ length: factors }, (_, k) => make(k));
   const head = el("tr", {}, el("th", { scope: "col" }, "History, oldest first"),
     ...each((k) => el("th", { scope: "col", class: `part${dim(k)}` }, el("span", { class: "swatch", style: { background: colour(k) } }), `F${k + 1}`)),
@@ -336,11 +335,11 @@ function drawFactors() {
       el("th", { scope: "row", title: named(item) + (item.used ? "" : " (too far back, not seen)") }, el("span", { class: "place" }, String(m + 1)), named(item)),
       ...each((k) => el("td", { class: `part${dim(k)}` }, cell(alpha[k][m], largest, k))),
       chosen ? el("td", { class: "for" }, el("div", { class: "bar" },
-        el("div", { class: "track" }, el("div", { class: "fill", style: { width: `${(100 * weight[m]) / strongest}%` } })),
+        el("div", { class: "track" }, el("div", { class: "fill", style: { width: `${100 * weight[m]}%` } })),
         el("span", { class: "number" }, percent(weight[m])))) : null));
   $("heat").replaceChildren(el("table", { class: "map" }, el("thead", {}, head), el("tbody", {}, gateRow, ...rows)));
   $("heat-note").textContent = history.length
-    ? "Each factor's attention over the history: a column adds up to 100 %, less what went to other parts of the prompt. Right: attention weighted by the factors' shares of the chosen item; it says where they looked, not what would change without that item."
+    ? "Each factor's attention over the history: a column adds up to 100 %, less what went to other parts of the prompt. Last column: attention weighted by the factors' shares of the chosen item; it says where they looked, not what would change without that item."
     : "With an empty history there is nothing to look at.";
 }
 

@@ -1,0 +1,165 @@
+"""``flr factors``: which factors a model needs, for what kind of item, and whether runs agree; the others pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flr.config import option
+
+from . import voice
+from .options import DataOptions, load_trained
+from .parsing import emit, parse
+from .weights import WeightOptions
+
+if TYPE_CHECKING:
+    from flr.data import Catalogue
+    from flr.explain import FactorsNeeded
+
+ABOUT = (
+    "What a model loses without each of its factors, by kind of item, and how many are enough; --prune writes the "
+    "model with those alone. Of several runs: whether their factors divide histories alike."
+)
+_MOST_KINDS = 8  # in the table
+
+
+@dataclass
+class FactorsOptions(WeightOptions):
+    """Which models, and what to measure."""
+
+    models: str = option(
+        "runs/sft", "Folders that flr sft or flr rl wrote, with commas between them; the first is measured."
+    )
+    split: str = option("valid", "train, valid or test: whose rows are measured on.")
+    max_users: int | None = option(1000, "Measure on that many of the rows, evenly spread; None for all.")
+    kinds: str | None = option(
+        None,
+        "An attribute of the catalogue, or sid (an item's first code), to tell items apart by. Default: sid, if any.",
+    )
+    batch_size: int = option(16, "Rows at a time.")
+    keep: int | None = option(None, "With --prune: how many factors. Default: as many as are enough.")
+    prune: str | None = option(None, "Folder to write the pruned model to, new or empty.")
+    output: str | None = option(None, "Folder for factors_needed.json and its picture. Default: the first model's.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in ("train", "valid", "test"):
+            raise ValueError(f"split: expected train, valid or test, got {self.split!r}")
+        for name in ("max_users", "batch_size", "keep"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.keep is not None and self.prune is None:
+            raise ValueError(f"keep: expected --prune FOLDER beside it, got {self.keep} alone")
+        if not self.folders():
+            raise ValueError(f"models: expected at least one folder, got {self.models!r}")
+
+    def folders(self) -> list[str]:
+        """The models' folders."""
+        return [text.strip() for text in self.models.split(",") if text.strip()]
+
+
+def item_kinds(catalogue: Catalogue, name: str | None) -> Sequence[str] | None:
+    """A kind of every item, or None.
+
+    Raises:
+        ValueError: no such attribute, no semantic IDs.
+    """
+    if name is None or name == "sid":
+        if catalogue.sids is None:
+            if name is None:
+                return None
+            raise ValueError("kinds: expected an attribute of the catalogue, got sid, which its items do not have")
+        return [codes[0] for codes in catalogue.sids]
+    if name not in catalogue.attributes:
+        known = ", ".join(["sid", *catalogue.attributes])
+        raise ValueError(f"kinds: expected one of {known}, got {name!r}")
+    return [str(value) for value in catalogue.attributes[name].tolist()]
+
+
+def print_tables(found: FactorsNeeded, kept: list[int]) -> None:
+    """What each factor is worth, and how few are enough."""
+    shown = sorted(sorted(range(len(found.kinds)), key=lambda n: -found.rows[n])[:_MOST_KINDS])
+    heads = [] if len(found.kinds) == 1 else [found.kinds[n] for n in shown]
+    title = f"Loss more without a factor, nats a user (with all: {found.loss:.3f})"
+    table = voice.table(title, "factor", "gate", "without it", *heads)
+    for k, (change, gate) in enumerate(zip(found.without, found.gates, strict=True)):
+        cells = [f"{found.by_kind[k][n]:+.3f}" for n in shown] if heads else []
+        mark = "" if k in kept else " [dim](not needed)[/dim]"
+        interval = f"{change.mean:+.4f} [dim]{change.low:+.4f} to {change.high:+.4f}[/dim]"
+        table.add_row(f"{k + 1}{mark}", f"{gate:.1%}", interval, *cells)
+    voice.result(table)
+    path = voice.table("The fewest that are enough", "factors", "kept", "loss more")
+    for left, change in found.path:
+        mark = "  enough" if len(left) == found.enough else ""
+        numbers = " ".join(str(k + 1) for k in left)
+        path.add_row(
+            str(len(left)), numbers, f"{change.mean:+.4f} [dim]{change.low:+.4f} to {change.high:+.4f}[/dim]{mark}"
+        )
+    voice.result(path)
+    voice.note(
+        f"Enough: within one standard error of the loss with all, {found.error:.4f} nats; nothing is trained again."
+    )
+
+
+def write_pruned(folder: str, model: Any, processor: Any, keep: list[int]) -> None:
+    """The model with some factors alone, as a folder that appears whole or not at all."""
+    from flr.files import atomic_folder
+    from flr.model.pruning import prune_factors
+
+    output = Path(folder)
+    if output.is_dir():
+        output.rmdir()  # empty
+    prune_factors(model, keep)
+    with atomic_folder(output) as place:
+        processor.save_pretrained(place)
+        model.save_pretrained(place)
+    voice.result(f"Wrote {output}: {len(keep)} factors. Training goes on from it by flr sft --model {output}.")
+
+
+def print_stability(names: list[str], table: list[list[float]]) -> None:
+    """How alike the runs' factors divide histories."""
+    shown = voice.table("How alike factors divide the histories' items (NMI; 1 is alike)", "run", *names)
+    for name, row in zip(names, table, strict=True):
+        shown.add_row(name, *(f"{value:.2f}" for value in row))
+    voice.result(shown)
+
+
+def main(argv: list[str]) -> int:
+    options, data, rest = parse("factors", ABOUT, (FactorsOptions, DataOptions), argv)
+    from flr.explain import factor_stability, factors_needed
+    from flr.files import write_json
+    from flr.report.drawing import WITHOUT, can_draw
+
+    place = Path(options.prune or "")
+    if options.prune is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"prune: expected a new or an empty folder, got {options.prune}")
+    dataset = data.announce()
+    loading: dict[str, Any] = {"max_prompt_tokens": data.max_prompt_tokens, **options.as_saved()}
+    loaded = [load_trained(folder, dataset, **loading) for folder in options.folders()]
+    model, processor = loaded[0]
+    rows = getattr(dataset, options.split).spread(options.max_users)
+    kinds = item_kinds(dataset.catalogue, options.kinds)
+    found = factors_needed(model, processor, rows, kinds, options.batch_size, voice.note)
+    kept = found.kept(options.keep)
+    print_tables(found, kept)
+    outcome = {"model": options.folders()[0], "split": options.split, "users": len(rows), **found.to_dict()}
+    if len(loaded) > 1:
+        outcome["stability"] = factor_stability(loaded, rows)
+        print_stability([Path(folder).name for folder in options.folders()], outcome["stability"])
+    root = Path(options.output or options.folders()[0])
+    write_json(root / "factors_needed.json", outcome)
+    voice.result(f"Wrote {root / 'factors_needed.json'}.")
+    if can_draw():
+        from flr.report.factors import plot_needed
+
+        plot_needed(outcome, root / "factors_needed.png")
+        voice.result(f"Wrote {root / 'factors_needed.png'}.")
+    else:
+        voice.note(WITHOUT)
+    if options.prune is not None:
+        write_pruned(options.prune, model, processor, kept)
+        outcome["pruned"] = {"folder": options.prune, "kept": kept}
+    emit(outcome, rest.json)
+    return 0

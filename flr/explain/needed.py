@@ -1,0 +1,241 @@
+"""Which factors a trained model needs: what it loses without one, by kind of item, and without several.
+
+The loss is the one it was trained with, -log p(target) of a user in nats, without regularisers. A factor is taken away
+as :func:`flr.model.pruning.prune_factors` does: the gates share out its weight, nothing is trained again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import normalized_mutual_info_score
+
+from flr.data import InteractionDataset, Interactions, RecProcessor, SFTCollator
+from flr.decode import CatalogueTrie
+from flr.model.backbone import causal_lm, evaluating
+from flr.model.catalogue_loss import CatalogueLoss
+from flr.model.pruning import only_factors
+
+from .interest import assign_factors, attended
+
+_Z = 1.959964  # of a 95 % interval
+
+
+class Change(NamedTuple):
+    """Loss more than with all factors, nats a user, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FactorsNeeded:
+    """What a model's K factors are worth on some rows.
+
+    Attributes:
+        loss, error: mean loss with all factors, nats a user, and its standard error over users.
+        gates: mean gate of every factor.
+        without: loss more without each factor alone.
+        kinds, rows: names of the kinds of targets and how many rows have each; one kind where none were given.
+        by_kind: [K][kinds], loss more of the rows of a kind without a factor.
+        path: factors kept, from all down to one, each time without the one that is missed least, and the loss more.
+        enough: how many of that path are enough: the fewest within one standard error of the loss with all.
+    """
+
+    loss: float
+    error: float
+    gates: list[float]
+    without: list[Change]
+    kinds: list[str]
+    rows: list[int]
+    by_kind: list[list[float]]
+    path: list[tuple[list[int], Change]]
+    enough: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def kept(self, count: int | None = None) -> list[int]:
+        """The factors of the path that ``count`` leaves; by default those that are enough.
+
+        Raises:
+            ValueError: more than there are, or none.
+        """
+        count = self.enough if count is None else count
+        if not 1 <= count <= len(self.path):
+            raise ValueError(f"keep: expected 1 to {len(self.path)}, got {count}")
+        return self.path[len(self.path) - count][0]
+
+
+class _Rows:
+    """Rows in batches, and a model's loss on them.
+
+    Without kinds batches are drawn at random, so that their sums say how far the mean may be off; with kinds a batch is
+    of one kind, and the longest histories are together.
+    """
+
+    def __init__(
+        self, model: Any, processor: RecProcessor, rows: Interactions, size: int, kinds: np.ndarray | None = None
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.loss = None
+        if processor.scoring == "catalogue":
+            self.loss = CatalogueLoss(CatalogueTrie.from_codec(processor.item_codec))
+        if kinds is None:
+            whole = [np.random.default_rng(0).permutation(len(rows))]
+        else:
+            order = np.lexsort((rows.histories.lengths, kinds))
+            whole = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
+        parts = [part for each in whole for part in np.split(each, range(size, len(each), size))]
+        collate, data = SFTCollator(processor), InteractionDataset(rows)
+        self.batches = [collate([data[row] for row in part.tolist()]) for part in parts]
+        self.users = np.array([len(part) for part in parts])
+        self.kind = np.array([0 if kinds is None else kinds[part[0]] for part in parts])
+
+    @torch.no_grad()
+    def losses(self) -> np.ndarray:
+        """Sum of every batch's losses, float64 [batches]."""
+        found, device = [], next(self.model.parameters()).device
+        with evaluating(self.model):
+            for batch in self.batches:
+                inputs = {name: x.to(device) for name, x in batch.items() if name != "item_positions"}
+                if self.loss is not None:
+                    inputs["labels"] = self.loss.target_nodes(inputs["labels"])
+                out = self.model(**inputs, catalogue_loss=self.loss, num_items_in_batch=1, skip_logits=True)
+                found.append(out.loss.double() - out.flr.loss.double())
+        return torch.stack(found).cpu().numpy()
+
+    def change(self, before: np.ndarray, after: np.ndarray) -> Change:
+        """Mean difference of a user, with the interval of a ratio of sums over batches."""
+        users, each = self.users.sum(), after - before
+        mean = each.sum() / users
+        batches = len(self.users)
+        spread = ((each - mean * self.users) ** 2).sum() * batches / max(batches - 1, 1)
+        half = _Z * np.sqrt(spread) / users
+        return Change(float(mean), float(mean - half), float(mean + half))
+
+
+def factors_needed(
+    model: Any,
+    processor: RecProcessor,
+    rows: Interactions,
+    kinds: Sequence[str] | None = None,
+    batch_size: int = 16,
+    note: Callable[[str], None] = lambda text: None,
+) -> FactorsNeeded:
+    """Measure what each factor, and ever fewer of them, are worth.
+
+    Args:
+        model: patched, variant "flr" or "offsets", merged. processor: its own.
+        rows: what to measure on, e.g. a thousand of valid; K (K + 1) / 2 forwards of each, and K + 1 more with kinds.
+        kinds: of every item of the catalogue, [C]; rows are told apart by that of their target.
+        batch_size: rows at a time.
+        note: is told what is being measured.
+
+    Raises:
+        ValueError: no factors to take away, no rows, kinds of another number of items.
+    """
+    catalogue = len(processor.catalogue)
+    if kinds is not None and len(kinds) != catalogue:
+        raise ValueError(f"kinds: expected {catalogue}, one an item, got {len(kinds)}")
+    if len(rows) == 0 or batch_size < 1:
+        name, got = ("rows", "none") if len(rows) == 0 else ("batch_size", batch_size)
+        raise ValueError(f"{name}: expected at least 1, got {got}")
+    with only_factors(model, [0]):  # says what has no factors of its own
+        pass
+    count = causal_lm(model)._flr_patch.config.num_factors
+    if count == 1:
+        raise ValueError("model: expected two factors or more, got 1, without which there is no thought")
+    measured = _Rows(model, processor, rows, batch_size)
+
+    def without(left: list[int], of: _Rows = measured) -> np.ndarray:
+        with only_factors(model, left):
+            return of.losses()
+
+    note(f"all {count} factors")
+    left = list(range(count))
+    whole, path = without(left), [(left, Change(0.0, 0.0, 0.0))]
+    alone: dict[int, np.ndarray] = {}
+    while len(left) > 1:
+        note(f"{len(left) - 1} of {count} factors")
+        tried = {gone: without([k for k in left if k != gone]) for gone in left}
+        alone = alone or tried
+        least = min(left, key=lambda gone: tried[gone].sum())
+        left = [k for k in left if k != least]
+        path.append((left, measured.change(whole, tried[least])))
+    total = measured.change(np.zeros_like(whole), whole)
+    error = (total.high - total.low) / 2 / _Z
+    enough = next(n for n in range(len(path), 0, -1) if path[n - 1][1].mean <= error)
+    changes = [measured.change(whole, x) for _, x in sorted(alone.items())]
+    names, users, by_kind = ["all"], [len(rows)], [[change.mean] for change in changes]
+    if kinds is not None:
+        note("by kind of item")
+        every, labels = np.unique(np.array(list(kinds)), return_inverse=True)
+        apart = _Rows(model, processor, rows, batch_size, labels[rows.targets])
+        shown = np.unique(apart.kind)
+        names = [str(every[n]) for n in shown]
+        before = without(list(range(count)), apart)
+        users = [int(apart.users[apart.kind == n].sum()) for n in shown]
+        by_kind = []
+        for gone in range(count):
+            more = without([k for k in range(count) if k != gone], apart) - before
+            by_kind.append([float(more[apart.kind == n].sum()) / size for n, size in zip(shown, users, strict=True)])
+    return FactorsNeeded(
+        loss=total.mean,
+        error=error,
+        gates=_mean_gates(measured),
+        without=changes,
+        kinds=names,
+        rows=users,
+        by_kind=by_kind,
+        path=path,
+        enough=count - enough + 1,
+    )
+
+
+def _mean_gates(measured: _Rows) -> list[float]:
+    sums: list[torch.Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        sums.append(output.gates[:, -1].double().sum(0))
+
+    handle = causal_lm(measured.model).flr.register_forward_hook(note)
+    try:
+        measured.losses()
+    finally:
+        handle.remove()
+    total = torch.stack(sums).sum(0)
+    return (total / total.sum()).tolist()
+
+
+def factor_stability(
+    models: Sequence[tuple[Any, RecProcessor]], rows: Interactions, batch_size: int = 64
+) -> list[list[float]]:
+    """How alike several models' factors divide the same histories: normalised mutual information, [models][models].
+
+    Every history item goes to one factor of each model (:func:`flr.explain.assign_factors`). 1 where two models, e.g.
+    of different seeds, divide alike, whatever their factors' numbers; near 0 where one says nothing of the other.
+
+    Raises:
+        ValueError: fewer than two models, one whose factors attend to nothing, models that see different items.
+    """
+    if len(models) < 2:
+        raise ValueError(f"models: expected at least 2, got {len(models)}")
+    divided = []
+    for model, processor in models:
+        found = {row: assign_factors(x) for row, _, x in attended(model, processor, rows.histories, batch_size)}
+        divided.append([found[row] for row in sorted(found)])
+    if len({tuple(map(len, each)) for each in divided}) > 1:
+        raise ValueError("models: expected the same max_history, got models that see different items of the histories")
+    labels = [np.concatenate(each) for each in divided]
+    table = np.eye(len(models))
+    for a, b in itertools.combinations(range(len(models)), 2):
+        table[a, b] = table[b, a] = normalized_mutual_info_score(labels[a], labels[b])
+    return table.tolist()
