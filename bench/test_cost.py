@@ -39,7 +39,7 @@ def cases(users: int, prompts: list[int], beams: list[int], *model: int, **more:
 @torch.no_grad()
 def test_cost(shape, tier, race):
     users, beams, length, vocabulary = (shape[x] for x in ("B", "W", "L", "V"))
-    items = catalogue("1000" if tier == "quick" else "100000")
+    items = catalogue("1000" if tier == "quick" else "10000")
     model = thinking_model(items, shape["D"], shape["layers"], vocabulary).to(DEVICE)
     if "dtype" in shape:
         model.to(torch.bfloat16)
