@@ -33,13 +33,13 @@ def cases(users: int, prompts: list[int], beams: list[int], *model: int, **more:
 
 @pytest.mark.cases(
     quick=cases(2, [40], [4, 8], 64, 2, 10_432),
-    default=cases(8, [128, 512], [10, 20, 50], 512, 8, 10_432),
+    default=cases(4, [128, 256], [10, 20, 50], 512, 8, 10_432),
     gpu=cases(64, [256, 1024], [20, 50], 1536, 28, 151_936, dtype="torch.bfloat16"),
 )
 @torch.no_grad()
 def test_cost(shape, tier, race):
     users, beams, length, vocabulary = (shape[x] for x in ("B", "W", "L", "V"))
-    items = catalogue("1000" if tier == "quick" else "100000")
+    items = catalogue("1000" if tier == "quick" else "10000")
     model = thinking_model(items, shape["D"], shape["layers"], vocabulary).to(DEVICE)
     if "dtype" in shape:
         model.to(torch.bfloat16)

@@ -2,12 +2,12 @@
 
     flr sft --config examples/instruments.yaml --anchor last --output_dir runs/all
     flr sft --config examples/instruments.yaml --anchor last --output_dir runs/rest --held_back 0.1
-    python scripts/rl_held_back.py --data data/instruments --rest runs/rest --all runs/all --held_back 0.1 \
-        --results docs/results/rl_held_back.json
+    python scripts/rl_held_back.py --data data/instruments --rest runs/rest --all runs/all
 
 Every way goes on from the model of --rest with the rows that it did not see, for the same number of epochs, at each of
 the learning rates; the epoch and the rate are chosen by NDCG@10 on valid users (--eval_max_users), and test is looked
-at once, with what was chosen. Differences are paired by user, with 95 % bootstrap intervals over users.
+at once, with what was chosen. Differences are paired by user, with 95 % bootstrap intervals over users. Results go to
+docs/results/rl_held_back.json and into the table of docs/rl.md; --table writes the page alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ from flr.cli.options import AugmentOptions, DataOptions  # noqa: E402
 from flr.data import RecDataset, RecProcessor, hold_back  # noqa: E402
 from flr.evaluate import evaluate  # noqa: E402
 from flr.evaluate.metrics import paired_difference, row_metrics  # noqa: E402
-from flr.files import write_json  # noqa: E402
+from flr.files import read_json, write_json  # noqa: E402
 from flr.model.checkpoint import from_pretrained  # noqa: E402
 from flr.train import LatentGRPOConfig, SFTConfig  # noqa: E402
 
@@ -52,23 +53,29 @@ WAYS: dict[str, dict[str, Any] | None] = {
         "kl_target": 0.5,
     },
 }
+RESULT, PAGE = ROOT / "docs/results/rl_held_back.json", ROOT / "docs/rl.md"
+MARKED = re.compile(r"(<!-- rl:held_back -->\n).*?(<!-- /rl -->)", re.S)
 RATES = (1e-3, 3e-3)
 METRICS = ("hr@10", "ndcg@10")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--rest", type=Path, required=True, help="trained without the rows held back")
-    parser.add_argument("--all", type=Path, required=True, help="trained on all rows")
+    parser.add_argument("--data")
+    parser.add_argument("--rest", type=Path, help="trained without the rows held back")
+    parser.add_argument("--all", type=Path, help="trained on all rows")
     parser.add_argument("--held_back", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=ROOT / "out/rl-held-back", help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--eval_max_users", type=int, default=6193)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--results", type=Path, help="JSON with every run and the table")
-    return parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULT, help="JSON with every run and the table")
+    parser.add_argument("--table", action="store_true", help="only write the page, from the result")
+    args = parser.parse_args()
+    if not args.table and not (args.data and args.rest and args.all):
+        parser.error("expected --data, --rest and --all")
+    return args
 
 
 def train(args: argparse.Namespace, way: str, rate: float, dataset: RecDataset, folder: Path) -> dict[str, Any]:
@@ -110,8 +117,30 @@ def row(name: str, values: dict[str, np.ndarray], base: dict[str, np.ndarray], u
     return found
 
 
-def main() -> int:
-    args, console = options(), Console(stderr=True)
+def table(report: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = ["| | rate | valid NDCG@10 | test HR@10 | test NDCG@10 | less that of rows left out | CPU seconds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in report["rows"]:
+        d = row.get("difference")
+        change = "" if d is None else f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+        cells = [row["name"], f"{row['rate']:g}" if "rate" in row else ""]
+        cells.append(f"{row['valid ndcg@10']:.4f}" if "rate" in row else "")
+        cells += [f"{row['hr@10']:.4f}", f"{row['ndcg@10']:.4f}", change, f"{row.get('cpu_seconds', '')}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"{report['rows_held']:,} rows held back, {report['epochs']} epochs on them, seed {report['seed']}"
+    about += f", {report['test_users']:,} test users, whole catalogue"
+    lines.append(f"\n{about}; choices by {report['valid_users']:,} users of valid.")
+    return "\n".join(lines)
+
+
+def write_page(report: dict[str, Any]) -> None:
+    """Put the table between its markers."""
+    text = PAGE.read_text()
+    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", text))
+
+
+def study(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     data = DataOptions(data=args.data, codec="id", max_history=20)
     dataset = data.load()
     runs: list[dict[str, Any]] = []
@@ -135,11 +164,19 @@ def main() -> int:
     for found in rows:
         found.pop("folder", None)
         console.print(found)
-    if args.results:
-        held = hold_back(dataset.train, args.held_back)[1]
-        settings = {"held_back": args.held_back, "rows": len(held), "epochs": args.epochs, "seed": args.seed}
-        runs = [{name: value for name, value in run.items() if name != "folder"} for run in runs]
-        write_json(args.results, {**facts(), **settings, "rows": rows, "runs": runs, "held_rows": len(held)})
+    held = hold_back(dataset.train, args.held_back)[1]
+    settings = {"held_back": args.held_back, "rows_held": len(held), "epochs": args.epochs, "seed": args.seed}
+    settings |= {"test_users": len(users), "valid_users": min(args.eval_max_users, len(dataset.valid))}
+    runs = [{name: value for name, value in run.items() if name != "folder"} for run in runs]
+    return {**facts(), **settings, "rows": rows, "runs": runs}
+
+
+def main() -> int:
+    args = options()
+    if not args.table:
+        write_json(args.results, study(args, Console(stderr=True)))
+    if args.results == RESULT:
+        write_page(read_json(RESULT, 1 << 24))
     return 0
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import re
 import subprocess
 import sys
@@ -144,10 +145,9 @@ def save_catalogue(folder: Path, size: int) -> Callable[[], Any]:
     from flr.data import Catalogue
 
     words = ["blue", "train", "kind", "of", "round", "midnight", "trip", "love", "supreme", "giant"]
-    rng = np.random.default_rng(0)
-    picked = rng.integers(0, len(words), (size, 3)).tolist()
-    titles = [f"{words[a]} {words[b]} {words[c]} {i}" for i, (a, b, c) in enumerate(picked)]
-    catalogue = Catalogue([f"B{i:08d}" for i in range(size)], titles)
+    draw = random.Random(0)
+    titles = (f"{draw.choice(words)} {draw.choice(words)} {draw.choice(words)} {i}" for i in range(size))
+    catalogue = Catalogue((f"B{i:08d}" for i in range(size)), titles)
     return lambda: catalogue.save(folder / CATALOGUE)
 
 

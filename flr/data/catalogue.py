@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ import pyarrow as pa
 from flr.files import PathLike, naming, read_parquet, write_parquet
 
 from .frames import as_table, column_names, find_column, has_column, holds_text, id_column, is_text, plain_array
+from .text_index import TextIndex
 
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_PART = 1 << 16  # texts that are joined at a time
 _SUGGESTIONS = 5
 _LIKENESS, _PART_LIKENESS = 70, 85  # of 100, below which nothing is suggested
 
@@ -67,14 +69,14 @@ class Catalogue:
                 if not sid:
                     raise ValueError(f"sids: expected at least one code an item, got none at {position}")
             _check_text("sids", sorted({code for sid in self.sids for code in sid}), empty=False)
-        self._index = {item_id: position for position, item_id in enumerate(self.item_ids)}
-        if len(self._index) != size:
-            twice = next(item_id for place, item_id in enumerate(self.item_ids) if self._index[item_id] != place)
-            raise ValueError(f"item_ids: expected {size} different ids, got {len(self._index)} ({twice!r} repeats)")
+        self._index = TextIndex(self.item_ids)
+        if (place := self._index.repeated()) is not None:
+            twice, different = self.item_ids[place], len(set(self.item_ids))
+            raise ValueError(f"item_ids: expected {size} different ids, got {different} ({twice!r} repeats)")
         for name, values in (attributes or {}).items():
             self.attributes[name] = _attribute(name, values, size)
-        self._by_title: dict[str, list[int]] | None = None
-        self._by_folded: dict[str, list[int]] | None = None
+        self._by_title: TextIndex | None = None
+        self._by_folded: TextIndex | None = None
 
     @classmethod
     def from_frame(
@@ -168,7 +170,7 @@ class Catalogue:
 
     def index(self, item_id: str) -> int:
         """Index 0..C-1 of an id; ValueError naming the id (and near ones) where the catalogue has no such item."""
-        position = self._index.get(item_id)
+        position = self._index.first(item_id)
         if position is None:
             near = _hint(item_id, self.item_ids)
             raise ValueError(f"item_id: expected an id of the catalogue, got {item_id!r}{near}")
@@ -187,15 +189,15 @@ class Catalogue:
 
     def lookup(self, text: str) -> list[int]:
         """As :meth:`find`, but an empty list and no search for suggestions where nothing matches. Safe in threads."""
-        if text in self._index:
-            return [self._index[text]]
+        if (position := self._index.first(text)) is not None:
+            return [position]
         if self._by_title is None:
-            self._by_title = _positions(self.titles)  # assigned when complete: another thread may look at any time
-        if text in self._by_title:
-            return list(self._by_title[text])
+            self._by_title = TextIndex(self.titles)  # assigned when complete: another thread may look at any time
+        if found := self._by_title(text):
+            return found
         if self._by_folded is None:
-            self._by_folded = _positions(map(_fold, self.titles))
-        return list(self._by_folded.get(_fold(text), []))
+            self._by_folded = TextIndex(self.titles, _fold)
+        return self._by_folded(text)
 
     def suggest(self, text: str) -> str:
         """The end of an error about an unknown id or title: "; did you mean …?" with near ids and titles, or ""."""
@@ -236,8 +238,24 @@ class Catalogue:
         >>> Catalogue(["x", "y"], ["Blue", "Red"]).digest() == Catalogue(["y", "x"], ["Red", "Blue"]).digest()
         False
         """
-        content = json.dumps([self.item_ids, self.titles, self.sids], ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(content.encode()).hexdigest()
+        digest = hashlib.sha256(b"[")
+        for place, values in enumerate((self.item_ids, self.titles, self.sids)):
+            digest.update(b"," if place else b"")
+            for part in _as_json(values):
+                digest.update(part.encode())
+        digest.update(b"]")
+        return digest.hexdigest()
+
+
+def _as_json(values: Sequence[Any] | None) -> Iterator[str]:
+    """A list as JSON without spaces, in parts."""
+    if not values:
+        yield "null" if values is None else "[]"
+        return
+    for start in range(0, len(values), _PART):
+        text = json.dumps(values[start : start + _PART], ensure_ascii=False, separators=(",", ":"))
+        yield f"{',' if start else '['}{text[1:-1]}"
+    yield "]"
 
 
 def _codes_of(sid: Any, name: str) -> tuple[str, ...]:
@@ -253,11 +271,12 @@ def _check_text(name: str, values: Sequence[Any], empty: bool) -> None:
             raise ValueError(f"{name}: expected strings, got {type(value).__name__} {value!r} at {position}")
         if not value and not empty:
             raise ValueError(f"{name}: expected text, got an empty string at {position}")
-    try:
-        "".join(values).encode("utf-8")
-    except UnicodeEncodeError:
-        position = next(place for place, value in enumerate(values) if _SURROGATE.search(value))
-        raise ValueError(f"{name}: expected valid Unicode, got {values[position]!r} at {position}") from None
+    for start in range(0, len(values), _PART):
+        try:
+            "".join(values[start : start + _PART]).encode("utf-8")
+        except UnicodeEncodeError:  # noqa: PERF203, once a part
+            position = next(place for place, value in enumerate(values) if _SURROGATE.search(value))
+            raise ValueError(f"{name}: expected valid Unicode, got {values[position]!r} at {position}") from None
 
 
 def _attribute(name: str, values: Any, size: int) -> np.ndarray:
@@ -269,13 +288,6 @@ def _attribute(name: str, values: Any, size: int) -> np.ndarray:
     if array.dtype.kind not in "iufbU":
         raise ValueError(f"attributes[{name!r}]: expected integers, floats, bools or strings, got dtype {array.dtype}")
     return array
-
-
-def _positions(titles: Iterable[str]) -> dict[str, list[int]]:
-    positions: dict[str, list[int]] = {}
-    for position, title in enumerate(titles):
-        positions.setdefault(title, []).append(position)
-    return positions
 
 
 def _fold(text: str) -> str:

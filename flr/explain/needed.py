@@ -75,20 +75,29 @@ class FactorsNeeded:
 
 
 class _Rows:
-    """Rows in batches of one kind each, and a model's loss on them."""
+    """Rows in batches, and a model's loss on them.
 
-    def __init__(self, model: Any, processor: RecProcessor, rows: Interactions, kinds: np.ndarray, size: int) -> None:
+    Without kinds batches are drawn at random, so that their sums say how far the mean may be off; with kinds a batch is
+    of one kind, and the longest histories are together.
+    """
+
+    def __init__(
+        self, model: Any, processor: RecProcessor, rows: Interactions, size: int, kinds: np.ndarray | None = None
+    ) -> None:
         self.model, self.processor = model, processor
         self.loss = None
         if processor.scoring == "catalogue":
             self.loss = CatalogueLoss(CatalogueTrie.from_codec(processor.item_codec))
-        order = np.lexsort((rows.histories.lengths, kinds))
-        cuts = np.flatnonzero(np.diff(kinds[order])) + 1
-        parts = [part for kind in np.split(order, cuts) for part in np.split(kind, range(size, len(kind), size))]
+        if kinds is None:
+            whole = [np.random.default_rng(0).permutation(len(rows))]
+        else:
+            order = np.lexsort((rows.histories.lengths, kinds))
+            whole = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
+        parts = [part for each in whole for part in np.split(each, range(size, len(each), size))]
         collate, data = SFTCollator(processor), InteractionDataset(rows)
         self.batches = [collate([data[row] for row in part.tolist()]) for part in parts]
         self.users = np.array([len(part) for part in parts])
-        self.kind = np.array([kinds[part[0]] for part in parts])
+        self.kind = np.array([0 if kinds is None else kinds[part[0]] for part in parts])
 
     @torch.no_grad()
     def losses(self) -> np.ndarray:
@@ -125,7 +134,7 @@ def factors_needed(
 
     Args:
         model: patched, variant "flr" or "offsets", merged. processor: its own.
-        rows: what to measure on, e.g. a thousand of valid; K (K + 1) / 2 forwards of each.
+        rows: what to measure on, e.g. a thousand of valid; K (K + 1) / 2 forwards of each, and K + 1 more with kinds.
         kinds: of every item of the catalogue, [C]; rows are told apart by that of their target.
         batch_size: rows at a time.
         note: is told what is being measured.
@@ -139,18 +148,20 @@ def factors_needed(
     if len(rows) == 0 or batch_size < 1:
         name, got = ("rows", "none") if len(rows) == 0 else ("batch_size", batch_size)
         raise ValueError(f"{name}: expected at least 1, got {got}")
-    names, labels = np.unique(np.array(["all"] * catalogue if kinds is None else list(kinds)), return_inverse=True)
-    measured = _Rows(model, processor, rows, labels[rows.targets], batch_size)
+    with only_factors(model, [0]):  # says what has no factors of its own
+        pass
     count = causal_lm(model)._flr_patch.config.num_factors
+    if count == 1:
+        raise ValueError("model: expected two factors or more, got 1, without which there is no thought")
+    measured = _Rows(model, processor, rows, batch_size)
 
-    def without(left: list[int]) -> np.ndarray:
+    def without(left: list[int], of: _Rows = measured) -> np.ndarray:
         with only_factors(model, left):
-            return measured.losses()
+            return of.losses()
 
     note(f"all {count} factors")
-    whole = without(list(range(count)))
-    gates = _mean_gates(measured)
-    left, path = list(range(count)), [(list(range(count)), Change(0.0, 0.0, 0.0))]
+    left = list(range(count))
+    whole, path = without(left), [(left, Change(0.0, 0.0, 0.0))]
     alone: dict[int, np.ndarray] = {}
     while len(left) > 1:
         note(f"{len(left) - 1} of {count} factors")
@@ -159,20 +170,31 @@ def factors_needed(
         least = min(left, key=lambda gone: tried[gone].sum())
         left = [k for k in left if k != least]
         path.append((left, measured.change(whole, tried[least])))
-    shown = [n for n in range(len(names)) if (measured.kind == n).any()]
-    users = [int(measured.users[measured.kind == n].sum()) for n in shown]
-    own = [[float((x - whole)[measured.kind == n].sum()) for n in shown] for _, x in sorted(alone.items())]
     total = measured.change(np.zeros_like(whole), whole)
     error = (total.high - total.low) / 2 / _Z
     enough = next(n for n in range(len(path), 0, -1) if path[n - 1][1].mean <= error)
+    changes = [measured.change(whole, x) for _, x in sorted(alone.items())]
+    names, users, by_kind = ["all"], [len(rows)], [[change.mean] for change in changes]
+    if kinds is not None:
+        note("by kind of item")
+        every, labels = np.unique(np.array(list(kinds)), return_inverse=True)
+        apart = _Rows(model, processor, rows, batch_size, labels[rows.targets])
+        shown = np.unique(apart.kind)
+        names = [str(every[n]) for n in shown]
+        before = without(list(range(count)), apart)
+        users = [int(apart.users[apart.kind == n].sum()) for n in shown]
+        by_kind = []
+        for gone in range(count):
+            more = without([k for k in range(count) if k != gone], apart) - before
+            by_kind.append([float(more[apart.kind == n].sum()) / size for n, size in zip(shown, users, strict=True)])
     return FactorsNeeded(
         loss=total.mean,
         error=error,
-        gates=gates,
-        without=[measured.change(whole, x) for _, x in sorted(alone.items())],
-        kinds=[str(names[n]) for n in shown],
+        gates=_mean_gates(measured),
+        without=changes,
+        kinds=names,
         rows=users,
-        by_kind=[[loss / size for loss, size in zip(row, users, strict=True)] for row in own],
+        by_kind=by_kind,
         path=path,
         enough=count - enough + 1,
     )

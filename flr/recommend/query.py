@@ -53,7 +53,8 @@ class QueryBuilder:
     def __init__(self, processor: RecProcessor) -> None:
         self.processor = processor
         catalogue = processor.catalogue
-        self._longest_text = max(_MIN_TEXT, *map(len, catalogue.item_ids), *map(len, catalogue.titles))
+        longest = (max(map(len, texts), default=0) for texts in (catalogue.item_ids, catalogue.titles))
+        self._longest_text = max(_MIN_TEXT, *longest)
 
     def resolve(
         self, histories: Sequence[History], on_unknown: OnUnknown = "raise", *, suggest: bool = True

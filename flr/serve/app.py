@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 
 import flr
@@ -21,6 +22,15 @@ from .middleware import Middleware, problem
 from .settings import Settings
 
 _OPEN = frozenset({*routes.PAGE, "/health", "/ready", "/openapi.json"})
+
+
+def load(settings: Settings, like: Recommender | None = None) -> Recommender:
+    """The model in ``settings.model``; with the catalogue of ``like`` where that is the same."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    known = None if like is None else like.processor
+    return Recommender.from_pretrained(settings.model, device, like=known, revision=settings.revision, **options)
 
 
 def create_app(

@@ -19,6 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A replica that computes tells its length of queue late, and one that has not told gets no requests. Ray Serve reads
+# this when it is imported; its own value is 0.1 s.
+_PATIENCE = {"RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1"}
+for _name, _value in _PATIENCE.items():
+    os.environ.setdefault(_name, _value)
+
 import pydantic
 import ray
 import torch
@@ -28,11 +34,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from flr.recommend import Recommender
 
-from .app import create_app, create_front
+from .app import create_app, create_front, load
 from .cluster import Cluster, Errors, Forwarded, Reply
 from .middleware import Middleware
 from .scaling import Scaling
-from .server import load
 from .settings import Settings
 
 ERRORS = Errors((RayActorError,), (BackPressureError, DeploymentUnavailableError))
@@ -212,8 +217,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         return create_front(Cluster(serve.get_deployment_handle(_REPLICA), settings, ERRORS))
 
     most = 100 * (settings.max_queue + settings.max_batch_size)
-    options: dict[str, Any] = {"num_replicas": fronts, "max_ongoing_requests": most, "ray_actor_options": {}}
-    options["ray_actor_options"]["num_cpus"] = 0  # it waits, mostly
+    options: dict[str, Any] = {"num_replicas": fronts, "max_ongoing_requests": most}
+    # it waits, mostly
+    options["ray_actor_options"] = {"num_cpus": 0, "runtime_env": {"env_vars": _PATIENCE}}
     front = serve.deployment(name=_FRONT, **options)(serve.ingress(door)(Front))
     return front.bind(replicas(settings, scaling))
 

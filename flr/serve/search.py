@@ -9,6 +9,7 @@ import numpy as np
 from flr.data import Catalogue
 
 _ENOUGH = 2000  # hits that are ranked; a query that has more is too short to rank well anyway
+_ROWS = 1 << 16  # that are joined at a time
 _LOOKED_AT = 20_000  # rows that hold the longest word
 
 
@@ -32,13 +33,18 @@ class ItemSearch:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.size = len(catalogue)
-        rows = [
-            f"{' '.join(title.casefold().split())}\t{' '.join(item_id.casefold().split())}\n"
-            for title, item_id in zip(catalogue.titles, catalogue.item_ids, strict=True)
-        ]
-        self._text = "".join(rows)
+        parts: list[str] = []
         self._starts = np.zeros(self.size + 1, np.int64)
-        np.cumsum([len(row) for row in rows], out=self._starts[1:])
+        for first in range(0, self.size, _ROWS):
+            part = slice(first, first + _ROWS)
+            rows = [
+                f"{' '.join(title.casefold().split())}\t{' '.join(item_id.casefold().split())}\n"
+                for title, item_id in zip(catalogue.titles[part], catalogue.item_ids[part], strict=True)
+            ]
+            parts.append("".join(rows))
+            self._starts[first + 1 : first + 1 + len(rows)] = [len(row) for row in rows]
+        self._text = "".join(parts)
+        np.cumsum(self._starts, out=self._starts)
 
     def __call__(self, query: str) -> Hits:
         """Items for what was typed. An empty query gives the first ones of the catalogue."""

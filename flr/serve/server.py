@@ -20,7 +20,7 @@ import uvicorn
 
 from flr.recommend import Recommender
 
-from .app import create_app
+from .app import create_app, load
 from .connections import ACCEPTED_AT_ONCE, Connection, Connections, connection_limit
 from .middleware import MAX_HEAD, Middleware
 from .scaling import Scaling
@@ -137,15 +137,6 @@ def bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise OSError(f"cannot bind to {host}:{port}: {error.strerror}") from None
     return bound
-
-
-def load(settings: Settings, like: Recommender | None = None) -> Recommender:
-    """The model in ``settings.model``; with the catalogue of ``like`` where that is the same."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    given = {"dtype": settings.dtype, "attn_implementation": settings.attn_implementation}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    known = None if like is None else like.processor
-    return Recommender.from_pretrained(settings.model, device, like=known, revision=settings.revision, **options)
 
 
 def run(settings: Settings, scaling: Scaling | None = None) -> int:

@@ -61,6 +61,9 @@ def test_kinds_share_out_the_loss_and_batches_do_not_matter():
     assert sum(found.rows) == len(rows)
     for change, row in zip(found.without, found.by_kind, strict=True):
         assert np.average(row, weights=found.rows) == pytest.approx(change.mean, abs=1e-5)
+    assert (
+        found.error == factors_needed(model, processor, rows, batch_size=5).error
+    )  # not of kinds, which are no sample
     again = factors_needed(model, processor, rows, batch_size=24)
     assert again.loss == pytest.approx(found.loss, rel=1e-5)
     assert again.kinds == ["all"]
@@ -132,6 +135,18 @@ def test_refused(change, message):
     model, processor = trainable()
     with pytest.raises(ValueError, match=message):
         factors_needed(model, processor, **{"rows": DATA.valid, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_factors": 1}, "model: expected two factors or more, got 1"),
+        ({"variant": "anchor"}, "model: expected factors"),
+    ],
+)
+def test_a_model_without_factors_to_take_away(options, message):
+    with pytest.raises(ValueError, match=message):
+        factors_needed(*trainable(**options), DATA.valid)
 
 
 def test_one_run_has_nothing_to_be_compared_with():

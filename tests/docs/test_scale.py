@@ -1,0 +1,48 @@
+"""The generated tables of docs/scale.md and docs/serving.md are those of their results."""
+
+from __future__ import annotations
+
+import pytest
+
+from flr.files import read_json
+from scripts import plan_tables, scale_memory
+
+
+def test_the_tables_of_costs_are_those_of_flr_plan():
+    assert plan_tables.tables() in plan_tables.PAGE.read_text(), "stale: run python scripts/plan_tables.py"
+
+
+def test_the_table_of_memory_is_that_of_the_result():
+    report = read_json(scale_memory.RESULT, 1 << 20)
+    assert scale_memory.table(report) in scale_memory.PAGE.read_text(), "stale: scripts/scale_memory.py --table"
+    assert list(report["sizes"]) == [str(size) for size in scale_memory.SIZES]
+
+
+def test_what_processes_share_is_one_copy():
+    """The trie and item-kNN lie in their files: of two processes each is charged half."""
+    for size, rows in read_json(scale_memory.RESULT, 1 << 20)["sizes"].items():
+        for name, file in (("trie: open", scale_memory.TRIE), ("item-kNN: open", scale_memory.KNN)):
+            row = rows[name]
+            assert row["processes"] == 2
+            assert row["own"] < 0.35 * rows["files"][file], (size, name)
+            assert row["Pss"] < 0.75 * row["Rss"], (size, name)
+
+
+def test_the_tables_of_replicas_are_those_of_the_result():
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from scripts import serve_replicas
+
+    report = read_json(serve_replicas.RESULT, 1 << 20)
+    assert serve_replicas.table(report) in serve_replicas.PAGE.read_text(), "stale: scripts/serve_replicas.py --table"
+
+
+def test_the_simulated_router_follows_the_load():
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from scripts.serve_replicas import simulate
+
+    service = {"1": [0.1], "32": [1.0]}
+    light, heavy = (simulate(4, load, service, 0.0) for load in (0.05, 0.95))
+    assert light["p50_s"] < 0.2
+    assert heavy["p50_s"] > 2 * light["p50_s"]
+    assert heavy["per_s"] == pytest.approx(0.95 * 4 * 32)
+    assert simulate(4, 0.05, service, 0.5)["p50_s"] == pytest.approx(light["p50_s"] + 0.5)
