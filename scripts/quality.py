@@ -2,12 +2,13 @@
 
     flr sft --config examples/instruments.yaml --data data/instruments --variant anchor --output_dir runs/anchor
     python scripts/quality.py --data data/instruments anchor=runs/anchor "K factors, one sum=runs/flr" …
+    python scripts/quality.py --quickstart quickstart                              # what flr quickstart --seeds 3 found
     python scripts/quality.py --table                                              # docs/quality.md alone
 
 The first model is the control that the others' differences are to. Of several seeds give NAME=FOLDER,FOLDER: metrics
 of a user are averaged over seeds before users are resampled. The weight of item-kNN is chosen by NDCG@10 on the valid
-split, for each model; the test split is looked at once. Results go to docs/results/quality_instruments.json and into
-the table of docs/quality.md.
+split, for each model; the test split is looked at once. Results go to docs/results/quality_instruments.json, those of
+the quickstart to docs/results/quickstart.json, and both into the tables of docs/quality.md.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from flr.cli.options import load_trained
+from flr.cli.quickstart import NAMES
 from flr.data import NeighbourTable, RecDataset, load_dataset
 from flr.evaluate import evaluate_scorer, fit_neighbours
 from flr.evaluate.baselines import ItemKNN
@@ -26,8 +28,9 @@ from flr.evaluate.metrics import paired_difference, row_metrics
 from flr.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT, PAGE = ROOT / "docs/results/quality_instruments.json", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:instruments -->\n).*?(<!-- /quality -->)", re.S)
+RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/quality.md"
+RESULT, QUICKSTART = RESULTS / "quality_instruments.json", RESULTS / "quickstart.json"
+MARKED = re.compile(r"(<!-- quality:(instruments|quickstart) -->\n).*?(<!-- /quality -->)", re.S)
 WEIGHTS = tuple(round(0.05 * step, 2) for step in range(21))
 METRICS = ("hr@10", "ndcg@10")
 
@@ -113,10 +116,38 @@ def _interval(values: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
-def write_page(report: dict[str, Any]) -> None:
-    """Put the table between its markers."""
-    text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", text))
+def quickstart_result(report: dict[str, Any]) -> dict[str, Any]:
+    """What the table shows of a ``quickstart.json``."""
+    rows = [{**row, "metrics": {m: round(row["metrics"][m], 6) for m in METRICS}} for row in report["rows"]]
+    kept = [{name: row[name] for name in ("mode", "seed", "metrics")} for row in rows]
+    nmi = {mode: {name: round(found[name], 6) for name in ("nmi", "chance")} for mode, found in report["nmi"].items()}
+    return {"rows": kept, "nmi": nmi}
+
+
+def quickstart_table(report: dict[str, Any]) -> str:
+    """What ``flr quickstart`` found: means over seeds with the lowest and the highest, and NMI of the first seed."""
+    lines = ["| mode | what it is | seeds | HR@10 | NDCG@10 | NMI, by chance |", "|---|---|---|---|---|---|"]
+    for mode in dict.fromkeys(row["mode"] for row in report["rows"]):
+        runs = [row["metrics"] for row in report["rows"] if row["mode"] == mode]
+        spans = []
+        for metric in METRICS:
+            values = [run[metric] for run in runs]
+            ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            spans.append(f"{np.mean(values):.3f}{ends}")
+        found = report["nmi"].get(mode)
+        agreement = f"{found['nmi']:.3f}, {found['chance']:.3f}" if found else ""
+        lines.append(f"| {mode} | {NAMES[mode]} | {len(runs)} | {' | '.join(spans)} | {agreement} |")
+    lines.append("\nThe test split: means over seeds, with the lowest and the highest; NMI of seed 0.")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """The page with its tables as the results say."""
+    made = {
+        "instruments": table(read_json(RESULT, 1 << 24)),
+        "quickstart": quickstart_table(read_json(QUICKSTART, 1 << 24)),
+    }
+    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
 
 
 def main() -> None:
@@ -124,9 +155,12 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER[,FOLDER…]")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--table", action="store_true", help="Only write the page, from the result.")
+    parser.add_argument("--quickstart", type=Path, help="Only take over what flr quickstart left in this folder.")
+    parser.add_argument("--table", action="store_true", help="Only write the page, from the results.")
     args = parser.parse_args()
-    if not args.table:
+    if args.quickstart:
+        write_json(QUICKSTART, quickstart_result(read_json(args.quickstart / "quickstart.json", 1 << 24)))
+    elif not args.table:
         if args.data is None or not args.models or not all("=" in model for model in args.models):
             parser.error("expected --data FOLDER and models as NAME=FOLDER")
         pairs = (model.rsplit("=", 1) for model in args.models)
@@ -134,7 +168,7 @@ def main() -> None:
         write_json(args.output, report)
         print(json.dumps(report["models"], indent=1))
     if args.output == RESULT:
-        write_page(read_json(args.output, 1 << 24))
+        PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":

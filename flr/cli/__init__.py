@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from .errors import UsageError, message
+from .errors import UsageError, did_you_mean, message
 
 COMMANDS = {
     "quickstart": "the whole tour on generated data: train, compare, explain, report (minutes, no input needed)",
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        print(f"flr: expected a command ({', '.join(COMMANDS)}), got {name!r}", file=sys.stderr)
+        near = did_you_mean(name, COMMANDS)
+        print(f"flr: expected a command ({', '.join(COMMANDS)}), got {name!r}{near}", file=sys.stderr)
         return 2
     from . import voice
 

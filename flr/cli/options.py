@@ -60,7 +60,7 @@ class DataOptions:
     def announce(self) -> RecDataset:
         """The data, after a note that says what they are."""
         if self.data == "planted":
-            voice.note("These are generated data, which show that everything runs; --data FOLDER takes yours.")
+            voice.note("Generated data, which show that everything runs; --data FOLDER takes yours.")
         dataset = self.load()
         voice.note(f"Data {dataset.name!r}: {in_words(dataset)}.")
         return dataset

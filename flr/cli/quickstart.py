@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flr.train import SFTConfig
 
 ABOUT = (
-    "Train eight small models on generated data, reinforce one of them, compare, explain and report: about five "
+    "Train eight small models on generated data, reinforce one of them, compare, explain and report: some "
     "minutes on one CPU core."
 )
 REINFORCED = "flr-rl"

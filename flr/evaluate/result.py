@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich import box
 from rich.table import Table
 
 from flr.files import write_json, write_parquet
@@ -129,7 +130,13 @@ class EvalResult:
         """Rich table: this result and ``others`` (e.g. popularity and item-kNN) beside it, a column each."""
         results = (self, *others)
         rows = f"{len(self)} predictions over {self.num_items} items"
-        table = Table(title=f"{rows}, by {level}; 95 % bootstrap intervals")
+        looks: dict[str, Any] = {
+            "title_justify": "left",
+            "title_style": "bold",
+            "box": box.SIMPLE_HEAD,
+            "pad_edge": False,
+        }
+        table = Table(title=f"{rows}, by {level}; 95 % bootstrap intervals", **looks)
         table.add_column("metric")
         for result in results:
             table.add_column(result.name, justify="right")
@@ -140,9 +147,9 @@ class EvalResult:
                 value, interval = result.metrics[level][metric], result.intervals[level][metric]
                 number = f"[bold]{value:.4f}[/bold]" if value == best[metric] and len(results) > 1 else f"{value:.4f}"
                 cells.append(f"{number} [dim]{interval.low:.4f}–{interval.high:.4f}[/dim]")
-            table.add_row(metric, *cells)
+            table.add_row(metric.upper(), *cells)
         name = f"coverage@{COVERAGE_CUTOFF}"
-        table.add_row(name, *(f"{result.metrics['item'][name]:.4f}" for result in results))
+        table.add_row(name.capitalize(), *(f"{result.metrics['item'][name]:.4f}" for result in results))
         return table
 
 

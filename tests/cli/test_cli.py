@@ -57,6 +57,8 @@ def test_the_top_level(capsys):
     assert capsys.readouterr().out.strip() == flr.__version__
     assert main(["fly"]) == 2
     assert "expected a command" in capsys.readouterr().err
+    assert main(["evalute"]) == 2
+    assert "got 'evalute'; did you mean evaluate?" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_clear_line(tmp_path, capsys):

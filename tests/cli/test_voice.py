@@ -53,7 +53,7 @@ def test_a_training_says_its_results_apart_from_its_course(run):
 
 def test_generated_data_and_a_thought_far_from_the_item_are_said_first(run):
     lines = run[2].splitlines()
-    assert lines[0].startswith("These are generated data")
+    assert lines[0].startswith("Generated data, which show")
     assert lines[1].startswith("Data 'planted': 40 items; ")
     assert lines[2] == (
         "Warning: --codec id is meant for --anchor last, a thought that starts from the latest item; got token."
@@ -65,9 +65,9 @@ def test_evaluate_into_a_pipe(run, capsys, monkeypatch):
     assert main(["evaluate", "--model", str(run[0]), *DATA, "--card", "false"]) == 0
     out, err = capsys.readouterr()
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert {"metric", "hr@10", "ndcg@10", "mrr", "coverage@10"} <= set(rows)
-    assert len(rows["ndcg@10"].split()) == 7  # of three scorers, one line a metric however narrow the window is
-    assert out.count("ndcg@10") == 1  # no two items share a title, so there is one table
+    assert {"metric", "HR@10", "NDCG@10", "MRR", "Coverage@10"} <= set(rows)
+    assert len(rows["NDCG@10"].split()) == 7  # of three scorers, one line a metric however narrow the window is
+    assert out.count("NDCG@10") == 1  # no two items share a title, so there is one table
     assert not set(out) & set("│┃━\x1b")
     assert "predictions over" not in err
     assert not any(raw in out + err for raw in RAW)

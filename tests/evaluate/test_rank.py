@@ -233,7 +233,7 @@ def test_saved_loaded_compared_and_shown(tmp_path):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(result.table(*baselines, level="title"))
     text = console.export_text()
-    for part in ("FLR", "popularity", "item-kNN", "hr@10", "coverage@10", f"{result.metrics['title']['hr@10']:.4f}"):
+    for part in ("FLR", "popularity", "item-kNN", "HR@10", "Coverage@10", f"{result.metrics['title']['hr@10']:.4f}"):
         assert part in text
 
 
