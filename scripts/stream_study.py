@@ -239,7 +239,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| {number}{mark} | {part['new_items']} | {' | '.join(cells)} |")
     means = [f"{found['all'][way][0]:.4f}" for way in WAYS]
     means += [f"{found['cpu_seconds'][way]:.0f}" for way in WAYS[1:]]
-    lines.append(f"| **mean** | | {' | '.join(means)} |\n")
+    lines.append(f"| **mean of those above** | | {' | '.join(means)} |\n")
     told = ["{}: {:+.4f} ({:+.4f} to {:+.4f})".format(name, *d[:3]) for name, d in found["differences"].items()]
     seeds = f"Seed {b['seeds'][0]}" if len(b["seeds"]) == 1 else f"Seeds {', '.join(map(str, b['seeds']))}, means"
     learning = f"{b['update_rate'] / b['rate']:g} of the learning rate"
