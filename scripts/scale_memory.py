@@ -177,7 +177,7 @@ WORK: dict[str, tuple[Callable[[Path, int], Callable[[], Any]], bool]] = {
     "item-kNN: open": (open_knn, True),
     "item-kNN: a batch of evaluation": (score_knn, False),
     "ids and titles: save": (save_catalogue, False),
-    "ids and titles: open for a server": (open_catalogue, True),
+    "ids and titles: open for a server": (open_catalogue, False),
 }
 
 
@@ -225,16 +225,21 @@ def measured(name: str, folder: Path, size: int) -> dict[str, Any]:
     return {"processes": len(found), **found[0]}
 
 
-def run(sizes: tuple[int, ...]) -> dict[str, Any]:
-    out: dict[str, Any] = {"levels": LEVELS, "codes": CODES, "neighbours": NEIGHBOURS, "sizes": {}}
+def run(sizes: list[int], output: Path) -> None:
+    """Measure these sizes; others that ``output`` has stay."""
+    report: dict[str, Any] = {"levels": LEVELS, "codes": CODES, "neighbours": NEIGHBOURS, "sizes": {}}
+    if output.exists():
+        report["sizes"] = read_json(output, 1 << 20)["sizes"]
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            rows = out["sizes"][str(size)] = {}
+            rows: dict[str, Any] = {}
             for name in WORK:
                 rows[name] = measured(name, Path(folder), size)
                 print(size, name, rows[name], flush=True)
             rows["files"] = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
-    return out
+        found = {**report["sizes"], str(size): rows}
+        report["sizes"] = {key: found[key] for key in sorted(found, key=int)}
+        write_json(output, report)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -283,7 +288,7 @@ def main() -> None:
         child(name, Path(folder), int(size))
         return
     if not args.table:
-        write_json(args.output, run(tuple(args.sizes)))
+        run(list(args.sizes), args.output)
     if args.output == RESULT:
         write_page(read_json(RESULT, 1 << 20))
 
