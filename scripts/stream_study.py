@@ -116,9 +116,13 @@ class Study:
                              tie_word_embeddings=False, init_items="title")  # fmt: skip
         thought = FLRConfig(anchor="last", num_factors=4, num_refinements=1, dropout=0.5)
         data = DataOptions(codec="id", max_history=10, views_weight=1.0, views_decay=0.6)
+        if (folder / "seconds.json").is_file():
+            return float(read_json(folder / "seconds.json")["cpu_seconds"])
         started = time.process_time()
         train(data, self.augment, model, thought, training, dataset)
-        return time.process_time() - started
+        seconds = time.process_time() - started
+        write_json(folder / "seconds.json", {"cpu_seconds": seconds})
+        return seconds
 
     def update(self, before: Path, dataset: RecDataset, replay: RecDataset, folder: Path) -> tuple[float, Any]:
         """One update; CPU seconds, the evaluations before and after among them, and what was decided."""
@@ -144,91 +148,106 @@ class Study:
             done["start"]["cpu_seconds"] = self.learn(first, self.root / "nothing")
             shutil.rmtree(self.root / "update", ignore_errors=True)
             shutil.copytree(self.root / "nothing", self.root / "update")
-        waiting = self.start.select([])  # rows that decided the last time, and are learned now
-        for number, rows in enumerate(self.periods[:-1]):
-            held = len(rows) - len(rows) // 10
-            fresh, newest = rows.select(np.arange(held)), rows.select(np.arange(held, len(rows)))
-            if number >= len(done["periods"]):
-                done["periods"].append(self.period(number, joined(waiting, fresh), newest))
-                write_json(file, done)
-                print(json.dumps({k: v for k, v in done["periods"][-1].items() if k != "values"}), flush=True)
-            waiting = newest
+        for number in range(len(done["periods"]), len(self.periods) - 1):
+            done["periods"].append(self.period(number))
+            write_json(file, done)
+            print(
+                json.dumps({k: v for k, v in done["periods"][-1].items() if k not in ("values", "users")}), flush=True
+            )
         return done
 
-    def period(self, number: int, fresh: Interactions, newest: Interactions) -> dict[str, Any]:
+    def arrived(self, number: int) -> tuple[Interactions, Interactions, Interactions]:
+        """Rows that were learned before a period, those that it brings to learn, and those that decide.
+
+        The rows that decided the last time are learned now.
+        """
+        rows = by_time(joined(self.start, *self.periods[: number + 1]))
+        tenth = [len(part) // 10 for part in self.periods]
+        newest = len(rows) - tenth[number]
+        fresh = newest - (len(self.periods[number]) - tenth[number]) - (tenth[number - 1] if number else 0)
+        cuts = ((0, fresh), (fresh, newest), (newest, len(rows)))
+        return tuple(rows.select(np.arange(*cut)) for cut in cuts)  # type: ignore[return-value]
+
+    def scratch(self, number: int) -> float:
+        """A model of all rows that have arrived; CPU seconds."""
+        past, fresh, newest = self.arrived(number)
+        everything = over_used_items(self.name, self.items, joined(past, fresh), newest)
+        return self.learn(everything, self.root / f"scratch-{number}")
+
+    def period(self, number: int) -> dict[str, Any]:
         """One arrival: learn it in each way, and measure on the next period."""
-        past = self.start
-        for rows in self.periods[:number]:
-            past = joined(past, rows)
-        if number:
-            past = past.select(np.arange(len(past) - len(self.periods[number - 1]) // 10))  # those of ``fresh``
+        past, fresh, newest = self.arrived(number)
         new = over_used_items(self.name, self.items, fresh, newest)
         old = over_used_items(self.name, self.items, past, past.select([]))
         seconds = {"nothing": 0.0}
         seconds["update"], outcome = self.update(self.root / "update", new, old, self.root / "update")
-        everything = over_used_items(self.name, self.items, joined(past, fresh), newest)
-        scratch = self.root / "scratch"
-        shutil.rmtree(scratch, ignore_errors=True)
-        seconds["scratch"] = self.learn(everything, scratch)
+        folders = {"nothing": "nothing", "update": "update"}
+        if number + 1 in self.args.retrained:
+            seconds["scratch"], folders["scratch"] = self.scratch(number), f"scratch-{number}"
         coming = self.periods[number + 1]
-        values = {way: ranked(self.root / way, self.items, coming, 256) for way in WAYS}
+        values = {way: ranked(self.root / folder, self.items, coming, 256) for way, folder in folders.items()}
         users = list(coming.users)
         means = bootstrap_intervals(values, users)
-        found: dict[str, Any] = {
+        return {
             "rows": len(coming), "kept": outcome.kept, "why": outcome.why, "new_items": outcome.facts["new_items"],
             "steps": outcome.facts["steps"], "cpu_seconds": seconds, "users": users,
             "ndcg@10": {way: [float(x.mean()), *means[way]] for way, x in values.items()},
             "values": {way: [round(float(v), 5) for v in x] for way, x in values.items()},
         }  # fmt: skip
-        return found
 
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds by period, and of all periods with intervals over users; CPU seconds."""
-    count = len(seeds[0]["periods"])
-    users = [user for period in seeds[0]["periods"] for user in period["users"]]
+    parts = seeds[0]["periods"]
 
-    def rows(way: str, numbers: range) -> np.ndarray:
+    def rows(way: str, numbers: list[int]) -> np.ndarray:
         return np.mean([[v for k in numbers for v in seed["periods"][k]["values"][way]] for seed in seeds], axis=0)
 
+    def users(numbers: list[int]) -> list[str]:
+        return [user for k in numbers for user in parts[k]["users"]]
+
+    every = {way: [k for k, part in enumerate(parts) if way in part["values"]] for way in WAYS}
     found: dict[str, Any] = {"periods": [], "seeds": len(seeds), "start": [seed["start"] for seed in seeds]}
-    for k in range(count):
-        part = {"rows": seeds[0]["periods"][k]["rows"], "new_items": seeds[0]["periods"][k]["new_items"]}
+    for k, first in enumerate(parts):
+        ways = [way for way in WAYS if k in every[way]]
+        part = {name: first[name] for name in ("rows", "new_items", "steps")}
         part["kept"] = [seed["periods"][k]["kept"] for seed in seeds]
-        part["cpu_seconds"] = {w: float(np.mean([s["periods"][k]["cpu_seconds"][w] for s in seeds])) for w in WAYS}
-        part["ndcg@10"] = {way: float(rows(way, range(k, k + 1)).mean()) for way in WAYS}
+        part["cpu_seconds"] = {w: float(np.mean([s["periods"][k]["cpu_seconds"][w] for s in seeds])) for w in ways}
+        part["ndcg@10"] = {way: float(rows(way, [k]).mean()) for way in ways}
         found["periods"].append(part)
-    values = {way: rows(way, range(count)) for way in WAYS}
-    intervals = bootstrap_intervals(values, users)
-    found["all"] = {way: [float(x.mean()), *intervals[way]] for way, x in values.items()}
-    pairs = (("nothing", "update"), ("scratch", "update"), ("nothing", "scratch"))
-    found["differences"] = {f"{b} - {a}": list(paired_difference(values[a], values[b], users)) for a, b in pairs}
-    found["cpu_seconds"] = {way: sum(p["cpu_seconds"][way] for p in found["periods"]) for way in WAYS}
+    found["all"], found["differences"], found["cpu_seconds"] = {}, {}, {}
+    for way, numbers in every.items():
+        interval = bootstrap_intervals({way: rows(way, numbers)}, users(numbers))[way]
+        found["all"][way] = [float(rows(way, numbers).mean()), *interval]
+        found["cpu_seconds"][way] = float(np.mean([found["periods"][k]["cpu_seconds"][way] for k in numbers]))
+    for a, b in (("nothing", "update"), ("scratch", "update"), ("nothing", "scratch")):
+        numbers = [k for k in every[a] if k in every[b]]
+        found["differences"][f"{b} - {a}"] = list(paired_difference(rows(a, numbers), rows(b, numbers), users(numbers)))
     return found
 
 
 def table(report: dict[str, Any]) -> str:
     """The results in Markdown."""
-    found, budget = report["summary"], report["budget"]
+    found, b = report["summary"], report["budget"]
     lines = ["| update | new items | nothing | update | scratch | CPU seconds, update | CPU seconds, scratch |"]
     lines.append("|---|---|---|---|---|---|---|")
     for number, part in enumerate(found["periods"], 1):
-        means = " | ".join(f"{part['ndcg@10'][way]:.4f}" for way in WAYS)
-        seconds = " | ".join(f"{part['cpu_seconds'][way]:.0f}" for way in WAYS[1:])
-        kept = sum(part["kept"])
-        mark = "" if kept == len(part["kept"]) else f" (kept {kept} of {len(part['kept'])})"
-        lines.append(f"| {number}{mark} | {part['new_items']} | {means} | {seconds} |")
-    cells = " | ".join("{:.4f} ({:.4f} to {:.4f})".format(*found["all"][way]) for way in WAYS)
-    total = found["cpu_seconds"]
-    lines.append(f"| **all** | | {cells} | {total['update']:.0f} | {total['scratch']:.0f} |\n")
+        cells = [f"{part['ndcg@10'][way]:.4f}" if way in part["ndcg@10"] else "" for way in WAYS]
+        cells += [f"{part['cpu_seconds'][way]:.0f}" if way in part["cpu_seconds"] else "" for way in WAYS[1:]]
+        kept, of = sum(part["kept"]), len(part["kept"])
+        mark = "" if kept == of else " (not kept)" if of == 1 else f" (kept {kept} of {of})"
+        lines.append(f"| {number}{mark} | {part['new_items']} | {' | '.join(cells)} |")
+    means = [f"{found['all'][way][0]:.4f}" for way in WAYS]
+    means += [f"{found['cpu_seconds'][way]:.0f}" for way in WAYS[1:]]
+    lines.append(f"| **mean** | | {' | '.join(means)} |\n")
     told = ["{}: {:+.4f} ({:+.4f} to {:+.4f})".format(name, *d[:3]) for name, d in found["differences"].items()]
-    lines.append(f"Differences over all periods, paired, 95 % intervals over users: {'; '.join(told)}.")
-    b = budget
+    seeds = f"Seed {b['seeds'][0]}" if len(b["seeds"]) == 1 else f"Seeds {', '.join(map(str, b['seeds']))}, means"
+    learning = f"{b['update_rate'] / b['rate']:g} of the learning rate"
     lines.append(
-        f"Seeds {', '.join(map(str, b['seeds']))}, means over them; 2 layers of {b['hidden_size']}, one token an item, "
-        f"{b['epochs']:g} epochs from scratch. An update: {b['update_epochs']:g} epochs over its rows and a share of "
-        f"{b['share']:g} of old ones, at most {b['steps']} steps, at {b['update_rate'] / b['rate']:g} of the learning "
-        "rate. CPU seconds of one thread, those of the evaluations before and after included."
+        f"Differences where both were measured, paired, with 95 % intervals over users: {'; '.join(told)}. "
+        f"{seeds}; 2 layers of {b['hidden_size']}, one token an item, {b['epochs']:g} epochs from scratch. An "
+        f"update: {b['update_epochs']:g} epochs over its rows and a share of {b['share']:g} of old ones, at most "
+        f"{b['steps']} steps, at {learning}. CPU seconds are of one thread, those of an update with both evaluations."
     )
     return "\n".join(lines)
 
@@ -244,6 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--runs", default="runs/stream")
     parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--retrained", type=int, nargs="+", help="Updates, from 1, beside which a model learns anew.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=4)
@@ -258,10 +278,12 @@ def main() -> None:
     if args.table:
         write_page(read_json(args.output))
         return
+    args.retrained = args.retrained or list(range(1, args.updates + 1))
     if args.data is None:
         parser.error("data: expected the folder of amazon-cds, got none")
     results = [Study(args, seed).run() for seed in args.seeds]
     names = ("updates", "seeds", "hidden_size", "epochs", "rate", "update_epochs", "update_rate", "share", "steps")
+    names += ("retrained",)
     report = {"budget": {name: getattr(args, name) for name in names}, "summary": summary(results)}
     write_json(args.output, report)
     if args.output == RESULT:

@@ -38,6 +38,8 @@ class Size(NamedTuple):
     def of_config(cls, config: dict[str, Any]) -> Size:
         """Of a saved ``config.json`` with attention and a gated or plain MLP, as Llama, Qwen, Mistral, GPT-2 have.
 
+        A model that flr saved has the backbone's under ``base_config``.
+
         >>> Size.of_config({"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 100, "intermediate_size": 32,
         ...                 "num_attention_heads": 2, "num_key_value_heads": 1}).weights
         1920
@@ -45,6 +47,7 @@ class Size(NamedTuple):
         Raises:
             ValueError: it lacks a size.
         """
+        config = config.get("base_config") or config
         config = config.get("text_config") or config
         names = ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"), ("vocab_size",)
         sizes = [next((config[name] for name in either if config.get(name)), None) for either in names]

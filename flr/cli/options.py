@@ -109,7 +109,7 @@ class AugmentOptions:
         table = None
         if self.augment_neighbour or self.catalogue_rows:
             content, temperature = self.neighbour_content, self.neighbour_temperature
-            counted = train if learned is None else dataset.train
+            counted = train if learned is None else dataset.train  # an update holds nothing back
             table = item_neighbours(counted, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
         return rows, Augment(**chances, neighbours=table)

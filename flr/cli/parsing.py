@@ -84,6 +84,6 @@ def add_voice(parser: argparse.ArgumentParser) -> None:
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
     """The machine-readable result on standard output, if asked for."""
-    if as_json:
+    if as_json and voice.first_process():
         json.dump(result, sys.stdout, indent=2)
         print()

@@ -76,6 +76,8 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
     from flr.data.times import seconds_of
     from flr.train.updates import update as run
 
+    if augment.held_back:
+        raise ValueError(f"held_back: expected 0 for an update, whose newest rows are valid's, got {augment.held_back}")
     since = None if options.since is None else seconds_of("since", options.since)
     dataset = load_dataset(str(options.data), options.data_format)
     voice.note(f"Data {dataset.name!r}: {in_words(dataset)}.")

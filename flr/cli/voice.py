@@ -82,7 +82,8 @@ class _Said(logging.Handler):
             warn(record.getMessage())
 
 
-def _first_process() -> bool:
+def first_process() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -100,6 +101,8 @@ def _say(console: Console, what: Any, style: str = "") -> None:
 
 def result(what: Any) -> None:
     """A text, or a table of :func:`table`."""
+    if not first_process():
+        return
     if not manner.json:
         _say(_out, what)
     elif not manner.quiet:
@@ -108,7 +111,7 @@ def result(what: Any) -> None:
 
 def note(text: Any) -> None:
     """What happens on the way."""
-    if not manner.quiet and _first_process():
+    if not manner.quiet and first_process():
         _say(_err, text)
 
 
@@ -126,7 +129,7 @@ def passing(text: Any) -> None:
 
 def warn(text: str) -> None:
     """What may make the result another one than was meant."""
-    if _first_process():
+    if first_process():
         _say(_err, f"Warning: {text}", "yellow")
 
 
@@ -160,7 +163,7 @@ def stage(name: str) -> Iterator[None]:
 
 def shows_progress() -> bool:
     """Whether there is a live line."""
-    return _err.is_terminal and not manner.quiet and _first_process()
+    return _err.is_terminal and not manner.quiet and first_process()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from flr.files import shown
 
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions, RecDataset
+from .interactions import CSR, Interactions, RecDataset, offsets_of
 
 
 class Growth(NamedTuple):
@@ -147,17 +147,18 @@ def replaced(rows: Interactions, places: np.ndarray) -> Interactions:
     return Interactions(rows.users, histories, places[rows.targets], rows.timestamps)
 
 
-def joined(first: Interactions, second: Interactions) -> Interactions:
-    """The rows of both; times only where both have them."""
+def joined(*parts: Interactions) -> Interactions:
+    """The rows of all parts, one after the other; times only where all have them."""
     histories = CSR(
-        np.concatenate([first.histories.values, second.histories.values]),
-        np.concatenate([first.histories.offsets, second.histories.offsets[1:] + first.histories.offsets[-1]]),
+        np.concatenate([part.histories.values for part in parts]),
+        offsets_of(np.concatenate([part.histories.lengths for part in parts])),
     )
-    times = None
-    if first.timestamps is not None and second.timestamps is not None:
-        times = np.concatenate([first.timestamps, second.timestamps])
+    times = [part.timestamps for part in parts if part.timestamps is not None]
     return Interactions(
-        [*first.users, *second.users], histories, np.concatenate([first.targets, second.targets]), times
+        [user for part in parts for user in part.users],
+        histories,
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate(times) if len(times) == len(parts) else None,
     )
 
 

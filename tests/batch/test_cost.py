@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from flr.batch.cost import Size, Work, cost, rates
 from flr.cli import main
 from tests.helpers.models import tiny_config
+from tests.helpers.serving import save
 
 COMMITTED = Path(__file__).parents[2] / "bench/results"
 SIZE = Size(512, 8, 10_432, 28_000_000, 0)
@@ -122,3 +123,14 @@ def test_a_damaged_results_file_is_named(results):
     (results / "cpu-made-up/abc.json").write_text('{"device": "x"}')
     with pytest.raises(ValueError, match=r"abc\.json"):
         rates(results, "cpu")
+
+
+def test_a_saved_model_is_as_large_as_its_backbone(tmp_path, capsys):
+    """flr writes the backbone's configuration under a name of its own; its trained weights are what is counted."""
+    folder = save(tmp_path / "model", num_factors=3)
+    config = json.loads((folder / "config.json").read_text())
+    assert Size.of_config(config) == Size.of_config(config["base_config"])
+    assert main(["plan", "--model", str(folder), "--users", "100", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["K"] == 3
+    assert told["parameters"] == Size.of_config(config).parameters

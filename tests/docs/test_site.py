@@ -52,6 +52,15 @@ def test_a_notebook_is_a_page_with_its_outputs():
     assert "(examples/smollm2.md)" in page
 
 
+def test_the_picture_of_the_page_is_of_this_page():
+    image = pytest.importorskip("PIL.Image")
+    from scripts.screenshot import KEY, PICTURE, digest
+
+    with image.open(PICTURE) as picture:
+        assert picture.info[KEY] == digest(), "run python scripts/screenshot.py --model FOLDER"
+    assert PICTURE.stat().st_size < 100_000
+
+
 def test_links_of_pages_from_elsewhere_lead_to_the_same_files():
     pytest.importorskip("mkdocs")
     from scripts.docs_site import from_docs

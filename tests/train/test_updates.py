@@ -209,6 +209,7 @@ def test_what_cannot_be_updated_is_refused(models, tmp_path, capsys):
     refused("since: expected rows with times, got none", dataset=timeless, more=["--since", "2017-01-01"])
     refused("since: expected an ISO date (2015-01-01) or seconds since 1970, got '2017'", more=["--since", "2017"])
     refused("replay_share: expected a number in [0, 1), got 1.0", more=["--replay_share", "1"])
+    refused("held_back: expected 0 for an update", more=["--held_back", "0.1"])
     refused("eval_strategy: expected 'no', got 'epoch'", more=["--eval_strategy", "epoch"])
     WHOLE.save(tmp_path / "replay")
     few = over_used_items("few", catalogue(), old.train.select(np.arange(5)), old.valid.select(np.arange(2)))
