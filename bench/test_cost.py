@@ -33,7 +33,7 @@ def cases(users: int, prompts: list[int], beams: list[int], *model: int, **more:
 
 @pytest.mark.cases(
     quick=cases(2, [40], [4, 8], 64, 2, 10_432),
-    default=cases(4, [128, 256], [10, 20, 50], 512, 8, 10_432),
+    default=cases(4, [128, 256], [10, 20, 50], 256, 4, 10_432),
     gpu=cases(64, [256, 1024], [20, 50], 1536, 28, 151_936, dtype="torch.bfloat16"),
 )
 @torch.no_grad()

@@ -177,7 +177,7 @@ WORK: dict[str, tuple[Callable[[Path, int], Callable[[], Any]], bool]] = {
     "item-kNN: open": (open_knn, True),
     "item-kNN: a batch of evaluation": (score_knn, False),
     "ids and titles: save": (save_catalogue, False),
-    "ids and titles: open for a server": (open_catalogue, True),
+    "ids and titles: open for a server": (open_catalogue, False),
 }
 
 
@@ -225,16 +225,21 @@ def measured(name: str, folder: Path, size: int) -> dict[str, Any]:
     return {"processes": len(found), **found[0]}
 
 
-def run(sizes: tuple[int, ...]) -> dict[str, Any]:
-    out: dict[str, Any] = {"levels": LEVELS, "codes": CODES, "neighbours": NEIGHBOURS, "sizes": {}}
+def run(sizes: list[int], output: Path) -> None:
+    """Measure these sizes; others that ``output`` has stay."""
+    report: dict[str, Any] = {"levels": LEVELS, "codes": CODES, "neighbours": NEIGHBOURS, "sizes": {}}
+    if output.exists():
+        report["sizes"] = read_json(output, 1 << 20)["sizes"]
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            rows = out["sizes"][str(size)] = {}
+            found = {**report["sizes"], str(size): {"files": {}}}
+            report["sizes"] = {key: found[key] for key in sorted(found, key=int)}
+            rows = report["sizes"][str(size)]
             for name in WORK:
                 rows[name] = measured(name, Path(folder), size)
+                rows["files"] = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
                 print(size, name, rows[name], flush=True)
-            rows["files"] = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
-    return out
+                write_json(output, report)  # as far as it is
 
 
 def table(report: dict[str, Any]) -> str:
@@ -242,24 +247,27 @@ def table(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     head = " | ".join(f"{int(size):,} items: at most, stays, own | s" for size in sizes)
     lines = [f"| MB | {head} |", "|---|" + "---|---|" * len(sizes)]
-    for name in next(iter(sizes.values())):
-        if name != "files":
-            cells = [
-                f"{_mb(row['peak'])}, {_mb(row['Rss'])}, {_mb(row['own'])} | {row['seconds']:.1f}"
-                for row in (sizes[size][name] for size in sizes)
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in WORK:
+        cells = [_cell(sizes[size].get(name)) for size in sizes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     for file in (TRIE, KNN, CATALOGUE):
-        cells = [f"{_mb(sizes[size]['files'][file])} on disk | " for size in sizes]
+        disk = [sizes[size]["files"].get(file) for size in sizes]
+        cells = ["not measured | " if number is None else f"{_mb(number)} on disk | " for number in disk]
         lines.append(f"| `{file}` | {' | '.join(cells)} |")
     shared = [
-        f"{int(size):,} items: trie {_mb(sizes[size]['trie: open']['Pss'])} of "
-        f"{_mb(sizes[size]['trie: open']['Rss'])} MB, item-kNN {_mb(sizes[size]['item-kNN: open']['Pss'])} of "
-        f"{_mb(sizes[size]['item-kNN: open']['Rss'])} MB"
-        for size in sizes
+        f"{int(size):,} items, {name} {_mb(row['Pss'])} of {_mb(row['Rss'])} MB"
+        for size, rows in sizes.items()
+        for name in ("trie", "item-kNN")
+        if (row := rows.get(f"{name}: open"))
     ]
     lines.append(f"\nTwo processes that opened the same files, Pss of Rss of each: {'; '.join(shared)}.")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "not measured | "
+    return f"{_mb(row['peak'])}, {_mb(row['Rss'])}, {_mb(row['own'])} | {row['seconds']:.1f}"
 
 
 def _mb(number: int) -> str:
@@ -283,7 +291,7 @@ def main() -> None:
         child(name, Path(folder), int(size))
         return
     if not args.table:
-        write_json(args.output, run(tuple(args.sizes)))
+        run(list(args.sizes), args.output)
     if args.output == RESULT:
         write_page(read_json(RESULT, 1 << 20))
 

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from bench.load import closed_loop
-from bench.test_server import save, start
 from flr.files import read_json, write_json
 from flr.recommend import Recommender
 
@@ -46,6 +45,8 @@ LOADS, REPLICAS, SIMULATED = (0.5, 0.8, 0.95), (1, 2, 64), 400  # shares of the 
 
 def measure(rounds: int) -> dict[str, Any]:
     """The three servers and the engine, on this machine."""
+    from bench.test_server import save, start  # here: its marks are those of the benchmarks' own pytest
+
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for work that may wait
     shape = dict(SHAPE)
     with tempfile.TemporaryDirectory() as place:

@@ -96,8 +96,7 @@ class Rates:
         prompt: operations a second of prompts.
         beam: operations a second of beams.
         step: seconds of a search's step beside that, for a model of one layer and a whole batch.
-        users: of a batch.
-        measured: which file says what.
+            measured: which file says what.
         extrapolated: what was not measured, and where it was taken from instead.
     """
 
@@ -105,14 +104,13 @@ class Rates:
     prompt: float
     beam: float
     step: float
-    users: int
     measured: tuple[str, ...]
     extrapolated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: the tokens of a prompt and of an item, the thought, the search."""
+    """What is asked for: the tokens of a prompt and of an item, the thought, the search, users at a time."""
 
     prompt: int
     item_tokens: int
@@ -120,6 +118,7 @@ class Work:
     refinements: int
     beams: int
     full: bool
+    batch: int  # users that are computed together
 
 
 def rates(results: Path, device: str) -> Rates:
@@ -176,7 +175,7 @@ def _fitted(device: str, file: str, rows: list[dict[str, Any]]) -> Rates:
         f"so prompts {prompt / 1e9:,.0f} GFLOP/s, beams {1e-9 / slope:,.0f} GFLOP/s, "
         f"{1e3 * floor / size.layers:.3f} ms a step and layer",
     )
-    return Rates(device, prompt, 1 / slope, float(floor) / size.layers, users, measured)
+    return Rates(device, prompt, 1 / slope, float(floor) / size.layers, measured)
 
 
 def _borrowed(device: str, runs: list[tuple[str, Path, dict[str, Any]]]) -> Rates:
@@ -203,14 +202,14 @@ def _borrowed(device: str, runs: list[tuple[str, Path, dict[str, Any]]]) -> Rate
         "prompts and beams compute at the rate of the training step: their own was not measured on this device",
         "a step's own cost is that search's whole time over 4 steps, more than it can be: the search had more steps",
     )
-    return Rates(name, rate, rate, step, 64, measured, extrapolated)
+    return Rates(name, rate, rate, step, measured, extrapolated)
 
 
 def cost(size: Size, work: Work, at: Rates) -> dict[str, float]:
     """Seconds of one user's list on one device, by part.
 
-    >>> at = Rates("a device", 1e12, 1e12, 0.0, 8, ())
-    >>> parts = cost(Size.plain(64, 2, 1000), Work(100, 4, 4, 1, 20, False), at)
+    >>> at = Rates("a device", 1e12, 1e12, 0.0, ())
+    >>> parts = cost(Size.plain(64, 2, 1000), Work(100, 4, 4, 1, 20, False, 32), at)
     >>> list(parts), round(1e6 * parts["prompt"], 2)
     (['prompt', 'thought', 'beams', 'steps', 'head'], 22.22)
     """
@@ -220,6 +219,6 @@ def cost(size: Size, work: Work, at: Rates) -> dict[str, float]:
         "prompt": size.prompt_flops(work.prompt) / at.prompt,
         "thought": size.thought_flops(work.prompt, work.factors, work.refinements) / at.prompt,
         "beams": steps * work.beams * size.beam_flops(work.prompt) / at.beam,
-        "steps": work.item_tokens * at.step * size.layers / at.users,
+        "steps": work.item_tokens * at.step * size.layers / work.batch,
         "head": rows * size.head_flops() / at.beam if work.full else 0.0,
     }

@@ -42,6 +42,7 @@ class PlanOptions:
     factors: int | None = option(None, "K, factors of the thought. Default: the model's, or 4.")
     refinements: int | None = option(None, "T, refinements of the thought. Default: the model's, or 1.")
     scoring: str = option("catalogue", "catalogue or full: whether logits of the whole vocabulary are computed.")
+    batch: int = option(32, "Users that are computed together; they share what a step costs whatever it computes.")
     device: str = option("cpu", "What was measured: cpu (one core), h100 or h200.")
     per_machine: int = option(1, "Devices (GPUs or cores) of a machine.")
     hours: float = option(24.0, "Hours a day in which the lists are made.")
@@ -61,7 +62,7 @@ class PlanOptions:
         for name, most in (
             *(("hidden", 1 << 16), ("layers", 1 << 10), ("vocabulary", 1 << 24), ("factors", 256)),
             *(("refinements", 256), ("history", 10_000), ("item_tokens", 1000), ("k", 1000), ("beams", 1000)),
-            ("per_machine", 10_000),
+            *(("per_machine", 10_000), ("batch", 1024)),
         ):
             value = getattr(self, name)
             check_option(self, f"a whole number from 1 to {most}", value is None or 1 <= value <= most, name)
@@ -98,7 +99,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     at = rates(folder, options.device)
     prompt = options.history * options.item_tokens + _PROMPT
     beams = max(options.beams, options.k)
-    work = Work(prompt, options.item_tokens, factors, refinements, beams, options.scoring == "full")
+    work = Work(prompt, options.item_tokens, factors, refinements, beams, options.scoring == "full", options.batch)
     parts = cost(size, work, at)
     seconds = sum(parts.values())
     device_hours = seconds * options.users / 3600
@@ -117,7 +118,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "price_a_day": None if options.price_per_hour is None else machine_hours * options.price_per_hour,
         "memory": trie,
         "measured": list(at.measured),
-        "extrapolated": [*at.extrapolated, *_followed(at.users)],
+        "extrapolated": [*at.extrapolated, *_followed(options.batch)],
     }
 
 

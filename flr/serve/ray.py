@@ -42,7 +42,7 @@ from .settings import Settings
 
 ERRORS = Errors((RayActorError,), (BackPressureError, DeploymentUnavailableError))
 _REPLICA, _FRONT = "Replica", "Front"
-_DELETE_S = 30.0
+_START_S = 300.0
 #: Settings about connections: where the front is a deployment, these are Ray's proxies'.
 _OF_CONNECTIONS = (
     *("host", "port", "header_timeout_s", "write_timeout_s", "keep_alive_s", "max_connections"),
@@ -258,6 +258,7 @@ class Deployed:
         named = dataclasses.replace(settings, model=str(folder.absolute())) if folder.is_dir() else settings
         try:
             handle = serve.run(replicas(named, scaling), name=self.name, route_prefix=None)
+            handle.pulse.remote().result(timeout_s=_START_S)  # else the first requests wait until the router knows them
         except Exception as error:
             told = _why(self.name) or f"{type(error).__name__}: {error}"
             self.close()

@@ -46,7 +46,7 @@ def test_rates_are_those_that_the_newest_rows_were_made_from(results):
     assert found.beam == pytest.approx(BEAM)
     assert found.step == pytest.approx(FLOOR / 8)
     assert "cpu-made-up/abc.json" in found.measured[0]
-    parts = cost(SIZE, Work(128, 4, 1, 1, 20, False), found)
+    parts = cost(SIZE, Work(128, 4, 1, 1, 20, False, 4), found)
     measured = json.loads((results / "cpu-made-up/abc.json").read_text())["runs"][0]["rows"]
     search = next(r["p50_ms"] / 1e3 / 4 for r in measured if r["shape"]["W"] == 20)
     without = sum(parts.values()) - parts["thought"] - parts["steps"] / 4  # the first step's logits are the prompt's
@@ -55,7 +55,7 @@ def test_rates_are_those_that_the_newest_rows_were_made_from(results):
 
 def test_costs_rise_with_tokens_beams_factors_and_refinements(results):
     found = rates(results, "cpu")
-    base = Work(128, 4, 2, 1, 20, False)
+    base = Work(128, 4, 2, 1, 20, False, 4)
     parts = cost(SIZE, base, found)
     for name, value, part in (
         ("prompt", 256, "prompt"),
@@ -67,6 +67,7 @@ def test_costs_rise_with_tokens_beams_factors_and_refinements(results):
     ):
         more = cost(SIZE, replace(base, **{name: value}), found)
         assert more[part] > parts[part], name
+    assert cost(SIZE, replace(base, batch=8), found)["steps"] == pytest.approx(parts["steps"] / 2)
     assert cost(SIZE, replace(base, beams=40), found)["beams"] == pytest.approx(2 * parts["beams"])
 
 

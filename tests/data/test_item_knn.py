@@ -109,3 +109,22 @@ def test_another_file_another_catalogue_and_no_file(tmp_path):
     NeighbourTable.fit(TRAIN, 5).save(file)
     with pytest.raises(ValueError, match="a table of 6 items"):
         NeighbourTable.load(file, 6)
+
+
+def test_an_opened_table_keeps_its_matrix_in_the_file_and_scores_as_before(tmp_path):
+    """float32 as it was saved: a copy in float64 would be every process's own."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 50, (300, 6))
+    train = Interactions(np.arange(300).astype(str).tolist(), rows[:, :5].tolist(), rows[:, 5])
+    NeighbourTable.fit(train, 50).save(tmp_path / "knn.safetensors")
+    table = NeighbourTable.load(tmp_path / "knn.safetensors", 50)
+    assert table.similarity.data.dtype == np.float32
+    assert not table.similarity.data.flags.owndata
+    histories = CSR.from_rows([[3, 3, 7], [], [49, 0, 3, 20]])
+    age = np.array([2, 1, 0, 3, 2, 1, 0])
+    dense = table.similarity.toarray().astype(np.float64)
+    wanted = np.zeros((3, 50))
+    for row, item, weight in zip([0, 0, 0, 2, 2, 2, 2], histories.values, 0.6**age, strict=True):
+        wanted[row] += weight * dense[item]
+    wanted += 1e-6 / (1 + table.popularity.max()) * table.popularity
+    np.testing.assert_allclose(table.scores(histories), wanted, rtol=1e-12)

@@ -22,7 +22,10 @@ def test_what_processes_share_is_one_copy():
     """The trie and item-kNN lie in their files: of two processes each is charged half."""
     for size, rows in read_json(scale_memory.RESULT, 1 << 20)["sizes"].items():
         for name, file in (("trie: open", scale_memory.TRIE), ("item-kNN: open", scale_memory.KNN)):
-            row = rows[name]
+            row = rows.get(name)
+            if row is None:
+                assert size != "1000000", name
+                continue
             assert row["processes"] == 2
             assert row["own"] < 0.35 * rows["files"][file], (size, name)
             assert row["Pss"] < 0.75 * row["Rss"], (size, name)

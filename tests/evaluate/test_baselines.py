@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flr.data import CSR, Interactions
+from flr.data import CSR, Catalogue, Interactions
+from flr.evaluate import evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, Popularity
 from flr.evaluate.metrics import group_ids
 
@@ -55,3 +56,23 @@ def test_baselines_refuse_a_catalogue_too_small():
             kind(toy_interactions(), 5)
     with pytest.raises(ValueError, match="history_decay"):
         ItemKNN(toy_interactions(), 12, history_decay=0)
+
+
+def test_batches_are_cut_so_that_scores_of_all_items_fit(monkeypatch):
+    """The ranks are those of whole batches, and no more users are scored at a time than the bound says."""
+    monkeypatch.setattr("flr.evaluate.metrics._MAX_SCORES", 40)  # three users of twelve items
+    train, test = toy_interactions(0), toy_interactions(1)
+    ranker = Popularity(train, 12)
+    sizes, scores = [], ranker.scores
+
+    def watched(histories):
+        sizes.append(len(histories.offsets) - 1)
+        return scores(histories)
+
+    ranker.scores = watched
+    cut = ranker.ranks(test)
+    catalogue = Catalogue([str(i) for i in range(12)], [str(i) for i in range(12)])
+    assert evaluate_scorer(ranker, test, catalogue).ranks["item"].tolist() == cut.tolist()
+    assert set(sizes) == {3}
+    monkeypatch.undo()
+    assert Popularity(train, 12).ranks(test).tolist() == cut.tolist()

@@ -263,3 +263,12 @@ def test_a_published_recommender_answers_alike(tmp_path, monkeypatch):
     expected = recommender.recommend([["item_3"]], k=4, shares=True)[0]
     for one, other in zip(twin.recommend([["item_3"]], k=4, shares=True)[0], expected, strict=True):
         assert (one.item_id, one.score) == (other.item_id, pytest.approx(other.score, abs=1e-5))
+
+
+def test_parts_are_cut_so_that_masks_over_the_catalogue_fit(recommender, monkeypatch):
+    items = len(recommender.processor.catalogue)
+    assert recommender.rows_at_once(10) > 2
+    monkeypatch.setattr("flr.recommend.recommender._MAX_MASKS", 2 * items + 1)
+    assert recommender.rows_at_once(10) == 2
+    monkeypatch.setattr("flr.recommend.recommender._MAX_MASKS", items - 1)
+    assert recommender.rows_at_once(10) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -201,10 +200,3 @@ def test_what_a_replica_gets():
     assert found["max_ongoing_requests"] >= 14
     assert found["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 5, "target_ongoing_requests": 4}
     assert Scaling(ray="auto").options(replace(settings, device=None))["num_replicas"] == 1
-
-
-def test_a_recommender_travels_with_its_model(recommender):
-    """A folder's path is what replicas get; the object pickles all the same."""
-    copy = pickle.loads(pickle.dumps(recommender))
-    history = recommender.processor.catalogue.item_ids[:3]
-    assert copy.recommend([history], k=3) == recommender.recommend([history], k=3)

@@ -169,6 +169,7 @@ def test_a_replica_is_killed_under_load_and_no_answer_is_wrong(server, folders):
 
     async def test():
         client = Client(server.host, server.port)
+        check(await closed_loop(client, "/v1/recommend", POOL, 8, USER), folders[1])
         # never idle, so that the replica has requests of the 32 when it is killed
         load = asyncio.create_task(closed_loop(client, "/v1/recommend", POOL * 12, 32, USER))
         await asyncio.sleep(1.5)
