@@ -1,7 +1,7 @@
 """One of two processes is killed in a step; both are started again, and end at the weights of a quiet run.
 
-As ``torchrun --max_restarts`` does it; not by its launcher, whose processes would have to be fresh ones: of forks that
-have imported everything, a second group of gloo hangs in connecting now and then.
+As ``torchrun --max_restarts`` does it, whose command is in docs/training.md; here they are launched twice, which spares
+the imports.
 """
 
 import os
