@@ -151,7 +151,8 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     alone = {}
-    for name, rounds in report["servers"].items():
+    for name in SERVERS:
+        rounds = report["servers"][name]
         found = {key: [one[key] for one in rounds] for key in rounds[0]}
         alone[name] = float(np.median(found["alone_s"]))
         rates = found["per_s"]
@@ -166,7 +167,8 @@ def table(report: dict[str, Any]) -> str:
             many = "replica" if replicas == 1 else "replicas"
             latencies = f"{1e3 * one['p50_s']:.0f} | {1e3 * one['p99_s']:.0f}"
             lines.append(f"| {replicas} {many} | {load:.0%} | {one['per_s']:.1f} | {latencies} |")
-    service = ", ".join(f"{size}: {1e3 * np.median(t):.0f}" for size, t in report["service_seconds"].items())
+    by_size = sorted(report["service_seconds"].items(), key=lambda entry: int(entry[0]))
+    service = ", ".join(f"{size}: {1e3 * np.median(t):.0f}" for size, t in by_size)
     lines.append(
         f"\nMeasured milliseconds of a batch by its size: {service}; of the way over the front: {1e3 * extra:.0f}."
     )
