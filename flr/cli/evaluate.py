@@ -10,7 +10,7 @@ from flr.config import option
 from . import voice
 from .options import DataOptions, load_trained
 from .parsing import REVISION, emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 if TYPE_CHECKING:
     from flr.evaluate import EvalResult, Share
@@ -19,7 +19,7 @@ ABOUT = "Rank every target of a split over the whole catalogue; popularity and i
 
 
 @dataclass
-class EvaluateOptions(WeightOptions):
+class EvaluateOptions(InferenceOptions):
     """What to evaluate, and how."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")

@@ -9,7 +9,7 @@ from flr.config import option
 
 from . import voice
 from .parsing import REVISION, emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 if TYPE_CHECKING:
     from flr.recommend import Explanation
@@ -18,7 +18,7 @@ ABOUT = "Show which history items each factor attends to and what it contributed
 
 
 @dataclass
-class ExplainOptions(WeightOptions):
+class ExplainOptions(InferenceOptions):
     """For which history, and where to."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")

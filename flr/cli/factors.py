@@ -12,7 +12,7 @@ from flr.config import option
 from . import voice
 from .options import DataOptions, load_trained
 from .parsing import emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 if TYPE_CHECKING:
     from flr.data import Catalogue
@@ -26,7 +26,7 @@ _MOST_KINDS = 8  # in the table
 
 
 @dataclass
-class FactorsOptions(WeightOptions):
+class FactorsOptions(InferenceOptions):
     """Which models, and what to measure."""
 
     models: str = option(

@@ -10,13 +10,13 @@ from flr.config import option
 from . import voice
 from .options import DataOptions, load_trained
 from .parsing import emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 ABOUT = "Mix item-kNN into a trained model's answers, with the weight that ranks the valid split best."
 
 
 @dataclass
-class NeighbourOptions(WeightOptions):
+class NeighbourOptions(InferenceOptions):
     """Which model, and which weights to try."""
 
     model: str = option(

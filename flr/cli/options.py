@@ -139,16 +139,20 @@ def load_trained(
     revision: str | None = None,
     is_trainable: bool = False,
     max_prompt_tokens: int | None = None,
+    device: str | None = None,
     **loading: Any,
 ) -> tuple[Any, RecProcessor]:
     """Model and processor in a folder or on the Hub; ValueError where ``dataset`` has another catalogue.
 
-    ``loading``: dtype, attn_implementation and others of :func:`flr.from_pretrained`.
+    ``device``: as for :func:`flr.model.backbone.placed`. ``loading``: dtype, attn_implementation and others of
+    :func:`flr.from_pretrained`.
     """
     from flr.data import RecProcessor
+    from flr.model.backbone import placed
     from flr.model.checkpoint import load_from
 
     model, folder = load_from(name, revision=revision, is_trainable=is_trainable, **loading)
+    placed(model, device)
     processor = RecProcessor.from_pretrained(folder)
     if max_prompt_tokens is not None:
         processor.bound_prompts(max_prompt_tokens)

@@ -9,13 +9,13 @@ from flr.config import option
 
 from . import voice
 from .parsing import REVISION, emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 ABOUT = "Recommend the next items for a history of item ids or titles, with each factor's share."
 
 
 @dataclass
-class RecommendOptions(WeightOptions):
+class RecommendOptions(InferenceOptions):
     """For whom, and how many."""
 
     model: str = option("runs/sft", "Folder that flr sft wrote, or id of such a model on the Hub.")

@@ -12,7 +12,7 @@ from flr.config import option
 from . import voice
 from .options import DataOptions, load_trained
 from .parsing import emit, parse
-from .weights import WeightOptions
+from .weights import InferenceOptions
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -23,7 +23,7 @@ KINDS = ("drop", "replace", "shuffle", "truncate", "poison")
 
 
 @dataclass
-class RobustnessOptions(WeightOptions):
+class RobustnessOptions(InferenceOptions):
     """Which models, and which damage."""
 
     models: str = option(
@@ -40,7 +40,7 @@ class RobustnessOptions(WeightOptions):
     output: str = option("robustness", "Folder for robustness.json and robustness.png.")
 
     def __post_init__(self) -> None:
-        WeightOptions.__post_init__(self)
+        InferenceOptions.__post_init__(self)
         if self.split not in ("valid", "test"):
             raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not self.kind_list() or set(self.kind_list()) - set(KINDS):

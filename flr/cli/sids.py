@@ -9,6 +9,7 @@ from flr.config import option
 
 from . import voice
 from .parsing import REVISION, emit, parse
+from .weights import device_named
 
 ABOUT = (
     "Make semantic IDs for the items of a prepared folder: flr sids --data … --embed MODEL|tfidf|cooccurrence|FILE.npy"
@@ -70,7 +71,7 @@ def _work(options: SidsOptions) -> dict[str, Any]:
     if options.codes_from:
         return import_codes(options.data, options.codes_from, overwrite=options.overwrite)
     shared: dict[str, Any] = {
-        "device": _device(options.device),
+        "device": device_named(options.device),
         "overwrite": options.overwrite,
         "revision": options.revision,
         "batch_size": options.embed_batch_size,
@@ -87,19 +88,6 @@ def _work(options: SidsOptions) -> dict[str, Any]:
         "fields": options.text_fields or None,
     }
     return make_codes(options.data, options.embed, **shared, **{name: getattr(options, name) for name in names})
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"device: expected auto or a device of this machine, got {name!r}: {reason:.100}") from None
-    return name
 
 
 def summary(about: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,37 @@ class WeightOptions:
         from flr.train.precision import dtype_to_load
 
         return {"dtype": dtype_to_load(self.dtype, trained, use_cpu), **self.attention()}
+
+
+@dataclass(kw_only=True)
+class InferenceOptions(WeightOptions):
+    """The same, and where a model computes that is not trained."""
+
+    device: str = option("auto", "Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …")
+
+    def as_saved(self) -> dict[str, Any]:
+        """The loader's arguments, ``device`` among them."""
+        return {**super().as_saved(), "device": device_named(self.device)}
+
+
+def device_named(name: str) -> str:
+    """A device of this machine; of ``auto`` a GPU where there is one, each process of a launcher its own.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"device: expected auto or a device of this machine, got {name!r}: {reason:.100}") from None
+    return name
 
 
 @dataclass(kw_only=True)

@@ -105,9 +105,10 @@ class _Rows:
         found, device = [], next(self.model.parameters()).device
         with evaluating(self.model):
             for batch in self.batches:
-                inputs = {name: x.to(device) for name, x in batch.items() if name != "item_positions"}
+                inputs = {name: x for name, x in batch.items() if name != "item_positions"}
                 if self.loss is not None:
                     inputs["labels"] = self.loss.target_nodes(inputs["labels"])
+                inputs = {name: x.to(device) for name, x in inputs.items()}
                 out = self.model(**inputs, catalogue_loss=self.loss, num_items_in_batch=1, skip_logits=True)
                 found.append(out.loss.double() - out.flr.loss.double())
         return torch.stack(found).cpu().numpy()

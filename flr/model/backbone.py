@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -67,6 +68,13 @@ def causal_lm(model: nn.Module) -> Any:
             wrapped = wrapped.module
         else:
             return wrapped
+
+
+def placed(model: Any, device: torch.device | str | None) -> Any:
+    """The model on a device; where it is for None, and one of four or eight bits, whose loader has placed it."""
+    if device is not None and not getattr(causal_lm(model), "is_quantized", False):
+        model.to(device)
+    return model
 
 
 def is_patched(model: nn.Module) -> bool:

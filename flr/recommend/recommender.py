@@ -27,7 +27,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import attribute
 from flr.explain.thinking import ThinkingPrompts, think
-from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, position_limit
+from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, placed, position_limit
 from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
@@ -127,9 +127,7 @@ class Recommender(QueryBuilder):
             OSError, ValueError: no such folder, or files that do not belong together.
         """
         model, folder = load_from(directory, **kwargs)
-        if device is not None:
-            model.to(device)
-        return cls(model, RecProcessor.from_pretrained(folder, like))
+        return cls(placed(model, device), RecProcessor.from_pretrained(folder, like))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
