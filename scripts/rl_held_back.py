@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--rest", type=Path, help="trained without the rows held back")
-    parser.add_argument("--all", type=Path, help="trained on all rows")
+    parser.add_argument("--all", type=Path, help="trained on all rows; left out where not given")
     parser.add_argument("--held_back", type=float, default=0.1)
     parser.add_argument("--work", type=Path, default=ROOT / "out/rl-held-back", help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=3)
@@ -73,8 +73,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULT, help="JSON with every run and the table")
     parser.add_argument("--table", action="store_true", help="only write the page, from the result")
     args = parser.parse_args()
-    if not args.table and not (args.data and args.rest and args.all):
-        parser.error("expected --data, --rest and --all")
+    if not args.table and not (args.data and args.rest):
+        parser.error("expected --data and --rest")
     return args
 
 
@@ -117,27 +117,38 @@ def row(name: str, values: dict[str, np.ndarray], base: dict[str, np.ndarray], u
     return found
 
 
-def table(report: dict[str, Any]) -> str:
-    """The results in Markdown."""
-    lines = ["| | rate | valid NDCG@10 | test HR@10 | test NDCG@10 | less that of rows left out | CPU seconds |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in report["rows"]:
-        d = row.get("difference")
-        change = "" if d is None else f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-        cells = [row["name"], f"{row['rate']:g}" if "rate" in row else ""]
-        cells.append(f"{row['valid ndcg@10']:.4f}" if "rate" in row else "")
-        cells += [f"{row['hr@10']:.4f}", f"{row['ndcg@10']:.4f}", change, f"{row.get('cpu_seconds', '')}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    about = f"{report['rows_held']:,} rows held back, {report['epochs']} epochs on them, seed {report['seed']}"
-    about += f", {report['test_users']:,} test users, whole catalogue"
-    lines.append(f"\n{about}; choices by {report['valid_users']:,} users of valid.")
+def table(studies: list[dict[str, Any]]) -> str:
+    """The results in Markdown, a study a seed."""
+    lines = ["| | seed | rate | valid NDCG@10 | test HR@10 | test NDCG@10 | less that of rows left out | CPU seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    names = dict.fromkeys(row["name"] for study in studies for row in study["rows"])
+    for name in names:
+        for study in studies:
+            for row in (row for row in study["rows"] if row["name"] == name):
+                d = row.get("difference")
+                change = "" if d is None else f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+                cells = [name, str(study["seed"]), f"{row['rate']:g}" if "rate" in row else ""]
+                cells.append(f"{row['valid ndcg@10']:.4f}" if "rate" in row else "")
+                cells += [f"{row['hr@10']:.4f}", f"{row['ndcg@10']:.4f}", change, f"{row.get('cpu_seconds', '')}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    first = studies[0]
+    about = f"{first['rows_held']:,} rows held back, {first['epochs']} epochs on them"
+    about += f", {first['test_users']:,} test users, whole catalogue"
+    lines.append(f"\n{about}; choices by {first['valid_users']:,} users of valid.")
     return "\n".join(lines)
 
 
 def write_page(report: dict[str, Any]) -> None:
     """Put the table between its markers."""
     text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", text))
+    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report['studies'])}\n\n{match[2]}", text))
+
+
+def with_study(path: Path, study: dict[str, Any]) -> dict[str, Any]:
+    """The results in a file with this study in the place of an earlier one of its seed."""
+    others = read_json(path, 1 << 24)["studies"] if path.is_file() else []
+    kept = [other for other in others if other["seed"] != study["seed"]]
+    return {"studies": sorted([*kept, study], key=lambda each: each["seed"])}
 
 
 def study(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -154,10 +165,9 @@ def study(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             console.print(runs[-1])
     base = measured(args.rest, dataset)
     users = dataset.test.users
-    rows = [
-        row("rows left out", base, base, users),
-        row("supervised from the start", measured(args.all, dataset), base, users),
-    ]
+    rows = [row("rows left out", base, base, users)]
+    if args.all:
+        rows.append(row("supervised from the start", measured(args.all, dataset), base, users))
     for way in args.ways:
         best = max((run for run in runs if run["way"] == way), key=lambda run: run["valid ndcg@10"])
         rows.append({**row(way, measured(Path(best["folder"]), dataset), base, users), **best})
@@ -174,7 +184,7 @@ def study(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def main() -> int:
     args = options()
     if not args.table:
-        write_json(args.results, study(args, Console(stderr=True)))
+        write_json(args.results, with_study(args.results, study(args, Console(stderr=True))))
     if args.results == RESULT:
         write_page(read_json(RESULT, 1 << 24))
     return 0
