@@ -10,25 +10,31 @@ from flr.model.verify import Traits
 PAGE = Path(__file__).resolve().parents[2] / "docs/families.md"
 _HEAD = """# Families of models
 
-Written by `python -m scripts.families`; see [training.md](training.md) for what patching is.
+This page is written by `python -m scripts.families`; see [training.md](training.md) for what patching is.
 
 **A patched model is equal to the two-pass computation on {equal} of the {built} causal-LM families that
 transformers {version} can build from their own configurations; the other {refused} are refused with a reason.**
-{alone} more names are in its table of causal LMs, but it does not build them alone.
+{alone} more names are in its table of causal LMs, but transformers does not build these models alone.
 
-Every family is built tiny, with random weights, and patched. What is compared, in float32 within 2e-5 by norm
-(gradients 1e-4, those below a hundredth of the largest as if they were that; scores of items 2e-4): loss, logits and
-every gradient of a batch with two thoughts, padded on the right and, where the model has `left_padding`, on the left;
-the routers' auxiliary loss where it has experts; greedy `generate` with its cache and without; beam search and
-exhaustive scores over a catalogue under both scorings; and the forward of a group of noisy thoughts with its
-gradients. The other side is computed row by row, without padding and without a cache: a full forward for the states,
-the reasoner, the thought's embedding, a full forward again. The sweep took {minutes:.0f} minutes of a shared machine,
-{most:.0f} s and {memory} MiB at most for a family.
+Every family is built tiny, with random weights, and patched. These are compared:
+
+- loss, logits and every gradient of a batch with two thoughts, padded on the right and, where the model has
+  `left_padding`, on the left;
+- the routers' auxiliary loss, where the model has experts;
+- greedy `generate` with its cache and without;
+- beam search and exhaustive scores over a catalogue under both scorings;
+- the forward of a group of noisy thoughts with its gradients.
+
+The bound in float32 is 2e-5 by norm. It is 2e-4 for scores of items and 1e-4 for gradients, where those below a
+hundredth of the largest count as if they were that. The other side is computed row by row, without padding and without
+a cache: a full forward for the states, the reasoner, the thought's embedding, a full forward again.
+
+The sweep took {minutes:.0f} minutes of a shared machine. A family took {most:.0f} s and {memory} MiB at most.
 
 ## What is done where something does not hold
 
-`patch_model` runs sixteen tokens through the model in some ten ways, keeps what it found as the patch's `traits`, and
-says once what it does instead:
+`patch_model` runs sixteen tokens through the model in some ten ways and keeps what it found as the patch's `traits`.
+Where something does not hold, it says once what it does instead:
 
 {meanings}
 
