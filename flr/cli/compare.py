@@ -106,6 +106,7 @@ def run(
     """
     from flr.evaluate import EvalResult, evaluate
     from flr.files import write_json
+    from flr.train.settings import differences
 
     data, augment, model_options, config, args = parts
     folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
@@ -116,9 +117,13 @@ def run(
     settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}
     if options.max_users is not None:
         settings["CompareOptions"] = {"max_users": str(options.max_users)}
-    if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
+    if settings_file.is_file() and (known := json.loads(settings_file.read_text())) != settings:
         wanted = "a folder without a run of other settings"
-        raise ValueError(f"output_dir: expected {wanted}, got {folder}; delete it or choose another output_dir")
+        before, now = ({k: v for part in each.values() for k, v in part.items()} for each in (known, settings))
+        changes = "; ".join(differences(before, now)[:4])
+        raise ValueError(
+            f"output_dir: expected {wanted}, got {folder} ({changes}); delete it or choose another output_dir"
+        )
     write_json(settings_file, settings)
     if (result_folder / "metrics.json").is_file() and summary_file.is_file():
         return json.loads(summary_file.read_text()), EvalResult.load(result_folder)
