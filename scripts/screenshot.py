@@ -55,14 +55,14 @@ def small(path: Path) -> None:
 def main() -> None:
     import uvicorn
 
-    import flr
+    from flr import Recommender
     from flr.serve import Settings, create_app
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model")
     parser.add_argument("--output", type=Path, default=PICTURE)
     args = parser.parse_args()
-    app = create_app(flr.Recommender.from_pretrained(args.model), Settings())
+    app = create_app(Recommender.from_pretrained(args.model), Settings())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

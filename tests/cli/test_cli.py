@@ -168,4 +168,4 @@ def test_compare_reuses_a_run_of_the_same_settings_only(tmp_path, capsys):
     assert main([*words, "2"]) == 1
     error = capsys.readouterr().err
     assert "expected a folder without a run of other settings" in error
-    assert "num_train_epochs was \"1.0\" and is \"2.0\"" in error
+    assert 'num_train_epochs was "1.0" and is "2.0"' in error
