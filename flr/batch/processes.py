@@ -32,10 +32,12 @@ def in_this_process(plan: Plan, shards: Sequence[Shard]) -> Iterator[Outcome]:
 def in_processes(plan: Plan, shards: Sequence[Shard], workers: int) -> Iterator[Outcome]:
     """The outcome of every shard, as they are done.
 
+    A process that dies is replaced; one that dies while it loads only where another has loaded the same model.
+
     Raises:
         ValueError: a process could not load the model; says why.
     """
-    waiting, tries = deque(shards), Counter[int]()
+    waiting, tries, unborn = deque(shards), Counter[int](), 0
     children = [_Child.start(plan, place) for place in range(min(workers, len(shards)))]
     try:
         while waiting or any(child.shard is not None for child in children):
@@ -49,7 +51,8 @@ def in_processes(plan: Plan, shards: Sequence[Shard], workers: int) -> Iterator[
                 except (EOFError, ConnectionError):
                     shard, place = child.shard, children.index(child)
                     death = child.bury()
-                    if not child.ready:
+                    unborn += not child.ready
+                    if not child.ready and (unborn >= _TRIES or not any(other.ready for other in children)):
                         raise ValueError(f"worker: expected it to load {plan.model}, got its death ({death})") from None
                     children[place] = _Child.start(plan, child.place)
                     if shard is None:
