@@ -18,6 +18,7 @@ from .backbone import ModelOptions
 from .options import AugmentOptions, DataOptions, advise
 from .parsing import emit, parse
 from .sft import train
+from .written import write_measured
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -227,21 +228,15 @@ def main(argv: list[str]) -> int:
 
     classes = (CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     *parts, rest = parse("compare", ABOUT, classes, argv)
-    from flr.files import write_json
-    from flr.report.drawing import WITHOUT, can_draw
-
     advise(parts[1].codec, parts[4])
     outcome = compare(*parts)
     print_table(outcome)
-    root = Path(str(parts[-1].output_dir))
-    write_json(root / "compare.json", outcome)
-    voice.result(f"Wrote {root / 'compare.json'}.")
-    if can_draw():
+
+    def draw(path: Path) -> None:
         from flr.report.plots import plot_compare
 
-        plot_compare(outcome["rows"], root / "compare.png")
-        voice.result(f"Wrote {root / 'compare.png'}.")
-    else:
-        voice.note(WITHOUT)
+        plot_compare(outcome["rows"], path)
+
+    write_measured(Path(str(parts[-1].output_dir)), "compare", outcome, draw)
     emit(outcome, rest.json)
     return 0

@@ -13,6 +13,7 @@ from . import voice
 from .options import DataOptions, load_trained
 from .parsing import emit, parse
 from .weights import InferenceOptions
+from .written import new_folder, write_measured, writing_model
 
 if TYPE_CHECKING:
     from flr.data import Catalogue
@@ -103,18 +104,13 @@ def print_tables(found: FactorsNeeded, kept: list[int]) -> None:
     )
 
 
-def write_pruned(folder: str, model: Any, processor: Any, keep: list[int]) -> None:
+def write_pruned(output: Path, model: Any, processor: Any, keep: list[int]) -> None:
     """The model with some factors alone, as a folder that appears whole or not at all."""
-    from flr.files import atomic_folder
     from flr.model.pruning import prune_factors
 
-    output = Path(folder)
-    if output.is_dir():
-        output.rmdir()  # empty
     prune_factors(model, keep)
-    with atomic_folder(output) as place:
-        processor.save_pretrained(place)
-        model.save_pretrained(place)
+    with writing_model(output, model, processor):
+        pass
     voice.result(f"Wrote {output}: {len(keep)} factors. Training goes on from it by flr sft --model {output}.")
 
 
@@ -129,12 +125,8 @@ def print_stability(names: list[str], table: list[list[float]]) -> None:
 def main(argv: list[str]) -> int:
     options, data, rest = parse("factors", ABOUT, (FactorsOptions, DataOptions), argv)
     from flr.explain import factor_stability, factors_needed
-    from flr.files import write_json
-    from flr.report.drawing import WITHOUT, can_draw
 
-    place = Path(options.prune or "")
-    if options.prune is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ValueError(f"prune: expected a new or an empty folder, got {options.prune}")
+    place = None if options.prune is None else new_folder("prune", options.prune)
     dataset = data.announce()
     loading: dict[str, Any] = {"max_prompt_tokens": data.max_prompt_tokens, **options.as_saved()}
     loaded = [load_trained(folder, dataset, **loading) for folder in options.folders()]
@@ -148,18 +140,15 @@ def main(argv: list[str]) -> int:
     if len(loaded) > 1:
         outcome["stability"] = factor_stability(loaded, rows)
         print_stability([Path(folder).name for folder in options.folders()], outcome["stability"])
-    root = Path(options.output or options.folders()[0])
-    write_json(root / "factors_needed.json", outcome)
-    voice.result(f"Wrote {root / 'factors_needed.json'}.")
-    if can_draw():
+
+    def draw(path: Path) -> None:
         from flr.report.factors import plot_needed
 
-        plot_needed(outcome, root / "factors_needed.png")
-        voice.result(f"Wrote {root / 'factors_needed.png'}.")
-    else:
-        voice.note(WITHOUT)
-    if options.prune is not None:
-        write_pruned(options.prune, model, processor, kept)
+        plot_needed(outcome, path)
+
+    write_measured(Path(options.output or options.folders()[0]), "factors_needed", outcome, draw)
+    if place is not None:
+        write_pruned(place, model, processor, kept)
         outcome["pruned"] = {"folder": options.prune, "kept": kept}
     emit(outcome, rest.json)
     return 0

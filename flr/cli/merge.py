@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from flr.config import DTYPES, option
 
 from . import voice
 from .options import check_option
 from .parsing import REVISION, emit, parse
+from .written import new_folder, writing_model
 
 ABOUT = "Merge an adapter into its base model: writes a folder that needs neither PEFT nor the base model."
 _CARD = "README.md"
@@ -38,7 +38,6 @@ def merge(options: MergeOptions) -> dict[str, str | int]:
     import torch
 
     from flr.data import RecProcessor
-    from flr.files import atomic_folder
     from flr.model.adapter import merged
     from flr.model.backbone import causal_lm
     from flr.model.checkpoint import load_from
@@ -46,11 +45,10 @@ def merge(options: MergeOptions) -> dict[str, str | int]:
 
     if not options.output:
         raise ValueError("output: expected a folder to write, got none")
-    folder, output = local_folder(options.model, revision=options.revision), Path(options.output)
+    folder = local_folder(options.model, revision=options.revision)
     if not is_adapter(folder):
         raise ValueError(f"model: expected the folder of an adapter, with {ADAPTER_CONFIG}, got {options.model}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: expected a new or an empty folder, got {output}")
+    output = new_folder("output", options.output)
     processor = RecProcessor.from_pretrained(folder)
     model, _ = load_from(folder)
     dtype = causal_lm(model).dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -59,11 +57,7 @@ def merge(options: MergeOptions) -> dict[str, str | int]:
     model.to(dtype)
     if reasoner is not None:
         reasoner.float()  # as it is loaded: its thoughts are computed in it
-    if output.is_dir():
-        output.rmdir()  # empty
-    with atomic_folder(output) as place:
-        processor.save_pretrained(place)
-        model.save_pretrained(place)
+    with writing_model(output, model, processor) as place:
         if (folder / _CARD).is_file():
             shutil.copyfile(folder / _CARD, place / _CARD)
     return {"output": str(output), "dtype": str(dtype).removeprefix("torch."), "parameters": model.num_parameters()}

@@ -13,6 +13,7 @@ from . import voice
 from .options import DataOptions, load_trained
 from .parsing import emit, parse
 from .weights import InferenceOptions
+from .written import write_measured
 
 if TYPE_CHECKING:
     from flr.data import RecDataset
@@ -115,8 +116,6 @@ def main(argv: list[str]) -> int:
     import numpy as np
 
     from flr.evaluate.robustness import robustness
-    from flr.files import write_json
-    from flr.report.drawing import WITHOUT, can_draw
 
     dataset = data.announce()
     made, longest = rankers(options, data, dataset)
@@ -131,16 +130,13 @@ def main(argv: list[str]) -> int:
         note=voice.note,
     )
     print_table(found, list(made))
-    folder = Path(options.output)
     outcome = {"split": options.split, "models": options.model_folders(), "measurements": found}
-    write_json(folder / "robustness.json", outcome)
-    voice.result(f"Wrote {folder / 'robustness.json'}.")
-    if can_draw():
+
+    def draw(path: Path) -> None:
         from flr.report.plots import plot_robustness
 
-        plot_robustness(found, folder / "robustness.png")
-        voice.result(f"Wrote {folder / 'robustness.png'}.")
-    else:
-        voice.note(WITHOUT)
+        plot_robustness(found, path)
+
+    write_measured(Path(options.output), "robustness", outcome, draw)
     emit(outcome, rest.json)
     return 0

@@ -6,8 +6,9 @@ as :func:`flr.model.pruning.prune_factors` does: the gates share out its weight,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from flr.data import InteractionDataset, Interactions, RecProcessor, SFTCollator
 from flr.decode import CatalogueTrie
-from flr.model.backbone import causal_lm, evaluating
+from flr.model.backbone import evaluating
 from flr.model.catalogue_loss import CatalogueLoss
-from flr.model.pruning import only_factors
+from flr.model.pruning import only_factors, own_factors
 
 from .interest import assign_factors, attended
 
@@ -149,9 +150,7 @@ def factors_needed(
     if len(rows) == 0 or batch_size < 1:
         name, got = ("rows", "none") if len(rows) == 0 else ("batch_size", batch_size)
         raise ValueError(f"{name}: expected at least 1, got {got}")
-    with only_factors(model, [0]):  # says what has no factors of its own
-        pass
-    count = causal_lm(model)._flr_patch.config.num_factors
+    count = own_factors(model).config.num_factors
     if count == 1:
         raise ValueError("model: expected two factors or more, got 1, without which there is no thought")
     measured = _Rows(model, processor, rows, batch_size)
@@ -162,7 +161,9 @@ def factors_needed(
 
     note(f"all {count} factors")
     left = list(range(count))
-    whole, path = without(left), [(left, Change(0.0, 0.0, 0.0))]
+    with _noting_gates(model) as noted:
+        whole = measured.losses()
+    gates, path = torch.stack(noted).sum(0), [(left, Change(0.0, 0.0, 0.0))]
     alone: dict[int, np.ndarray] = {}
     while len(left) > 1:
         note(f"{len(left) - 1} of {count} factors")
@@ -182,7 +183,7 @@ def factors_needed(
         apart = _Rows(model, processor, rows, batch_size, labels[rows.targets])
         shown = np.unique(apart.kind)
         names = [str(every[n]) for n in shown]
-        before = without(list(range(count)), apart)
+        before = apart.losses()
         users = [int(apart.users[apart.kind == n].sum()) for n in shown]
         by_kind = []
         for gone in range(count):
@@ -191,7 +192,7 @@ def factors_needed(
     return FactorsNeeded(
         loss=total.mean,
         error=error,
-        gates=_mean_gates(measured),
+        gates=(gates / gates.sum()).tolist(),
         without=changes,
         kinds=names,
         rows=users,
@@ -201,19 +202,15 @@ def factors_needed(
     )
 
 
-def _mean_gates(measured: _Rows) -> list[float]:
+@contextlib.contextmanager
+def _noting_gates(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Sums [K] over users of the last refinement's gates, one of each forward within."""
     sums: list[torch.Tensor] = []
-
-    def note(module: Any, inputs: Any, output: Any) -> None:
-        sums.append(output.gates[:, -1].double().sum(0))
-
-    handle = causal_lm(measured.model).flr.register_forward_hook(note)
+    handle = own_factors(model).register_forward_hook(lambda _, __, out: sums.append(out.gates[:, -1].double().sum(0)))
     try:
-        measured.losses()
+        yield sums
     finally:
         handle.remove()
-    total = torch.stack(sums).sum(0)
-    return (total / total.sum()).tolist()
 
 
 def factor_stability(

@@ -21,6 +21,16 @@ from .reasoner import FactorizedReasoner, OffsetReasoner
 _PER_FACTOR = ("query", "factor_query", "key", "value", "output", "gate", "offset")
 
 
+def own_factors(model: Any) -> FactorizedReasoner | OffsetReasoner:
+    """A patched model's factors; ValueError where it has none that could be taken away."""
+    lm = causal_lm(model)
+    reasoner = getattr(lm, "flr", None) if is_patched(lm) else None
+    if not isinstance(reasoner, (FactorizedReasoner, OffsetReasoner)):
+        got = type(reasoner).__name__ if reasoner is not None else "a model without"
+        raise ValueError(f"model: expected factors of variant flr or offsets, merged into one model, got {got}")
+    return reasoner
+
+
 def prune_factors(model: Any, keep: Sequence[int]) -> Any:
     """Leave a patched model with some of its factors, in place; an optimizer that exists does not know the new weights.
 
@@ -43,11 +53,7 @@ def prune_factors(model: Any, keep: Sequence[int]) -> Any:
         >>> model.config.flr["num_factors"], model.config.flr["factor_size"], model.flr.key.shape
         (2, 8, torch.Size([2, 8, 32]))
     """
-    lm = causal_lm(model)
-    reasoner = getattr(lm, "flr", None) if is_patched(lm) else None
-    if not isinstance(reasoner, (FactorizedReasoner, OffsetReasoner)):
-        got = type(reasoner).__name__ if reasoner is not None else "a model without"
-        raise ValueError(f"model: expected factors of variant flr or offsets, merged into one model, got {got}")
+    lm, reasoner = causal_lm(model), own_factors(model)
     config, chosen = lm._flr_patch.config, sorted(keep)
     if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= config.num_factors:
         raise ValueError(f"keep: expected different factors of 0 to {config.num_factors - 1}, got {list(keep)}")
@@ -67,11 +73,10 @@ def prune_factors(model: Any, keep: Sequence[int]) -> Any:
 @contextlib.contextmanager
 def only_factors(model: Any, keep: Sequence[int]) -> Iterator[None]:
     """Have some factors alone within; arguments and errors as of :func:`prune_factors`."""
-    lm = causal_lm(model)
-    whole = getattr(lm, "flr", None), lm._flr_patch.config if is_patched(lm) else None
+    lm, reasoner = causal_lm(model), own_factors(model)
+    config = lm._flr_patch.config
     prune_factors(model, keep)
     try:
         yield
     finally:
-        lm.flr, lm._flr_patch.config = whole
-        lm.config.flr = lm._flr_patch.config.to_dict()
+        lm.flr, lm._flr_patch.config, lm.config.flr = reasoner, config, config.to_dict()
