@@ -88,6 +88,18 @@ FLR_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* 
                : "memory");
 }
 
+// Shared to global memory, asynchronously, of this thread's; and its waits for all of them: until they are read, and
+// until they are written. What they read was written before a fence_async of who wrote it.
+FLR_DEVICE void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+FLR_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+FLR_DEVICE void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+FLR_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 template <int id, int threads>
 FLR_DEVICE void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
@@ -95,6 +107,7 @@ FLR_DEVICE void bar_sync() {
 
 FLR_DEVICE float shuffle_xor(float x, int step) { return __shfl_xor_sync(0xffffffffu, x, step); }
 FLR_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FLR_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FLR_DEVICE unsigned ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 FLR_DEVICE int ones(unsigned x) { return __popc(x); }
 
@@ -110,6 +123,20 @@ FLR_DEVICE void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// The other way, four matrices or the first two.
+template <bool four>
+FLR_DEVICE void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
+  if (four) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1])
                  : "memory");
   }
 }
