@@ -131,7 +131,7 @@ class BuildExtension(build_ext):
             gpu = [nvcc, *host, "-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             # setmaxnreg is of 9.0a alone: nothing later runs this code
             attention = ("factor_attention", "factor_attention_backward") if hopper else ()
-            kernels = dict.fromkeys(attention, ["-gencode=arch=compute_90a,code=sm_90a"])
+            kernels = {name: ["-gencode=arch=compute_90a,code=sm_90a"] for name in attention}
             for name, targets in {**kernels, "group_advantage": [f"--threads={jobs}", *flags]}.items():
                 source, output = SOURCES / f"{name}.cu", str(folder / f"{name}.cu.o")
                 commands[output] = ([*gpu, *targets, "-c", str(source), "-o", output], [source, *headers])
