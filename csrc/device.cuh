@@ -29,6 +29,12 @@ struct Bfloat16 {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
+  // C += A B, [16, 8] by [8, 8].
+  static FLR_DEVICE void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
+  }
 };
 
 struct Float16 {
@@ -127,18 +133,23 @@ FLR_DEVICE void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
   }
 }
 
-// The other way, four matrices or the first two.
-template <bool four>
+// The other way, and the same of the first two matrices alone.
+template <bool transposed>
 FLR_DEVICE void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
-  if (four) {
+  if (transposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  } else {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
                  "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
-  } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
-                 "r"(r[1])
-                 : "memory");
   }
+}
+FLR_DEVICE void stmatrix_2_transposed(uint16_t* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1])
+               : "memory");
 }
 
 FLR_DEVICE unsigned cluster_rank() {

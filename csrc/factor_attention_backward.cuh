@@ -1,18 +1,18 @@
 // factor_attention's backward: every valid token of H is read from memory once, and its gradient takes its place in
 // the ring and goes to memory from there; masked tokens are never read, and get zeros.
 //
-// Blocks, clusters and the ring are the forward's (factor_attention.cuh). In shared memory lie twelve rows of D
-// columns: queries u_k, and gradients dc_k of the context as two bfloat16 numbers, high and rest. One product of the
-// tensor core of these rows with eight tokens has both s_kl = u_k · h_l and dc_k · h_l; one of a tile's weights, ds and
-// α, with the same rows has dh_l = Σ_k α_kl dc_k + ds_kl u_k, which is written over the tile; one of the tile with ds
-// has du_k = Σ_l ds_kl h_l, which stays in registers over all tiles. A worker owns every eighth strip of 16 columns, so
-// nobody else reads what it overwrites. Every order is fixed. The formulas are in ops/factor_attention/op.py.
+// Blocks, clusters and the ring are the forward's (factor_attention.cuh). In shared memory lie rows of D columns: four
+// queries u_k, and four gradients dc_k of the context as bfloat16 numbers and, up to 2048 columns, what those leave.
+// One product of the tensor core of these rows with eight tokens has both s_kl = u_k · h_l and dc_k · h_l; one of a
+// tile's weights, ds and α, with the same rows has dh_l = Σ_k α_kl dc_k + ds_kl u_k, which is written over the tile; one
+// of the tile with ds has du_k = Σ_l ds_kl h_l, which stays in registers over all tiles. A worker owns every eighth
+// strip of 16 columns, so nobody else reads what it overwrites; it loads strips in pairs, the next before it stores.
+// Beyond 2048 columns tiles have eight tokens: a second one has to fit beside the rows. Every order is fixed. The
+// formulas are in ops/factor_attention/op.py.
 #pragma once
 #include "factor_attention_producer.cuh"
 
 namespace flr {
-
-constexpr int kGradientRows = 3 * kGradientFactors;
 
 struct alignas(128) GradientControl {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
@@ -29,12 +29,14 @@ template <int D_, int CHUNK_, int TOKENS>
 struct GradientColumns {
   static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
   static constexpr int kTile = TOKENS, kTileRows = kTile / kProducers;
+  static constexpr bool kWide = kTile == 8;  // gradients of the context are bfloat16 numbers, and nothing more
+  static constexpr int kRows = (kWide ? 2 : 3) * kGradientFactors;
   static constexpr int kPitch = CHUNK + 8, kSlot = kPitch * kTile;
   static constexpr int kQueryPitch = D + 8;
-  static constexpr int kRoom = kSharedLimit - int(sizeof(GradientControl)) - 2 * kGradientRows * kQueryPitch;
+  static constexpr int kRoom = kSharedLimit - int(sizeof(GradientControl)) - 2 * kRows * kQueryPitch;
   static constexpr int kStages = kRoom / (2 * kSlot) < kMaxStages ? kRoom / (2 * kSlot) : kMaxStages;
   static constexpr int kSharedBytes = kSharedLimit - kRoom + 2 * kSlot * kStages;
-  static_assert(D % CHUNK == 0 && CHUNK % (16 * kWorkers) == 0 && CHUNK <= kMaxChunk);
+  static_assert(D % CHUNK == 0 && CHUNK % (32 * kWorkers) == 0 && CHUNK <= kMaxChunk);
   static_assert(kTile == 8 || kTile == 16);
   static_assert(kStages > kChunks, "a tile has to fit, and something of the next");
   static_assert(2 * kSlot * kStages >= 4 * kGradientFactors * (D + 4), "the sums have to fit where the ring was");
@@ -141,13 +143,14 @@ struct GradientProducer {
 };
 
 // One of the worker warps. After the exchange lane 4 g + t / 2 holds of scores and weights: factor g % 4, tokens t and
-// t + 1 of the tile's first eight (g < 4) or second; of sums: columns g and g + 8 of every strip, factors t and t + 1
-// (t < 4) or what their high halves leave.
+// t + 1 of the tile's first eight (g < 4) or second, if it has them; of sums: columns g and g + 8 of every strip, factors
+// t and t + 1 (t < 4) or what their high halves leave.
 template <class C>
 struct GradientWorker {
   using T = Bfloat16;
-  static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips;
-  static constexpr bool kTwo = C::kTile == 16;  // groups of eight tokens
+  using Fragment = uint32_t[4];
+  static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips, kApart = 16 * kWorkers;
+  static constexpr bool kWide = C::kWide;
   const GradientTask& task;
   GradientControl& control;
   uint16_t *ring, *queries;
@@ -163,59 +166,71 @@ struct GradientWorker {
   FLR_DEVICE int t() const { return lane % 4 * 2; }
   FLR_DEVICE int factor() const { return g() % kGradientFactors; }
   FLR_DEVICE bool is_upper() const { return lane >= 16; }
-  FLR_DEVICE int column(int i) const { return i / kStrips * C::CHUNK + (i % kStrips * kWorkers + warp) * 16; }
+  FLR_DEVICE int column(int i) const { return i / kStrips * C::CHUNK + i % kStrips * kApart + 16 * warp; }
 
   FLR_DEVICE Slot slot_of(int chunk) const {
     Slot s = slot;
     s.advance(chunk, C::kStages);
     return s;
   }
-  // Where this lane's row is for ldmatrix and stmatrix, of a slot's strip of column 0 and of the twelve rows.
+  // This lane's row of a slot's first strip and of the rows': with tiles of sixteen tokens of one strip, [16, 16]; with
+  // tiles of eight of two strips, [8, 16] each.
   FLR_DEVICE uint16_t* history_rows(const Slot& s) const {
-    return ring + s.index * C::kSlot + (lane % 8 + (kTwo ? lane / 16 * 8 : 0)) * C::kPitch + lane / 8 % 2 * 8;
+    const int row = lane % 8 + (kWide ? 0 : lane / 16 * 8), strip = kWide ? lane / 16 : 0;
+    return ring + s.index * C::kSlot + row * C::kPitch + lane / 8 % 2 * 8 + strip * kApart + 16 * warp;
   }
-  FLR_DEVICE const uint16_t* query_rows() const {  // rows 12 to 15 have weight 0
-    return queries + (lane % 8 + lane / 8 % 2 * 8) % kGradientRows * C::kQueryPitch + lane / 16 * 8;
+  FLR_DEVICE const uint16_t* query_rows() const {  // rows 12 to 15 have weight 0; 4 to 7 are of other banks than 8 to 11
+    if (kWide) return queries + lane % 8 * C::kQueryPitch + lane / 8 % 2 * 8 + lane / 16 * kApart + 16 * warp;
+    const int row = lane % 16 < C::kRows ? lane % 16 : lane % 16 - 8;
+    return queries + row * C::kQueryPitch + lane / 16 * 8 + 16 * warp;
   }
   FLR_DEVICE void release(Mbarrier* barrier) const {
     __syncwarp();
     if (lane == 0) mbar_arrive(barrier);
   }
 
-  // Writes this thread's columns of factor k's three rows; its share of dc_k · c_k.
-  FLR_DEVICE float load_factor(int64_t user, int k) {
+  // Writes this thread's columns of the rows, and its shares of dc_k · c_k.
+  FLR_DEVICE void load_rows(int64_t user, float (&products)[kGradientFactors]) {
     const auto& p = task.p;
-    const int64_t row = (user * p.factors + k) * p.size;
-    const bool real = k < p.factors;
-    float product = 0;
     for (int d = (32 * warp + lane) * 4; d < p.size; d += 4 * kWorkerThreads) {
-      Words *u = reinterpret_cast<Words*>(queries + k * C::kQueryPitch + d), zero{0, 0};
-      Words *high = u + kGradientFactors * C::kQueryPitch / 4, *low = high + kGradientFactors * C::kQueryPitch / 4;
-      if (!real) {
-        *u = *high = *low = zero;
-        continue;
+      Quad x[kGradientFactors], y[kGradientFactors];
+      Words u[kGradientFactors];
+#pragma unroll
+      for (int k = 0; k < kGradientFactors; ++k) {  // all loads in flight
+        x[k] = y[k] = Quad{0, 0, 0, 0}, u[k] = Words{0, 0};
+        if (k >= p.factors) continue;
+        const int64_t at = (user * p.factors + k) * p.size + d;
+        x[k] = *reinterpret_cast<const Quad*>(task.d.context + at);
+        y[k] = *reinterpret_cast<const Quad*>(p.context + at);
+        u[k] = *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(p.u) + user * p.u_b + k * p.u_k + d);
       }
-      const Quad x = *reinterpret_cast<const Quad*>(task.d.context + row + d);
-      const Quad y = *reinterpret_cast<const Quad*>(p.context + row + d);
-      product += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
-      *u = *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(p.u) + user * p.u_b + k * p.u_k + d);
-      *high = Words{T::pack(x.x, x.y), T::pack(x.z, x.w)};
-      const auto a = T::unpack(high->low), b = T::unpack(high->high);
-      *low = Words{T::pack(x.x - a.x, x.y - a.y), T::pack(x.z - b.x, x.w - b.y)};
+#pragma unroll
+      for (int k = 0; k < kGradientFactors; ++k) {
+        uint16_t *to = queries + k * C::kQueryPitch + d, *high = to + kGradientFactors * C::kQueryPitch;
+        const Words rounded{T::pack(x[k].x, x[k].y), T::pack(x[k].z, x[k].w)};
+        const auto a = T::unpack(rounded.low), b = T::unpack(rounded.high);
+        const Quad rest{x[k].x - a.x, x[k].y - a.y, x[k].z - b.x, x[k].w - b.y};
+        *reinterpret_cast<Words*>(to) = u[k], *reinterpret_cast<Words*>(high) = rounded;
+        products[k] += a.x * y[k].x + a.y * y[k].y + b.x * y[k].z + b.y * y[k].w;
+        if (kWide) continue;
+        *reinterpret_cast<Words*>(high + kGradientFactors * C::kQueryPitch) =
+            Words{T::pack(rest.x, rest.y), T::pack(rest.z, rest.w)};
+        products[k] += rest.x * y[k].x + rest.y * y[k].y + rest.z * y[k].z + rest.w * y[k].w;
+      }
     }
-    return product;
   }
 
   FLR_DEVICE void start_user(int64_t user) {
     const auto& p = task.p;
+    float products[kGradientFactors] = {};
     // nobody reads the rows of the user before
     bar_sync<1, kWorkerThreads>();
+    load_rows(user, products);
 #pragma unroll
     for (int k = 0; k < kGradientFactors; ++k) {
-      float product = load_factor(user, k);
 #pragma unroll
-      for (int step = 16; step > 0; step /= 2) product += shuffle_xor(product, step);
-      if (lane == 0) control.delta[warp][k] = product;
+      for (int step = 16; step > 0; step /= 2) products[k] += shuffle_xor(products[k], step);
+      if (lane == 0) control.delta[warp][k] = products[k];
     }
     bar_sync<1, kWorkerThreads>();
     const int k = factor(), last = p.factors - 1;
@@ -237,33 +252,45 @@ struct GradientWorker {
     for (int i = 0; i < kAll; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
   }
 
+  // Products of a pair of strips and the rows: s[0] and s[1] are of the first and second eight tokens, or, with tiles of
+  // eight, of the two strips. `two`: whether the second strip has columns.
+  FLR_DEVICE void multiply(float (&s)[4][4], const uint16_t* at, const uint16_t* rows, bool two) const {
+    Fragment q, x, r, y;
+    if (kWide) {
+      ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
+      T::mma(s[0], q[0], 0, q[1], 0, x[0], x[1]);
+      if (two) T::mma(s[1], q[2], 0, q[3], 0, x[2], x[3]);
+      return;
+    }
+    ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
+    if (two) ldmatrix<false>(r, rows + kApart), ldmatrix<false>(y, at + kApart);
+    T::mma(s[0], q[0], q[1], q[2], q[3], x[0], x[1]);
+    T::mma(s[1], q[0], q[1], q[2], q[3], x[2], x[3]);
+    if (!two) return;
+    T::mma(s[2], r[0], r[1], r[2], r[3], y[0], y[1]);
+    T::mma(s[3], r[0], r[1], r[2], r[3], y[2], y[3]);
+  }
+
   // Scores and dc · h of a tile, those of this lane's factor and two tokens.
   FLR_DEVICE void products(float (&s)[2], float (&dp)[2]) {
-    float s0[4] = {}, s1[4] = {};
+    float part[4][4] = {};
 #pragma unroll
     for (int c = 0; c < C::kChunks; ++c) {
       if (c >= task.plan.chunks) break;
       const Slot here = slot_of(c);
       mbar_wait(&control.full[here.index], here.phase);
-      const uint16_t *at = history_rows(here), *rows = query_rows();
+      const uint16_t *at = history_rows(here), *rows = query_rows() + c * C::CHUNK;
+      if ((c + 1) * C::CHUNK <= task.p.size) {
 #pragma unroll
-      for (int i = c * kStrips; i < (c + 1) * kStrips; ++i) {
-        if (column(i) >= task.p.size) break;
-        uint32_t q[4], x[4];
-        ldmatrix<false>(q, rows + column(i));
-        ldmatrix<false>(x, at + column(i) - c * C::CHUNK);
-        T::mma(s0, q[0], q[1], q[2], q[3], x[0], x[1]);
-        if (kTwo) T::mma(s1, q[0], q[1], q[2], q[3], x[2], x[3]);
+        for (int i = 0; i < kStrips; i += 2) multiply(part, at + i * kApart, rows + i * kApart, true);
+      } else {
+        for (int i = 0; i < kStrips && column(c * kStrips + i) < task.p.size; i += 2)
+          multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < task.p.size);
       }
     }
-    // rows g are u's below 4 and dc's high ones from there, rows g + 8 dc's low ones: a lane gives and takes half
-    float given[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) given[j] = shuffle_xor(is_upper() ? s0[j] : s1[j], 16);
     Quad(&all)[kWorkers][32] = control.scores[turn];
     turn ^= 1;
-    all[warp][lane] = is_upper() ? Quad{given[0], given[1], given[2] + s1[0], given[3] + s1[1]}
-                                 : Quad{s0[0], s0[1], s0[2] + given[0], s0[3] + given[1]};
+    all[warp][lane] = kWide ? gather(part[0], part[1]) : gather_two(part);
     bar_sync<1, kWorkerThreads>();
     s[0] = s[1] = dp[0] = dp[1] = 0;
 #pragma unroll
@@ -273,11 +300,28 @@ struct GradientWorker {
     }
   }
 
+  // Rows g are u's below 4 and dc's from there: the halves of a warp give each other theirs.
+  FLR_DEVICE Quad gather(const float (&a)[4], const float (&b)[4]) const {
+    const float x = a[0] + b[0], y = a[1] + b[1], z = shuffle_xor(x, 16), w = shuffle_xor(y, 16);
+    return is_upper() ? Quad{z, w, x, y} : Quad{x, y, z, w};
+  }
+  // Rows g + 8 are dc's rests, and the upper half is for the second eight tokens.
+  FLR_DEVICE Quad gather_two(const float (&part)[4][4]) const {
+    float a[4], b[4], given[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[j] = part[0][j] + part[2][j], b[j] = part[1][j] + part[3][j];
+      given[j] = shuffle_xor(is_upper() ? a[j] : b[j], 16);
+    }
+    return is_upper() ? Quad{given[0], given[1], given[2] + b[0], given[3] + b[1]}
+                      : Quad{a[0], a[1], a[2] + given[0], a[3] + given[1]};
+  }
+
   // s and dp become α and ds.
   FLR_DEVICE void weights(float (&s)[2], float (&dp)[2], int count) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const bool live = factor() < task.p.factors && g() / 4 * 8 + t() + j < count;
+      const bool live = factor() < task.p.factors && (kWide ? 0 : g() / 4 * 8) + t() + j < count;
       const float log_weight = live ? s[j] - lse : 0.f, weight = live ? exp2_fast(log_weight * kLog2e) : 0.f;
       float x = dp[j] + pairs[0] * weight - (weight > 0 ? d_entropy * log_weight : 0.f);
 #pragma unroll
@@ -286,9 +330,9 @@ struct GradientWorker {
     }
   }
 
-  // ds as a [16 tokens, 8] operand: column g is factor g's high half, column g + 4 what it leaves.
+  // ds as a [16 or 8 tokens, 8] operand: column g is factor g's high half, column g + 4 what it leaves.
   FLR_DEVICE void by_factor(const float (&ds)[2], uint32_t (&b)[2]) const {
-    const float x = shuffle_xor(ds[0], 16), y = shuffle_xor(ds[1], 16);
+    const float x = kWide ? ds[0] : shuffle_xor(ds[0], 16), y = kWide ? ds[1] : shuffle_xor(ds[1], 16);
     const float values[2][2] = {{is_upper() ? x : ds[0], is_upper() ? y : ds[1]},
                                 {is_upper() ? ds[0] : x, is_upper() ? ds[1] : y}};
 #pragma unroll
@@ -299,52 +343,118 @@ struct GradientWorker {
     }
   }
 
-  // Weights as a [16 tokens, 16] operand whose columns are the twelve rows': ds, α, α; from pairs of tokens a lane.
+  // Weights as an operand of tokens g (and g + 8) and pairs of rows t, t + 1 (and t + 8, t + 9): ds, α and α; from what
+  // a lane has, pairs of tokens.
   FLR_DEVICE void by_token(uint32_t ds, uint32_t weight, uint32_t (&a)[4]) const {
     const int first = lane % 2 * 2;  // of two factors
     const bool is_weight = lane % 4 >= 2;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < (kWide ? 1 : 2); ++i) {
       const int from = 4 * (first + 4 * i) + g() / 2;
       const uint32_t x = shuffle(ds, from), y = shuffle(ds, from + 4);
       const uint32_t z = shuffle(weight, from), w = shuffle(weight, from + 4);
       const uint32_t low = is_weight ? z : x, high = is_weight ? w : y;
       a[i] = g() % 2 ? (low >> 16) | (high & 0xffff0000u) : (low & 0xffffu) | (high << 16);
-      const uint32_t other = shuffle(a[i], lane ^ 2);
+      const uint32_t other = kWide ? 0 : shuffle(a[i], lane ^ 2);
       a[2 + i] = is_weight ? 0 : other;
     }
   }
 
-  FLR_DEVICE void gradients(const float (&weight)[2], const float (&ds)[2]) {
-    uint32_t b[2], high[4], low[4];
-    by_factor(ds, b);
+  // Operands of a tile that every strip is multiplied with.
+  struct Weights {
+    uint32_t ds[2], high[4], low[4];
+  };
+  FLR_DEVICE Weights operands(const float (&weight)[2], const float (&ds)[2]) const {
+    Weights out;
+    by_factor(ds, out.ds);
     const uint32_t d = T::pack(ds[0], ds[1]), w = T::pack(weight[0], weight[1]);
     const auto x = T::unpack(d), y = T::unpack(w);
-    by_token(d, w, high);
-    by_token(T::pack(ds[0] - x.x, ds[1] - x.y), T::pack(weight[0] - y.x, weight[1] - y.y), low);
-    const bool needs_dh = task.d.dh != nullptr;
+    by_token(d, w, out.high);
+    by_token(T::pack(ds[0] - x.x, ds[1] - x.y), T::pack(weight[0] - y.x, weight[1] - y.y), out.low);
+    return out;
+  }
+
+  // Gradients of two strips from their columns h and the rows' q, of which strip 1 only where `two`.
+  FLR_DEVICE void pair_of_16(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
+                             bool two) const {
+    float left[2][4] = {}, right[2][4] = {};  // columns 0 to 7 and 8 to 15
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      if (j == 0 || two) T::mma(sums[j], h[j][0], h[j][1], h[j][2], h[j][3], w.ds[0], w.ds[1]);
+    if (task.d.dh == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      T::mma(left[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][0], q[j][1]);
+      T::mma(right[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][2], q[j][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      T::mma(left[j], w.low[0], w.low[1], 0, 0, q[j][0], q[j][1]);
+      T::mma(right[j], w.low[0], w.low[1], 0, 0, q[j][2], q[j][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      const Fragment out = {T::pack(left[j][0], left[j][1]), T::pack(right[j][0], right[j][1]),
+                            T::pack(left[j][2], left[j][3]), T::pack(right[j][2], right[j][3])};
+      stmatrix<false>(at + j * kApart, out);
+    }
+  }
+  // The same where both strips' columns of eight tokens are in one fragment: dH comes transposed.
+  FLR_DEVICE void pair_of_8(const Weights& w, float (*sums)[4], const Fragment& h, const Fragment& q, uint16_t* at,
+                            bool two) const {
+    float out[2][4] = {};
+    T::mma_8(sums[0], h[0], h[1], w.ds[0]);
+    if (two) T::mma_8(sums[1], h[2], h[3], w.ds[0]);
+    if (task.d.dh == nullptr) return;
+    T::mma_8(out[0], q[0], q[1], w.high[0]);
+    if (two) T::mma_8(out[1], q[2], q[3], w.high[0]);
+    T::mma_8(out[0], q[0], q[1], w.low[0]);
+    if (two) T::mma_8(out[1], q[2], q[3], w.low[0]);
+    const Fragment packed = {T::pack(out[0][0], out[0][1]), T::pack(out[0][2], out[0][3]),
+                             T::pack(out[1][0], out[1][1]), T::pack(out[1][2], out[1][3])};
+    if (two) stmatrix<true>(at, packed);
+    else stmatrix_2_transposed(at, packed);
+  }
+
+  FLR_DEVICE void load_pair(Fragment (&h)[2], Fragment (&q)[2], const uint16_t* at, const uint16_t* rows,
+                            bool two) const {
+    ldmatrix<true>(h[0], at), ldmatrix<true>(q[0], rows);
+    if (!kWide && two) ldmatrix<true>(h[1], at + kApart), ldmatrix<true>(q[1], rows + kApart);
+  }
+  FLR_DEVICE void use_pair(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
+                           bool two) const {
+    if (kWide) pair_of_8(w, sums, h[0], q[0], at, two);
+    else pair_of_16(w, sums, h, q, at, two);
+  }
+
+  FLR_DEVICE void gradients(const Weights& w) {
 #pragma unroll
     for (int c = 0; c < C::kChunks; ++c) {
       if (c >= task.plan.chunks) break;
       const Slot here = slot_of(c);
       uint16_t* at = history_rows(here);
-      const uint16_t* rows = query_rows();
+      const uint16_t* rows = query_rows() + c * C::CHUNK;
+      Fragment h[2][2], q[2][2];
+      if ((c + 1) * C::CHUNK <= task.p.size) {
+        load_pair(h[0], q[0], at, rows, true);
 #pragma unroll
-      for (int i = c * kStrips; i < (c + 1) * kStrips; ++i) {
-        if (column(i) >= task.p.size) break;
-        uint32_t h[4], q[4];
-        ldmatrix<true>(h, at + column(i) - c * C::CHUNK);
-        T::mma(sums[i], h[0], h[1], h[2], h[3], b[0], b[1]);
-        if (!needs_dh) continue;
-        float left[4] = {}, right[4] = {};  // columns 0 to 7 and 8 to 15
-        ldmatrix<true>(q, rows + column(i));
-        T::mma(left, high[0], high[1], high[2], high[3], q[0], q[1]);
-        T::mma(right, high[0], high[1], high[2], high[3], q[2], q[3]);
-        T::mma(left, low[0], low[1], 0, 0, q[0], q[1]);
-        T::mma(right, low[0], low[1], 0, 0, q[2], q[3]);
-        const uint32_t out[4] = {T::pack(left[0], left[1]), T::pack(right[0], right[1]), T::pack(left[2], left[3]),
-                                 T::pack(right[2], right[3])};
-        stmatrix<kTwo>(at + column(i) - c * C::CHUNK, out);
+        for (int i = 0; i < kStrips; i += 2) {
+          const int now = i / 2 % 2, next = i + 2;
+          if (next < kStrips) load_pair(h[now ^ 1], q[now ^ 1], at + next * kApart, rows + next * kApart, true);
+          use_pair(w, sums + c * kStrips + i, h[now], q[now], at + i * kApart, true);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kStrips; i += 2) {
+          const int first = c * kStrips + i;
+          if (column(first) >= task.p.size) break;
+          const bool two = column(first + 1) < task.p.size;
+          load_pair(h[0], q[0], at + i * kApart, rows + i * kApart, two);
+          use_pair(w, sums + first, h[0], q[0], at + i * kApart, two);
+        }
       }
       fence_async();  // what was written here is read by bulk copies
       release(&control.empty[here.index]);
@@ -365,7 +475,7 @@ struct GradientWorker {
       float s[2], dp[2];
       products(s, dp);
       weights(s, dp, count);
-      gradients(s, dp);
+      gradients(operands(s, dp));
     }
   }
 

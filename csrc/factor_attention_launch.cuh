@@ -29,14 +29,13 @@ cudaError_t prepare(Kernel kernel, int device, Room* room) {
     error = cudaDeviceGetAttribute(&room->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   bool allowed = true;
-  for (int i = 0; i < 4; ++i) {
-    const int cluster = 2 << i;
+  for (int cluster = 2; cluster <= kMaxCluster; ++cluster) {
     cudaLaunchAttribute attribute = {};
     const cudaLaunchConfig_t config = configure(&attribute, cluster, cluster, kSharedLimit, nullptr);
     if (cluster > 8)  // more than every device of this compute capability has to run
       allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
-    if (!allowed || cudaOccupancyMaxActiveClusters(&room->clusters[i], kernel, &config) != cudaSuccess) {
-      room->clusters[i] = 0;
+    if (!allowed || cudaOccupancyMaxActiveClusters(&room->clusters[cluster], kernel, &config) != cudaSuccess) {
+      room->clusters[cluster] = 0;
       cudaGetLastError();  // nobody else's
     }
   }

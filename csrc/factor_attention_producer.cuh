@@ -53,16 +53,16 @@ struct Plan {
   int query_pitch, shared_bytes;
 };
 
-// What the choice depends on: multiprocessors, and how many clusters of 2, 4, 8 and 16 run at a time. That is less than
+// What the choice depends on: multiprocessors, and how many clusters of each size run at a time. That is less than
 // multiprocessors divided by blocks where a cluster's blocks have to lie together.
 struct Room {
-  int multiprocessors, clusters[4];
+  int multiprocessors, clusters[kMaxCluster + 1];
 };
 
 inline void set_grid(Plan& plan, const AttentionProblem& p, const Room& device) {
   plan.cluster = 1;
-  for (int i = 0; i < 4; ++i)  // the largest with which no user has to wait for another
-    if (p.users <= device.clusters[i] && 32 * (2 << i) <= p.length) plan.cluster = 2 << i;
+  for (int i = 2; i <= kMaxCluster; ++i)  // the largest with which no user has to wait for another
+    if (p.users <= device.clusters[i] && 32 * i <= p.length) plan.cluster = i;
   const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
   plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
 }

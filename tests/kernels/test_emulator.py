@@ -97,13 +97,13 @@ FAULTS = {
     ),
     "rows are read before they are written": (
         "factor_attention_backward.cuh",
-        "control.delta[warp][k] = product;\n    }\n",
+        "control.delta[warp][k] = products[k];\n    }\n",
         "bar_sync<1, kWorkerThreads>();",
         "back",
     ),
     "products are read before every worker has written its part": (
         "factor_attention_backward.cuh",
-        "s0[3] + given[1]};\n",
+        "gather_two(part);\n",
         "bar_sync<1, kWorkerThreads>();",
         "back",
     ),
@@ -202,8 +202,8 @@ SMALL = {
     r".* Columns<(2048|3072|4096, 1024).*\n": "",
     r"return launch<T, Columns<4096, 512>>.*": "return cudaErrorInvalidDevice;",
     r"kQueriesInRegisters = D <= 2048": "kQueriesInRegisters = D <= 128",
-    r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 128, 16>",
-    r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 128, 8>",
+    r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 256, 16>",
+    r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 256, 8>",
     r".*GradientColumns<(2048|3072).*\n": "",
     r"return launch<GradientColumns<4096.*": "return cudaErrorInvalidDevice;",
 }

@@ -54,6 +54,7 @@ struct Tensor16 {
       c[j] += sum;
     }
   }
+  static void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) { mma(c, a0, a1, 0, 0, b0, 0); }
 };
 struct Bfloat16 : Tensor16<false> { static constexpr float kScale = 1; };
 struct Float16 : Tensor16<true> { static constexpr float kScale = 16384; };
@@ -199,17 +200,18 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
   }
 }
 
-template <bool four>
+template <bool transposed, int matrices = 4>
 void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
   const auto& given = emu::exchange<5>({uint64_t(row), r[0], r[1], r[2], r[3]});
-  const int lane = threadIdx.x % 32;
-  if (!four && lane >= 16) return;
+  const int lane = threadIdx.x % 32, matrix = lane / 8, i = lane % 8;
+  if (matrix >= matrices) return;
   if (uintptr_t(row) % 16) emu::fail("a row for stmatrix that is not aligned");
-  for (int t = 0; t < 4; ++t) {  // this lane's row: of matrix lane / 8, held by lanes 4 (lane % 8) ..
-    const uint32_t pair = uint32_t(given[lane % 8 * 4 + t][1 + lane / 8]);
-    std::memcpy(row + 2 * t, &pair, 4);
+  for (int j = 0; j < 8; ++j) {  // element [x, y] of a matrix is held by lane 4 x + y / 2
+    const int x = transposed ? j : i, y = transposed ? i : j;
+    row[j] = uint16_t(given[4 * x + y / 2][1 + matrix] >> (y % 2 * 16));
   }
 }
+inline void stmatrix_2_transposed(uint16_t* row, const uint32_t (&r)[4]) { stmatrix<true, 2>(row, r); }
 
 inline unsigned cluster_rank() { return emu::rank; }
 inline void cluster_sync() { emu::cluster->barrier.wait(), emu::dawdle(); }
