@@ -236,7 +236,7 @@ class Variant:
         try:
             self.replay = captured(self.call, self.inside)
         except RuntimeError as error:
-            self.uncaptured = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            self.uncaptured = reason(error)
             synchronize()
 
     def from_now_on_by_calls(self, tier: str) -> None:
@@ -265,12 +265,21 @@ def rounds_for(tier: str, round_seconds: float) -> int:
     return max(fewest, min(most, int(budget / max(round_seconds, 1e-9))))
 
 
+def reason(error: BaseException) -> str:
+    """One line: what was raised, and what had been raised first, since the end of a failed capture raises again."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
+        chain.append(before)
+    lines = [f"{type(x).__name__}: {x}".splitlines()[0][:200] for x in (error, chain[-1])]
+    return lines[0] if len(chain) == 1 else f"{lines[0]} (after {lines[1]})"
+
+
 def guarded(variant: Variant, action: Callable[[], None]) -> None:
     """Run ``action`` of a competitor; what it raises is its result, not the suite's."""
     try:
         action()
     except Exception as error:  # any failure of a competitor is recorded with its reason
-        variant.failed = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        variant.failed = reason(error)
         variant.times.clear()
 
 

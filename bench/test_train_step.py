@@ -107,11 +107,15 @@ def whole_step(model, step):
     """A competitor's whole step as one CUDA graph, captured at the first call."""
     replays: list = []
 
+    def with_own_leaves():
+        """Gradients of parameters that were used before would wait for another stream."""
+        leaves = {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+        with in_place_of(model, leaves):
+            return step()
+
     def run():
         if not replays:
-            leaves = {id(p): torch.nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
-            with in_place_of(model, leaves):  # gradients of parameters that were used before wait for another stream
-                replays.append(captured(step, 1))
+            replays.append(captured(with_own_leaves, 1))
         replays[0]()
 
     return run

@@ -70,7 +70,9 @@ class Static:
     titles give the same sequences in the same order (docs/log.md, 2026-11-26).
     """
 
-    def __init__(self, sequences: list[tuple[int, ...]], vocabulary: int, pad: int) -> None:
+    def __init__(
+        self, sequences: list[tuple[int, ...]], vocabulary: int, pad: int, device: torch.device | str = "cpu"
+    ) -> None:
         longest = max(map(len, sequences))
         rows = torch.full((len(sequences), longest), pad, dtype=torch.int64)
         lengths = torch.tensor([len(s) for s in sequences])
@@ -88,6 +90,9 @@ class Static:
             state = state_of_item
         self.root_mask = torch.zeros(vocabulary, dtype=torch.bool)
         self.root_mask[self.tokens[0]] = True
+        self.device_first = [x.to(device) for x in self.first]
+        self.device_tokens = [x.to(device) for x in self.tokens]
+        self.root_mask = self.root_mask.to(device)
 
     @property
     def num_edges(self) -> int:
@@ -111,9 +116,10 @@ class Static:
         """Below the root."""
         users, beams = beam_scores.shape
         log_probs = torch.log_softmax(logits, dim=-1)
-        edge = self.first[level][states][:, None] + torch.arange(self.widest[level])
-        valid = edge < self.first[level][states + 1][:, None]
-        token = self.tokens[level][edge.clamp_max(len(self.tokens[level]) - 1)]
+        first, tokens = self.device_first[level], self.device_tokens[level]
+        edge = first[states][:, None] + torch.arange(self.widest[level], device=logits.device)
+        valid = edge < first[states + 1][:, None]
+        token = tokens[edge.clamp_max(len(tokens) - 1)]
         score = log_probs.gather(1, token).masked_fill(~valid, -math.inf)
         total = (score.view(users, beams, -1) + beam_scores[..., None]).view(users, -1)
         best, index = total.topk(min(beams, total.shape[1]), dim=1)

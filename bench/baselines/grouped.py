@@ -37,7 +37,8 @@ class Masks:
         self.length = valid.shape[1]
         diagonal = torch.eye(self.length, dtype=torch.bool, device=valid.device)  # no row of padding is empty
         causal = torch.ones_like(diagonal).tril() & valid[:, None, None]
-        self.prompt = None if bool(valid.all()) else causal | diagonal
+        capturing = valid.is_cuda and torch.cuda.is_current_stream_capturing()  # which may not look
+        self.prompt = None if not capturing and bool(valid.all()) else causal | diagonal
         own = torch.ones(steps, steps, dtype=torch.bool, device=valid.device).tril()
         seen = valid.repeat_interleave(members, 0)[:, None, None]
         self.suffix = torch.cat([seen.expand(-1, 1, steps, -1), own.expand(len(seen), 1, -1, -1)], -1)

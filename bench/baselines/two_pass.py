@@ -29,13 +29,12 @@ def _join(prompt: Tensor, target: Tensor, members: int) -> Tensor:
     return torch.cat([prompt, target], 1).repeat_interleave(members, 0)
 
 
-def _passes(model, ids, mask, positions, reasoner_mask, noisy, published, kept=None):
+def _passes(model, ids, mask, positions, reasoner_mask, noisy, published, start, kept=None):
     """Last hidden states [R, W, D] (logits [R, W, V] when published, of the columns ``kept`` where given) and the
-    thoughts' outputs; ``noisy(n, r)`` perturbs."""
+    thoughts' outputs; ``noisy(n, r)`` perturbs; thoughts stand from column ``start`` on."""
     config, original = model._flr_patch.config, model._flr_patch.original(model)
     kwargs = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     embeds = model.get_input_embeddings()(ids)
-    start = int((ids[0] == config.thought_token_id).int().argmax())
     anchors = {"last": embeds[:, start - 1], "none": torch.zeros_like(embeds[:, 0])}
     outs = []
 
@@ -78,7 +77,8 @@ def group_logprobs(model, prompts: dict[str, Tensor], group, published: bool = F
         return r + group.noise_scale * rms * noise[:, n].to(r.dtype)
 
     columns = torch.arange(width - 1, width - 1 + steps, device=ids.device)
-    last, outs = _passes(model, ids, mask, positions, narrowed, noisy, published, columns)
+    start = width - model._flr_patch.config.num_thoughts
+    last, outs = _passes(model, ids, mask, positions, narrowed, noisy, published, start, columns)
     logits = last if published else head(model, last[:, columns])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.log_softmax(-1).gather(-1, ids[:, width:, None])[..., 0]
@@ -125,7 +125,9 @@ def sft_step(model, inputs: dict[str, Tensor], published: bool) -> Tensor:
     config = model._flr_patch.config
     ids, labels = inputs["input_ids"], inputs["labels"]
     mask = inputs["attention_mask"]
-    last, outs = _passes(model, ids, mask, (mask.cumsum(1) - 1).clamp_min(0), None, lambda _, r: r, published)
+    start = int((ids[0] == config.thought_token_id).int().argmax())
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    last, outs = _passes(model, ids, mask, positions, None, lambda _, r: r, published, start)
     wanted = labels[:, 1:]
     if published:
         logits, wanted = last[:, :-1].flatten(0, 1), wanted.flatten()

@@ -15,6 +15,7 @@ from .backbone import CACHE_NAMES, attention_types, forward_parameters, may_look
 #: What families call the cache, in their base model's arguments and in its output; the last two are not KV caches.
 _CACHE_NAMES = (*CACHE_NAMES, "cache_params", "state")
 _OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")
+_MASK_STEP = 16  # numbers, to which SDPA's kernels want a mask's rows aligned
 
 
 def base_of(lm: Any) -> Any:
@@ -163,13 +164,19 @@ def right_padded(mask: Tensor) -> tuple[Tensor, Tensor]:
 def attention_mask(config: Any, seen: Tensor, dtype: torch.dtype) -> Tensor:
     """A 4-D mask [B, 1, q, n] of what is ``seen``, bool [B, q, n], as the config's attention takes it.
 
+    On a GPU SDPA makes numbers of truth values in every layer, and moves them where rows are not multiples of 16 bytes:
+    it is given them so.
+
     Args:
         config: of the text model. dtype: of the states.
     """
-    if config._attn_implementation != "eager":
+    eager = config._attn_implementation == "eager"
+    if not eager and not seen.is_cuda:
         return seen[:, None]
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    columns = seen.shape[-1]
+    room = columns if eager else columns + -columns % _MASK_STEP
+    zeros = torch.zeros(*seen.shape[:-1], room, dtype=dtype, device=seen.device)[..., :columns]
+    return zeros.masked_fill_(~seen, torch.finfo(dtype).min if eager else -torch.inf)[:, None]
 
 
 def masks_by_type(config: Any, seen: Tensor, position: Tensor, dtype: torch.dtype) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,17 +26,43 @@ _ONE_HEAD: Any = SimpleNamespace(is_causal=False)  # in the place of an attentio
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention, folded where that pays; the arguments and the result are its own."""
+    """transformers' sdpa attention, folded where that pays; the arguments and the result are its own.
+
+    ``flr_folds`` among the options says whether the thread is inside, to a compiler, which knows no threads.
+    """
     groups = getattr(module, "num_key_value_groups", 1)
-    inside = threading.get_ident() in _threads and options.get("position_bias") is None
-    if not inside or groups == 1 or attention_mask is None or not _pays(groups, query, key, attention_mask):
+    wanted = options.pop("flr_folds", None)
+    inside = groups > 1 and attention_mask is not None and options.get("position_bias") is None
+    inside = inside and (folds() if wanted is None else wanted)
+    if attention_mask is None or not inside or not _pays(groups, query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, count, size = query.shape
     rows = query.reshape(batch, heads // groups, groups * count, size)
-    mask = attention_mask.repeat(1, 1, groups, 1)
+    mask = _repeated(attention_mask, groups)
     out, _ = sdpa_attention_forward(_ONE_HEAD, rows, key, value, mask, **options)  # [B, g·n, H, d]
     out = out.unflatten(1, (groups, count)).permute(0, 2, 3, 1, 4)  # [B, n, H, g, d]
     return out.reshape(batch, count, heads, size), None
+
+
+def _repeated(mask: Tensor, groups: int) -> Tensor:
+    """The rows of ``mask`` [B, 1, n, c] for every head of a group, [B, 1, g·n, c], one copy for all layers.
+
+    Memory between rows stays as it is, since kernels want rows aligned.
+    """
+    if torch.compiler.is_compiling():
+        return mask.repeat(1, 1, groups, 1)
+    known: dict[int, Tensor] = mask.__dict__.setdefault("_flr_repeated", {})  # goes with the mask
+    if groups not in known:
+        batch, _, count, columns = mask.shape
+        row = max(mask.stride(-2), columns)
+        whole = mask.new_empty(batch, 1, groups * count, row)[..., :columns]
+        known[groups] = whole.copy_(mask.repeat(1, 1, groups, 1))
+    return known[groups]
+
+
+def folds() -> bool:
+    """Whether this thread is inside :func:`folded_heads`."""
+    return threading.get_ident() in _threads
 
 
 def _pays(groups: int, query: Tensor, key: Tensor, mask: Tensor) -> bool:

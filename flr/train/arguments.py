@@ -109,6 +109,10 @@ class RecTrainingArguments(TrainingArguments):
         "On one GPU: launch a training step's operations at once, by CUDA graphs, where its shapes have come before; "
         "prompts are padded by up to an eighth. FLR_CUDA_GRAPHS=0 turns those of decoding off, too.",
     )
+    compile_layers: bool = option(
+        False,
+        "With cuda_graphs: compile the backbone's layers by torch.compile (a minute or so) before steps are captured.",
+    )
     bf16: bool | None = option(  # type: ignore[assignment]
         None,
         "Compute in bfloat16 beside float32 weights (autocast). Default: where flr trains a model that it was given, "

@@ -97,7 +97,9 @@ class RecTrainer(Trainer):
             **kwargs,
         )
         self.label_smoother = None  # done in the model's forward
-        self._graphs = StepGraphs() if usable(args, model) else None
+        self._graphs = StepGraphs("inductor" if args.compile_layers else None) if usable(args, model) else None
+        if args.compile_layers and self._graphs is None:
+            raise ValueError("compile_layers: expected steps that CUDA graphs capture, got others (see cuda_graphs)")
         self._best = _BestInPlace()
         self.add_callback(self._best)
         self._late = LateLook()

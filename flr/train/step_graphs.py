@@ -6,7 +6,10 @@ inputs are copied into tensors of the graph's own.
 
     shape seen once ──> as always;  again ──> captured, and compared with the same operations one by one;  then replayed
 
-What cannot be captured, or does not come out equal, is logged once and goes on as always.
+The backbone's layers may be compiled first, so that the graph has a third of the kernels
+(:mod:`flr.model.compiled_layers`); what is captured is compared with the layers as they were.
+
+What cannot be compiled or captured, or does not come out equal, is logged once and goes on as always.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from flr.config import IGNORE
 from flr.decode.graphs import capturing, graphs_allowed
+from flr.model.compiled_layers import compiled, compiled_layers
 
 logger = logging.getLogger("flr")
 
@@ -172,8 +177,12 @@ class _Captured:
             leaf.grad = grad  # which autograd adds to in place
         torch.autograd.backward(self._wanted(), self.seeds, inputs=self.leaves)
 
-    def capture(self) -> None:
-        """Raises what the capture raises, RuntimeError where its replay does something else."""
+    def capture(self, layers: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Raises what the capture raises, RuntimeError where its replay does something else.
+
+        Args:
+            layers: what the captured operations run inside; those that they are compared with do not.
+        """
         device = next(iter(self.inputs.values())).device
         self._run()
         self.seeds = [torch.ones_like(x) for x in self._wanted()]
@@ -185,8 +194,13 @@ class _Captured:
         expected = [*(x.detach().clone() for x in self.results()), *(x for x in grads if x is not None)]
         after = _random_state(device)
         self.outputs = grads = ()
-        self._forward = _record(self._run, self.shared.pool)
-        self._backward = _record(self._differentiate, self.shared.pool)
+        with layers() as changed:
+            if changed is not None:  # compile
+                self._run()
+                torch.autograd.grad(self._wanted(), self.leaves, self.seeds, allow_unused=True)
+                self.outputs = ()
+            self._forward = _record(self._run, self.shared.pool)
+            self._backward = _record(self._differentiate, self.shared.pool)
         _set_random_state(state, device)
         self._forward()
         self._backward()
@@ -217,9 +231,14 @@ class _Captured:
 
 
 class StepGraphs:
-    """Calls of a model by graphs where their shapes have come before."""
+    """Calls of a model by graphs where their shapes have come before.
 
-    def __init__(self) -> None:
+    Args:
+        compile_layers: a backend of ``torch.compile`` for the backbone's layers; None for the layers as they are.
+    """
+
+    def __init__(self, compile_layers: str | Callable[..., Any] | None = None) -> None:
+        self._program = None if compile_layers is None else compiled(compile_layers)
         self._known: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._counts: dict[Hashable, int] = {}
         self._addresses: int | None = None  # of the parameters that are trained
@@ -278,18 +297,34 @@ class StepGraphs:
     def _captured(
         self, call: Call, tensors: dict[str, Tensor], model: nn.Module, trained: list[nn.Parameter]
     ) -> _Captured | None:
+        if self._program is not None:
+            try:
+                return self._capture(call, tensors, model, trained, partial(compiled_layers, model, self._program))
+            except Exception as error:  # of a compiler, which may raise anything
+                logger.warning("training without compiled layers: %s", _first_line(error))
+                self._program = None
+                self.clear()
         try:
-            if self._shared is None:
-                pool = _new_pool()
-                self._shared = _Shared(trained, [torch.zeros_like(p) for p in trained], pool)
-            made = _Captured(call, tensors, model, self._shared)
-            made.capture()
+            return self._capture(call, tensors, model, trained, nullcontext)
         except Exception as error:  # what cannot be captured raises whatever the operation in its way does
-            logger.warning("training without CUDA graphs: %s", str(error).splitlines()[0] if str(error) else error)
+            logger.warning("training without CUDA graphs: %s", _first_line(error))
             self.refused = True
             self.clear()
             return None
+
+    def _capture(
+        self, call: Call, tensors: dict[str, Tensor], model: nn.Module, trained: list[nn.Parameter], layers: Any
+    ) -> _Captured:
+        if self._shared is None:
+            pool = _new_pool()
+            self._shared = _Shared(trained, [torch.zeros_like(p) for p in trained], pool)
+        made = _Captured(call, tensors, model, self._shared)
+        made.capture(layers)
         return made
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _new_pool() -> Any:

@@ -1,5 +1,6 @@
 """Training steps as CUDA graphs: what is captured, compared, replayed; on a device, that training comes out equal."""
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -8,8 +9,11 @@ import torch
 
 from flr.config import IGNORE
 from flr.train import step_graphs
+from flr.train.grpo import by_graphs
 from flr.train.step_graphs import StepGraphs, padded
 from tests.helpers.catalogues import DATA
+from tests.helpers.comparisons import assert_same_gradients, gradients_of
+from tests.helpers.inputs import group_case
 from tests.helpers.models import trainable
 from tests.helpers.training import grpo_trainer, sft_trainer
 
@@ -126,6 +130,50 @@ def test_what_does_not_come_out_equal_goes_on_one_by_one(replays, monkeypatch, c
     assert not graphs._known
 
 
+@pytest.mark.parametrize("fault", [None, "differs", "raises"])
+def test_compiled_layers_are_captured_where_they_come_out_equal(fault, monkeypatch, caplog):
+    """Replays run under the layers of their capture, as a graph would."""
+    torch._dynamo.reset()
+    model, prompts, group = group_case("qwen2", torch.float32)
+    compilations, replays = [], []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        if fault == "raises":
+            raise RuntimeError("no such compiler")
+        return graph.forward if fault is None else lambda *args: [x * 1.5 for x in graph.forward(*args)]
+
+    graphs = StepGraphs(backend)
+    program = graphs._program
+
+    def record(function, pool):
+        changed = "forward" in model.model.layers[0].__dict__
+
+        def replay():
+            replays.append(changed)
+            with step_graphs.compiled_layers(model, program) if changed else contextlib.nullcontext():
+                function()
+
+        function()
+        return replay
+
+    monkeypatch.setattr(step_graphs, "_record", record)
+    monkeypatch.setattr(step_graphs, "_new_pool", lambda: None)
+    expected = model(**prompts, group=group).logprobs
+    gradients = gradients_of(model, expected.sum())
+    for _ in range(3):
+        found = by_graphs(graphs, model, prompts, group).logprobs
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(gradients_of(model, found.sum()), gradients, 1e-4)
+    assert compilations
+    assert not graphs.refused
+    assert len(graphs._known) == 1
+    assert (graphs._program is None) == (fault is not None)
+    assert replays[-1] == (fault is None)
+    assert ("training without compiled layers: " in caplog.text) == (fault is not None)
+    torch._dynamo.reset()
+
+
 def test_a_batch_without_room_beside_the_graphs_drops_them(replays, caplog):
     module, _ = layer()
     graphs = StepGraphs()
@@ -190,6 +238,11 @@ def test_where_steps_are_captured(change, expected, monkeypatch):
     assert step_graphs.usable(args, layer()[0]) == expected
     monkeypatch.setenv("FLR_CUDA_GRAPHS", "0")
     assert not step_graphs.usable(args, layer()[0])
+
+
+def test_compiled_layers_are_refused_where_nothing_is_captured(tmp_path):
+    with pytest.raises(ValueError, match="compile_layers: expected steps that CUDA graphs capture, got others"):
+        trainer_of(tmp_path, "sft", "id", compile_layers=True)
 
 
 STAGES = pytest.mark.parametrize("stage", ["sft", "thoughts", "tokens"])
