@@ -155,7 +155,9 @@ bool run(const Case& c) {
     }
     if (emu::fault != 0) break;  // the first run shows it
   }
-  const bool same = emu::fault != 0 || results[0] == results[1], ok = same && worst_dh < 4e-3 && worst_du < 4e-3;
+  const bool same = emu::fault != 0 || results[0] == results[1];
+  const double bound = c.gain > 100 ? 8e-3 : 4e-3;  // ds of one token of weight 1 is a difference of large numbers
+  const bool ok = same && worst_dh < bound && worst_du < bound;
   std::printf("%s B %d L %d D %d K %d dh %d multiprocessors %d keep %d gain %d: dh %.1e du %.1e%s\n",
               ok ? "ok  " : "FAIL", c.B, c.L, c.D, c.K, c.needs_dh, c.multiprocessors, c.keep, c.gain, worst_dh,
               worst_du, same ? "" : " runs differ");
