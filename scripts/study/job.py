@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from flr.cli import voice
@@ -40,11 +41,15 @@ _TOP = 500  # neighbours kept of an item
 
 
 class Partner(NamedTuple):
-    """What stands beside a model: score_j = sum over history items i of decay^age(i) · M_ij, plus a trace."""
+    """What stands beside a model: score_j = sum over history items i of decay^age(i) · M_ij, plus a trace.
+
+    Where rows of M are ``probabilities`` the weights are divided by their sum, elsewhere the scores.
+    """
 
     decay: float
     matrix: torch.Tensor  # float32 [C, C]
     trace: torch.Tensor  # float32 [C]
+    probabilities: bool
 
 
 class Shared:
@@ -69,7 +74,7 @@ class Shared:
             table = self.tables.get(folder) or _table(dataset)
             trace = table.scores(CSR.from_rows([[]]))[0]  # of no history
             dense = (torch.from_numpy(x.astype(np.float32)).to(device) for x in (table.similarity.toarray(), trace))
-            self._dense = {folder: Partner(table.history_decay, *dense)}
+            self._dense = {folder: Partner(table.history_decay, *dense, False)}
         return self._dense[folder]
 
 
@@ -205,7 +210,7 @@ def own_views(model: Any, processor: RecProcessor, decay: float = 0.6, batch_siz
         items = np.arange(start, min(start + batch_size, size), dtype=np.int32)
         inputs = processor(CSR(items, np.arange(len(items) + 1)))
         parts.append(rank_one_token(model, inputs, trie, scoring).exp())
-    return Partner(decay, torch.cat(parts), torch.zeros(size, device=device))
+    return Partner(decay, torch.cat(parts), torch.zeros(size, device=device), True)
 
 
 def _scoring(processor: RecProcessor) -> Any:
@@ -235,22 +240,27 @@ def mixed_ranks(
             own = rank_one_token(model, processor(part), trie, _scoring(processor)).exp()
             target = torch.from_numpy(part.targets.astype(np.int64)).to(own.device)
             for name, (partner, weights) in partners.items():
-                others = _scores(part.histories, partner)
-                others /= others.sum(1, keepdim=True)
+                others = _beside_scores(part.histories, partner)
                 mixed = [ranks_from_scores((1 - weight) * own + weight * others, target) for weight in weights]
                 ranks[name][:, chosen] = torch.stack(mixed).cpu().numpy()
     return ranks
 
 
-def _scores(histories: CSR, partner: Partner) -> torch.Tensor:
-    """Scores float32 [B, C], as :meth:`flr.data.NeighbourTable.scores`."""
-    lengths, device = histories.lengths, partner.trace.device
-    row = np.repeat(np.arange(len(lengths)), lengths)
+def _beside_scores(histories: CSR, partner: Partner) -> torch.Tensor:
+    """A partner's probabilities float32 [B, C]."""
+    device = partner.trace.device
+    row = np.repeat(np.arange(len(histories.lengths)), histories.lengths)
     age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
-    weights = torch.zeros(len(lengths), len(partner.trace), device=device)
-    place = tuple(torch.from_numpy(x.astype(np.int64)).to(device) for x in (row, histories.values))
-    value = torch.from_numpy((partner.decay**age).astype(np.float32)).to(device)
-    return weights.index_put_(place, value, accumulate=True) @ partner.matrix + partner.trace
+    items, starts = (
+        torch.from_numpy(x.astype(np.int64)).to(device) for x in (histories.values, histories.offsets[:-1])
+    )
+    share = partner.decay**age
+    if partner.probabilities:
+        share = share / np.bincount(row, share, len(histories.lengths))[row]
+    weights = torch.from_numpy(share.astype(np.float32)).to(device)
+    bags = nn.functional.embedding_bag(items, partner.matrix, starts, mode="sum", per_sample_weights=weights)
+    scores = bags + partner.trace
+    return scores if partner.probabilities else scores / scores.sum(1, keepdim=True)
 
 
 def work(pipe: Any, shared: Shared, folder: Path, log: Path, device: str) -> None:
