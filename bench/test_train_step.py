@@ -6,8 +6,9 @@ the rewards, then the passes again with gradient) and ``best`` (lm_head on targe
 differentiated); in RL ``grouped`` of baselines/grouped.py, the strongest that exists, a pass for the thought and one
 of all members behind one copy of the prompt; in the supervised step ``plain``, Hugging Face's own forward and loss
 over the same rows without a thought, which is less work and another loss. On a GPU ``flr`` is what the trainers do
-there, a CUDA graph of forward and backward (flr.train.step_graphs), ``calls`` the same launched from Python, and the
-competitors' steps are raced as they are and, where they can be captured, as one graph.
+there, a CUDA graph of forward and backward (flr.train.step_graphs), ``layers compiled`` what they do with
+``--compile_layers``, ``calls`` the same launched from Python, and the competitors' steps are raced as they are and,
+where they can be captured, as one graph.
 
 In RL ``flr`` is policy "tokens", the same work as theirs; ``thoughts`` is ours with the other policy, which needs no
 gradient through the suffix, and ``prompts kept`` ours with the prompts' states in memory, as in every epoch but the
@@ -160,9 +161,9 @@ def test_rl_step(shape, tier, race):
         # the surrogate's value is that of ratios of 1; this one has its gradient and says more
         return two_pass.group_loss(out.logprobs.detach(), group.target_mask)[0]
 
-    graphs = StepGraphs()
+    graphs, compiled = StepGraphs(), StepGraphs("inductor")
 
-    def by_graph(policy: str = "tokens"):
+    def by_graph(policy: str = "tokens", graphs=graphs):
         return ours(policy, forward=lambda prompts, group: by_graphs(graphs, model, prompts, group))
 
     kept = PromptCache(model, gigabytes=1)
@@ -206,6 +207,7 @@ def test_rl_step(shape, tier, race):
     }
     if ON_GPU:
         variants = {"flr": by_graph, **others, "thoughts": lambda: by_graph("thoughts"), "calls": ours}
+        variants |= {f"{x}, layers compiled": lambda x=x: by_graph(x, compiled) for x in ("tokens", "thoughts")}
         variants |= {f"{name}, graph": whole_step(model, others[name]) for name in ("best", "grouped")}
     else:
         variants = {"flr": ours, **others, "thoughts": lambda: ours("thoughts"), "prompts kept": with_prompts_kept}
@@ -239,7 +241,7 @@ def test_sft_step(shape, tier, race):
     labels = torch.cat([torch.full_like(prompts["input_ids"], -100), targets], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
-    graphs = StepGraphs()
+    graphs, compiled = StepGraphs(), StepGraphs("inductor")
 
     def call(tensors):
         return (model(**tensors, thought_start=shape["L"] if ON_GPU else None).loss,)
@@ -249,7 +251,7 @@ def test_sft_step(shape, tier, race):
         loss.backward()
         return loss.detach()
 
-    def ours():
+    def ours(graphs=graphs):
         loss = graphs(call, inputs, model, 0)[0] if ON_GPU else call(inputs)[0]
         loss.backward()
         return loss.detach()
@@ -274,7 +276,8 @@ def test_sft_step(shape, tier, race):
         "plain": plain,
     }
     if ON_GPU:
-        variants |= {"calls": calls, "plain, graph": whole_step(model, plain)}
+        variants |= {"calls": calls, "layers compiled": lambda: ours(compiled)}
+        variants |= {"plain, graph": whole_step(model, plain)}
     race(
         f"sft {label(shape)}",
         from_nothing(model, variants),

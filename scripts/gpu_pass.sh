@@ -3,7 +3,7 @@
 # CUDA extension, counters of the main kernels. Results go to $OUT (default out/gpu). Every part has a limit of its own, and all
 # together $TOTAL seconds (default 530, where no parts are named); one that fails or runs out of time does not stop the others; the
 # exit status is 1 if any did, and a short table comes last. Without a GPU it is a dry run: parts that need one are skipped,
-# benchmarks run at their quick sizes.
+# benchmarks run at their quick sizes, limits are four times as long.
 #
 #   scripts/gpu_pass.sh              build test bench steps decode memcheck racecheck serve counters
 #   scripts/gpu_pass.sh test bench   some of these, or: inspect (minutes on few cores) tune (minutes)
@@ -25,6 +25,7 @@ part() { # part NAME SECONDS COMMAND...; an interrupt first, so that pytest stil
     failed=1
     return
   fi
+  [ "$device" != none ] || limit=$((4 * limit)) # a dry run, on fewer cores
   ((limit <= left)) || limit=$left
   echo "== $name: $*" | tee -a "$log"
   timeout --signal=INT --kill-after=10 "$limit" "$@" >"$OUT/.part" 2>&1 || status=$?
@@ -53,6 +54,8 @@ if [ $# -eq 0 ]; then
   parts=("${usual[@]}")
   total=${TOTAL:-530}
 fi
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")') || device=none
+[ "$device" != none ] || total=$((4 * total))
 for name in "${parts[@]}"; do
   [[ " ${all[*]} " == *" $name "* ]] && continue
   echo "gpu_pass: unknown part '$name', expected some of: ${all[*]}" >&2
@@ -60,7 +63,6 @@ for name in "${parts[@]}"; do
 done
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
-device=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "none")') || device=none
 echo "gpu: $device, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)" | tee -a "$log"
 
 # seconds that each took on an H200 with 16 cores, or is expected to, before its limit

@@ -34,7 +34,7 @@ from torch import nn
 
 from flr.config import check_normalisation
 from flr.data.trie import CatalogueTrie
-from flr.model.backbone import evaluating
+from flr.model.backbone import causal_lm, evaluating
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
@@ -102,17 +102,19 @@ def beam_search(
         raise ValueError(f"num_beams, k: expected at least 1, got {num_beams} and {k}")
     if num_prompts(inputs) == 0:
         return nothing_found(0, k, inputs["input_ids"].device)
+    count = num_prompts(inputs) if prompts is None else len(prompts.states)
+    trie = trie.to(next(causal_lm(model).parameters()).device if prompts is None else prompts.states.device)
+    allows = item_filter(trie, count, allowed, exclude, only, categories, wanted)
+    arguments = (trie, allows, num_beams, k, scoring, length_penalty)
     with evaluating(model):
-        log_weights = None
+        log_weights, given = None, inputs if prompts is None else None
         if prompts is None:
+            if (found := graphs.answer(model, inputs, lambda rows: Search(*arguments, rows, kernel=True))) is not None:
+                return found
             log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
-        device = prompts.states.device
-        trie = trie.to(device)
-        allows = item_filter(trie, len(prompts.states), allowed, exclude, only, categories, wanted)
         if log_weights is not None:
-            arguments = (trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows)
-            return MixedSearch(log_weights, *arguments).run(prompts)
+            return MixedSearch(log_weights, *arguments, prompts.head_rows).run(prompts)
         kernel = runs_as_kernel(prompts.states, max(num_beams, k))
-        search = Search(trie, allows, num_beams, k, scoring, length_penalty, prompts.head_rows, kernel)
-        return graphs.run(model, search, prompts) or search.run(prompts)
+        search = Search(*arguments, prompts.head_rows, kernel)
+        return graphs.run(model, search, prompts, given) or search.run(prompts)

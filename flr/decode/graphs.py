@@ -6,8 +6,12 @@ the trie. (Filters can make longer ways: the device notices, and the search is d
 a call (prompt cache, states, filter) are copied into tensors that the graphs know. Levels are replayed in order until a
 level that is known to be done, without waiting for it, left nothing alive.
 
+Under ``full`` a hypothesis that leads to a single item has one continuation at every level. Once that holds for all and
+items end far below, the rest is read in one forward, without graphs (see ``runs``).
+
 Graphs belong to (model, trie, shapes). The first call with new shapes runs as usual; the second, too, is captured and
-compared with its replay; from the third on graphs answer. What cannot be captured is logged once and runs as usual.
+compared with its replay; from the third on graphs answer. The third captures the prefill as well (``prompt_graph``) and
+compares again. What cannot be captured is logged once and runs as usual.
 """
 
 from __future__ import annotations
@@ -19,14 +23,20 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
+
+from flr.model.backbone import causal_lm
+from flr.model.head import HeadRows
+from flr_kernels import Continuations
 
 from .packed import PackedSession
+from .prompt_graph import PromptGraph, prompts_to_capture
 from .prompts import Prompts
 from .search import BeamResult, Search, State
 from .watch import Watch
@@ -37,10 +47,24 @@ _KEPT = 8  # shapes whose graphs are kept for a model; each holds a prompt cache
 _PROMPT_STEP = 64
 _OVERFLOWS = 3  # calls done twice because a filter made longer ways than the trie has, before graphs are given up
 _LIMIT = 0.25  # of the device's free memory that the copy of a prompt cache may take
+_AHEAD = 1  # levels that the device has to do while the host looks how an earlier one ended
+_SHORT = 8  # levels that cost as much as a forward without graphs
 
 
-#: A level's graph, ``Search.numbers``, and the fields of ``State`` of the same names.
-_Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]"
+class _Ended(NamedTuple):
+    """A level's end: what another way on needs, numbers, and the result so far."""
+
+    running: Continuations
+    sees: torch.Tensor  # of the session
+    depth: torch.Tensor
+    columns: int
+    numbers: torch.Tensor  # int64 [4], ``Search.numbers`` and ``Search.longest`` (0 under ``catalogue``)
+    best: BeamResult  # fields of ``State``
+    broken: torch.Tensor
+    overflow: torch.Tensor
+
+
+_Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, _Ended]"
 
 
 def graphs_allowed() -> bool:
@@ -82,6 +106,7 @@ class Replayed:
         self.tokens = self._tokens()
         room = length + sum(w * n for w, n in zip(self._widths(), self.tokens, strict=True))
         self.session = session.empty_like(users, length, room)
+        self.vocabulary = prompts.vocabulary
         self.states = prompts.states.new_zeros(users, prompts.states.shape[1])
         self.live = torch.zeros(users, 1, dtype=torch.bool, device=device)
         self.levels: list[_Level] = []
@@ -99,14 +124,23 @@ class Replayed:
         """Take over the inputs of a call."""
         count = len(prompts.states)
         self.states[:count].copy_(prompts.states)
-        self.live.zero_()[:count] = True
         assert isinstance(prompts.session, PackedSession)
-        self.session.model, self.search.head_rows = prompts.session.model, search.head_rows
+        self.load_search(search, prompts.session.model, count)
         self.session.copy_from(prompts.session)
+
+    def load_search(self, search: Search, model: nn.Module, count: int) -> None:
+        """Take over all but the prompts."""
+        self.live.zero_()[:count] = True
+        self.session.model, self.search.head_rows = model, search.head_rows
         self.search.allows.load(search.allows.padded(len(self.live)))
         if self.search.logits is not None and search.logits is not None:
             self.search.logits.weight.copy_(search.logits.weight)  # which may have been trained meanwhile
             self.search.logits.head_rows = search.logits.head_rows
+
+    def take_prompts(self, states: torch.Tensor, cache: Cache, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Take over prompts of this shape."""
+        self.states.copy_(states)
+        self.session.take(cache, inputs)
 
     def forget_model(self) -> None:
         """Until the next ``load``, so that what is kept for a model does not keep the model."""
@@ -131,22 +165,44 @@ class Replayed:
 
     def capture(self) -> None:
         """After a run, which compiled the kernels and chose the algorithms of products."""
-        pool, steps, more = torch.cuda.graph_pool_handle(), self.steps(), True
+        self.pool, steps, more = torch.cuda.graph_pool_handle(), self.steps(), True
         levels: list[_Level] = []
         while more:
             graph = torch.cuda.CUDAGraph()
-            with capturing(graph, pool=pool, capture_error_mode="thread_local"):
+            with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
                 state, more = next(steps)
-                outcome = self._outcome(state)
-            levels.append((graph, *outcome))
-            outcome[1].items.fill_(-7)  # so that a replay that does nothing is noticed
+                ended = self.ended(state)
+            levels.append((graph, ended))
+            ended.best.items.fill_(-7)  # so that a replay that does nothing is noticed
         self.levels = levels
 
-    def _one_by_one(self) -> Iterator[_Level]:
-        return ((None, *self._outcome(state)) for state, _ in self.steps())
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A graph of ``function``, in the memory of the levels' graphs; what is returned replays it."""
+        graph = torch.cuda.CUDAGraph()
+        with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
 
-    def _outcome(self, state: State) -> tuple[torch.Tensor, BeamResult, torch.Tensor, torch.Tensor]:
-        return self.search.numbers(state, None), state.best, state.broken, state.overflow
+    def _one_by_one(self) -> Iterator[_Level]:
+        return ((None, self.ended(state)) for state, _ in self.steps())
+
+    def ended(self, state: State) -> _Ended:
+        """What is kept of a level."""
+        search, session = self.search, self.session
+        longest = torch.zeros_like(state.depth[0, 0]) if search.skips_forced else search.longest(state)
+        numbers = torch.cat([search.numbers(state, None), longest[None]])
+        columns = session.layers[0].get_seq_length()
+        kept = (session.sees, session.depth, columns, numbers, state.best, state.broken, state.overflow)
+        return _Ended(state.running, *kept)
+
+    def finish(self, level: _Ended, depth: int) -> State:
+        """The rest of a search under ``full`` without graphs, from the end of a level with ``depth`` tokens on."""
+        session = self.session
+        session.sees, session.depth = level.sees, level.depth
+        for layer in session.layers:
+            layer.truncate(level.columns)
+        state = State(level.running, level.depth, self.states[:, None], level.best, level.broken, level.overflow)
+        return self.search.finish(state, session, depth, self.vocabulary)
 
     def run(self, count: int) -> BeamResult | None:
         """Items of the first ``count`` users; None where a level had more to read than it has room for.
@@ -154,22 +210,25 @@ class Replayed:
         Raises:
             FloatingPointError: as ``beam_search``.
         """
-        watch = Watch()
-        outcome: list[Any] = []
-        for graph, *outcome in self.levels or self._one_by_one():
-            if graph is not None:
-                graph.replay()
-            known = watch.ask(outcome[0])
-            # before a capture every level runs, so that none compiles a kernel while it is captured
-            if graph is not None and known is not None and known[0] == 0:
+        watch, end = Watch(), None  # type: tuple[Watch, _Ended | State | None]
+        for depth, (graph, ended) in enumerate(self.levels or self._one_by_one(), start=1):
+            end = ended
+            if graph is None:  # before a capture every level runs, so that none compiles a kernel while it is captured
+                continue
+            graph.replay()
+            known = watch.ask(ended.numbers, _AHEAD)
+            if known is not None and known[0] == 0:
                 break
-        _, best, broken, overflow = outcome
-        failed = torch.stack([broken[:count].any(), overflow[:count].any()]).tolist()
+            if known is not None and depth + _SHORT <= known[3] <= self.search.trie.depth:
+                end = self.finish(ended, depth)
+                break
+        assert end is not None
+        failed = torch.stack([end.broken[:count].any(), end.overflow[:count].any()]).tolist()
         if failed[1]:
             return None
         if failed[0]:
             raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-        return type(best)(*(x[:count].clone() for x in best))
+        return BeamResult(*(x[:count].clone() for x in end.best))
 
 
 @dataclass
@@ -179,7 +238,9 @@ class _Entry:
     calls: int = 0
     overflows: int = 0
     replayed: Replayed | None = None
+    prompts: PromptGraph | None = None
     refused: bool = False
+    prompts_refused: bool = False
     lock: Any = field(default_factory=threading.Lock)
 
 
@@ -187,16 +248,16 @@ _entries: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, _Entry]] = wea
 _lock = threading.Lock()
 
 
-def _entry(model: nn.Module, search: Search, prompts: Prompts) -> _Entry:
+def _entry(model: nn.Module, search: Search, users: int, length: int) -> _Entry:
+    """What is known of ``users`` prompts of ``length`` tokens."""
     weights = hash(tuple(x.data_ptr() for x in model.parameters()))
-    session = prompts.session
-    assert isinstance(session, PackedSession)
-    users = _padded_users(len(prompts.states))
+    users, device = _padded_users(users), search.trie.device
     shapes = tuple((type(x).__name__, tuple(x.shape)) for x in search.allows.padded(users).tensors())
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    config = causal_lm(model).config.get_text_config(decoder=True)
     key = (
-        weights, prompts.states.device, prompts.states.dtype, id(search.trie), users,
-        -(-session.length // _PROMPT_STEP), search.num_beams, search.k, search.scoring, search.length_penalty,
-        type(search.allows), shapes, session.config._attn_implementation,
+        weights, device, autocast, id(search.trie), users, -(-length // _PROMPT_STEP), search.num_beams, search.k,
+        search.scoring, search.length_penalty, type(search.allows), shapes, config._attn_implementation,
     )  # fmt: skip
     with _lock:
         known = _entries.setdefault(model, OrderedDict())
@@ -220,25 +281,31 @@ def _usable(search: Search, prompts: Prompts) -> bool:
     return graphs_allowed() and not torch.cuda.is_current_stream_capturing()
 
 
-def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None:
+def run(
+    model: nn.Module, search: Search, prompts: Prompts, inputs: Mapping[str, Any] | None = None
+) -> BeamResult | None:
     """The search by graphs, or None where they do not serve.
 
     That is on other devices, with an expanded cache, for shapes seen for the first time, while another thread uses the
     graphs, and with FLR_CUDA_GRAPHS=0.
+
+    Args:
+        inputs: what ``prompts`` were made from, so that the next call can be answered from there; None for others.
     """
     if not _usable(search, prompts):
         return None
-    entry = _entry(model, search, prompts)
+    assert isinstance(prompts.session, PackedSession)
+    count = len(prompts.states)
+    entry = _entry(model, search, count, prompts.session.length)
     if entry.refused or not entry.lock.acquire(blocking=False):
         return None
     try:
         entry.calls += 1
-        count = len(prompts.states)
         if entry.replayed is not None:
             entry.replayed.load(search, prompts)
-            result = entry.replayed.run(count)
-            entry.overflows += result is None
-            entry.refused = entry.overflows > _OVERFLOWS
+            result = _answered(entry, count)
+            if inputs is not None and result is not None and entry.prompts is None and not entry.prompts_refused:
+                _capture_prompts(entry, model, inputs, result)
             return result
         if entry.calls < 2 or not _fits(prompts):
             return None
@@ -255,12 +322,83 @@ def run(model: nn.Module, search: Search, prompts: Prompts) -> BeamResult | None
         raise
     except Exception as error:
         entry.refused = True
-        logger.warning("decoding without CUDA graphs for these shapes: %s", error)
+        logger.warning("decoding without CUDA graphs for these shapes: %s", str(error))
         return None
     finally:
-        if entry.replayed is not None:
-            entry.replayed.forget_model()
-        entry.lock.release()
+        _leave(entry)
+
+
+def _answered(entry: _Entry, count: int) -> BeamResult | None:
+    assert entry.replayed is not None
+    result = entry.replayed.run(count)
+    entry.overflows += result is None
+    entry.refused = entry.overflows > _OVERFLOWS
+    return result
+
+
+def _leave(entry: _Entry) -> None:
+    if entry.replayed is not None:
+        entry.replayed.forget_model()
+    entry.lock.release()
+
+
+def _capture_prompts(entry: _Entry, model: nn.Module, inputs: Mapping[str, Any], expected: BeamResult) -> None:
+    """Make the prefill of these prompts a graph; what it leads to must be ``expected``."""
+    prepared = prompts_to_capture(model, inputs)
+    if prepared is None:
+        return
+    replayed = entry.replayed
+    assert replayed is not None
+    users, length = len(replayed.live), replayed.session.length
+    made = PromptGraph(prepared, users, length, replayed.session.hidden, replayed.take_prompts)
+    try:
+        with torch.cuda.device(replayed.states.device) if replayed.states.is_cuda else contextlib.nullcontext():
+            made.capture(model, replayed.record)
+        replayed.states.zero_()  # so that a replay that does nothing is noticed
+        made.run(model)
+        if not _equal(replayed.run(len(expected.items)), expected):
+            raise RuntimeError("what follows differs from what follows the same operations one by one")
+        entry.prompts = made
+    except Exception as error:
+        entry.prompts_refused = True
+        logger.warning("prefills without CUDA graphs for these shapes: %s", str(error))
+
+
+def answer(
+    model: nn.Module, inputs: Mapping[str, Any], search_with: Callable[[HeadRows | None], Search]
+) -> BeamResult | None:
+    """The whole call by graphs, prefill included; None where these shapes have none.
+
+    Args:
+        model, inputs: as for ``beam_search``, the model in eval mode.
+        search_with: the search, given how to make logits of hidden states.
+    """
+    if not _serves(model) or (prepared := prompts_to_capture(model, inputs)) is None:
+        return None
+    count, length = prepared["input_ids"].shape
+    search = search_with(None)
+    entry = _entry(model, search, count, length)
+    if entry.prompts is None or entry.refused or not entry.lock.acquire(blocking=False):
+        return None
+    try:
+        assert entry.replayed is not None
+        if set(prepared) != set(entry.prompts.inputs):
+            return None
+        if entry.replayed.session.hidden:
+            search = search_with(HeadRows(causal_lm(model)))
+        entry.replayed.load_search(search, model, count)
+        entry.prompts.load(prepared)
+        entry.prompts.run(model)
+        return _answered(entry, count)
+    finally:
+        _leave(entry)
+
+
+def _serves(model: nn.Module) -> bool:
+    """Whether graphs may answer calls of a model at all."""
+    if model not in _entries or not next(model.parameters()).is_cuda:
+        return False
+    return graphs_allowed() and not torch.cuda.is_current_stream_capturing()
 
 
 def _equal(a: BeamResult | None, b: BeamResult | None) -> bool:

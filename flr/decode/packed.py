@@ -171,6 +171,15 @@ class PackedSession:
             mine.key_buffer[:rows, :, start : self.length] = theirs.key_buffer[:, :, : other.length]
             mine.value_buffer[:rows, :, start : self.length] = theirs.value_buffer[:, :, : other.length]
 
+    def take(self, cache: Cache, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Copy prompts of this length, as their prefill left them, into this session's tensors."""
+        self.prompt_seen.copy_(inputs["attention_mask"].bool()[:, None])
+        self.next_position.copy_(inputs["position_ids"][:, -1:] + 1)
+        layers: list[Any] = list(cache.layers)
+        for mine, theirs in zip(self.layers, layers, strict=True):
+            mine.key_buffer[:, :, : self.length] = theirs.keys
+            mine.value_buffer[:, :, : self.length] = theirs.values
+
     def reset(self) -> None:
         """Back to the prompts."""
         rows, device = len(self.prompt_seen), self.prompt_seen.device

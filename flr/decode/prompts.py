@@ -91,6 +91,12 @@ class Prompts(NamedTuple):
     thinking: Thinking | None = None
 
 
+def prefill_arguments(model: nn.Module) -> dict[str, Any]:
+    """What a prefill asks of the model's forward: its cache, and logits of the last column alone."""
+    keeps = "logits_to_keep" in forward_parameters(type(causal_lm(model)).forward)
+    return {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
+
+
 def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidden: bool = False) -> Prompts:
     """Prefill.
 
@@ -106,9 +112,8 @@ def prefill(model: nn.Module, inputs: Mapping[str, Any], reserve: int, want_hidd
     traits = traits_of(model)
     if not traits.steps or (not traits.left_padding and bool((prepared["attention_mask"] == 0).any())):
         return _anew(model, prepared, want_hidden)
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(type(causal_lm(model)).forward) else {}
     with lm_head_inputs(model, skip=False) as hidden:
-        out = model(**prepared, use_cache=True, **extra)
+        out = model(**prepared, **prefill_arguments(model))
     past, states, head_rows = cache_of(out), out.logits[:, -1], None
     vocabulary = states.shape[-1]
     length = prepared["input_ids"].shape[1]

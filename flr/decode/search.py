@@ -151,6 +151,27 @@ class Search:
             raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
         return _put(result, users, state.best)
 
+    def finish(self, state: State, session: Session, depth: int, vocabulary: int) -> State:
+        """The rest of a search under ``full`` from hypotheses of ``depth`` tokens on, runs of tokens in one forward."""
+        while depth < self.trie.depth:
+            run = next_run(self.trie, self.allows, state.running, depth, vocabulary)
+            if run.size:
+                self.read(state, session, depth, run)
+                depth += run.size
+            else:
+                self.forward(state, session, depth, None, None)
+            depth += 1
+            if not self.level(state, depth - 1) or not bool((state.running.score != -torch.inf).any()):
+                break
+        return state
+
+    def longest(self, state: State) -> torch.Tensor:
+        """int64: tokens of the longest item that a live hypothesis leads to; more than any has where one branches."""
+        trie, running = self.trie, state.running
+        begin, end = trie.leaf_begin[running.node].long(), trie.leaf_end[running.node].long()
+        length = trie.lengths[begin.clamp_max(trie.num_items - 1)].long().masked_fill(end - begin > 1, trie.depth + 1)
+        return length.masked_fill(running.score == -torch.inf, 0).amax()
+
     def select(self, users: torch.Tensor) -> None:
         """Go on with the users of these rows alone."""
         self.allows = self.allows.select(users)

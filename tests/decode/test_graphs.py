@@ -6,6 +6,7 @@ The graphs themselves need a GPU: ``-m gpu``.
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 
@@ -14,9 +15,10 @@ import torch
 
 import flr.decode.beam
 from flr.decode import CatalogueTrie, beam_search, graphs
+from flr.decode.prompt_graph import PromptGraph, prompts_to_capture
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
-from tests.helpers.models import toy_model
+from tests.helpers.models import patched_model, toy_model
 
 LENGTHS = ((9, 4, 6), (5, 30), (3,), (2, 8, 5, 7, 26))  # users and prompts of several padded sizes
 
@@ -26,7 +28,7 @@ def replayed(monkeypatch):
     """Every search by `Replayed`, kept from call to call as graphs are; the calls that it answered."""
     kept, answered = {}, []
 
-    def run(model, search, prompts):
+    def run(model, search, prompts, _):
         users = 1 << (len(prompts.states) - 1).bit_length()
         key = (
             users,
@@ -135,13 +137,40 @@ def test_broken_logits_are_an_error(replayed):
 
 @pytest.fixture
 def policy(monkeypatch):
-    """`graphs.run` on a CPU; capturing is counted and does nothing, so that replays run operation by operation."""
+    """`graphs.run` on a CPU; capturing is counted and does nothing, so that replays run operation by operation.
+
+    Prefills are neither captured nor answered from; see ``prefills``.
+    """
     captured: list[graphs.Replayed] = []
+    monkeypatch.setattr(graphs, "_capture_prompts", lambda *_: None)
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
     monkeypatch.setattr(graphs, "_usable", lambda *_: True)
     monkeypatch.setattr(graphs, "_fits", lambda _: True)
     monkeypatch.setattr(graphs.Replayed, "capture", lambda self: captured.append(self))
     return captured
+
+
+@pytest.fixture
+def prefills(policy, monkeypatch):
+    """Prefills, too, by what a graph would replay; the calls that were answered whole."""
+    monkeypatch.undo()
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
+    monkeypatch.setattr(graphs, "_usable", lambda *_: True)
+    monkeypatch.setattr(graphs, "_fits", lambda _: True)
+    monkeypatch.setattr(graphs, "_serves", lambda model: model in graphs._entries)
+    monkeypatch.setattr(graphs.Replayed, "capture", lambda self: None)
+    monkeypatch.setattr(PromptGraph, "capture", lambda self, model, record: self.run(model))
+    monkeypatch.setattr(graphs, "_PROMPT_STEP", 16)
+    answered = []
+    answer = graphs.answer
+
+    def counted(*args):
+        found = answer(*args)
+        answered.append(found is not None)
+        return found
+
+    monkeypatch.setattr(graphs, "answer", counted)
+    return answered
 
 
 def calls(model, trie, count=1, **more):
@@ -223,6 +252,82 @@ def test_few_shapes_are_kept(policy, monkeypatch):
     assert len(graphs._entries[model]) == 2
 
 
+@pytest.mark.parametrize("variant", [None, {}, {"anchor": "none", "num_thoughts": 2}, {"variant": "offsets"}])
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_prefills_of_fixed_shapes_lead_to_the_same_items(scoring, variant, prefills):
+    """From the fourth call of shapes on; other users, lengths and filters than those of the capture."""
+    model = toy_model("llama") if variant is None else patched_model("llama", thought_token_id=3, **variant).eval()
+    sequences = random_catalogue(5, 40, 4, 4)
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    for step, lengths in enumerate([(9, 4, 6), (5, 11, 3), (8, 2, 2), (12, 4, 6), (3, 7, 5), (2, 3, 13)]):
+        inputs = toy_inputs(lengths)
+        chosen = filters("mask", len(lengths), len(sequences))
+        found = beam_search(model, inputs, trie, 5, 6, scoring, **chosen)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "run", lambda *_: None)
+            patch.setattr(graphs, "answer", lambda *_: None)
+            patch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: False)
+            expected = beam_search(model, inputs, trie, 5, 6, scoring, **chosen)
+        assert found.items.tolist() == expected.items.tolist()
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-5)
+        assert prefills[-1] == (step >= 3)
+
+
+def test_a_prefill_that_leads_elsewhere_is_not_used(prefills, monkeypatch, caplog):
+    monkeypatch.setattr(graphs.Replayed, "take_prompts", lambda *_: None)
+    model, trie = toy_model("llama"), CatalogueTrie.from_codec(codec_of(random_catalogue(3, 20, 3, 4)))
+    first, *others = calls(model, trie, 5)
+    assert others == [first] * 4
+    assert not any(prefills)
+    assert caplog.text.count("prefills without CUDA graphs") == 1
+
+
+def test_prompts_that_a_graph_does_not_take(prefills):
+    """Their thoughts are not at the end of every row: the usual way answers, and is as right as ever."""
+    model = patched_model("llama", thought_token_id=3).eval()
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 20, 3, 4)))
+    calls(model, trie, 4)
+    assert prefills == [False, False, False, True]
+    inputs = toy_inputs((5, 7))
+    inputs["input_ids"][:, 3], inputs["input_ids"][1, -1] = 11, 3
+    assert prompts_to_capture(model, inputs) is None
+    beam_search(model, inputs, trie, 4, 4)
+    assert prefills[-1] is False
+
+
+@pytest.mark.parametrize("kind", ["none", "mask", "exclude"])
+@pytest.mark.parametrize("depth", [1, 2, 4, 7])
+def test_the_rest_is_read_in_one_forward(kind, depth, monkeypatch):
+    """From the end of any level; where single items are left, it takes a forward and no level more."""
+    model = toy_model("llama")
+    sequences = [(30 + a, 40 + b, *range(10, 10 + 3 + a + b)) for a in range(4) for b in range(3)]
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    chosen = filters(kind, 3, len(sequences))
+    expected = beam_search(model, toy_inputs((9, 4, 6)), trie, 6, 6, **chosen)
+    steps = []
+
+    def run(_, search, prompts, __):
+        replayed = graphs.Replayed(search, prompts)
+        for state, _ in itertools.islice(replayed.steps(), depth):
+            ended = replayed.ended(state)
+        longest = int(ended.numbers[3])
+        if depth >= 2 and kind == "none":  # the first two tokens tell items apart
+            assert depth < longest <= max(map(len, sequences))
+        assert depth >= 2 or longest > trie.depth
+        session = replayed.session
+        step = session.step
+        session.step = lambda *args, **more: steps.append(more) or step(*args, **more)
+        best = replayed.finish(ended, depth).best
+        return graphs.BeamResult(*(x[:3] for x in best))
+
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
+    monkeypatch.setattr(graphs, "run", run)
+    found = beam_search(model, toy_inputs((9, 4, 6)), trie, 6, 6, **chosen)
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-5)
+    assert len(steps) <= (1 if depth >= 2 else 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
@@ -232,10 +337,32 @@ def test_graphs_on_a_gpu(family, scoring, caplog):
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(5, 40, 4, 4))).to("cuda")
     for lengths in LENGTHS:
         expected = beam_search(toy_model(family), toy_inputs(lengths), trie.to("cpu"), 5, 6, scoring)
-        for _ in range(4):  # as usual, captured, and twice replayed
+        for _ in range(6):  # as usual, captured, replayed and the prefill captured, and thrice replayed
             found = beam_search(model, toy_inputs(lengths), trie, 5, 6, scoring)
             assert found.items.tolist() == expected.items.tolist()
             torch.testing.assert_close(found.scores.cpu(), expected.scores, atol=1e-3, rtol=1e-3)
     entries = list(graphs._entries[model].values())
     assert all(entry.replayed is not None and entry.replayed.levels for entry in entries)
+    assert all(entry.prompts is not None for entry in entries)
+    assert "without CUDA graphs" not in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_long_items_on_a_gpu(caplog, monkeypatch):
+    """A patched model over titles of up to twenty tokens, whose ends are read without graphs."""
+    model, finished = patched_model("qwen2", thought_token_id=3).eval().to("cuda"), []
+    finish = graphs.Replayed.finish
+    monkeypatch.setattr(graphs.Replayed, "finish", lambda *args: finished.append(args[2]) or finish(*args))
+    sequences = [(30 + a, 40 + b, *range(10, 10 + 3 + 4 * a + b)) for a in range(5) for b in range(3)]
+    trie = CatalogueTrie.from_codec(codec_of(sequences)).to("cuda")
+    for lengths in ((9, 4, 6), (12, 3, 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLR_CUDA_GRAPHS", "0")
+            expected = beam_search(model, toy_inputs(lengths), trie, 8, 8)
+        for _ in range(6):
+            found = beam_search(model, toy_inputs(lengths), trie, 8, 8)
+            assert found.items.tolist() == expected.items.tolist()
+            torch.testing.assert_close(found.scores, expected.scores, atol=1e-3, rtol=1e-3)
+    assert finished
     assert "without CUDA graphs" not in caplog.text

@@ -38,11 +38,11 @@ def search(family, scoring, kind):
 def test_none_at_any_level_of_a_search_of_fixed_shapes(family, scoring, kind, monkeypatch):
     levels, found = [], {}
 
-    def run(_, search, prompts):
+    def run(_, search, prompts, __):
         replayed = graphs.Replayed(search, prompts)
         with fixed_shapes(), HostWaits() as waits:
             for state, more in replayed.steps():
-                replayed._outcome(state)
+                replayed.ended(state)
                 levels.append(more)
         found.update(waits.found)
 
