@@ -164,7 +164,8 @@ def test_rl_step(shape, tier, race):
     graphs, compiled = StepGraphs(), StepGraphs("inductor")
 
     def by_graph(policy: str = "tokens", graphs=graphs):
-        return ours(policy, forward=lambda prompts, group: by_graphs(graphs, model, prompts, group))
+        unused = ("thought_logprobs", "regularisers")[policy == "thoughts" :]  # as the trainer has it by default
+        return ours(policy, forward=lambda prompts, group: by_graphs(graphs, model, prompts, group, unused))
 
     kept = PromptCache(model, gigabytes=1)
 

@@ -38,6 +38,7 @@ from flr_kernels import Continuations
 from .packed import PackedSession
 from .prompt_graph import PromptGraph, prompts_to_capture
 from .prompts import Prompts
+from .rest import Rests, read_rest
 from .search import BeamResult, Search, State
 from .watch import Watch
 
@@ -58,7 +59,7 @@ class _Ended(NamedTuple):
     sees: torch.Tensor  # of the session
     depth: torch.Tensor
     columns: int
-    numbers: torch.Tensor  # int64 [4], ``Search.numbers`` and ``Search.longest`` (0 under ``catalogue``)
+    numbers: torch.Tensor  # int64 [5], ``Search.numbers`` and ``Search.left`` (0 under ``catalogue``)
     best: BeamResult  # fields of ``State``
     broken: torch.Tensor
     overflow: torch.Tensor
@@ -110,6 +111,8 @@ class Replayed:
         self.states = prompts.states.new_zeros(users, prompts.states.shape[1])
         self.live = torch.zeros(users, 1, dtype=torch.bool, device=device)
         self.levels: list[_Level] = []
+        self.rests = Rests()
+        self.columns = room
         self.load(search, prompts)
 
     def _tokens(self) -> list[int]:
@@ -171,7 +174,7 @@ class Replayed:
             graph = torch.cuda.CUDAGraph()
             with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
                 state, more = next(steps)
-                ended = self.ended(state)
+                ended = self.ended(state, len(levels) + 1)
             levels.append((graph, ended))
             ended.best.items.fill_(-7)  # so that a replay that does nothing is noticed
         self.levels = levels
@@ -184,25 +187,46 @@ class Replayed:
         return graph.replay
 
     def _one_by_one(self) -> Iterator[_Level]:
-        return ((None, self.ended(state)) for state, _ in self.steps())
+        return ((None, self.ended(state, depth)) for depth, (state, _) in enumerate(self.steps(), start=1))
 
-    def ended(self, state: State) -> _Ended:
-        """What is kept of a level."""
+    def ended(self, state: State, depth: int) -> _Ended:
+        """What is kept of a level, whose hypotheses have ``depth`` tokens."""
         search, session = self.search, self.session
-        longest = torch.zeros_like(state.depth[0, 0]) if search.skips_forced else search.longest(state)
-        numbers = torch.cat([search.numbers(state, None), longest[None]])
+        left = state.depth.new_zeros(2) if search.skips_forced else search.left(state, depth)
+        numbers = torch.cat([search.numbers(state, None), left])
         columns = session.layers[0].get_seq_length()
         kept = (session.sees, session.depth, columns, numbers, state.best, state.broken, state.overflow)
         return _Ended(state.running, *kept)
 
-    def finish(self, level: _Ended, depth: int) -> State:
-        """The rest of a search under ``full`` without graphs, from the end of a level with ``depth`` tokens on."""
+    def _state(self, level: _Ended) -> State:
+        """The search at a level's end, its session included."""
         session = self.session
         session.sees, session.depth = level.sees, level.depth
         for layer in session.layers:
             layer.truncate(level.columns)
-        state = State(level.running, level.depth, self.states[:, None], level.best, level.broken, level.overflow)
-        return self.search.finish(state, session, depth, self.vocabulary)
+        return State(level.running, level.depth, self.states[:, None], level.best, level.broken, level.overflow)
+
+    def finish(self, level: _Ended, depth: int) -> State:
+        """The rest of a search under ``full`` without graphs, from the end of a level with ``depth`` tokens on."""
+        return self.search.finish(self._state(level), self.session, depth, self.vocabulary)
+
+    def _rest(self, level: _Ended, depth: int, longest: int, tokens: int) -> State:
+        """The rest where every live hypothesis leads to one item; by a graph if one of its size was made."""
+        key = Rests.key(depth, longest, tokens, self.columns - level.columns)
+        if (found := self.rests.replay(key)) is not None:
+            return found
+        state = self.finish(level, depth)
+        if self.rests.wanted(key, len(self.live), self.vocabulary):
+            try:
+                made = self.rests.make(
+                    key, lambda: read_rest(self.search, self._state(level), self.session, key), self.record
+                )
+                if made is None or bool(made.overflow.any()) or not _equal(made.best, state.best):
+                    raise RuntimeError("what it gives differs from that of the same operations one by one")
+            except Exception as error:
+                self.rests.refuse(key)
+                logger.warning("ends of items without CUDA graphs for these shapes: %s", str(error))
+        return state
 
     def run(self, count: int) -> BeamResult | None:
         """Items of the first ``count`` users; None where a level had more to read than it has room for.
@@ -220,7 +244,7 @@ class Replayed:
             if known is not None and known[0] == 0:
                 break
             if known is not None and depth + _SHORT <= known[3] <= self.search.trie.depth:
-                end = self.finish(ended, depth)
+                end = self._rest(ended, depth, known[3], known[4])
                 break
         assert end is not None
         failed = torch.stack([end.broken[:count].any(), end.overflow[:count].any()]).tolist()

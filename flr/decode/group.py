@@ -39,7 +39,7 @@ class _Members:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, lengths: torch.Tensor | None = None, *, every: bool = False
     ) -> torch.Tensor:
-        members, width = self.shape[1], parents.shape[1]
+        members, width, columns = self.shape[1], parents.shape[1], tokens.shape[1]
         # hypotheses of a user: member by member
         first = torch.arange(members, device=tokens.device)[:, None] * self.width
         side_by_side = (self._everyone(parents).unflatten(0, self.shape) + first).flatten(1)  # [B, G·w]
@@ -55,7 +55,11 @@ class _Members:
             tokens = everyone.view(self.shape[0], -1).gather(1, place)
         states = self.packed.step(tokens, side_by_side, taken, every=every)
         self.width = width
-        return states.view(-1, width, *states.shape[2:])[self.left]
+        if not every or taken is None:
+            return states.view(-1, width, *states.shape[2:])[self.left]
+        begin = (taken.cumsum(1) - taken).view(-1, width)[self.left, 0]  # [left], a member's first column of its row
+        place = begin[:, None] + torch.arange(columns, device=begin.device)
+        return states[(self.left // members)[:, None], place.clamp_max(states.shape[1] - 1)]
 
     def _everyone(self, x: torch.Tensor) -> torch.Tensor:
         """Rows [B·G, …] of x, which has those of the members left; zeros for the others."""

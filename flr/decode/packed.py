@@ -16,7 +16,7 @@ from flr.model.base import attention_mask
 from flr.model.folded_heads import folded_heads
 from flr.model.verify import traits_of
 
-from .session import model_states, slots
+from .session import last_states, model_states, slots
 
 
 def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
@@ -119,13 +119,7 @@ class PackedSession:
         self.sees = torch.cat([inherited, mine], dim=-1)
         self.depth = depth + lengths
         states = self._forward(tokens, self.next_position + depth.gather(1, owner) + offset.clamp_min(0), sees)
-        end = lengths.cumsum(1)
-        if every:
-            place = (end - lengths)[..., None] + torch.arange(int(lengths.max()), device=tokens.device)
-        else:
-            place = end - 1
-        rows = torch.arange(len(states), device=tokens.device).view(-1, *[1] * (place.dim() - 1))
-        return states[rows, place.clamp(0, count - 1)]
+        return states if every else last_states(states, lengths)
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         if self.sees.shape[-1]:

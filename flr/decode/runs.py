@@ -16,7 +16,7 @@ from flr_kernels import Continuations
 
 from .filters import ItemFilter
 from .scoring import log_normaliser
-from .session import Session, slots
+from .session import Session, last_states, slots
 
 _MAX_LOGITS = 1 << 26  # of one forward, 256 MiB in float32; a longer run is read in several
 
@@ -55,25 +55,33 @@ class Read(NamedTuple):
     broken: torch.Tensor  # bool [B], a logit on the way was NaN or infinite
 
 
-def read_run(trie: CatalogueTrie, run: Run, running: Continuations, depth: int, session: Session) -> Read:
-    """Read the last token of hypotheses at ``depth`` and the run behind it, in one step of the session."""
-    steps = torch.arange(run.size + 1, device=run.first.device)
+def read_run(
+    trie: CatalogueTrie, run: Run, running: Continuations, depth: int, session: Session, columns: int | None = None
+) -> Read:
+    """Read the last token of hypotheses at ``depth`` and the run behind it, in one step of the session.
+
+    Args:
+        columns: of that step, at least as many as a user has tokens to read; None: as many as the most have.
+    """
     lengths = (run.ends - depth).clamp_max(run.size + 1) * run.live  # an item's last token need not be read
-    owner, offset = slots(lengths, int(lengths.sum(1).max()))
-    node = trie.ancestor(run.first.gather(1, owner), depth + offset.clamp_min(0))
-    states = session.step(trie.tokens[node].long(), running.parent, lengths, every=True)  # [B, w, size + 1, V]
-    norm = log_normaliser(states)
-    last = torch.minimum(run.ends[..., None], depth + 1 + steps[:-1])  # [B, w, size]
-    forced = trie.ancestor(run.first[..., None].expand_as(last), last.clamp_max(trie.depth))
-    raw = states[..., :-1, :].gather(-1, trie.tokens[forced].long()[..., None])[..., 0].float()
-    inside = depth + 1 + steps[:-1] <= run.ends[..., None]
+    owner, offset = slots(lengths, int(lengths.sum(1).max()) if columns is None else columns)
+    ends, place, used = run.ends.gather(1, owner), depth + offset.clamp_min(0), offset >= 0
+    leaf = run.first.gather(1, owner)
+    states = session.step(trie.tokens[trie.ancestor(leaf, place)].long(), running.parent, lengths, every=True)
+    norm = log_normaliser(states)  # [B, n]
+    forced = trie.ancestor(leaf, torch.minimum(ends, place + 1).clamp_max(trie.depth))  # what must follow a column
+    raw = states.gather(-1, trie.tokens[forced].long()[..., None])[..., 0].float()
+    steps = torch.arange(run.size, device=leaf.device)
+    begin = (lengths.cumsum(1) - lengths)[..., None]
+    gain = (raw - norm).gather(1, (begin + steps).clamp_max(owner.shape[1] - 1).flatten(1)).view(*lengths.shape, -1)
+    inside = depth + 1 + steps <= run.ends[..., None]
     score = running.score
     for step in range(run.size):  # in this order, as one by one
-        score = torch.where(inside[..., step], raw[..., step] - norm[..., step] + score, score)
-    broken = (~norm.isfinite() & (steps < lengths[..., None])).flatten(1).any(1)
+        score = torch.where(inside[..., step], gain[..., step] + score, score)
+    broken = (~norm.isfinite() & used).any(1)
     done = run.live & (run.ends <= depth + run.size)
     end = trie.ancestor(run.first, torch.minimum(run.ends, torch.full_like(run.ends, depth + run.size)))
     node = torch.where(run.live, end, running.node)
     complete = running._replace(node=node, score=score.masked_fill(~done, -torch.inf))
     go_on = running._replace(node=node, score=score.masked_fill(done, -torch.inf))
-    return Read(go_on, complete, states[:, :, -1], broken)
+    return Read(go_on, complete, last_states(states, lengths), broken)

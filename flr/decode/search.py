@@ -165,12 +165,18 @@ class Search:
                 break
         return state
 
-    def longest(self, state: State) -> torch.Tensor:
-        """int64: tokens of the longest item that a live hypothesis leads to; more than any has where one branches."""
+    def left(self, state: State, depth: int) -> torch.Tensor:
+        """int64 [2] behind a step of ``full``: the longest item that a live hypothesis leads to, and what is to read.
+
+        The first is more than the trie's depth where a hypothesis branches. The second are the tokens of all hypotheses
+        up to the last of their items', for the user who has most, if none branches.
+        """
         trie, running = self.trie, state.running
+        live = running.score != -torch.inf
         begin, end = trie.leaf_begin[running.node].long(), trie.leaf_end[running.node].long()
-        length = trie.lengths[begin.clamp_max(trie.num_items - 1)].long().masked_fill(end - begin > 1, trie.depth + 1)
-        return length.masked_fill(running.score == -torch.inf, 0).amax()
+        length = trie.lengths[begin.clamp_max(trie.num_items - 1)].long()
+        longest = length.masked_fill(end - begin > 1, trie.depth + 1).masked_fill(~live, 0).amax()
+        return torch.stack([longest, ((length - depth).clamp_min(0) * live).sum(1).amax()])
 
     def select(self, users: torch.Tensor) -> None:
         """Go on with the users of these rows alone."""
@@ -213,9 +219,12 @@ class Search:
             state.states = torch.where((plan.lengths > 0)[..., None], after, state.states) if step == 0 else after
         state.overflow = state.overflow | (plan.lengths.sum(1) > tokens)
 
-    def read(self, state: State, session: Session, step: int, run: Run) -> None:
-        """The model reads hypotheses' last tokens and the run that follows; items that end in it are collected."""
-        state.running, complete, state.states, broken = read_run(self.trie, run, state.running, step, session)
+    def read(self, state: State, session: Session, step: int, run: Run, columns: int | None = None) -> None:
+        """The model reads hypotheses' last tokens and the run that follows; items that end in it are collected.
+
+        ``columns``: see :func:`flr.decode.runs.read_run`.
+        """
+        state.running, complete, state.states, broken = read_run(self.trie, run, state.running, step, session, columns)
         state.broken = state.broken | broken
         state.best = self._collect(state.best, complete)
 

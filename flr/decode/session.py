@@ -45,8 +45,8 @@ class Session(Protocol):
             every: with lengths, and where the session ``reads_runs``.
 
         Returns:
-            states [B, w, …] after the last token of each; undefined where the length is 0. With ``every`` after each
-            token, [B, w, m, …] for m = lengths.max(), undefined past a length.
+            states [B, w, …] after the last token of each; undefined where the length is 0. With ``every`` after each of
+            the n tokens, [B, n, …], as :func:`slots` lays them out.
         """
 
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
@@ -114,3 +114,9 @@ def slots(lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
     owner = torch.searchsorted(ends, column, right=True).clamp_max(lengths.shape[1] - 1)
     offset = column - (ends - lengths).gather(1, owner)
     return owner, offset.masked_fill(column >= ends[:, -1:], -1)
+
+
+def last_states(states: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """States [B, w, …] after the last of ``lengths`` [B, w] tokens each, of states [B, n, …] laid out by ``slots``."""
+    place = (lengths.cumsum(1) - 1).clamp(0, states.shape[1] - 1)
+    return states[torch.arange(len(states), device=states.device)[:, None], place]

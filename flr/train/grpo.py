@@ -42,8 +42,13 @@ _INPUTS = ("targets", "target_mask", "noise", "target_nodes", "noise_scale")
 _RESULTS = ("logprobs", "thought_logprobs", "regularisers", "kl", "thoughts", "thought_norm", "gate_entropy")
 
 
-def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs) -> GroupOutput:
-    """``model(**prompts, group=group)``, by a CUDA graph where these shapes have come before."""
+def by_graphs(
+    graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], group: GroupInputs, without: tuple[str, ...] = ()
+) -> GroupOutput:
+    """``model(**prompts, group=group)``, by a CUDA graph where these shapes have come before.
+
+    ``without`` names results whose gradients are not asked for: a graph's backward would compute them all.
+    """
     tensors = {name: x for name in _INPUTS if isinstance(x := getattr(group, name), torch.Tensor)}
     if group.actions is not None:
         tensors |= dict(zip(("action", "sigma"), group.actions, strict=True))
@@ -52,9 +57,12 @@ def by_graphs(graphs: StepGraphs, model: Any, prompts: dict[str, torch.Tensor], 
         given: Any = {name: tensors[name] for name in _INPUTS if name in tensors}
         given["actions"] = (tensors["action"], tensors["sigma"]) if "action" in tensors else None
         out = model(**{name: tensors[name] for name in prompts}, group=replace(group, **given))
-        return *(getattr(out, name) for name in _RESULTS), *out.actions
+        found = {name: getattr(out, name) for name in _RESULTS}
+        found |= {name: found[name].detach() for name in without if found[name] is not None}
+        return *found.values(), *out.actions
 
-    *results, action, sigma = graphs(call, tensors | prompts, model, (group.policy, group.likelihood, model.training))
+    key = (group.policy, group.likelihood, model.training, without)
+    *results, action, sigma = graphs(call, tensors | prompts, model, key)
     found: Any = dict(zip(_RESULTS, results, strict=True))
     assert action is not None
     assert sigma is not None
@@ -188,7 +196,11 @@ class LatentGRPOTrainer(RecTrainer):
         if iteration and args.policy == "thoughts":
             group.actions = self._rollouts[self._micro_batch].actions
         graphs = None if group.decodable else self._graphs
-        out = model(**inputs, group=group) if graphs is None else by_graphs(graphs, model, inputs, group)
+        if graphs is None:
+            out = model(**inputs, group=group)
+        else:
+            unused = {"thought_logprobs": args.policy == "tokens", "regularisers": not args.regularise}
+            out = by_graphs(graphs, model, inputs, group, tuple(name for name, x in unused.items() if x))
         now = out.thought_logprobs if args.policy == "thoughts" else out.logprobs
         assert now is not None
         if iteration == 0:

@@ -174,6 +174,21 @@ def test_compiled_layers_are_captured_where_they_come_out_equal(fault, monkeypat
     torch._dynamo.reset()
 
 
+def test_gradients_that_nobody_asks_for_are_not_computed(replays):
+    model, prompts, group = group_case("llama", torch.float32)
+    every, few = StepGraphs(), StepGraphs()
+    for _ in range(3):
+        whole = by_graphs(every, model, prompts, group)
+        found = by_graphs(few, model, prompts, group, ("thought_logprobs", "regularisers"))
+    assert whole.regularisers.requires_grad
+    assert whole.thought_logprobs.requires_grad
+    assert not found.regularisers.requires_grad
+    assert not found.thought_logprobs.requires_grad
+    torch.testing.assert_close(found.regularisers, whole.regularisers.detach())
+    expected = gradients_of(model, whole.logprobs.sum())  # before the next forward of these graphs
+    assert_same_gradients(gradients_of(model, found.logprobs.sum()), expected, 1e-5)
+
+
 def test_a_batch_without_room_beside_the_graphs_drops_them(replays, caplog):
     module, _ = layer()
     graphs = StepGraphs()
