@@ -58,7 +58,7 @@ class PromptProgram(nn.Module):
         behind = (0, config.num_thoughts)
         ids = pad(input_ids, behind, value=config.thought_token_id)
         mask, narrowed = pad(attention_mask, behind, value=1), pad(reasoner_mask, behind, value=False)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        positions = (mask.cumsum(1) - 1).clamp_min(0) if takes_positions(self.model) else None
         columns = torch.arange(ids.shape[1], device=ids.device)
         is_thought = (columns >= start).expand(ids.shape)
         pieces = plain_pieces(self.model.get_input_embeddings()(ids), mask, positions, is_thought, narrowed)
@@ -133,11 +133,12 @@ def _check(model: nn.Module, lm: Any) -> None:
         raise ValueError("model: expected factors that add up to one thought, got aggregation 'mixture'")
     if lm is not model or hasattr(lm, "peft_config"):
         raise ValueError("model: expected a whole model (flr merge makes one), got an adapter")
-    traits, name = traits_of(lm), type(lm).__name__
-    if not (traits.embeds and traits.pieces and traits.left_padding and traits.plain_cache and takes_positions(lm)):
+    traits = vars(traits_of(lm))
+    missing = [name for name in ("embeds", "pieces", "left_padding", "plain_cache") if not traits[name]]
+    if missing:
         raise ValueError(
-            "model: expected a family that reads embeddings, takes positions and goes on from a plain cache of keys "
-            f"and values, got {name}: {traits}"
+            "model: expected a family that reads embeddings and goes on from a plain cache of keys and values, "
+            f"got {type(lm).__name__} without {' and '.join(missing)} (docs/families.md)"
         )
 
 
