@@ -130,7 +130,8 @@ class BuildExtension(build_ext):
             host = ["-ccbin", compiler[0]] if os.environ.get("CXX") else []
             gpu = [nvcc, *host, "-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             # setmaxnreg is of 9.0a alone: nothing later runs this code
-            kernels = {"factor_attention": ["-gencode=arch=compute_90a,code=sm_90a"]} if hopper else {}
+            attention = ("factor_attention", "factor_attention_backward") if hopper else ()
+            kernels = {name: ["-gencode=arch=compute_90a,code=sm_90a"] for name in attention}
             for name, targets in {**kernels, "group_advantage": [f"--threads={jobs}", *flags]}.items():
                 source, output = SOURCES / f"{name}.cu", str(folder / f"{name}.cu.o")
                 commands[output] = ([*gpu, *targets, "-c", str(source), "-o", output], [source, *headers])

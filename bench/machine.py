@@ -55,7 +55,8 @@ def facts() -> dict[str, Any]:
         versions["cuda"] = torch.version.cuda
     found = {
         "commit": os.environ.get("FLR_BENCH_COMMIT") or git("rev-parse", "--short=10", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--", *CODE)),
+        # a commit that is named is that of a tree that was sent here, whatever git says of the place
+        "dirty": not os.environ.get("FLR_BENCH_COMMIT") and bool(git("status", "--porcelain", "--", *CODE)),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_name(),
         "versions": versions,

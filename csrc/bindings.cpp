@@ -195,9 +195,20 @@ void check_rows(const std::string& name, const Array& array) {
       refuse(name, "rows at multiples of 16 bytes", std::to_string(address) + ", strides " + text(array.strides));
 }
 
-void factor_attention(const View& h, const View& u, const std::optional<View>& mask, const View& context,
-                      const View& lse, const View& overlap, const View& entropy, bool last_first, int device,
-                      uintptr_t stream) {
+// Addresses of context, lse, overlap and entropy of a problem [B, K, D], or of their gradients.
+void attention_results(const std::string& prefix, const std::vector<View>& views, const Sizes& sizes, int device,
+                       float** (&places)[4]) {
+  const std::string names[] = {prefix + "context", prefix + "lse", prefix + "overlap", prefix + "entropy"};
+  const Sizes scalars{sizes[0], sizes[1]}, shapes[] = {sizes, scalars, {sizes[0], sizes[1], sizes[1]}, scalars};
+  if (views.size() != 4) refuse(prefix + "context", "four tensors", std::to_string(views.size()));
+  for (size_t i = 0; i < 4; ++i)
+    *places[i] = static_cast<float*>(contiguous(names[i], views[i], device, shapes[i], "float32").data);
+  if (reinterpret_cast<uintptr_t>(*places[0]) % 16) refuse(names[0], "an address that 16 divides", "another");
+}
+
+// What both directions of factor_attention are given; `results` are the forward's, of which the backward reads.
+AttentionProblem attention_problem(const View& h, const View& u, const std::optional<View>& mask,
+                                   const std::vector<View>& results, int max_factors, int step, int device) {
 #ifdef FLR_SM90A
   if (device < 0) refuse("device", "a device index: this has no host twin", std::to_string(device));
 #else
@@ -206,11 +217,13 @@ void factor_attention(const View& h, const View& u, const std::optional<View>& m
   const Sizes &sizes = std::get<3>(h), &queries = std::get<3>(u);
   if (sizes.size() != 3 || sizes[1] < 1) refuse("h", "[B, L, D] with L >= 1", text(sizes));
   const int64_t users = sizes[0], size = sizes[2];
-  if (size < kColumnStep || size > kMaxColumns || size % kColumnStep)
-    refuse("h", "D a multiple of 8 from 8 to " + std::to_string(kMaxColumns), text(sizes));
+  if (size < step || size > kMaxColumns || size % step) {
+    const std::string least = std::to_string(step);
+    refuse("h", "D a multiple of " + least + " from " + least + " to " + std::to_string(kMaxColumns), text(sizes));
+  }
   if (users > kMaxUsers || sizes[1] > kMaxTokens) refuse("h", "at most 2^27 users of 2^30 tokens", text(sizes));
-  if (queries.size() != 3 || queries[1] < 1 || queries[1] > kMaxFactors)
-    refuse("u", "[B, K, D] with K from 1 to " + std::to_string(kMaxFactors), text(queries));
+  if (queries.size() != 3 || queries[1] < 1 || queries[1] > max_factors)
+    refuse("u", "[B, K, D] with K from 1 to " + std::to_string(max_factors), text(queries));
   const int64_t factors = queries[1];
   const Array history = check("h", h, device, sizes);
   const Array query = check("u", u, device, {users, factors, size}, history.dtype);
@@ -224,17 +237,45 @@ void factor_attention(const View& h, const View& u, const std::optional<View>& m
     const Array valid = check("mask", *mask, device, {users, sizes[1]}, "bool");
     p.mask = static_cast<const uint8_t*>(valid.data), p.mask_b = valid.strides[0], p.mask_l = valid.strides[1];
   }
-  const auto result = [&](const char* name, const View& view, const Sizes& shape) {
-    return static_cast<float*>(contiguous(name, view, device, shape, "float32").data);
-  };
-  p.context = result("context", context, {users, factors, size});
-  if (reinterpret_cast<uintptr_t>(p.context) % 16) refuse("context", "an address that 16 divides", "another");
-  p.lse = result("lse", lse, {users, factors}), p.entropy = result("entropy", entropy, {users, factors});
-  p.overlap = result("overlap", overlap, {users, factors, factors});
+  float** places[4] = {&p.context, &p.lse, &p.overlap, &p.entropy};
+  attention_results("", results, {users, factors, size}, device, places);
   p.users = users, p.length = sizes[1], p.size = int(size), p.factors = int(factors);
-  p.is_half = history.dtype == "float16", p.last_first = last_first;
+  p.is_half = history.dtype == "float16";
+  return p;
+}
+
+void factor_attention(const View& h, const View& u, const std::optional<View>& mask, const View& context,
+                      const View& lse, const View& overlap, const View& entropy, bool last_first, int device,
+                      uintptr_t stream) {
+  AttentionProblem p = attention_problem(h, u, mask, {context, lse, overlap, entropy}, kMaxFactors, kColumnStep, device);
+  p.last_first = last_first;
 #ifdef FLR_SM90A
   raise_if(factor_attention_cuda(p, device, reinterpret_cast<void*>(stream)));
+#else
+  (void)stream;
+#endif
+}
+
+// `results` and `gradients`: context, lse, overlap, entropy. `dh` may be None.
+void factor_attention_backward(const View& h, const View& u, const std::optional<View>& mask,
+                               const std::vector<View>& results, const std::vector<View>& gradients,
+                               const std::optional<View>& dh, const View& du, int device, uintptr_t stream) {
+  const AttentionProblem p = attention_problem(h, u, mask, results, kGradientFactors, kGradientStep, device);
+  if (p.is_half) refuse("h", "bfloat16", "float16");
+  AttentionGradients d{};
+  float* found[4];
+  float** places[4] = {&found[0], &found[1], &found[2], &found[3]};
+  attention_results("d_", gradients, {p.users, p.factors, p.size}, device, places);
+  d.context = found[0], d.lse = found[1], d.overlap = found[2], d.entropy = found[3];
+  const auto result = [&](const char* name, const View& view, const Sizes& shape) {
+    const Array array = contiguous(name, view, device, shape, "bfloat16");
+    if (reinterpret_cast<uintptr_t>(array.data) % 16) refuse(name, "an address that 16 divides", "another");
+    return array.data;
+  };
+  if (dh.has_value()) d.dh = result("dh", *dh, {p.users, p.length, p.size});
+  d.du = result("du", du, {p.users, p.factors, p.size});
+#ifdef FLR_SM90A
+  raise_if(factor_attention_backward_cuda(p, d, device, reinterpret_cast<void*>(stream)));
 #else
   (void)stream;
 #endif
@@ -252,6 +293,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("has_factor_attention") = false;
 #endif
   module.def("factor_attention", &factor_attention);
+  module.def("factor_attention_backward", &factor_attention_backward);
   module.def("group_advantage", &group_advantage);
   module.def("batch_advantage", &batch_advantage);
   module.def("log_normaliser", &log_normaliser);

@@ -29,6 +29,12 @@ struct Bfloat16 {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
+  // C += A B, [16, 8] by [8, 8].
+  static FLR_DEVICE void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
+  }
 };
 
 struct Float16 {
@@ -88,6 +94,18 @@ FLR_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* 
                : "memory");
 }
 
+// Shared to global memory, asynchronously, of this thread's; and its waits for all of them: until they are read, and
+// until they are written. What they read was written before a fence_async of who wrote it.
+FLR_DEVICE void bulk_store(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+FLR_DEVICE void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+FLR_DEVICE void bulk_wait_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+FLR_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 template <int id, int threads>
 FLR_DEVICE void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(id), "n"(threads) : "memory");
@@ -95,6 +113,7 @@ FLR_DEVICE void bar_sync() {
 
 FLR_DEVICE float shuffle_xor(float x, int step) { return __shfl_xor_sync(0xffffffffu, x, step); }
 FLR_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FLR_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FLR_DEVICE unsigned ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 FLR_DEVICE int ones(unsigned x) { return __popc(x); }
 
@@ -112,6 +131,25 @@ FLR_DEVICE void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
                  : "r"(shared_address(row))
                  : "memory");
   }
+}
+
+// The other way, and the same of the first two matrices alone.
+template <bool transposed>
+FLR_DEVICE void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
+  if (transposed) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+  }
+}
+FLR_DEVICE void stmatrix_2_transposed(uint16_t* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1])
+               : "memory");
 }
 
 FLR_DEVICE unsigned cluster_rank() {

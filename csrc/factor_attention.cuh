@@ -238,10 +238,10 @@ struct Worker {
     cluster_sync();
     if (thread < p.factors) combine_factor(user, thread);
     bar_sync<1, kWorkerThreads>();
-    const int width = task.plan.chunks * C::CHUNK / cluster, quads = width / 4;
-    for (int i = thread; i < p.factors * quads; i += kWorkerThreads) {
-      const int k = i / quads, d = rank * width + i % quads * 4;
-      if (d >= p.size) continue;
+    const int quads = p.size / 4, each = (quads + cluster - 1) / cluster;
+    for (int i = thread; i < p.factors * each; i += kWorkerThreads) {
+      const int k = i / each, quad = rank * each + i % each, d = 4 * quad;
+      if (quad >= quads) continue;
       Quad sum{0, 0, 0, 0};
       for (int q = 0; q < cluster; ++q) {
         const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * pitch + d), q);

@@ -1,5 +1,5 @@
-// factor_attention's forward on a GPU of compute capability 9.0; flr_kernels.factor_attention's backend "cuda". The
-// definition is in flr_kernels/ops/factor_attention/reference.py, the kernel in factor_attention.cuh.
+// factor_attention on a GPU of compute capability 9.0; flr_kernels.factor_attention's backend "cuda". The definition is
+// in flr_kernels/ops/factor_attention/reference.py, the kernels in factor_attention.cuh and _backward.cuh.
 #pragma once
 #include <cstdint>
 
@@ -20,10 +20,20 @@ struct AttentionProblem {
   bool is_half, last_first;
 };
 
+// Gradients of the results, contiguous, and where those of the inputs go. The problem beside them has the results.
+struct AttentionGradients {
+  const float *context, *lse, *overlap, *entropy;
+  void* dh;  // [B, L, D] of h's dtype, contiguous; null where nobody needs it
+  void* du;  // [B, K, D]
+};
+
+constexpr int kGradientFactors = 4, kGradientStep = 16;  // the backward's most factors, and what divides its columns
 constexpr int kMaxFactors = 8, kMaxColumns = 4096, kColumnStep = 8;
 constexpr int64_t kMaxUsers = int64_t(1) << 27, kMaxTokens = int64_t(1) << 30;
 
-// Null, or what went wrong. Checks nothing.
+// Null, or what went wrong. They check nothing. The backward takes bfloat16 alone.
 const char* factor_attention_cuda(const AttentionProblem& problem, int device, void* stream);
+const char* factor_attention_backward_cuda(const AttentionProblem& problem, const AttentionGradients& gradients,
+                                           int device, void* stream);
 
 }  // namespace flr

@@ -20,6 +20,7 @@ static_assert(kProducerRegisters * 32 * kProducers + kWorkerRegisters * kWorkerT
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct alignas(16) Quad { float x, y, z, w; };
+struct alignas(8) Words { uint32_t low, high; };
 
 struct alignas(128) Control {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
@@ -52,21 +53,25 @@ struct Plan {
   int query_pitch, shared_bytes;
 };
 
-// What the choice depends on: multiprocessors, and how many clusters of 2, 4, 8 and 16 run at a time. That is less than
+// What the choice depends on: multiprocessors, and how many clusters of each size run at a time. That is less than
 // multiprocessors divided by blocks where a cluster's blocks have to lie together.
 struct Room {
-  int multiprocessors, clusters[4];
+  int multiprocessors, clusters[kMaxCluster + 1];
 };
+
+inline void set_grid(Plan& plan, const AttentionProblem& p, const Room& device) {
+  plan.cluster = 1;
+  for (int i = 2; i <= kMaxCluster; ++i)  // the largest with which no user has to wait for another
+    if (p.users <= device.clusters[i] && 32 * i <= p.length) plan.cluster = i;
+  const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
+  plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
+}
 
 template <class C>
 Plan make_plan(const AttentionProblem& p, const Room& device) {
   Plan plan{};
   plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
-  plan.cluster = 1;
-  for (int i = 0; i < 4; ++i)  // the largest with which no user has to wait for another
-    if (p.users <= device.clusters[i] && 32 * (2 << i) <= p.length) plan.cluster = 2 << i;
-  const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
-  plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
+  set_grid(plan, p, device);
   const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(Control));
   const bool waits = !C::kQueriesInRegisters && p.users * plan.cluster > plan.grid;  // for the user before
   plan.buffers = waits && (room - 2 * queries) / (2 * C::kSlot) > plan.chunks ? 2 : 1;
@@ -85,6 +90,7 @@ struct Task {
 struct Users {
   int64_t index, step, count;
   bool last_first;
+  template <class Task>
   FLR_DEVICE explicit Users(const Task& task)
       : index(blockIdx.x / task.plan.cluster), step(gridDim.x / task.plan.cluster), count(task.p.users),
         last_first(task.p.last_first) {}
@@ -102,6 +108,41 @@ struct Slot {
 };
 
 alignas(128) __device__ static uint16_t kZeros[kMaxChunk];
+
+// Looks for a block's share of a user's valid tokens, 32 kSearch at a time, and calls send(first of `tokens`, count,
+// whether it is the last) for every TILE of them, at least once; skip(first token, bits) for masked ones.
+template <int TILE, class Send, class Skip>
+FLR_DEVICE void walk_tokens(const AttentionProblem& p, int64_t user, int rank, int cluster, int lane, int* tokens,
+                            const Send& send, const Skip& skip) {
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + user * p.mask_b;
+  const int apart = 32 * cluster, length = int(p.length);
+  int held = 0;
+  for (int base = 32 * rank; base < length; base += kSearch * apart) {
+    bool valid[kSearch];  // that many loads in flight
+#pragma unroll
+    for (int i = 0; i < kSearch; ++i) {
+      const int token = base + i * apart + lane;
+      valid[i] = token < length && (mask == nullptr || mask[token * p.mask_l]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSearch; ++i) {
+      const int token = base + i * apart;
+      const unsigned bits = ballot(valid[i]);
+      if (valid[i]) tokens[held + ones(bits & ((1u << lane) - 1))] = token + lane;
+      held += ones(bits);
+      if (token < length) skip(token, ~bits & (length - token < 32 ? (1u << (length - token)) - 1 : ~0u));
+    }
+    __syncwarp();
+    int first = 0;
+    for (; held - first > TILE; first += TILE) send(first, TILE, false);
+    held -= first;  // 0 to TILE stay: the user's last tile is known as such when it is sent
+    const int token = lane < held ? tokens[first + lane] : 0;
+    __syncwarp();
+    if (lane < held) tokens[lane] = token;
+    __syncwarp();
+  }
+  send(0, held, true);
+}
 
 // One of the warps that fill the ring: of every tile its kRows rows. All look for tokens alike.
 template <class C>
@@ -164,32 +205,9 @@ struct Producer {
   FLR_DEVICE void send_user(int64_t user) {
     const auto& p = task.p;
     const uint16_t* h = static_cast<const uint16_t*>(p.h) + user * p.h_b;
-    const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + user * p.mask_b;
-    const int apart = 32 * task.plan.cluster, length = int(p.length);
-    int held = 0;
-    for (int base = 32 * rank; base < length; base += kSearch * apart) {
-      bool valid[kSearch];  // that many loads in flight
-#pragma unroll
-      for (int i = 0; i < kSearch; ++i) {
-        const int token = base + i * apart + lane;
-        valid[i] = token < length && (mask == nullptr || mask[token * p.mask_l]);
-      }
-#pragma unroll
-      for (int i = 0; i < kSearch; ++i) {
-        const unsigned bits = ballot(valid[i]);
-        if (valid[i]) tokens[held + ones(bits & ((1u << lane) - 1))] = base + i * apart + lane;
-        held += ones(bits);
-      }
-      __syncwarp();
-      int first = 0;
-      for (; held - first > kTokens; first += kTokens) send_tile(h, first, kTokens, false);
-      held -= first;  // 0 to 16 stay: the user's last tile is known as such when it is sent
-      const int token = lane < held ? tokens[first + lane] : 0;
-      __syncwarp();
-      if (lane < held) tokens[lane] = token;
-      __syncwarp();
-    }
-    send_tile(h, 0, held, true);
+    walk_tokens<kTokens>(
+        p, user, rank, task.plan.cluster, lane, tokens,
+        [&](int first, int count, bool last) { send_tile(h, first, count, last); }, [](int, unsigned) {});
   }
 
   FLR_DEVICE void run() {

@@ -317,12 +317,12 @@ def extension_variants(arch: int) -> list[Variant]:
 
 
 def _attention_variant(name: str, arch: int, registers: int, stack: int) -> Variant | None:
-    """A kernel of csrc/factor_attention.cuh, or None; it asks for all shared memory at its launch."""
-    match = re.search(r"factor_attention_forwardINS_\d+(B?[Ff]loat16)ENS_\d+ColumnsILi(\d+)ELi(\d+)", name)
+    """A kernel of csrc/factor_attention*.cuh, or None; it asks for all shared memory at its launch."""
+    match = re.search(r"factor_attention_(forward|backward)(?:INS_\d+(B?[Ff]loat16))?\w*?ColumnsILi(\d+)ELi(\d+)", name)
     if match is None:
         return None
-    label = f"{match[1].lower()} D{match[2]} by {match[3]}"
-    return _variant("attention forward cuda", label, arch, registers, stack, triton_config.ARCHES[arch].shared, 12)
+    label = f"{(match[2] or 'bfloat16').lower()} D{match[3]} by {match[4]}"
+    return _variant(f"attention {match[1]} cuda", label, arch, registers, stack, triton_config.ARCHES[arch].shared, 12)
 
 
 def _chosen_on(arch: int | str, label: str) -> bool:

@@ -26,6 +26,7 @@ COMMANDS = {
     "factors": "which factors a model needs, and for what kind of item; the others pruned",
     "recommend": "top-k items for histories, with each factor's share",
     "batch": "everybody's lists, offline: Parquet in, Parquet out, on processes or on Ray",
+    "export": "prompt and thought as a program, and the trie, for engines of others",
     "plan": "machines, hours and money for everybody's lists, from measured times",
     "bench": "run the benchmark suite, render its tables and figures, compare two results (needs a checkout)",
     "explain": "which history items each factor attends to: heat map and HTML page",

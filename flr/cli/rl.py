@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flr.config import option
 
 from . import voice
+from .on_ray import RayOptions, train_on_ray
 from .options import DataOptions, check_option, load_trained
 from .parsing import REVISION, emit, parse
 from .training import summarise, training_run
@@ -98,9 +99,12 @@ def _reinforce(trainer: LatentGRPOTrainer, options: RLOptions, args: LatentGRPOC
 def main(argv: list[str]) -> int:
     from flr.train import LatentGRPOConfig
 
-    options, data, args, rest = parse("rl", ABOUT, (RLOptions, DataOptions, LatentGRPOConfig), argv)
-    dataset = data.announce()
-    summary = train(options, data, args, dataset)[2]
+    classes = (RLOptions, DataOptions, LatentGRPOConfig, RayOptions)
+    options, data, args, cluster, rest = parse("rl", ABOUT, classes, argv)
+    if cluster.elsewhere():
+        summary = train_on_ray("rl", argv, cluster, args)
+    else:
+        summary = train(options, data, args, data.announce())[2]
     for name, value in summary["after"].items():
         voice.result(f"Valid {name.upper()}: {summary['before'][name]:.4f} before, {value:.4f} after.")
     voice.result(f"Saved in {Path(summary['output_dir'])}.")

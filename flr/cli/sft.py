@@ -10,6 +10,7 @@ from flr.config import FLRConfig
 
 from . import voice
 from .backbone import ModelOptions
+from .on_ray import RayOptions, train_on_ray
 from .options import AugmentOptions, DataOptions, advise
 from .parsing import emit, parse
 from .training import summarise, training_run
@@ -66,10 +67,12 @@ def train(
 def main(argv: list[str]) -> int:
     from flr.train import SFTConfig
 
-    classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
-    data, augment, model, config, args, rest = parse("sft", ABOUT, classes, argv)
-    dataset = data.announce()
-    summary = train(data, augment, model, config, args, dataset)[2]
+    classes = (DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig, RayOptions)
+    data, augment, model, config, args, cluster, rest = parse("sft", ABOUT, classes, argv)
+    if cluster.elsewhere():
+        summary = train_on_ray("sft", argv, cluster, args)
+    else:
+        summary = train(data, augment, model, config, args, data.announce())[2]
     best = (
         ""
         if summary["best_valid"] is None

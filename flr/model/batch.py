@@ -52,7 +52,7 @@ def encode(model: Any, batch: Batch, own: ThoughtInputs, kwargs: dict[str, Any],
     traits, checkpointing = traits_of(model), model.training and is_checkpointing(model)
     source, columns, length = None, [], pieces.embeds.shape[1]
     if own.thought_start is not None and pieces.thinks:
-        columns = list(range(own.thought_start, own.thought_start + config.num_thoughts))
+        columns = [own.thought_start + n for n in range(config.num_thoughts)]
     elif pieces.thinks:
         if not batch.keep_cache and traits.left_padding and not batch.routes:  # routing counts the caller's columns
             pieces, source = pieces.shifted()

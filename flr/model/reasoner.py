@@ -141,9 +141,9 @@ class Reasoner(nn.Module):
     @staticmethod
     def _state(h: Tensor, query_index: Tensor | int) -> Tensor:
         """Hidden states [B, D] at the query columns."""
-        if isinstance(query_index, int):
-            return h[:, max(query_index, 0)]
-        return h[torch.arange(len(h), device=h.device), query_index.clamp_min(0)]
+        if isinstance(query_index, Tensor):
+            return h[torch.arange(len(h), device=h.device), query_index.clamp_min(0)]
+        return h[:, max(query_index, 0)]  # an int, or in an export a symbol for one
 
     def rescale(self, factor: float) -> None:
         """Multiply the thought by ``factor``, in place."""
@@ -205,7 +205,7 @@ class FactorizedReasoner(Reasoner):
         z = self._state(h, query_index).to(self.query.dtype)
         h = _autocast(h)
         eps = self.EPS * (config.input_scale or 1.0)
-        valid_tokens = mask.sum(-1) if mask is not None else torch.full((len(h),), h.shape[1], device=h.device)
+        valid_tokens = mask.sum(-1) if mask is not None else torch.full((h.shape[0],), h.shape[1], device=h.device)
         gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))
         aggregated = f = logits = None
         for refinement in range(config.num_refinements):
@@ -307,7 +307,7 @@ class LatentR3Reasoner(Reasoner):
     def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
         state, columns = self._state(h, query_index), torch.arange(h.shape[1], device=h.device)
         # positions relative to the query's: rotary scores depend on differences alone
-        position = columns[None] - (query_index if isinstance(query_index, int) else query_index[:, None])
+        position = columns[None] - (query_index[:, None] if isinstance(query_index, Tensor) else query_index)
         weights = self.query.weight.dtype
         key = self._rotate(self.key(h.to(weights)), position)  # [B, L, D]
         scores = (key @ self.query(state.to(weights))[..., None])[..., 0] / self.hidden_size**0.5
@@ -317,7 +317,7 @@ class LatentR3Reasoner(Reasoner):
         value = self.value((alpha[:, None].to(weights) @ h.to(weights))[:, 0])  # Σ α = 1: the bias is added once
         thought = value * valid.any(-1, keepdim=True)
         entropy = -torch.special.xlogy(alpha, alpha.clamp_min(torch.finfo(alpha.dtype).tiny)).sum(-1)
-        zero = torch.zeros(len(h), device=h.device, dtype=scores.dtype)
+        zero = torch.zeros(h.shape[0], device=h.device, dtype=scores.dtype)
         attends = self.config.sparsity_target != "gate"
         normalised = entropy / valid.sum(-1).clamp_min(2).to(entropy.dtype).log() if attends else zero
         if self.config.sparsity_target == "both":
@@ -325,9 +325,9 @@ class LatentR3Reasoner(Reasoner):
         kept = alpha.detach()
         return ReasonerOutput(
             thought=thought,
-            gates=torch.ones(len(h), 1, 1, device=h.device, dtype=thought.dtype),
+            gates=torch.ones(h.shape[0], 1, 1, device=h.device, dtype=thought.dtype),
             factors=thought[:, None],
-            log_gates=torch.zeros(len(h), 1, device=h.device, dtype=thought.dtype),
+            log_gates=torch.zeros(h.shape[0], 1, device=h.device, dtype=thought.dtype),
             contributions=thought[:, None],
             user_losses={"orthogonality": zero, "diversity": zero, "sparsity": normalised},
             _attention=lambda: kept[:, None, None],

@@ -80,10 +80,10 @@ def prompt_step(length: int) -> int:
     """What the widths of prompts are multiples of: at most an eighth of them, so that padding costs little.
 
     Example:
-        >>> [length + -length % prompt_step(length) for length in (5, 20, 60, 65, 200, 300)]
-        [8, 24, 64, 80, 224, 320]
+        >>> [length + -length % prompt_step(length) for length in (1, 5, 20, 60, 65, 200, 300)]
+        [8, 8, 24, 64, 80, 224, 320]
     """
-    return max(8, 1 << max(length - 1, 1).bit_length() - 3)
+    return max(8, 1 << max(0, (length - 1).bit_length() - 3))
 
 
 def _more_targets(count: int) -> int:

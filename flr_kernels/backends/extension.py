@@ -123,9 +123,13 @@ def _view(x: Tensor) -> tuple:
     return x.data_ptr(), _DTYPES[x.dtype], device, x.shape, x.stride(), bytes_left
 
 
+def _views(tensors: tuple[Tensor, ...]) -> list[tuple]:
+    return [_view(x) for x in tensors]
+
+
 def call(name: str, tensor: Tensor, *arguments: Any) -> None:
-    """Call into the extension on the device and current stream of ``tensor``."""
-    views = [_view(a) if isinstance(a, Tensor) else a for a in arguments]
+    """Call into the extension on the device and current stream of ``tensor``; arguments may be tuples of tensors."""
+    views = [_view(a) if isinstance(a, Tensor) else _views(a) if isinstance(a, tuple) else a for a in arguments]
     function = getattr(load(), name)
     if not tensor.is_cuda:
         function(*views, -1, 0)

@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def outcome(family: str) -> dict[str, Any]:
         return {"outcome": "FAULT", "reason": f"{type(error).__name__}: {error}"}
 
 
-def in_a_process(family: str) -> dict[str, Any]:
+def in_a_process(family: str, find: Callable[[str], dict[str, Any]] = outcome) -> dict[str, Any]:
     """The outcome of a family, found by a child of this process, with its seconds and MiB."""
     read, write = os.pipe()
     started, child = time.monotonic(), os.fork()
@@ -62,7 +63,7 @@ def in_a_process(family: str) -> dict[str, Any]:
         signal.alarm(SECONDS)
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         try:
-            found = outcome(family)
+            found = find(family)
             found["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             os.write(write, json.dumps(found).encode())
         finally:

@@ -2,6 +2,9 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+from flr.cli.on_ray import RayOptions
 from flr.cli.training import summarise
 
 
@@ -19,3 +22,19 @@ def test_shared_options_come_after_a_command_s_own():
     from flr.cli.rl import RLOptions
 
     assert RLOptions("runs/a").model == ModelOptions("runs/a").model == "runs/a"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"workers": 2}, r"workers: expected the address of a cluster beside it \(--ray\), got 2 alone"),
+        ({"ray": "auto"}, "workers: expected at least 1 with --ray, got None"),
+        ({"ray": "auto", "workers": 0}, "workers: expected at least 1 with --ray, got 0"),
+        ({"ray": "auto", "workers": 2, "max_restarts": -1}, "max_restarts: expected at least 0, got -1"),
+    ],
+)
+def test_workers_on_a_cluster_are_a_number_beside_its_address(given, told):
+    with pytest.raises(ValueError, match=told):
+        RayOptions(**given)
+    assert RayOptions(ray="auto", workers=2).elsewhere()
+    assert not RayOptions().elsewhere()

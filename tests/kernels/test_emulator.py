@@ -89,6 +89,66 @@ FAULTS = {
         "cluster_sync();",
         "cluster",
     ),
+    "the next user's rows are written while they are read": (
+        "factor_attention_backward.cuh",
+        "rows of the user before\n",
+        "bar_sync<1, kWorkerThreads>();",
+        "back",
+    ),
+    "rows are read before they are written": (
+        "factor_attention_backward.cuh",
+        "control.delta[warp][k] = products[k];\n    }\n",
+        "bar_sync<1, kWorkerThreads>();",
+        "back",
+    ),
+    "products are read before every worker has written its part": (
+        "factor_attention_backward.cuh",
+        "gather_two(part);\n",
+        "bar_sync<1, kWorkerThreads>();",
+        "back",
+    ),
+    "products of the next tile are written over those still read": (
+        "factor_attention_backward.cuh",
+        "control.scores[turn];\n",
+        "turn ^= 1;",
+        "back",
+    ),
+    "a chunk's gradients are computed before it has come": (
+        "factor_attention_backward.cuh",
+        "const Slot here = slot_of(c);\n",
+        "mbar_wait(&control.full[here.index], here.phase);",
+        "back",
+    ),
+    "gradients leave, and a chunk comes, before the workers are done": (
+        "factor_attention_backward.cuh",
+        "",
+        "mbar_wait(&control.empty[slot.index], slot.phase ^ 1);",
+        "back",
+    ),
+    "a chunk comes while the gradients before it are leaving": (
+        "factor_attention_backward.cuh",
+        "",
+        "bulk_wait_read();",
+        "back",
+    ),
+    "sums are written where gradients still are": (
+        "factor_attention_backward.cuh",
+        "",
+        "mbar_wait(&control.drained, 0);",
+        "back slot",
+    ),
+    "another block's gradients are read before they are written": (
+        "factor_attention_backward.cuh",
+        "sums[i][j];\n      }\n    }\n",
+        "cluster_sync();",
+        "back cluster",
+    ),
+    "a block leaves while others read its gradients": (
+        "factor_attention_backward.cuh",
+        "read from it\n",
+        "cluster_sync();",
+        "back cluster",
+    ),
     "a warp's sum is read before it is written": (
         "group_advantage.cu",
         "buffer[segment()] = x;\n",
@@ -121,15 +181,31 @@ CASES = {
     "the largest D and K, two queries' buffers do not fit": (3, 24, 4096, 8, 1, 2, 80, 3),
     "the largest D, two queries' buffers": (3, 20, 4000, 3, 0, 1, 70, 5),
 }
+#: B, L, D, K, whether dH is wanted, multiprocessors, percent of tokens kept, gain of the logits.
+BACKWARD_CASES = {
+    "several users a block, one without a token": (5, 70, 896, 4, 1, 2, 50, 3),
+    "one factor, logits of 1000": (1, 140, 1024, 1, 1, 4, 100, 1000),
+    "three factors": (3, 60, 1536, 3, 1, 2, 80, 3),
+    "cluster of 2": (2, 130, 2048, 3, 1, 4, 60, 30),
+    "cluster of 4": (1, 200, 528, 2, 1, 4, 90, 2),
+    "cluster of 16": (1, 600, 96, 2, 1, 16, 30, 3),
+    "tiles of 8 tokens, half a chunk": (3, 30, 2560, 4, 1, 2, 80, 20),
+    "the largest D": (1, 40, 4096, 4, 1, 1, 100, 2),
+    "without dH": (3, 24, 4096, 4, 0, 2, 80, 3),
+}
 
 
 #: Fewer columns a worker, so that a run is short: every path of the kernel is there with 128 and 512 of them.
 SMALL = {
     r"p\.size <= 1024(.*)<1024, 1024>": r"p.size <= 128\1<128, 128>",
     r"p\.size <= 1536(.*)<1536, 1536>": r"p.size <= 512\1<512, 256>",
-    r".*Columns<(2048|3072|4096, 1024).*\n": "",
+    r".* Columns<(2048|3072|4096, 1024).*\n": "",
     r"return launch<T, Columns<4096, 512>>.*": "return cudaErrorInvalidDevice;",
     r"kQueriesInRegisters = D <= 2048": "kQueriesInRegisters = D <= 128",
+    r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 256, 16>",
+    r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 256, 8>",
+    r".*GradientColumns<(2048|3072).*\n": "",
+    r"return launch<GradientColumns<4096.*": "return cudaErrorInvalidDevice;",
 }
 
 
@@ -159,10 +235,11 @@ def prepare(folder: Path, changes: dict[str, str]) -> None:
 
 
 def build(folder: Path, *flags: str) -> None:
-    """``attention`` and ``advantage`` in ``folder``."""
+    """``attention``, ``backward`` and ``advantage`` in ``folder``."""
     command = [COMPILER, "-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags]
     units = {
         "attention": ["forward.cpp"],
+        "backward": ["backward.cpp"],
         "advantage": ["advantage.cpp", "group_advantage.cpp", "-x", "c++", "group_advantage.cu"],
     }
     for name, sources in units.items():
@@ -208,28 +285,45 @@ def test_factor_attention_equals_float64(plain, case):
     assert shown.startswith("ok"), shown
 
 
+@pytest.mark.parametrize("case", BACKWARD_CASES.values(), ids=BACKWARD_CASES)
+def test_backward_equals_float64(plain, case):
+    shown = run(plain, "backward", *case)
+    assert shown.endswith("exit 0"), shown
+    assert shown.startswith("ok"), shown
+
+
 def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
     assert run(plain, "advantage") == "67 problems\nexit 0"
 
 
-#: Users in turn, with queries in shared memory; a cluster of 2; one with all of a block's tokens in its first slot.
+#: Users in turn, with queries in shared memory; a cluster of 2; one with all of a block's tokens in its first slot. Of
+#: the backward likewise, with tiles of 8 first and of 16 then.
 SMALL_CASES = {
     "turn": (4, 90, 296, 2, 0, 1, 70, 3),
     "cluster": (2, 130, 96, 2, 0, 4, 80, 3),
     "slot": (2, 130, 96, 8, 1, 4, 20, 3),
+    "back": (3, 70, 400, 2, 1, 1, 70, 3),
+    "back cluster": (2, 130, 96, 4, 1, 4, 80, 3),
+    "back slot": (2, 130, 96, 4, 1, 4, 20, 3),
 }
+
+
+def _program(case: str) -> str:
+    return "backward" if case.startswith("back") else "attention"
 
 
 def test_no_data_race(sanitized):
     assert run(sanitized, "advantage", "few") == "5 problems\nexit 0"
-    shown = run(sanitized, "attention", *(number for case in SMALL_CASES.values() for number in case))
-    assert shown.endswith("exit 0"), shown
+    for name in ("attention", "backward"):
+        cases = (case for key, case in SMALL_CASES.items() if _program(key) == name)
+        shown = run(sanitized, name, *(number for case in cases for number in case))
+        assert shown.endswith("exit 0"), shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(sanitized, name):
     _, _, _, case = FAULTS[name]
-    program = ("advantage", "few") if case == "few" else ("attention", *SMALL_CASES[case])
+    program = ("advantage", "few") if case == "few" else (_program(case), *SMALL_CASES[case])
     shown = run(sanitized, *program, fault=list(FAULTS).index(name) + 1)
     assert RACE in shown or "FAIL" in shown, shown[-2000:]

@@ -1,7 +1,7 @@
-"""Host side of the CUDA kernel of :func:`flr_kernels.factor_attention` (csrc/factor_attention.cuh).
+"""Host side of the CUDA kernels of :func:`flr_kernels.factor_attention` (csrc/factor_attention.cuh, _backward.cuh).
 
-It is one launch that reads every valid token once, for compute capability 9.0. The backward is Triton's, or the
-reference's where triton is not.
+Each direction is one launch that reads every valid token once, for compute capability 9.0. The backward is for
+bfloat16, K to 4 and D a multiple of 16; others are Triton's, or the reference's where triton is not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .reference import Saved
 
 #: csrc/factor_attention.h has the same. D from Triton's least, whose backward this is.
 MAX_FACTORS, MIN_SIZE, MAX_SIZE, SIZE_STEP = 8, triton_config.MIN_SIZE, 4096, 8
+#: What of that the backward takes.
+GRADIENT_FACTORS, GRADIENT_STEP = 4, 16
 _DTYPES = (torch.bfloat16, torch.float16)
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -75,10 +77,25 @@ def forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False)
     return context, lse, overlap, entropy
 
 
+def has_backward(h: Tensor, u: Tensor) -> bool:
+    """Whether the CUDA kernel's backward takes what its forward took."""
+    return h.dtype == torch.bfloat16 and u.shape[1] <= GRADIENT_FACTORS and h.shape[2] % GRADIENT_STEP == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def backward(
     h: Tensor, u: Tensor, mask: Tensor | None, saved: Saved, grads: Saved, needs_dh: bool
 ) -> tuple[Tensor, Tensor]:
-    """dh [B, L, D] (empty when not needed) and du [B, K, D], by Triton or, where it is not, the reference."""
+    """dh [B, L, D] (empty when not needed) and du [B, K, D]: the reference's arguments and results."""
+    if has_backward(h, u):
+        dh, du = h.new_empty(h.shape if needs_dh else (0,)), u.new_empty(u.shape)
+        rows = (tuple(map(_aligned, saved)), tuple(map(_aligned, grads)))
+        extension.call("factor_attention_backward", h, h, u, mask, *rows, dh if needs_dh else None, du)
+        return dh, du
     if _HAS_TRITON:
         from . import triton_host
 

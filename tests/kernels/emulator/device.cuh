@@ -54,6 +54,7 @@ struct Tensor16 {
       c[j] += sum;
     }
   }
+  static void mma_8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) { mma(c, a0, a1, 0, 0, b0, 0); }
 };
 struct Bfloat16 : Tensor16<false> { static constexpr float kScale = 1; };
 struct Float16 : Tensor16<true> { static constexpr float kScale = 16384; };
@@ -87,7 +88,8 @@ inline void mbar_wait(Mbarrier* m, uint32_t parity) {
   for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
 }
 
-// Copies are done by threads of their own, one for each of a block's barriers, a while later and what came last first.
+// Copies are done by threads of their own, one for each of a block's barriers, a while later and what came last first;
+// those to global memory by another few.
 class CopyEngine {
  public:
   struct Copy {
@@ -95,10 +97,15 @@ class CopyEngine {
     const void* from;
     uint32_t bytes;
     Mbarrier* barrier;
+    std::atomic<int>* pending;  // of the thread that stores
   };
   static CopyEngine& of(const Mbarrier* m) {
     static CopyEngine engines[29];  // more than a block has barriers
     return engines[uintptr_t(m) / sizeof(Mbarrier) % 29];
+  }
+  static CopyEngine& of_stores(int lane) {
+    static CopyEngine engines[4];
+    return engines[lane % 4];
   }
   void add(const Copy& copy) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -106,7 +113,7 @@ class CopyEngine {
     condition_.notify_one();
   }
   ~CopyEngine() {
-    add({nullptr, nullptr, 0, nullptr});
+    add({nullptr, nullptr, 0, nullptr, nullptr});
     thread_.join();
   }
 
@@ -124,7 +131,8 @@ class CopyEngine {
       for (auto copy = copies.rbegin(); copy != copies.rend(); ++copy) {
         if (copy->to == nullptr) return;
         std::memcpy(copy->to, copy->from, copy->bytes);
-        mbar_change(copy->barrier, -int(copy->bytes), 0);
+        if (copy->barrier != nullptr) mbar_change(copy->barrier, -int(copy->bytes), 0);
+        else --*copy->pending, copy->pending->notify_one(), emu::Watchdog::instance().progress();
       }
     }
   }
@@ -135,8 +143,19 @@ class CopyEngine {
 };
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
-  CopyEngine::of(m).add({to, from, bytes, m});
+  CopyEngine::of(m).add({to, from, bytes, m, nullptr});
 }
+inline thread_local std::atomic<int> pending_stores{0};
+inline void bulk_store(void* to, const void* from, uint32_t bytes) {
+  if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
+  ++pending_stores;
+  CopyEngine::of_stores(int(threadIdx.x)).add({to, from, bytes, nullptr, &pending_stores});
+}
+inline void bulk_wait_read() {
+  for (int now = pending_stores; now != 0; now = pending_stores) pending_stores.wait(now);
+}
+inline void bulk_wait_written() { bulk_wait_read(); }
+inline void fence_async() {}
 
 template <int id, int threads>
 void bar_sync() {
@@ -152,7 +171,8 @@ void bar_sync() {
 }
 
 inline float shuffle_xor(float x, int step) { return __shfl_xor_sync(~0u, x, step); }
-inline float shuffle(float x, int lane) {
+template <class X>
+X shuffle(X x, int lane) {
   uint64_t word[1] = {};
   std::memcpy(word, &x, sizeof x);
   std::memcpy(&x, emu::exchange(word)[lane], sizeof x);
@@ -179,6 +199,19 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
     r[j] = low | uint32_t(high) << 16;
   }
 }
+
+template <bool transposed, int matrices = 4>
+void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
+  const auto& given = emu::exchange<5>({uint64_t(row), r[0], r[1], r[2], r[3]});
+  const int lane = threadIdx.x % 32, matrix = lane / 8, i = lane % 8;
+  if (matrix >= matrices) return;
+  if (uintptr_t(row) % 16) emu::fail("a row for stmatrix that is not aligned");
+  for (int j = 0; j < 8; ++j) {  // element [x, y] of a matrix is held by lane 4 x + y / 2
+    const int x = transposed ? j : i, y = transposed ? i : j;
+    row[j] = uint16_t(given[4 * x + y / 2][1 + matrix] >> (y % 2 * 16));
+  }
+}
+inline void stmatrix_2_transposed(uint16_t* row, const uint32_t (&r)[4]) { stmatrix<true, 2>(row, r); }
 
 inline unsigned cluster_rank() { return emu::rank; }
 inline void cluster_sync() { emu::cluster->barrier.wait(), emu::dawdle(); }

@@ -1,0 +1,575 @@
+// factor_attention's backward: every valid token of H is read from memory once, and its gradient takes its place in
+// the ring and goes to memory from there; masked tokens are never read, and get zeros.
+//
+// Blocks, clusters and the ring are the forward's (factor_attention.cuh). In shared memory lie rows of D columns: four
+// queries u_k, and four gradients dc_k of the context as bfloat16 numbers and, up to 2048 columns, what those leave.
+// One product of the tensor core of these rows with eight tokens has both s_kl = u_k · h_l and dc_k · h_l; one of a
+// tile's weights, ds and α, with the same rows has dh_l = Σ_k α_kl dc_k + ds_kl u_k, which is written over the tile; one
+// of the tile with ds has du_k = Σ_l ds_kl h_l, which stays in registers over all tiles. A worker owns every eighth
+// strip of 16 columns, so nobody else reads what it overwrites; it loads strips in pairs, the next before it stores.
+// Beyond 2048 columns tiles have eight tokens: a second one has to fit beside the rows. Every order is fixed. The
+// formulas are in ops/factor_attention/op.py.
+#pragma once
+#include "factor_attention_producer.cuh"
+
+namespace flr {
+
+struct alignas(128) GradientControl {
+  Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
+  float delta[kWorkers][kGradientFactors];
+  Mbarrier full[kMaxStages], empty[kMaxStages], drained;
+  int64_t rows[kMaxStages][kTokens];  // where in dH a slot's rows go; -1: nowhere
+  int columns[kMaxStages][kTokens];   // how many of them
+  int tile[kMaxStages];               // number of tokens; 256 more for a user's last tile
+  int tokens[kProducers][32 * kSearch + kTokens];
+};
+
+// Columns in registers, how many of them come in one copy, and tokens of a tile.
+template <int D_, int CHUNK_, int TOKENS>
+struct GradientColumns {
+  static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
+  static constexpr int kTile = TOKENS, kTileRows = kTile / kProducers;
+  static constexpr bool kWide = kTile == 8;  // gradients of the context are bfloat16 numbers, and nothing more
+  static constexpr int kRows = (kWide ? 2 : 3) * kGradientFactors;
+  static constexpr int kPitch = CHUNK + 8, kSlot = kPitch * kTile;
+  static constexpr int kQueryPitch = D + 8;
+  static constexpr int kRoom = kSharedLimit - int(sizeof(GradientControl)) - 2 * kRows * kQueryPitch;
+  static constexpr int kStages = kRoom / (2 * kSlot) < kMaxStages ? kRoom / (2 * kSlot) : kMaxStages;
+  static constexpr int kSharedBytes = kSharedLimit - kRoom + 2 * kSlot * kStages;
+  static_assert(D % CHUNK == 0 && CHUNK % (32 * kWorkers) == 0 && CHUNK <= kMaxChunk);
+  static_assert(kTile == 8 || kTile == 16);
+  static_assert(kStages > kChunks, "a tile has to fit, and something of the next");
+  static_assert(2 * kSlot * kStages >= 4 * kGradientFactors * (D + 4), "the sums have to fit where the ring was");
+};
+
+struct GradientTask {
+  AttentionProblem p;
+  AttentionGradients d;
+  Plan plan;  // chunks, stages, cluster, grid and shared_bytes
+};
+
+template <class C>
+Plan make_gradient_plan(const AttentionProblem& p, const Room& device) {
+  Plan plan{};
+  set_grid(plan, p, device);
+  plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK;
+  plan.stages = C::kStages, plan.shared_bytes = C::kSharedBytes;
+  return plan;
+}
+
+// One of the warps that fill the ring and empty it: of every tile its kTileRows rows, a lane a row.
+template <class C>
+struct GradientProducer {
+  const GradientTask& task;
+  GradientControl& control;
+  uint16_t* ring;
+  int *tokens, warp, lane, rank, mine, masked = 0;
+  Slot slot;
+
+  FLR_DEVICE GradientProducer(const GradientTask& task, GradientControl& control, uint16_t* ring, int warp, int lane,
+                              int rank)
+      : task(task), control(control), ring(ring), tokens(control.tokens[warp]), warp(warp), lane(lane), rank(rank),
+        mine(C::kTileRows * warp + lane) {
+    if (lane < C::kTileRows)
+      for (int i = 0; i < C::kStages; ++i) control.rows[i][mine] = -1;
+  }
+
+  FLR_DEVICE uint16_t* row() const { return ring + slot.index * C::kSlot + mine * C::kPitch; }
+
+  // Waits until the workers are done with the slot; sends its gradients to memory, and waits until they are read.
+  FLR_DEVICE void retire() {
+    mbar_wait(&control.empty[slot.index], slot.phase ^ 1);
+    __syncwarp();  // a lane that still waits must not miss this phase for the next
+    if (task.d.dh == nullptr || lane >= C::kTileRows) return;
+    const int64_t to = control.rows[slot.index][mine];
+    if (to < 0) return;
+    bulk_store(static_cast<uint16_t*>(task.d.dh) + to, row(), uint32_t(2 * control.columns[slot.index][mine]));
+    bulk_wait_read();
+  }
+
+  // A tile of `count` tokens from the list, rows of zeros after them; without any, one slot that says so.
+  FLR_DEVICE void send_tile(int64_t user, int first, int count, bool last) {
+    const auto& p = task.p;
+    const int chunks = count > 0 ? task.plan.chunks : 1;
+    const bool is_row = lane < C::kTileRows, is_token = is_row && mine < count;
+    const int token = is_token ? tokens[first + mine] : 0;
+    const uint16_t* from = static_cast<const uint16_t*>(p.h) + user * p.h_b + token * p.h_l;
+    for (int c = 0; c < chunks; ++c) {
+      const int left = p.size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
+      Mbarrier* full = &control.full[slot.index];
+      retire();
+      if (lane == 0) {
+        if (c == 0 && warp == 0) control.tile[slot.index] = count | int(last) << 8;
+        if (count > 0) mbar_expect(full, uint32_t(C::kTileRows * 2 * columns));
+        else mbar_arrive(full);
+      }
+      __syncwarp();
+      if (is_row) {
+        control.rows[slot.index][mine] = is_token ? (user * p.length + token) * p.size + c * C::CHUNK : -1;
+        control.columns[slot.index][mine] = columns;
+        if (count > 0) bulk_copy(row(), is_token ? from + c * C::CHUNK : kZeros, uint32_t(2 * columns), full);
+      }
+      slot.advance(1, C::kStages);
+    }
+  }
+
+  // Every fourth of the masked tokens is this warp's.
+  FLR_DEVICE void clear(int64_t user, int base, unsigned bits) {
+    if (task.d.dh == nullptr) return;
+    for (; bits != 0; bits &= bits - 1) {
+      if (masked++ % kProducers != warp) continue;
+      const int64_t token = user * task.p.length + base + ones((bits & (~bits + 1)) - 1);
+      Quad* to = reinterpret_cast<Quad*>(static_cast<uint16_t*>(task.d.dh) + token * task.p.size);
+      for (int i = lane; i < task.p.size / 8; i += 32) to[i] = Quad{0, 0, 0, 0};
+    }
+  }
+
+  FLR_DEVICE void run() {
+    for (Users users(task); users.more(); users.index += users.step) {
+      const int64_t user = users.user();
+      walk_tokens<C::kTile>(
+          task.p, user, rank, task.plan.cluster, lane, tokens,
+          [&](int first, int count, bool last) { send_tile(user, first, count, last); },
+          [&](int base, unsigned bits) { clear(user, base, bits); });
+    }
+    for (int i = 0; i < C::kStages; ++i) {
+      retire();
+      slot.advance(1, C::kStages);
+    }
+    __syncwarp();
+    if (lane == 0) mbar_arrive(&control.drained);
+    bulk_wait_written();
+  }
+};
+
+// One of the worker warps. After the exchange lane 4 g + t / 2 holds of scores and weights: factor g % 4, tokens t and
+// t + 1 of the tile's first eight (g < 4) or second, if it has them; of sums: columns g and g + 8 of every strip, factors
+// t and t + 1 (t < 4) or what their high halves leave.
+template <class C>
+struct GradientWorker {
+  using T = Bfloat16;
+  using Fragment = uint32_t[4];
+  static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips, kApart = 16 * kWorkers;
+  static constexpr bool kWide = C::kWide;
+  const GradientTask& task;
+  GradientControl& control;
+  uint16_t *ring, *queries;
+  int warp, lane, rank, turn = 0;
+  Slot slot;
+  float sums[kAll][4], lse, delta, d_entropy, pairs[4];
+
+  FLR_DEVICE GradientWorker(const GradientTask& task, GradientControl& control, uint16_t* ring, uint16_t* queries,
+                            int warp, int lane, int rank)
+      : task(task), control(control), ring(ring), queries(queries), warp(warp), lane(lane), rank(rank) {}
+
+  FLR_DEVICE int g() const { return lane / 4; }
+  FLR_DEVICE int t() const { return lane % 4 * 2; }
+  FLR_DEVICE int factor() const { return g() % kGradientFactors; }
+  FLR_DEVICE bool is_upper() const { return lane >= 16; }
+  FLR_DEVICE int column(int i) const { return i / kStrips * C::CHUNK + i % kStrips * kApart + 16 * warp; }
+
+  FLR_DEVICE Slot slot_of(int chunk) const {
+    Slot s = slot;
+    s.advance(chunk, C::kStages);
+    return s;
+  }
+  // This lane's row of a slot's first strip and of the rows': with tiles of sixteen tokens of one strip, [16, 16]; with
+  // tiles of eight of two strips, [8, 16] each.
+  FLR_DEVICE uint16_t* history_rows(const Slot& s) const {
+    const int row = lane % 8 + (kWide ? 0 : lane / 16 * 8), strip = kWide ? lane / 16 : 0;
+    return ring + s.index * C::kSlot + row * C::kPitch + lane / 8 % 2 * 8 + strip * kApart + 16 * warp;
+  }
+  FLR_DEVICE const uint16_t* query_rows() const {  // rows 12 to 15 have weight 0; 4 to 7 are of other banks than 8 to 11
+    if (kWide) return queries + lane % 8 * C::kQueryPitch + lane / 8 % 2 * 8 + lane / 16 * kApart + 16 * warp;
+    const int row = lane % 16 < C::kRows ? lane % 16 : lane % 16 - 8;
+    return queries + row * C::kQueryPitch + lane / 16 * 8 + 16 * warp;
+  }
+  FLR_DEVICE void release(Mbarrier* barrier) const {
+    __syncwarp();
+    if (lane == 0) mbar_arrive(barrier);
+  }
+
+  // Writes this thread's columns of the rows, and its shares of dc_k · c_k.
+  FLR_DEVICE void load_rows(int64_t user, float (&products)[kGradientFactors]) {
+    const auto& p = task.p;
+    for (int d = (32 * warp + lane) * 4; d < p.size; d += 4 * kWorkerThreads) {
+      Quad x[kGradientFactors], y[kGradientFactors];
+      Words u[kGradientFactors];
+#pragma unroll
+      for (int k = 0; k < kGradientFactors; ++k) {  // all loads in flight
+        x[k] = y[k] = Quad{0, 0, 0, 0}, u[k] = Words{0, 0};
+        if (k >= p.factors) continue;
+        const int64_t at = (user * p.factors + k) * p.size + d;
+        x[k] = *reinterpret_cast<const Quad*>(task.d.context + at);
+        y[k] = *reinterpret_cast<const Quad*>(p.context + at);
+        u[k] = *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(p.u) + user * p.u_b + k * p.u_k + d);
+      }
+#pragma unroll
+      for (int k = 0; k < kGradientFactors; ++k) {
+        uint16_t *to = queries + k * C::kQueryPitch + d, *high = to + kGradientFactors * C::kQueryPitch;
+        const Words rounded{T::pack(x[k].x, x[k].y), T::pack(x[k].z, x[k].w)};
+        const auto a = T::unpack(rounded.low), b = T::unpack(rounded.high);
+        const Quad rest{x[k].x - a.x, x[k].y - a.y, x[k].z - b.x, x[k].w - b.y};
+        *reinterpret_cast<Words*>(to) = u[k], *reinterpret_cast<Words*>(high) = rounded;
+        products[k] += a.x * y[k].x + a.y * y[k].y + b.x * y[k].z + b.y * y[k].w;
+        if (kWide) continue;
+        *reinterpret_cast<Words*>(high + kGradientFactors * C::kQueryPitch) =
+            Words{T::pack(rest.x, rest.y), T::pack(rest.z, rest.w)};
+        products[k] += rest.x * y[k].x + rest.y * y[k].y + rest.z * y[k].z + rest.w * y[k].w;
+      }
+    }
+  }
+
+  FLR_DEVICE void start_user(int64_t user) {
+    const auto& p = task.p;
+    float products[kGradientFactors] = {};
+    // nobody reads the rows of the user before
+    bar_sync<1, kWorkerThreads>();
+    load_rows(user, products);
+#pragma unroll
+    for (int k = 0; k < kGradientFactors; ++k) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) products[k] += shuffle_xor(products[k], step);
+      if (lane == 0) control.delta[warp][k] = products[k];
+    }
+    bar_sync<1, kWorkerThreads>();
+    const int k = factor(), last = p.factors - 1;
+    const int64_t at = user * p.factors + (k < last ? k : last);
+    lse = p.lse[at], d_entropy = task.d.entropy[at];
+    delta = d_entropy * p.entropy[at] - task.d.lse[at];
+#pragma unroll
+    for (int w = 0; w < kWorkers; ++w) delta += control.delta[w][k];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // with factor k ^ i
+      const int j = k ^ i;
+      const bool real = k < p.factors && j < p.factors;
+      const int64_t across = (user * p.factors + (real ? j : 0)) * p.factors + (real ? k : 0);
+      const int64_t down = at * p.factors + (real ? j : 0);
+      pairs[i] = real ? task.d.overlap[down] + task.d.overlap[across] : 0.f;
+      delta += real ? pairs[i] * p.overlap[down] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
+  }
+
+  // Products of a pair of strips and the rows: s[0] and s[1] are of the first and second eight tokens, or, with tiles of
+  // eight, of the two strips. `two`: whether the second strip has columns.
+  FLR_DEVICE void multiply(float (&s)[4][4], const uint16_t* at, const uint16_t* rows, bool two) const {
+    Fragment q, x, r, y;
+    if (kWide) {
+      ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
+      T::mma(s[0], q[0], 0, q[1], 0, x[0], x[1]);
+      if (two) T::mma(s[1], q[2], 0, q[3], 0, x[2], x[3]);
+      return;
+    }
+    ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
+    if (two) ldmatrix<false>(r, rows + kApart), ldmatrix<false>(y, at + kApart);
+    T::mma(s[0], q[0], q[1], q[2], q[3], x[0], x[1]);
+    T::mma(s[1], q[0], q[1], q[2], q[3], x[2], x[3]);
+    if (!two) return;
+    T::mma(s[2], r[0], r[1], r[2], r[3], y[0], y[1]);
+    T::mma(s[3], r[0], r[1], r[2], r[3], y[2], y[3]);
+  }
+
+  // Scores and dc · h of a tile, those of this lane's factor and two tokens.
+  FLR_DEVICE void products(float (&s)[2], float (&dp)[2]) {
+    float part[4][4] = {};
+#pragma unroll
+    for (int c = 0; c < C::kChunks; ++c) {
+      if (c >= task.plan.chunks) break;
+      const Slot here = slot_of(c);
+      mbar_wait(&control.full[here.index], here.phase);
+      const uint16_t *at = history_rows(here), *rows = query_rows() + c * C::CHUNK;
+      if ((c + 1) * C::CHUNK <= task.p.size) {
+#pragma unroll
+        for (int i = 0; i < kStrips; i += 2) multiply(part, at + i * kApart, rows + i * kApart, true);
+      } else {
+        for (int i = 0; i < kStrips && column(c * kStrips + i) < task.p.size; i += 2)
+          multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < task.p.size);
+      }
+    }
+    Quad(&all)[kWorkers][32] = control.scores[turn];
+    turn ^= 1;
+    all[warp][lane] = kWide ? gather(part[0], part[1]) : gather_two(part);
+    bar_sync<1, kWorkerThreads>();
+    s[0] = s[1] = dp[0] = dp[1] = 0;
+#pragma unroll
+    for (int w = 0; w < kWorkers; ++w) {
+      const Quad x = all[w][lane];
+      s[0] += x.x, s[1] += x.y, dp[0] += x.z, dp[1] += x.w;
+    }
+  }
+
+  // Rows g are u's below 4 and dc's from there: the halves of a warp give each other theirs.
+  FLR_DEVICE Quad gather(const float (&a)[4], const float (&b)[4]) const {
+    const float x = a[0] + b[0], y = a[1] + b[1], z = shuffle_xor(x, 16), w = shuffle_xor(y, 16);
+    return is_upper() ? Quad{z, w, x, y} : Quad{x, y, z, w};
+  }
+  // Rows g + 8 are dc's rests, and the upper half is for the second eight tokens.
+  FLR_DEVICE Quad gather_two(const float (&part)[4][4]) const {
+    float a[4], b[4], given[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[j] = part[0][j] + part[2][j], b[j] = part[1][j] + part[3][j];
+      given[j] = shuffle_xor(is_upper() ? a[j] : b[j], 16);
+    }
+    return is_upper() ? Quad{given[0], given[1], given[2] + b[0], given[3] + b[1]}
+                      : Quad{a[0], a[1], a[2] + given[0], a[3] + given[1]};
+  }
+
+  // s and dp become α and ds.
+  FLR_DEVICE void weights(float (&s)[2], float (&dp)[2], int count) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const bool live = factor() < task.p.factors && (kWide ? 0 : g() / 4 * 8) + t() + j < count;
+      const float log_weight = live ? s[j] - lse : 0.f, weight = live ? exp2_fast(log_weight * kLog2e) : 0.f;
+      float x = dp[j] + pairs[0] * weight - (weight > 0 ? d_entropy * log_weight : 0.f);
+#pragma unroll
+      for (int i = 1; i < 4; ++i) x += pairs[i] * shuffle_xor(weight, 4 * i);
+      s[j] = weight, dp[j] = live ? weight * (x - delta) : 0.f;
+    }
+  }
+
+  // ds as a [16 or 8 tokens, 8] operand: column g is factor g's high half, column g + 4 what it leaves.
+  FLR_DEVICE void by_factor(const float (&ds)[2], uint32_t (&b)[2]) const {
+    const float x = kWide ? ds[0] : shuffle_xor(ds[0], 16), y = kWide ? ds[1] : shuffle_xor(ds[1], 16);
+    const float values[2][2] = {{is_upper() ? x : ds[0], is_upper() ? y : ds[1]},
+                                {is_upper() ? ds[0] : x, is_upper() ? ds[1] : y}};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t high = T::pack(values[i][0], values[i][1]);
+      const auto rounded = T::unpack(high);
+      b[i] = is_upper() ? T::pack(values[i][0] - rounded.x, values[i][1] - rounded.y) : high;
+    }
+  }
+
+  // Weights as an operand of tokens g (and g + 8) and pairs of rows t, t + 1 (and t + 8, t + 9): ds, α and α; from what
+  // a lane has, pairs of tokens.
+  FLR_DEVICE void by_token(uint32_t ds, uint32_t weight, uint32_t (&a)[4]) const {
+    const int first = lane % 2 * 2;  // of two factors
+    const bool is_weight = lane % 4 >= 2;
+#pragma unroll
+    for (int i = 0; i < (kWide ? 1 : 2); ++i) {
+      const int from = 4 * (first + 4 * i) + g() / 2;
+      const uint32_t x = shuffle(ds, from), y = shuffle(ds, from + 4);
+      const uint32_t z = shuffle(weight, from), w = shuffle(weight, from + 4);
+      const uint32_t low = is_weight ? z : x, high = is_weight ? w : y;
+      a[i] = g() % 2 ? (low >> 16) | (high & 0xffff0000u) : (low & 0xffffu) | (high << 16);
+      const uint32_t other = kWide ? 0 : shuffle(a[i], lane ^ 2);
+      a[2 + i] = is_weight ? 0 : other;
+    }
+  }
+
+  // Operands of a tile that every strip is multiplied with.
+  struct Weights {
+    uint32_t ds[2], high[4], low[4];
+  };
+  FLR_DEVICE Weights operands(const float (&weight)[2], const float (&ds)[2]) const {
+    Weights out;
+    by_factor(ds, out.ds);
+    const uint32_t d = T::pack(ds[0], ds[1]), w = T::pack(weight[0], weight[1]);
+    const auto x = T::unpack(d), y = T::unpack(w);
+    by_token(d, w, out.high);
+    by_token(T::pack(ds[0] - x.x, ds[1] - x.y), T::pack(weight[0] - y.x, weight[1] - y.y), out.low);
+    return out;
+  }
+
+  // Gradients of two strips from their columns h and the rows' q, of which strip 1 only where `two`.
+  FLR_DEVICE void pair_of_16(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
+                             bool two) const {
+    float left[2][4] = {}, right[2][4] = {};  // columns 0 to 7 and 8 to 15
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      if (j == 0 || two) T::mma(sums[j], h[j][0], h[j][1], h[j][2], h[j][3], w.ds[0], w.ds[1]);
+    if (task.d.dh == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      T::mma(left[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][0], q[j][1]);
+      T::mma(right[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][2], q[j][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      T::mma(left[j], w.low[0], w.low[1], 0, 0, q[j][0], q[j][1]);
+      T::mma(right[j], w.low[0], w.low[1], 0, 0, q[j][2], q[j][3]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (j == 1 && !two) break;
+      const Fragment out = {T::pack(left[j][0], left[j][1]), T::pack(right[j][0], right[j][1]),
+                            T::pack(left[j][2], left[j][3]), T::pack(right[j][2], right[j][3])};
+      stmatrix<false>(at + j * kApart, out);
+    }
+  }
+  // The same where both strips' columns of eight tokens are in one fragment: dH comes transposed.
+  FLR_DEVICE void pair_of_8(const Weights& w, float (*sums)[4], const Fragment& h, const Fragment& q, uint16_t* at,
+                            bool two) const {
+    float out[2][4] = {};
+    T::mma_8(sums[0], h[0], h[1], w.ds[0]);
+    if (two) T::mma_8(sums[1], h[2], h[3], w.ds[0]);
+    if (task.d.dh == nullptr) return;
+    T::mma_8(out[0], q[0], q[1], w.high[0]);
+    if (two) T::mma_8(out[1], q[2], q[3], w.high[0]);
+    T::mma_8(out[0], q[0], q[1], w.low[0]);
+    if (two) T::mma_8(out[1], q[2], q[3], w.low[0]);
+    const Fragment packed = {T::pack(out[0][0], out[0][1]), T::pack(out[0][2], out[0][3]),
+                             T::pack(out[1][0], out[1][1]), T::pack(out[1][2], out[1][3])};
+    if (two) stmatrix<true>(at, packed);
+    else stmatrix_2_transposed(at, packed);
+  }
+
+  FLR_DEVICE void load_pair(Fragment (&h)[2], Fragment (&q)[2], const uint16_t* at, const uint16_t* rows,
+                            bool two) const {
+    ldmatrix<true>(h[0], at), ldmatrix<true>(q[0], rows);
+    if (!kWide && two) ldmatrix<true>(h[1], at + kApart), ldmatrix<true>(q[1], rows + kApart);
+  }
+  FLR_DEVICE void use_pair(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
+                           bool two) const {
+    if (kWide) pair_of_8(w, sums, h[0], q[0], at, two);
+    else pair_of_16(w, sums, h, q, at, two);
+  }
+
+  FLR_DEVICE void gradients(const Weights& w) {
+#pragma unroll
+    for (int c = 0; c < C::kChunks; ++c) {
+      if (c >= task.plan.chunks) break;
+      const Slot here = slot_of(c);
+      uint16_t* at = history_rows(here);
+      const uint16_t* rows = query_rows() + c * C::CHUNK;
+      Fragment h[2][2], q[2][2];
+      if ((c + 1) * C::CHUNK <= task.p.size) {
+        load_pair(h[0], q[0], at, rows, true);
+#pragma unroll
+        for (int i = 0; i < kStrips; i += 2) {
+          const int now = i / 2 % 2, next = i + 2;
+          if (next < kStrips) load_pair(h[now ^ 1], q[now ^ 1], at + next * kApart, rows + next * kApart, true);
+          use_pair(w, sums + c * kStrips + i, h[now], q[now], at + i * kApart, true);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kStrips; i += 2) {
+          const int first = c * kStrips + i;
+          if (column(first) >= task.p.size) break;
+          const bool two = column(first + 1) < task.p.size;
+          load_pair(h[0], q[0], at + i * kApart, rows + i * kApart, two);
+          use_pair(w, sums + first, h[0], q[0], at + i * kApart, two);
+        }
+      }
+      fence_async();  // what was written here is read by bulk copies
+      release(&control.empty[here.index]);
+    }
+    slot.advance(task.plan.chunks, C::kStages);
+  }
+
+  FLR_DEVICE void tiles() {
+    for (bool last = false; !last;) {
+      mbar_wait(&control.full[slot.index], slot.phase);
+      const int tile = control.tile[slot.index], count = tile & 255;
+      last = tile > 255;
+      if (count == 0) {  // a user, or a block's share of one, without a valid token
+        release(&control.empty[slot.index]);
+        slot.advance(1, C::kStages);
+        return;
+      }
+      float s[2], dp[2];
+      products(s, dp);
+      weights(s, dp, count);
+      gradients(operands(s, dp));
+    }
+  }
+
+  // High halves and rests together, in lanes of t < 4.
+  FLR_DEVICE void add_rests() {
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] += shuffle_xor(sums[i][j], 2);
+    }
+  }
+
+  // A whole user was here.
+  FLR_DEVICE void store(int64_t user) {
+    const auto& p = task.p;
+    if (t() >= kGradientFactors) return;
+    uint16_t* to = static_cast<uint16_t*>(task.d.du) + user * p.factors * p.size;
+#pragma unroll
+    for (int i = 0; i < kAll; ++i) {
+      if (column(i) >= p.size) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int k = t() + j % 2;
+        if (k < p.factors) to[k * p.size + column(i) + g() + j / 2 * 8] = uint16_t(T::pack(sums[i][j], 0));
+      }
+    }
+  }
+
+  // Each block of the cluster writes its share of the columns.
+  FLR_DEVICE void combine(int64_t user) {
+    constexpr int kPartPitch = C::D + 4;
+    const auto& p = task.p;
+    float* part = reinterpret_cast<float*>(ring);
+    const int cluster = task.plan.cluster, thread = 32 * warp + lane;
+    mbar_wait(&control.drained, 0);  // the ring is no longer one
+    if (t() < kGradientFactors) {
+#pragma unroll
+      for (int i = 0; i < kAll; ++i) {
+        if (column(i) >= p.size) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) part[(t() + j % 2) * kPartPitch + column(i) + g() + j / 2 * 8] = sums[i][j];
+      }
+    }
+    cluster_sync();
+    const int quads = p.size / 4, each = (quads + cluster - 1) / cluster;
+    for (int i = thread; i < p.factors * each; i += kWorkerThreads) {
+      const int k = i / each, quad = rank * each + i % each;
+      if (quad >= quads) continue;
+      Quad sum{0, 0, 0, 0};
+      for (int q = 0; q < cluster; ++q) {
+        const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * kPartPitch + 4 * quad), q);
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      uint16_t* to = static_cast<uint16_t*>(task.d.du) + (user * p.factors + k) * p.size + 4 * quad;
+      *reinterpret_cast<Words*>(to) = Words{T::pack(sum.x, sum.y), T::pack(sum.z, sum.w)};
+    }
+    // nobody leaves while others read from it
+    cluster_sync();
+  }
+
+  FLR_DEVICE void run() {
+    for (Users users(task); users.more(); users.index += users.step) {
+      start_user(users.user());
+      tiles();
+      add_rests();
+      if (task.plan.cluster > 1) combine(users.user());
+      else store(users.user());
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) factor_attention_backward(const __grid_constant__ GradientTask task) {
+  FLR_DYNAMIC_SHARED(memory);
+  GradientControl& control = *reinterpret_cast<GradientControl*>(memory);
+  uint16_t* ring = reinterpret_cast<uint16_t*>(memory + sizeof(GradientControl));
+  uint16_t* queries = ring + C::kStages * C::kSlot;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = int(cluster_rank());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::kStages; ++i) {
+      mbar_init(&control.full[i], kProducers);
+      mbar_init(&control.empty[i], kWorkers);
+    }
+    mbar_init(&control.drained, kProducers);
+    mbar_fence();
+  }
+  __syncthreads();
+  if (warp >= kWorkers) {
+    fewer_registers<kProducerRegisters>();
+    GradientProducer<C>(task, control, ring, warp - kWorkers, lane, rank).run();
+  } else {
+    more_registers<kWorkerRegisters>();
+    GradientWorker<C>(task, control, ring, queries, warp, lane, rank).run();
+  }
+}
+
+}  // namespace flr

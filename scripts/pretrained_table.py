@@ -1,0 +1,142 @@
+"""What pretrained weights give, as a table of docs/quality.md: from the lines that ``pretrained_study.py`` has left.
+
+    python -m scripts.pretrained_table              # docs/results/pretrained.jsonl → docs/quality.md
+
+A trial that was not chosen on the valid rows is not shown, and its test ranks are not read. Intervals of 95 % are by a
+bootstrap that draws users (with all their rows) and seeds, both with replacement; differences are paired by both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flr.evaluate.metrics import row_metrics
+
+from .pretrained_study import chosen, finished, trials
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT, PAGE = ROOT / "docs/results/pretrained.jsonl", ROOT / "docs/quality.md"
+MARKED = re.compile(r"(<!-- quality:pretrained -->\n).*?(<!-- /quality -->)", re.S)
+METRICS = ("hr@10", "ndcg@10")
+KINDS = {
+    "lora": "SmolLM2, adapters",
+    "random": "random, all weights trained",
+    "random-lora": "random, adapters",
+}
+MODES = ("none", "anchor", "latentr3", "flr", "flr-mixture")
+SAMPLES = 2000
+
+
+def by_row(test: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Metrics float64 [rows] of a run's ranks."""
+    ranks = np.zeros(test["of"], np.int64)
+    ranks[test["rows"]] = test["ranks"]
+    return {name: row_metrics(ranks)[name] for name in METRICS}
+
+
+def interval(values: np.ndarray, users: np.ndarray) -> list[float]:
+    """Mean, low and high of values [seeds, rows]; users and seeds are drawn with replacement.
+
+    Args:
+        values: float64 [S, N].
+        users: int64 [N], the user of every row, numbered from 0.
+    """
+    sizes = np.bincount(users)
+    sums = np.stack([np.bincount(users, one) for one in values])  # [S, users]
+    draw = np.random.default_rng(0)
+    means = []
+    for _ in range(SAMPLES):
+        counts = np.bincount(draw.integers(0, len(sizes), len(sizes)), minlength=len(sizes))
+        seeds = draw.integers(0, len(values), len(values))
+        means.append((sums[seeds] @ counts).mean() / (sizes @ counts))
+    return [float(values.mean()), *(float(x) for x in np.quantile(means, [0.025, 0.975]))]
+
+
+def shown(done: dict[str, dict[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], dict[int, Any]]]:
+    """Runs of the tables by (data, codec), then by (kind of weights, mode), then by seed."""
+    best = set(chosen(done).values())
+    runs: dict[tuple[str, str], dict[tuple[str, str], dict[int, Any]]] = {}
+    for found in done.values():
+        if found["weights"] != "item-kNN" and "test" in found and (found["weights"], found["rate"]) in best:
+            group = runs.setdefault((found["data"], found["codec"]), {})
+            group.setdefault((found["weights"], found["mode"]), {})[found["seed"]] = found
+    return runs
+
+
+def difference(of: dict[int, Any], base: dict[int, Any], users: np.ndarray) -> str:
+    """NDCG@10 of some runs less that of others, over the seeds of both."""
+    seeds = sorted(of.keys() & base.keys())
+    if not seeds:
+        return ""
+    pairs = [by_row(of[s]["test"])["ndcg@10"] - by_row(base[s]["test"])["ndcg@10"] for s in seeds]
+    mean, low, high = interval(np.stack(pairs), users)
+    bold = "**" if low > 0 or high < 0 else ""
+    return f"{bold}{mean:+.4f} ({low:+.4f} to {high:+.4f}){bold}"
+
+
+def tables(done: dict[str, dict[str, Any]]) -> str:
+    """All tables in Markdown, with the budget below."""
+    best, lines = chosen(done), []
+    columns = ("weights", "thought", "seeds", "HR@10", "NDCG@10", "less that of no thought", "less that of random")
+    for (data, codec), group in sorted(shown(done).items()):
+        knn = done[f"{data}.item-kNN"]
+        users = np.asarray(knn["users"])
+        lines += [f"\n*{data}, `{codec}`*\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        for weights, mode in sorted(group, key=lambda of: (MODES.index(of[1]), of[0])):
+            seeds = group[weights, mode]
+            cells = [KINDS[weights], mode, str(len(seeds)), *_measured([one["test"] for one in seeds.values()], users)]
+            base = group.get((weights, "none"), {})
+            cells.append("" if mode == "none" else difference(seeds, base, users))
+            other = group.get((best["random"][0], mode), {}) if "random" in best else {}
+            cells.append(difference(seeds, other, users) if weights == "lora" else "")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| item-kNN | | | {' | '.join(_measured([knn['test']], users))} | | |")
+    return "\n".join([*lines, "", _budget(done)]).strip()
+
+
+def _measured(tests: list[dict[str, Any]], users: np.ndarray) -> list[str]:
+    values = [by_row(test) for test in tests]
+    mean, low, high = interval(np.stack([one["ndcg@10"] for one in values]), users)
+    return [f"{np.mean([one['hr@10'] for one in values]):.4f}", f"{mean:.4f} ({low:.4f} to {high:.4f})"]
+
+
+def _budget(done: dict[str, dict[str, Any]]) -> str:
+    """What the runs had in common, and the trials, in sentences."""
+    run = next(found for found in done.values() if "steps" in found)
+    tried = [(one, done[one.name]["valid"]) for one in trials() if "valid" in done.get(one.name, ())]
+    rows = next(found["test"]["of"] for found in done.values() if found["weights"] == "item-kNN")
+    valid = "; ".join(f"{KINDS[one.weights]}, {one.rate:g}: {found['ndcg@10']:.4f}" for one, found in tried)
+    seconds = [sum(found["seconds"]) for found in done.values() if "steps" in found]
+    device = f" on one {run['device']}" if "device" in run else ""
+    return (
+        f"Steps of {run['batch_size']} rows, {run['steps']} of them on {run['data']}; {rows:,} test rows, evenly "
+        f"spread, whole catalogue, 20 beams; bold where the interval excludes 0. A run took {min(seconds):.0f} to "
+        f"{max(seconds):.0f} seconds beside others{device}. NDCG@10 on {tried[0][1]['of']:,} rows of valid by learning "
+        f"rate, no thought, seed 0: {valid}."
+    )
+
+
+def page(text: str, result: Path = RESULT) -> str:
+    """``text`` of the page with the tables of the result between its markers."""
+    made = tables(finished(result))
+    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--print", action="store_true", help="Show the tables and change nothing.")
+    args = parser.parse_args()
+    if args.print:
+        print(tables(finished(args.result)))
+    else:
+        PAGE.write_text(page(PAGE.read_text(), args.result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""``flr sft`` in two workers of a Ray cluster: one is killed, and the run ends at the weights of a quiet one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts a node slowly; read on import
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers where other programs run
+pytest.importorskip("ray.train", reason="needs the extra ray")
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from flr.cli import main
+from flr.train.run_folder import RUN_NAME, checkpoints
+from tests.helpers.processes import in_processes
+from tests.train.test_restarts_distributed import OPTIONS as LAUNCHED
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+OPTIONS = [word for word in LAUNCHED if word not in ("--ddp_backend", "gloo")]
+STEPS, EVERY = 60, 10
+RUN = ["sft", *OPTIONS, "--max_steps", str(STEPS), "--save_steps", str(EVERY), "--eval_steps", str(EVERY)]
+RUN += ["--save_total_limit", str(STEPS // EVERY)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    made.wait_for_nodes()
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def workers() -> set[int]:
+    """Processes of Ray Train's workers on this machine, whoever started them."""
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            if "RayTrainWorker" in Path(f"/proc/{name}/cmdline").read_text():
+                found.add(int(name))
+    return found
+
+
+def written(folder: Path) -> int:
+    """When the first checkpoint was written, in nanoseconds."""
+    return (folder / f"checkpoint-{EVERY}" / RUN_NAME).stat().st_mtime_ns
+
+
+def kill_one(folder: Path, seen: list[set[int]], times: list[int]) -> None:
+    """SIGKILL to one worker once there is a checkpoint; ``seen`` gets the workers before, and those afterwards."""
+    end = time.monotonic() + 240
+    while not checkpoints(folder):
+        if time.monotonic() > end:
+            return
+        time.sleep(0.005)
+    seen.append(workers())
+    times.append(written(folder))
+    os.kill(max(seen[0]), signal.SIGKILL)
+    assert not (folder / RUN_NAME).exists(), "the run had ended before"
+    while not (workers() - seen[0]) and time.monotonic() < end:
+        time.sleep(0.05)
+    seen.append(workers())
+
+
+def quietly(rank: int, folder: str) -> torch.Tensor:
+    """The same command in a process that a launcher has started."""
+    with open(f"{folder}-{rank}.out", "w") as out, contextlib.redirect_stdout(out):
+        return torch.tensor(main([*RUN, "--ddp_backend", "gloo", "--output_dir", folder]))
+
+
+def test_a_worker_is_killed_and_the_weights_are_those_of_a_quiet_run(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a relative folder is that of the command, not of a worker
+    seen: list[set[int]] = []
+    times: list[int] = []
+    killer = threading.Thread(target=kill_one, args=(tmp_path / "killed", seen, times), daemon=True)
+    killer.start()
+    flags = ["--ray", cluster.address, "--workers", "2", "--max_restarts", "1", "--json"]
+    assert main([*RUN, "--output_dir", "killed", *flags]) == 0
+    killer.join()
+    before, after = seen
+    assert len(before) == 2
+    assert after
+    assert not after & before  # all of them were started again
+    assert times == [written(tmp_path / "killed")]  # and went on from there
+    assert json.loads(capsys.readouterr().out)["steps"] == STEPS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed"]  # Ray's own notes are gone
+    stores = tmp_path / "stores"
+    stores.mkdir()
+    assert [int(x) for x in in_processes(quietly, 2, stores, str(tmp_path / "quiet"))] == [0, 0]
+    killed, quiet = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "quiet"))
+    assert quiet.keys() == killed.keys()
+    assert all(torch.equal(quiet[name], killed[name]) for name in quiet)
+
+
+def test_what_a_worker_refuses_is_said(cluster, tmp_path, capsys):
+    flags = ["--ray", cluster.address, "--workers", "1", "--max_restarts", "0", "--output_dir", str(tmp_path / "run")]
+    assert main([*RUN, *flags, "--resume_from_checkpoint", "true"]) == 1
+    said = capsys.readouterr().err
+    assert "ray: expected workers that end their run, got worker 0: resume_from_checkpoint: expected a whole" in said

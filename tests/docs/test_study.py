@@ -1,0 +1,135 @@
+"""scripts/study: what is done in which order, what a killed study leaves, and what stands beside a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flr.data import HistoryViews, NeighbourTable, RecProcessor, build_tokenizer, planted_dataset
+from flr.evaluate import evaluate, fit_neighbours
+from flr.evaluate.metrics import row_metrics
+from scripts.study import page
+from scripts.study.job import Partner, mixed_ranks, own_views
+from scripts.study.queue import Plan, Results, read_ranks, read_results
+from scripts.study.stats import Resampled
+from scripts.study.summary import chosen_settings
+from tests.helpers.models import tiny_llama
+
+
+def _job(name, priority, **more):
+    return {"name": name, "priority": priority, "argv": ["sft"], "seed": 0, **more}
+
+
+def _trials(variant, settings):
+    return [_job(f"{variant}-{s}-0", 1, variant=variant, setting=s, tune=True) for s in settings]
+
+
+def _result(valid):
+    return {"metrics": {"valid": {"ndcg@10": valid}, "test": {"ndcg@10": 0.0}}}
+
+
+def _plan(folder, jobs, seconds=100.0, tune_seconds=50.0):
+    settings = {"a": {"argv": ["--a"], "cost": 1.0}, "b": {"argv": ["--b"], "cost": 2.0}}
+    return Plan([{"settings": settings, "jobs": jobs}], Results(folder), seconds, tune_seconds)
+
+
+def _do(plan, valid, elapsed=0.0, seconds=1.0):
+    job = plan.next(elapsed)
+    plan.ended(job, _result(valid), {"test": np.array([1, 40_000, 0])}, seconds)
+    return job["name"]
+
+
+def test_seeds_wait_for_the_setting_that_is_best_on_valid(tmp_path):
+    jobs = [*_trials("x", "ab"), _job("x-best-1", 2, variant="x", setting="best", last=["--z"]), _job("other", 3)]
+    plan = _plan(tmp_path, jobs)
+    assert _do(plan, 0.2) == "x-b-0"  # the longer one first
+    first = plan.next(0.0)
+    assert first["name"] == "x-a-0"
+    assert plan.next(0.0)["name"] == "other"  # x-best-1 has to wait
+    plan.ended(first, _result(0.1), {}, 1.0)
+    assert plan.next(0.0)["argv"] == ["sft", "--b", "--z"]
+
+
+def test_of_trials_that_were_cut_only_shared_settings_count(tmp_path):
+    jobs = [*_trials("x", "ab"), *_trials("y", "ab"), _job("x-best-1", 2, variant="x", setting="best")]
+    plan = _plan(tmp_path, jobs)
+    assert [_do(plan, v) for v in (0.9, 0.1, 0.2)] == ["x-b-0", "y-b-0", "x-a-0"]
+    plan.results.done.pop("y-b-0")
+    plan.results.done["y-a-0"] = {**_result(0.3), "name": "y-a-0"}
+    assert plan.next(51.0)["argv"] == ["sft", "--a"]  # y-a-0 is too late; b is better for x, but y has not tried it
+
+
+def test_nothing_begins_that_cannot_end(tmp_path):
+    plan = _plan(tmp_path, [_job("short", 1), _job("long", 2, cost=30.0), _job("small", 3, cost=0.5)])
+    assert _do(plan, 0.1, seconds=10.0) == "short"
+    assert _do(plan, 0.1, elapsed=90.0) == "small"
+    assert plan.next(0.0) is None
+
+
+def test_a_killed_study_goes_on(tmp_path):
+    plan = _plan(tmp_path, [_job("one", 1), _job("two", 2)])
+    _do(plan, 0.5)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"name": "two", "met')  # a line that was cut
+    again = _plan(tmp_path, [_job("one", 1), _job("two", 2)])
+    assert [job["name"] for job in again.waiting] == ["two"]
+    line = read_results(tmp_path)[0]
+    np.testing.assert_array_equal(read_ranks(tmp_path, line)["test"], [1, 32767, 0])
+
+
+def test_names_are_different(tmp_path):
+    with pytest.raises(ValueError, match="different names"):
+        _plan(tmp_path, [_job("one", 1), _job("one", 2)])
+
+
+def test_intervals_hold_the_noise_of_seeds():
+    rng = np.random.default_rng(0)
+    users = rng.normal(size=400)
+    same, shifted = np.stack([users] * 5), np.stack([users + shift for shift in (-1.0, -0.5, 0.0, 0.5, 1.0)])
+    drawn = Resampled(np.arange(400), samples=400)
+    mean, low, high = drawn.difference(same, shifted)
+    assert mean == pytest.approx(0.0, abs=1e-6)
+    assert low < -0.3
+    assert high > 0.3
+    assert drawn.difference(same, same)[1:] == pytest.approx((0.0, 0.0), abs=1e-6)
+    narrow = drawn.interval(same, np.arange(100))
+    assert narrow[0] == pytest.approx(users[:100].mean())
+    assert narrow[2] - narrow[1] == pytest.approx(4 * users[:100].std() / 10, rel=0.25)
+
+
+def test_chosen_settings_are_those_of_the_plan():
+    lines = [
+        {"variant": v, "setting": s, "tune": True, **_result(x)}
+        for v, s, x in (("x", "a", 0.1), ("x", "b", 0.3), ("y", "a", 0.2))
+    ]
+    assert chosen_settings(lines) == {"x": "a", "y": "a"}
+
+
+def test_ranks_beside_a_model_are_those_of_the_package():
+    weights = (0.0, 0.3, 0.7)  # item-kNN alone has scores that are level, or not, by rounding
+    dataset = planted_dataset(num_items=80, num_users=60)
+    processor = RecProcessor(build_tokenizer(dataset.catalogue, "id"), dataset.catalogue, num_thoughts=0)
+    torch.manual_seed(0)
+    model = tiny_llama(len(processor.tokenizer)).eval()
+    table = NeighbourTable.fit(dataset.train, len(dataset.catalogue))
+    trace = table.scores(type(dataset.train.histories).from_rows([[]]))[0]
+    arrays = (torch.from_numpy(x.astype(np.float32)) for x in (table.similarity.toarray(), trace))
+    partners = {"knn": Partner(table.history_decay, *arrays, False), "views": own_views(model, processor)}
+    found = mixed_ranks(model, processor, dataset.valid, {n: (p, weights) for n, p in partners.items()}, batch_size=7)
+    expected = fit_neighbours(model, processor, table, dataset.valid, weights)
+    for place, weight in enumerate(weights):
+        ndcg = row_metrics(found["knn"][place])["ndcg@10"]
+        np.testing.assert_array_equal(ndcg, expected.metrics["ndcg@10"][place])
+        views = HistoryViews(weight, 0.6)
+        ranked = evaluate(model, processor, dataset.valid, views=views, progress=False, samples=1)
+        np.testing.assert_array_equal(found["views"][place], ranked.ranks["item"])
+
+
+def test_the_page_is_what_the_results_say():
+    if not page.RESULT.is_file():
+        pytest.skip("no results yet")
+    from flr.files import read_json
+
+    text = page.PAGE.read_text()
+    assert page.page(text, read_json(page.RESULT, 1 << 24)) == text
