@@ -27,6 +27,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import flr
+from flr.model.base import base_of
+from flr.model.joint_products import joint_products
 from flr.model.outputs import GroupInputs
 from flr.model.prompt_cache import PromptCache
 from flr.train.grpo import by_graphs
@@ -200,6 +202,8 @@ def test_rl_step(shape, tier, race):
 
         check_equal(wide, from_kept, lambda: ours(prompts=one, group=part), bound)
         model.to(shape.get("dtype", torch.float32))
+        with joint_products(base_of(model).layers):  # before graphs know where weights are
+            pass
 
     others = {
         "published": lambda: two_pass.rl_step(model, prompts, group, published=True),

@@ -87,7 +87,8 @@ class _Launch:
 
 def _name(kernel: Any) -> str:
     """E.g. ``attention forward``, from module and function."""
-    words = {"aggregate": "aggregate", "normaliser": "normaliser", "trie_step": "trie step"}
+    words = {"aggregate": "aggregate", "token_logprob": "logprob", "normaliser": "normaliser"}
+    words["trie_step"] = "trie step"
     op = next((name for word, name in words.items() if word in kernel.__module__), "attention")
     return f"{op} {kernel.__name__.removesuffix('_kernel')}"
 
@@ -142,6 +143,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     from .ops.factor_aggregate import triton_kernels as aggregate
     from .ops.factor_attention import triton_host as attention
     from .ops.log_normaliser import triton_kernels as normaliser
+    from .ops.token_logprob import triton_kernels as logprob
 
     batch, factors = 2, 4
     vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
@@ -157,6 +159,9 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     f, gradients = _meta(*vectors, dtype=dtype), (_meta(batch, _SIZE), _meta(*scalars), _meta(batch), _meta(batch))
     yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
     yield "", partial(normaliser.forward, _meta(batch, 99 * _SIZE, dtype=dtype))
+    row = _meta(batch)
+    logits = _meta(batch, 99 * _SIZE, dtype=dtype)
+    yield "", partial(logprob.logits_gradient, logits, row, _meta(batch, dtype=torch.int64), row)
     yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
     yield from _trie_steps(dtype)
 

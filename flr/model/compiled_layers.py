@@ -1,8 +1,9 @@
 """A backbone's layers by TorchInductor: one program for all of them, fused norms, rotations and activations.
 
-A layer of a Llama or Qwen2 is 7 products, an attention and some 35 small kernels; Inductor leaves about 6 of those. A
-model compiled as a whole would be compiled for minutes. Here a layer is: all layers are one function of their weights,
-of the tokens' states and of their own part of the cache, so that what was compiled for the first serves the others.
+A layer of a Llama or Qwen2 is 7 products, an attention and some 35 small kernels; Inductor leaves about 6 of those, and
+products with frozen weights that share their input are joined (:mod:`flr.model.joint_products`). A model compiled as a
+whole would be compiled for minutes. Here a layer is: all layers are one function of their weights, of the tokens'
+states and of their own part of the cache, so that what was compiled for the first serves the others.
 
     layer i:  states, mask, positions, (K_i, V_i) ──> states, (K_i, V_i) with the new tokens' behind them
 """
@@ -21,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .backbone import causal_lm, forward_parameters
 from .base import base_of
 from .folded_heads import folds
+from .joint_products import joint_products, share_products
 
 _PROGRAMS = 64  # compiled forms of a layer: shapes, masks, with and without gradients and cache
 _LOCK = threading.RLock()
@@ -50,7 +52,12 @@ def _layer(layer: nn.Module, cached: str | None, before: tuple[Any, Any], args: 
 
 def compiled(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
     """The one function of all layers, by a backend of ``torch.compile``; it raises where something cannot be traced."""
-    return torch.compile(_layer, fullgraph=True, backend=backend)
+    compiler = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+
+    def with_joint_products(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        return compiler(share_products(graph), inputs)
+
+    return torch.compile(_layer, fullgraph=True, backend=with_joint_products)
 
 
 def obstacle(model: Any) -> str | None:
@@ -99,6 +106,8 @@ def _cache_layer(cache: Any, number: int) -> Any:
 def compiled_layers(model: Any, program: Callable[..., Any]) -> Iterator[list[nn.Module]]:
     """The layers of ``model`` run by ``program`` (of :func:`compiled`) inside, in every thread; gives the layers.
 
+    Frozen weights that are joined lie in one memory from then on; their values are what they were.
+
     Raises:
         ValueError: see :func:`obstacle`; and, where a layer is called, a cache that is more than keys and values.
         torch._dynamo.exc.TorchDynamoException: where a layer is called that cannot be traced.
@@ -107,7 +116,7 @@ def compiled_layers(model: Any, program: Callable[..., Any]) -> Iterator[list[nn
     if reason is not None:
         raise ValueError(f"layers: expected ones to compile, got a model that has none: {reason}")
     layers = list(base_of(causal_lm(model)).layers)
-    with _LOCK, torch._dynamo.config.patch(recompile_limit=_PROGRAMS):
+    with _LOCK, torch._dynamo.config.patch(recompile_limit=_PROGRAMS), joint_products(layers):
         try:
             for number, layer in enumerate(layers):
                 layer.forward = _forward(layer, number, program)

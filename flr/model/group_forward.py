@@ -252,7 +252,7 @@ def target_logprobs(
         rows, targets = hidden[chosen], targets.expand(shape)[chosen]
     if catalogue_loss is not None:
         values = -catalogue_loss(model, rows, targets)
-    elif rows.shape[0] * model.config.get_text_config(decoder=True).vocab_size <= MAX_LOSS_LOGITS:
+    elif not rows.is_cuda and len(rows) * model.config.get_text_config(decoder=True).vocab_size <= MAX_LOSS_LOGITS:
         values = -row_losses(model, rows, targets, 0.0)
     else:
         values = head_logprob(model, rows, targets.clamp_min(0))

@@ -241,7 +241,7 @@ class StepGraphs:
         self._program = None if compile_layers is None else compiled(compile_layers)
         self._known: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._counts: dict[Hashable, int] = {}
-        self._addresses: int | None = None  # of the parameters that are trained
+        self._addresses: int | None = None  # of the parameters, which graphs know by them
         self._shared: _Shared | None = None
         self.refused = False
 
@@ -264,8 +264,7 @@ class StepGraphs:
         """
         trained = [p for p in model.parameters() if p.requires_grad]
         shapes = tuple((name, tuple(x.shape), x.dtype) for name, x in sorted(tensors.items()))
-        addresses = hash(tuple(p.data_ptr() for p in trained))
-        if addresses != self._addresses:
+        if (addresses := _addresses(model)) != self._addresses:
             self.clear()
             self._addresses = addresses
         key = (key, shapes)
@@ -276,6 +275,7 @@ class StepGraphs:
         if self._counts[key] == _SEEN and not self.refused and trained and torch.is_grad_enabled():
             made = self._captured(call, tensors, model, trained)
             if made is not None:
+                self._addresses = _addresses(model)  # compiled layers lay frozen weights together
                 self._known[key] = made
                 while len(self._known) > _KEPT:
                     self._counts.pop(self._known.popitem(last=False)[0], None)
@@ -321,6 +321,10 @@ class StepGraphs:
         made = _Captured(call, tensors, model, self._shared)
         made.capture(layers)
         return made
+
+
+def _addresses(model: nn.Module) -> int:
+    return hash(tuple(p.data_ptr() for p in model.parameters()))
 
 
 def _first_line(error: Exception) -> str:

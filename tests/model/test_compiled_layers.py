@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from flr.model.base import base_of
 from flr.model.compiled_layers import compiled, compiled_layers, obstacle
@@ -62,6 +63,8 @@ def test_all_layers_share_their_programs(programs):
             model(**prompts, group=group)
         counts.append(len(traced))
     assert counts == [2, 4, 4, 4]
+    products = [sum(node.target is linear for node in graph.graph.nodes) for graph in traced]
+    assert set(products) == {4}  # queries, keys and values; what attention gives; gate and up; down
 
 
 def test_a_supervised_step_is_the_same(programs):

@@ -3,9 +3,10 @@
     logp_m = w[target_m] · h_m - log Σ_v exp(w_v · h_m)
     dh_m   = dlogp_m (w[target_m] - Σ_v p_mv w_v),     dw_v = Σ_m dlogp_m (1[v = target_m] - p_mv) h_m
 
-The reference backend walks over blocks of rows, so that at most ``CHUNK`` logits live at a time. If a gradient is
-wanted and M · V <= ``KEPT``, it keeps all of them for the backward (256 MiB of float32 at most); where there are more,
-and in compiled graphs, the backward computes them again, a third of its work with a frozen weight. Backend "cce" hands
+The backends walk over blocks of rows, so that at most ``CHUNK`` logits live at a time. If a gradient is wanted and
+M · V is small (``kept``), all of them are kept for the backward; where there are more, and in compiled graphs, the
+backward computes them again, a third of its work with a frozen weight. "reference" has logits in float32, "triton" in
+the dtype of ``hidden``, each read once forward and once backward beside the products. Backend "cce" hands
 a CUDA call to the library cut-cross-entropy (``pip install flr[cce]``), which keeps logits on chip; it runs only when
 asked for (``FLR_BACKEND=token_logprob=cce``). Why: docs/log.md.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch
+from ...backends import triton_config
 from . import reference
 
 
@@ -39,6 +41,12 @@ def _cce_check(hidden: Tensor, *_: Any) -> None:
         raise ValueError(f"hidden: backend 'cce' expects bfloat16 or float16, got {hidden.dtype}")
 
 
+def _triton_check(hidden: Tensor, *_: Any) -> None:
+    triton_config.check_device(hidden)
+    if hidden.dtype == torch.float64 and not triton_config.interpreted():
+        raise ValueError("hidden: the triton backend takes float64 under the interpreter only, got float64")
+
+
 def _check_targets(weight: Tensor, target: Tensor) -> None:
     if target.device.type == "cpu" and len(target):
         low, high = (int(x) for x in target.aminmax())
@@ -52,7 +60,10 @@ def _reference(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 _OP = dispatch.op("token_logprob")
+_TRITON = f"{__package__}.triton_kernels"
+_triton = {x: dispatch.on_use(_TRITON, x) for x in ("forward", "backward", "with_logits", "logits_gradient")}
 _OP.register("reference", _reference, reference.chunked_backward)
+_OP.register("triton", _triton["forward"], _triton["backward"], _triton_check)
 _OP.register("cce", _cce, reference.chunked_backward, _cce_check)  # backward: in compiled graphs
 
 
@@ -83,29 +94,35 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _KeepsLogits(torch.autograd.Function):
-    """The reference backend with few logits: forward and backward share them."""
+    """Few logits: forward and backward share them."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, backend: str) -> Tensor:
+        make = _triton["with_logits"] if backend == "triton" else reference.with_logits
         with torch.autocast(hidden.device.type, enabled=False):
             _check_targets(weight, target)
-            out, logits, normaliser = reference.with_logits(hidden, weight, target)
+            out, logits, normaliser = make(hidden, weight, target)
         ctx.save_for_backward(hidden, weight, target, logits, normaliser)
+        ctx.backend = backend
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, target, logits, normaliser = ctx.saved_tensors
+        needs_dh, needs_dw = ctx.needs_input_grad[:2]
         with torch.autocast(hidden.device.type, enabled=False):
-            p = (logits - normaliser[:, None]).exp_()  # not in place: the graph may be kept for another backward
-            needs_dh, needs_dw, _ = ctx.needs_input_grad
-            return *reference.backward_of_logits(hidden, weight, target, p, grad, needs_dh, needs_dw), None
+            if ctx.backend == "triton":
+                d_logits = _triton["logits_gradient"](logits, normaliser, target, grad)
+            else:  # not in place: the graph may be kept for another backward
+                d_logits = reference.logits_gradient(hidden, target, (logits - normaliser[:, None]).exp_(), grad)
+            dh = d_logits @ weight if needs_dh else None
+            return dh, d_logits.T @ hidden if needs_dw else None, None, None
 
 
 def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return wanted and len(hidden) * len(weight) <= reference.KEPT
+    return wanted and len(hidden) * len(weight) <= reference.kept(hidden)
 
 
 def _gathered(weight: Tensor) -> Tensor:
@@ -150,6 +167,6 @@ def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         backend = dispatch.select("token_logprob", hidden, weight, target)
         if backend == "cce":
             return _cce(hidden, weight, target)  # with the library's own backward
-        if backend == "reference" and _keeps_logits(hidden, weight):
-            return _KeepsLogits.apply(hidden, weight, target)
+        if _keeps_logits(hidden, weight):
+            return _KeepsLogits.apply(hidden, weight, target, backend)
     return _forward(hidden, weight, target)

@@ -9,8 +9,17 @@ from ...checks import accumulation_dtype
 
 #: Logits alive at a time in the reference backend: 2²⁴ float32 = 64 MiB.
 CHUNK = 1 << 24
-#: Logits kept for the backward at most: 2²⁶ float32 = 256 MiB, as much again while it runs.
+#: Logits kept for the backward at most: 2²⁶ float32 = 256 MiB, as much again while it runs. On a device more, where
+#: computing them again costs most: a sixtieth of its memory, and at most four times as many.
 KEPT = 1 << 26
+
+
+def kept(hidden: Tensor) -> int:
+    """Logits kept for the backward of ``hidden`` at most."""
+    if not hidden.is_cuda:
+        return KEPT
+    memory = torch.cuda.get_device_properties(hidden.device).total_memory
+    return max(KEPT, min(4 * KEPT, memory // 60 // 4))
 
 
 def token_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -27,24 +36,22 @@ def with_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor,
     return logits.gather(1, target[:, None])[:, 0] - normaliser, logits, normaliser
 
 
-def backward_of_logits(
-    hidden: Tensor, weight: Tensor, target: Tensor, p: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight from probabilities ``p`` [M, V], which are overwritten."""
+def logits_gradient(hidden: Tensor, target: Tensor, p: Tensor, grad: Tensor) -> Tensor:
+    """Gradient [M, V] of logits, in the dtype of ``hidden``, from probabilities ``p``, which are overwritten."""
     d_logits = p.mul_(-grad[:, None])
     d_logits.scatter_add_(1, target[:, None], grad[:, None])
-    d_logits = d_logits.to(hidden.dtype)
-    return d_logits @ weight if needs_dh else None, d_logits.T @ hidden if needs_dw else None
+    return d_logits.to(hidden.dtype)
 
 
-def _rows(hidden: Tensor, weight: Tensor) -> list[slice]:
-    step = max(1, CHUNK // max(weight.shape[0], 1))
+def row_blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Blocks of rows whose logits are at most ``CHUNK``, on a device four times as many."""
+    step = max(1, (4 * CHUNK if hidden.is_cuda else CHUNK) // max(weight.shape[0], 1))
     return [slice(i, i + step) for i in range(0, hidden.shape[0], step)]
 
 
 def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     out = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    for rows in _rows(hidden, weight):
+    for rows in row_blocks(hidden, weight):
         out[rows] = token_logprob(hidden[rows], weight, target[rows])
     return out
 
@@ -54,11 +61,11 @@ def chunked_backward(
 ) -> tuple[Tensor, Tensor]:
     d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
     d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
-    for rows in _rows(hidden, weight):
+    for rows in row_blocks(hidden, weight):
         p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
-        dh, dw = backward_of_logits(hidden[rows], weight, target[rows], p, grad[rows], needs_dh, needs_dw)
-        if dh is not None:
-            d_hidden[rows] = dh
-        if dw is not None:
-            d_weight += dw
+        d_logits = logits_gradient(hidden[rows], target[rows], p, grad[rows])
+        if needs_dh:
+            d_hidden[rows] = d_logits @ weight
+        if needs_dw:
+            d_weight += d_logits.T @ hidden[rows]
     return d_hidden, d_weight.to(weight.dtype)
