@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.helpers.ray_cluster import TwoNodes
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +19,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[TwoNodes]:
+    """One Ray cluster for all tests: starting it takes longer than most of them."""
+    from tests.helpers.ray_cluster import two_nodes
+
+    with two_nodes() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def cluster(ray_nodes: TwoNodes) -> TwoNodes:
+    """The cluster with both of its nodes."""
+    ray_nodes.restore()
+    return ray_nodes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,9 +71,11 @@ def train_on_ray(command: str, argv: list[str], options: RayOptions, args: Train
     output = Path(str(args.output_dir)).absolute()
     notes = output.with_name(f".{output.name}.ray")  # Ray's own, where every node sees it
     started = not ray.is_initialized()
-    if started:
-        ray.init(address=options.ray, logging_level="ERROR")
-    try:
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as ends:  # Ray writes what workers say
+        if started:
+            ray.init(address=options.ray, logging_level="ERROR")
+            ends.callback(ray.shutdown)
+        ends.callback(shutil.rmtree, notes, ignore_errors=True)
         gpu = not args.use_cpu and ray.cluster_resources().get("GPU", 0) > 0
         flags = [word for word in argv if word != "--json"]  # the result is printed here
         if not gpu:
@@ -86,14 +88,10 @@ def train_on_ray(command: str, argv: list[str], options: RayOptions, args: Train
             scaling_config=ScalingConfig(num_workers=options.workers or 1, use_gpu=gpu),
             run_config=RunConfig(name="flr", storage_path=str(notes), failure_config=restarts),
         )
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray writes what workers say
+        try:
             trainer.fit()
-    except TrainingFailedError as error:
-        raise RuntimeError(_said(error)) from error
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
-        if started:
-            ray.shutdown()
+        except TrainingFailedError as error:
+            raise RuntimeError(_said(error)) from error
     return read_json(output / RUN_NAME)["summary"]
 
 

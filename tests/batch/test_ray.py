@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
-import pytest
-
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts a node slowly; read on import
-pytest.importorskip("ray", reason="needs the extra ray")
-
 import pyarrow as pa
-from ray.cluster_utils import Cluster
+import pytest
 
 from flr.batch import BatchSettings, write_lists
 from tests.batch.inputs import OPTIONS, USERS, histories, read_lists, save_model, write_histories
 
+pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = BatchSettings(**OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.second = made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    yield made
-    made.shutdown()
 
 
 def test_a_node_is_lost_and_the_lists_are_those_of_one_process(cluster, tmp_path):
@@ -39,17 +24,16 @@ def test_a_node_is_lost_and_the_lists_are_those_of_one_process(cluster, tmp_path
     lost = []
 
     def lose_a_node(at):
-        if at.now and not lost:
-            lost.append(cluster.second)
-            cluster.remove_node(cluster.second, allow_graceful=False)
+        if at.now and cluster.lose():
+            lost.append(at.now)
 
     done = write_lists(model, [source], str(tmp_path / "out"), SETTINGS, ray=cluster.address, progress=lose_a_node)
     assert lost
     assert done.failed == one.failed
     assert done.progress.now == USERS - 8
     assert read_lists(tmp_path / "out") == read_lists(tmp_path / "one")
-    # the shard that failed is tried again, alone
-    again = write_lists(model, [source], str(tmp_path / "out"), SETTINGS, workers=1, ray=cluster.address)
+    # the shard that failed is tried again, alone, and without Ray: the run is the same one
+    again = write_lists(model, [source], str(tmp_path / "out"), SETTINGS)
     assert (again.progress.before, again.progress.now, again.failed) == (USERS - 8, 0, one.failed)
 
 

@@ -11,14 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts a node slowly; read on import
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers where other programs run
-pytest.importorskip("ray.train", reason="needs the extra ray")
-
-import ray
 import torch
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from flr.cli import main
@@ -26,22 +19,12 @@ from flr.train.run_folder import RUN_NAME, checkpoints
 from tests.helpers.processes import in_processes
 from tests.train.test_restarts_distributed import OPTIONS as LAUNCHED
 
+pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 OPTIONS = [word for word in LAUNCHED if word not in ("--ddp_backend", "gloo")]
 STEPS, EVERY = 60, 10
 RUN = ["sft", *OPTIONS, "--max_steps", str(STEPS), "--save_steps", str(EVERY), "--eval_steps", str(EVERY)]
 RUN += ["--save_total_limit", str(STEPS // EVERY)]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 def workers() -> set[int]:

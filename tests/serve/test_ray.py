@@ -11,13 +11,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts a node slowly; read on import
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves replicas where other programs run
-pytest.importorskip("ray.serve", reason="needs the extra ray")
+pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
 
 import ray
 from ray import serve
-from ray.cluster_utils import Cluster
 
 from bench.load import Client, closed_loop, open_loop
 from flr.recommend import Recommender
@@ -40,22 +37,22 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    made.wait_for_nodes()
-    yield made
+def address(ray_nodes):
+    """Of the cluster; what Ray Serve has brought is gone afterwards."""
+    ray_nodes.restore()
+    ray.init(address=ray_nodes.address, log_to_driver=False, logging_level="ERROR")
+    yield ray_nodes.address
+    serve.shutdown()
     ray.shutdown()
-    made.shutdown()
 
 
 @pytest.fixture(scope="module")
-def server(cluster, folders, tmp_path_factory):
+def server(address, folders, tmp_path_factory):
     """``flr serve --ray`` with two replicas of a model whose folder is a link."""
     place = tmp_path_factory.mktemp("server")
     link = place / "live"
     link.symlink_to(folders[0][0])
-    flags = ["--ray", cluster.address, "--replicas", "2"]
+    flags = ["--ray", address, "--replicas", "2"]
     tokens = {"FLR_SERVE_TOKEN": TOKEN, "FLR_SERVE_ADMIN_TOKEN": ADMIN}
     with serving(link, place / "log", *flags, environment=tokens, seconds=420) as process:
         process.link = link
@@ -91,10 +88,9 @@ def check(replies, answers, allowed=frozenset({200})):
     return statuses
 
 
-def test_the_application_behind_rays_proxies(cluster, folders):
+def test_the_application_behind_rays_proxies(address, folders):
     """The builder, as ``serve run flr.serve.ray:build`` calls it: options as text. First, since it brings proxies."""
     (first, _), answers = folders
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     with bind("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
