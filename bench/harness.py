@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flr.decode.graphs import capturing
+from flr.decode.graphs import capturing, cause
 
 from .machine import DEVICE, ON_GPU
 
@@ -266,12 +266,8 @@ def rounds_for(tier: str, round_seconds: float) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """One line: what was raised, and what had been raised first, since the end of a failed capture raises again."""
-    chain = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
-        chain.append(before)
-    lines = [f"{type(x).__name__}: {x}".splitlines()[0][:200] for x in (error, chain[-1])]
-    return lines[0] if len(chain) == 1 else f"{lines[0]} (after {lines[1]})"
+    """One line for a table."""
+    return f"{type(error).__name__}: {cause(error)}"[:300]
 
 
 def guarded(variant: Variant, action: Callable[[], None]) -> None:

@@ -89,6 +89,15 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
         raise
 
 
+def cause(error: BaseException) -> str:
+    """A line that says what was raised and, since the end of a failed capture raises again, what was raised first."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    said = [(str(x).splitlines() or [""])[0] or type(x).__name__ for x in (error, first)]
+    return said[0] if first is error or said[0] == said[1] else f"{said[0]} (after {type(first).__name__}: {said[1]})"
+
+
 def _padded_users(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
@@ -225,7 +234,7 @@ class Replayed:
                     raise RuntimeError("what it gives differs from that of the same operations one by one")
             except Exception as error:
                 self.rests.refuse(key)
-                logger.warning("ends of items without CUDA graphs for these shapes: %s", str(error))
+                logger.warning("ends of items without CUDA graphs for these shapes: %s", cause(error))
         return state
 
     def run(self, count: int) -> BeamResult | None:
@@ -346,7 +355,7 @@ def run(
         raise
     except Exception as error:
         entry.refused = True
-        logger.warning("decoding without CUDA graphs for these shapes: %s", str(error))
+        logger.warning("decoding without CUDA graphs for these shapes: %s", cause(error))
         return None
     finally:
         _leave(entry)
@@ -385,7 +394,7 @@ def _capture_prompts(entry: _Entry, model: nn.Module, inputs: Mapping[str, Any],
         entry.prompts = made
     except Exception as error:
         entry.prompts_refused = True
-        logger.warning("prefills without CUDA graphs for these shapes: %s", str(error))
+        logger.warning("prefills without CUDA graphs for these shapes: %s", cause(error))
 
 
 def answer(

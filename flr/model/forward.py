@@ -177,8 +177,13 @@ def _losses(
 
 def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
-    fixed_shapes = own.thought_start is not None and encoder.in_pieces  # labels stand in the last piece only
-    hidden = encoder.hidden[-1] if fixed_shapes else encoder.last_hidden()
+    fixed_shapes = own.thought_start is not None
+    if own.thought_start is None:
+        hidden = encoder.last_hidden()
+    elif encoder.in_pieces:
+        hidden = encoder.hidden[-1]  # labels stand in the last piece only
+    else:  # and behind the thoughts
+        hidden = encoder.last_hidden()[:, max(0, own.thought_start + encoder.config.thought_count - 1) :]
     offset = encoder.done - hidden.shape[1]
     next_label = labels[:, offset + 1 : offset + 1 + hidden.shape[1]]
     hidden = hidden[:, : next_label.shape[1]]

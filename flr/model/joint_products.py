@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def _like(module: nn.Linear) -> tuple[Any, ...]:
     return module.in_features, module.weight.dtype, module.weight.device, module.bias is None
 
 
-def _joined(parts: list[nn.Parameter]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     """The parameters [n_i, …] as one tensor [Σ n_i, …], which they are views of from now on."""
     first, whole = parts[0], sum(len(p) for p in parts)
     expected = first.data_ptr()
@@ -72,7 +72,7 @@ def joint_products(layers: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for group in (group for layer in layers for group in groups_of(layer)):
             weight = _joined([m.weight for m in group])
-            biases = [m.bias for m in group if isinstance(m.bias, nn.Parameter)]
+            biases = [m.bias for m in group if m.bias is not None]
             bias = _joined(biases) if biases else None
             end = 0
             for module in group:

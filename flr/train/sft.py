@@ -70,7 +70,7 @@ class SFTTrainer(RecTrainer):
         del batch["item_positions"]  # for explanations, not for the model
         if self.catalogue_loss is not None:
             batch["labels"] = self.catalogue_loss.target_nodes(batch["labels"])
-        if self.args.device.type == "cuda" and self.processor.num_thoughts:
+        if self.args.device.type == "cuda":
             # fixed shapes and no synchronisation; on the CPU lm_head rows cost more than a look at the data
             first_label = int((batch["labels"] != IGNORE).any(0).int().argmax())
             start = first_label - self.processor.num_thoughts

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flr.config import IGNORE
-from flr.decode.graphs import capturing, graphs_allowed
+from flr.decode.graphs import capturing, cause, graphs_allowed
 from flr.model.compiled_layers import compiled, compiled_layers
 
 logger = logging.getLogger("flr")
@@ -130,9 +130,14 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if ctx.serial != ctx.captured.shared.serial:
-            raise RuntimeError("backward: expected to come before the next forward of a captured step, got it later")
-        return None, *ctx.captured.gradients(grads)
+        shared = ctx.captured.shared
+        if ctx.serial != shared.serial:
+            raise RuntimeError(
+                "backward: expected one, and before the next forward of a captured step, got it later or a second time"
+            )
+        found = ctx.captured.gradients(grads)
+        shared.serial += 1  # what a backward has used may lie in memory that it has used again
+        return None, *found
 
 
 @dataclass
@@ -301,13 +306,13 @@ class StepGraphs:
             try:
                 return self._capture(call, tensors, model, trained, partial(compiled_layers, model, self._program))
             except Exception as error:  # of a compiler, which may raise anything
-                logger.warning("training without compiled layers: %s", _first_line(error))
+                logger.warning("training without compiled layers: %s", cause(error))
                 self._program = None
                 self.clear()
         try:
             return self._capture(call, tensors, model, trained, nullcontext)
         except Exception as error:  # what cannot be captured raises whatever the operation in its way does
-            logger.warning("training without CUDA graphs: %s", _first_line(error))
+            logger.warning("training without CUDA graphs: %s", cause(error))
             self.refused = True
             self.clear()
             return None
@@ -325,10 +330,6 @@ class StepGraphs:
 
 def _addresses(model: nn.Module) -> int:
     return hash(tuple(p.data_ptr() for p in model.parameters()))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _new_pool() -> Any:

@@ -87,9 +87,12 @@ def test_none_where_targets_differ_in_length(thoughts):
 
 
 @pytest.mark.parametrize("catalogue", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mistral"])
-def test_none_in_supervised_training(family, catalogue):
-    model = patched_model(family).train()
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", "flr"), ("qwen2", "flr"), ("gpt2", "flr"), ("mistral", "flr"), ("llama", "none")]
+)
+def test_none_in_supervised_training(family, variant, catalogue):
+    """Of the control without a thought, too, whose labels begin where a thought would stand."""
+    model = patched_model(family, variant=variant).train()
     prompts = torch.randint(3, THOUGHT, (3, 9))
     prompts[:, -1] = THOUGHT
     labels = torch.tensor([ITEMS[1], ITEMS[5], ITEMS[-1]])
@@ -103,6 +106,10 @@ def test_none_in_supervised_training(family, catalogue):
     labels = torch.cat([torch.full_like(prompts, IGNORE), labels], 1)
 
     def run():
-        return model, model(input_ids=ids, attention_mask=mask, labels=labels, thought_start=8, **more).loss
+        start = 8 if variant == "flr" else 9
+        return model, model(input_ids=ids, attention_mask=mask, labels=labels, thought_start=start, **more).loss
 
     assert counted(run) == {}
+    model.eval()
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels, **more).loss
+    torch.testing.assert_close(run()[1], expected)

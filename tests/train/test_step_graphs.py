@@ -99,12 +99,16 @@ def test_a_backward_that_comes_too_late_is_refused(replays):
     for _ in range(2):
         late = graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)[0]
     graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
-    with pytest.raises(RuntimeError, match="backward: expected to come before the next forward"):
+    with pytest.raises(RuntimeError, match="backward: expected one, and before the next forward"):
         late.sum().backward()
+    twice = graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)[0].sum()
+    twice.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="got it later or a second time"):
+        twice.backward()
     for _ in range(2):  # other shapes, whose graph has its intermediate results in the same memory
         late = graphs(of(module), {"x": torch.randn(5, 4)}, module, 0)[0]
     graphs(of(module), {"x": torch.randn(6, 4)}, module, 0)
-    with pytest.raises(RuntimeError, match="backward: expected to come before the next forward"):
+    with pytest.raises(RuntimeError, match="backward: expected one, and before the next forward"):
         late.sum().backward()
 
 
@@ -268,6 +272,17 @@ def trainer_of(folder, stage, codec, **options):
     if stage == "sft":
         return sft_trainer(folder, model, processor, num_train_epochs=3, **options)
     return grpo_trainer(folder, model=model, processor=processor, policy=stage, num_train_epochs=3, **options)
+
+
+def test_the_control_without_a_thought_is_captured_too(tmp_path, replays, monkeypatch, caplog):
+    def of(folder):
+        return sft_trainer(folder, *trainable("title", variant="none"), num_train_epochs=3)
+
+    expected = weights_after(of(tmp_path / "plain"))
+    monkeypatch.setattr("flr.train.base.usable", lambda args, model: True)
+    torch.testing.assert_close(weights_after(of(tmp_path / "graphs")), expected, rtol=1e-4, atol=1e-5)
+    assert replays
+    assert "without CUDA graphs" not in caplog.text
 
 
 @STAGES
