@@ -8,7 +8,7 @@ from typing import Any
 
 from flr.files import read_json, write_json
 
-from .summary import REPEATED, REPEATED_PAIRS, summary
+from .summary import COMPARED, COMPARED_PAIRS, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
@@ -114,20 +114,19 @@ def pairs(report: dict[str, Any]) -> str:
 
 def repeated(report: dict[str, Any]) -> str:
     """Trainings of one setting and seed, with differences over users; the recipe's mean, over users and seeds."""
-    found, rows = report["repeated"], []
-
-    def row(label: list[str], one: dict[str, Any]) -> list[str]:
-        pairs = {(name, other): _interval(values, "+", bold=True) for name, other, *values in one["pairs"]}
-        means = [f"{one['test'][name]:.4f}" if name in one["test"] else "" for name in _order(REPEATED)]
-        return [*label, *means, *(pairs.get(pair, "") for pair in REPEATED_PAIRS)]
-
-    for one in (*report["earlier"], *found["trainings"]):
-        seed = f"{one['seed']}{', earlier' if one in report['earlier'] else ''}"
-        rows.append(row([one["setting"], seed, _device(one["device"])], one))
+    found = report["repeated"]
+    columns = [*report["earlier"], *found["trainings"]]
+    heads = [f"{one['setting']}, seed {one['seed']}, {_device(one['device'])}" for one in columns]
+    heads = [f"{head}, earlier" if place < len(report["earlier"]) else head for place, head in enumerate(heads)]
     if len(found["recipe"]["test"]) > 1:
-        rows.append(row(["recipe", f"mean of {' and '.join(map(str, found['seeds']))}", "both"], found["recipe"]))
-    heads = [*(NAMES[name] for name in _order(REPEATED)), *_pair_heads(REPEATED_PAIRS)]
-    return _lines(["setting", "seed", "device", *heads], rows)
+        columns.append(found["recipe"])
+        heads.append(f"recipe, mean of seeds {' and '.join(map(str, found['seeds']))}")
+    means = [{name: f"{value:.4f}" for name, value in one["test"].items()} for one in columns]
+    rows = [[NAMES[name], *(own.get(name, "") for own in means)] for name in _order(COMPARED)]
+    pairs = [{(a, b): _interval(values, "+", bold=True) for a, b, *values in one["pairs"]} for one in columns]
+    for pair, head in zip(COMPARED_PAIRS, _pair_heads(COMPARED_PAIRS), strict=True):
+        rows.append([head, *(own.get(pair, "") for own in pairs)])
+    return _lines(["test NDCG@10", *heads], rows)
 
 
 def _pair_heads(pairs: Any) -> list[str]:

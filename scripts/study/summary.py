@@ -37,9 +37,17 @@ BY_GROUP = (
     ("flr-mixture", "anchor"),
     ("flr-mixture", "offsets-mixture"),
 )
-#: What was trained by the recipe again, with other seeds, and the differences that are asked for.
+#: What is trained by the recipe again, with other seeds.
 REPEATED = ("anchor", "offsets-mixture", "flr-mixture")
-REPEATED_PAIRS = (("flr-mixture", "anchor"), ("flr-mixture", "offsets-mixture"), ("offsets-mixture", "anchor"))
+#: What is compared training by training, and the differences that are asked for.
+COMPARED = ("anchor", "offsets", "flr", "offsets-mixture", "flr-mixture")
+COMPARED_PAIRS = (
+    ("flr-mixture", "anchor"),
+    ("flr-mixture", "offsets-mixture"),
+    ("offsets-mixture", "anchor"),
+    ("flr", "anchor"),
+    ("flr", "offsets"),
+)
 
 
 def chosen_settings(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -78,7 +86,7 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
         beside = [line for line in main if line["variant"] in {x["variant"] for x in own}] if change else []
         table = _table(data / name, shared_seeds(own), beside)
         out["tables"].append({"data": name, "codec": codec, "change": change, **table})
-    repeated = [line for line in lines if line["variant"] in REPEATED and _key(line["tags"]) == _MAIN]
+    repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
     out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
     return out
 
@@ -104,7 +112,7 @@ def _repeated(dataset: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
             about["valid"] = {name: line["metrics"]["valid"]["ndcg@10"] for name, line in own.items()}
             trainings.append(about | _differences(drawn, list(own.values())))
     recipe = [line for line in lines if line["setting"] == "recipe"]
-    seeds = {name: [line["seed"] for line in recipe if line["variant"] == name] for name in REPEATED}
+    seeds = {name: [line["seed"] for line in recipe if line["variant"] == name] for name in COMPARED}
     several = shared_seeds([line for line in recipe if len(seeds[line["variant"]]) > 1])
     out = {"trainings": trainings, "recipe": _differences(drawn, several)}
     return out | {"seeds": sorted({line["seed"] for line in several})}
@@ -112,7 +120,7 @@ def _repeated(dataset: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _differences(drawn: Resampled, lines: list[dict[str, Any]]) -> dict[str, Any]:
     ndcg = {name: ways["test"]["ndcg@10"] for name, ways in _values(lines).items()}
-    pairs = [(name, other) for name, other in REPEATED_PAIRS if name in ndcg and other in ndcg]
+    pairs = [(name, other) for name, other in COMPARED_PAIRS if name in ndcg and other in ndcg]
     return {
         "test": {name: float(x.mean()) for name, x in ndcg.items()},
         "pairs": [[name, other, *drawn.difference(ndcg[other], ndcg[name])] for name, other in pairs],
