@@ -126,8 +126,6 @@ def run(job: Run, dataset: RecDataset, args: argparse.Namespace) -> dict[str, An
         eval_strategy="no",
         save_strategy="no",
         load_best_model_at_end=False,
-        eval_max_users=1,  # what the command ranks at its end; rows are ranked below
-        eval_num_beams=1,
         logging_steps=max(1, steps // 8),
         seed=job.seed,
         data_seed=job.seed,

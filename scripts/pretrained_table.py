@@ -69,33 +69,37 @@ def shown(done: dict[str, dict[str, Any]]) -> dict[tuple[str, str], dict[tuple[s
 
 
 def difference(of: dict[int, Any], base: dict[int, Any], users: np.ndarray) -> str:
-    """NDCG@10 of some runs less that of others, over the seeds of both."""
+    """NDCG@10 of some runs less that of others, over the seeds of both, which are named where one side has more."""
     seeds = sorted(of.keys() & base.keys())
     if not seeds:
         return ""
     pairs = [by_row(of[s]["test"])["ndcg@10"] - by_row(base[s]["test"])["ndcg@10"] for s in seeds]
     mean, low, high = interval(np.stack(pairs), users)
     bold = "**" if low > 0 or high < 0 else ""
-    return f"{bold}{mean:+.4f} ({low:+.4f} to {high:+.4f}){bold}"
+    alone = "" if len(seeds) == len(of) == len(base) else f", seed {', '.join(map(str, seeds))} alone"
+    return f"{bold}{mean:+.4f} ({low:+.4f} to {high:+.4f}){bold}{alone}"
 
 
 def tables(done: dict[str, dict[str, Any]]) -> str:
     """All tables in Markdown, with the budget below."""
     best, lines = chosen(done), []
-    columns = ("weights", "thought", "seeds", "HR@10", "NDCG@10", "less that of no thought", "less that of random")
+    columns = ("weights", "thought", "seeds", "HR@10", "NDCG@10")
     for (data, codec), group in sorted(shown(done).items()):
         knn = done[f"{data}.item-kNN"]
         users = np.asarray(knn["users"])
-        lines += [f"\n*{data}, `{codec}`*\n", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        thoughts = any(mode != "none" for _, mode in group)
+        heads = [*columns, *(["less that of no thought"] if thoughts else []), "less that of random"]
+        lines += [f"\n*{data}, `{codec}`*\n", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for weights, mode in sorted(group, key=lambda of: (MODES.index(of[1]), of[0])):
             seeds = group[weights, mode]
             cells = [KINDS[weights], mode, str(len(seeds)), *_measured([one["test"] for one in seeds.values()], users)]
             base = group.get((weights, "none"), {})
-            cells.append("" if mode == "none" else difference(seeds, base, users))
+            if thoughts:
+                cells.append("" if mode == "none" else difference(seeds, base, users))
             other = group.get((best["random"][0], mode), {}) if "random" in best else {}
             cells.append(difference(seeds, other, users) if weights == "lora" else "")
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append(f"| item-kNN | | | {' | '.join(_measured([knn['test']], users))} | | |")
+        lines.append(f"| item-kNN | | | {' | '.join(_measured([knn['test']], users))} |{' |' * (len(heads) - 5)}")
     return "\n".join([*lines, "", _budget(done)]).strip()
 
 

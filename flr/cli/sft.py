@@ -52,7 +52,7 @@ def train(
     with training_run(trainer) as start:
         if not start.finished:
             outcome = trainer.train()
-            valid = trainer.valid_result()
+            valid = None if args.eval_strategy == "no" else trainer.valid_result()
             facts = {"variant": causal_lm(model)._flr_patch.config.variant, "train_rows": len(rows)}
             best = {"best_valid": trainer.state.best_metric, "metric": args.metric_for_best_model}
             start.summary = summarise(args, facts, outcome, best)

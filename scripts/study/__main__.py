@@ -42,9 +42,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _jobs(args: argparse.Namespace) -> None:
-    from .jobs import study
+    from .jobs import repeats, study
 
-    made = study(args.data, args.examples, args.extra)
+    about = (args.data, args.examples, args.extra)
+    made = study(*about) if args.seeds is None else repeats(*about, args.seeds)
     args.output.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{len(made['jobs'])} jobs")
 
@@ -75,10 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     jobs.add_argument("--data", required=True, help="Folder of prepared data: instruments, amazon-cds, amazon-office.")
     jobs.add_argument("--examples", default="examples", help="Folder of the recipes.")
     jobs.add_argument("--extra", default="", help="Options for every training, e.g. '--use_cpu true'.")
+    jobs.add_argument(
+        "--seeds", type=int, nargs="+", help="Only the recipe with these, for the mixture and its controls."
+    )
     jobs.add_argument("--output", type=Path, required=True)
     jobs.set_defaults(do=_jobs)
     page = kinds.add_parser("page", help="Write the tables of docs/quality.md.")
-    page.add_argument("--results", type=Path, help="Folder of results to take over; without, the page alone.")
+    page.add_argument(
+        "--results", type=Path, nargs="+", help="Folders of results to take over; without, the page alone."
+    )
     page.add_argument("--data", type=Path, help="Folder of prepared data, for groups of users.")
     page.set_defaults(do=_page)
     args = parser.parse_args(argv)

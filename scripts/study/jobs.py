@@ -1,19 +1,22 @@
 """What the study of docs/quality.md trains: do factors pay, beside their controls, on data of three shops?
 
-Four settings are tried for each of seven models on instruments, one seed, and chosen by NDCG@10 on valid; then four
+Three settings are tried for each of seven models on instruments, one seed, and chosen by NDCG@10 on valid; then four
 more seeds of what was chosen. After that other numbers of factors and refinements, no regularisers, semantic IDs, and
-the two other data sets by their recipes, three seeds each.
+the two other data sets by their recipes, three seeds each. :func:`repeats` is a shorter list for a CPU: the recipe
+alone with other seeds, for the mixture of factors and its two controls.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from .summary import REPEATED
 
 #: Options beside the recipe, and how long a training takes beside that of the recipe.
 SETTINGS: dict[str, dict[str, Any]] = {
     "recipe": {"argv": "", "cost": 1.0},
-    "dropout": {"argv": "--num_train_epochs 10 --embedding_dropout 0.3 --output_dropout 0.3", "cost": 1.7},
     "wide": {
         "argv": "--hidden_size 256 --intermediate_size 512 --num_train_epochs 8 --embedding_dropout 0.2 "
         "--output_dropout 0.2 --learning_rate 1e-3 --embedding_learning_rate 2e-3",
@@ -47,6 +50,7 @@ CHANGES = {
 }
 _SEEDS, _MORE_SEEDS = 5, 3
 _KEEP_LITTLE = "--save_strategy best --save_only_model true --save_total_limit 1 --logging_steps 200"
+_PLAIN = "--cuda_graphs false"  # processes that share a GPU would each capture graphs of their own
 _PART_OF_VALID = "--eval_max_users 8257"  # a third of instruments' chooses the epoch; all of valid the setting
 _BOTH = [["evaluate", "--split", split, "--batch_size", "512"] for split in ("valid", "test")]
 _IN_ONE_SUM = {"none": "--variant none", "anchor": "--variant anchor", "flr": ""}
@@ -64,12 +68,7 @@ def study(data: str, examples: str, extra: str = "") -> dict[str, Any]:
     ``extra`` are options for every training.
     """
     folders = {name: f"{data}/{name}" for name in ("instruments", "amazon-cds", "amazon-office")}
-
-    def job(name: str, priority: int, recipe: str, shop: str, options: str, **more: Any) -> dict[str, Any]:
-        texts = (f"--config {examples}/{recipe}.yaml --data {folders[shop]}", _KEEP_LITTLE, options, extra)
-        argv = ["sft", *shlex.split(" ".join(texts))]
-        return {"name": name, "priority": priority, "kind": "flr", "argv": argv, "evaluate": _BOTH, **more}
-
+    job = _maker(folders, examples, extra)
     jobs = []
     for place, setting in enumerate(SETTINGS):
         for model, (recipe, options, cost) in MODELS.items():
@@ -86,6 +85,31 @@ def study(data: str, examples: str, extra: str = "") -> dict[str, Any]:
     jobs += _changed(job) + _semantic_ids(job) + _other_shops(job)
     settings = {name: {**own, "argv": shlex.split(own["argv"])} for name, own in SETTINGS.items()}
     return {"settings": settings, "data": list(folders.values()), "jobs": jobs}
+
+
+def repeats(data: str, examples: str, extra: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The recipe of instruments with other seeds, seed by seed, for the mixture of factors and its controls."""
+    folder = f"{data}/instruments"
+    job, jobs = _maker({"instruments": folder}, examples, extra), []
+    for round_, seed in enumerate(seeds):
+        for place, model in enumerate(REPEATED):
+            recipe, options, cost = MODELS[model]
+            about = {"variant": model, "setting": "recipe", "seed": seed, "cost": cost, "beside": True}
+            about["tags"] = {"data": "instruments", "codec": "id"}
+            options, priority = f"{options} {_PART_OF_VALID}", 10 * (1 + round_) + place
+            jobs.append(job(f"{model}-recipe-{seed}", priority, recipe, "instruments", options, **about))
+    return {"settings": {"recipe": {"argv": [], "cost": 1.0}}, "data": [folder], "jobs": jobs}
+
+
+def _maker(folders: dict[str, str], examples: str, extra: str) -> Callable[..., dict[str, Any]]:
+    """What makes a job of its name, priority, recipe, data set and options."""
+
+    def job(name: str, priority: int, recipe: str, shop: str, options: str, **more: Any) -> dict[str, Any]:
+        texts = (f"--config {examples}/{recipe}.yaml --data {folders[shop]}", _KEEP_LITTLE, options, _PLAIN, extra)
+        argv = ["sft", *shlex.split(" ".join(texts))]
+        return {"name": name, "priority": priority, "kind": "flr", "argv": argv, "evaluate": _BOTH, **more}
+
+    return job
 
 
 def _changed(job: Any) -> list[dict[str, Any]]:

@@ -8,12 +8,16 @@ from typing import Any
 
 from flr.files import read_json, write_json
 
+from .summary import COMPARED, COMPARED_PAIRS, summary
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
+#: Trainings by the same recipe before the study, whose ranks are not kept.
+EARLIER = ROOT / "docs/results/study_earlier.json"
 MARKED = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- /study -->)", re.S)
 NAMES = {
     "none": "no thought",
-    "anchor": "one more token: the control",
+    "anchor": "one more token",
     "latentr3": "one factor",
     "offsets": "K offsets, one sum",
     "flr": "K factors, one sum",
@@ -23,25 +27,29 @@ NAMES = {
 DATA = {"instruments": "instruments", "amazon-cds": "CDs", "amazon-office": "Office"}
 
 
-def take_over(results: Path, data: Path) -> None:
-    """Write docs/results/study.json from the results in a folder."""
-    from .summary import summary
-
+def take_over(results: list[Path], data: Path) -> None:
+    """Write docs/results/study.json from the results in some folders."""
     write_json(RESULT, summary(results, data))
 
 
 def write_page() -> None:
     """Write the tables."""
-    PAGE.write_text(page(PAGE.read_text(), read_json(RESULT, 1 << 24)))
+    PAGE.write_text(page(PAGE.read_text()))
 
 
-def page(text: str, report: dict[str, Any]) -> str:
-    """The text with its tables as a result says."""
+def report() -> dict[str, Any]:
+    """What the tables are made of."""
+    return {**read_json(RESULT, 1 << 24), "earlier": read_json(EARLIER, 1 << 20)["trainings"]}
+
+
+def page(text: str) -> str:
+    """The text with its tables as the results say."""
     made = {
-        "tuning": tuning, "instruments": instruments, "pairs": pairs, "groups": groups, "changes": changes,
+        "tuning": tuning, "instruments": instruments, "pairs": pairs, "repeated": repeated, "groups": groups,
         "others": others,
     }  # fmt: skip
-    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](report)}\n\n{match[3]}", text)
+    found = report()
+    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](found)}\n\n{match[3]}", text)
 
 
 def _interval(values: list[float], sign: str = "", bold: bool = False) -> str:
@@ -75,7 +83,7 @@ def tuning(report: dict[str, Any]) -> str:
 
 
 def instruments(report: dict[str, Any]) -> str:
-    """The seven models with their chosen settings, alone and beside item-kNN and their own views of single items."""
+    """The seven models with their chosen settings, alone and beside item-kNN."""
     table = _main(report)
     knn = table["item-kNN"]
     rows = [["item-kNN", "", "", f"{knn['hr@10'][0]:.4f}", _interval(knn["ndcg@10"]), "", "", "", ""]]
@@ -83,63 +91,72 @@ def instruments(report: dict[str, Any]) -> str:
         own = table["models"][name]
         row = [NAMES[name], own["setting"], str(own["seeds"]), f"{own['test']['hr@10'][0]:.4f}"]
         row.append(_interval(own["test"]["ndcg@10"]))
-        row += [f"{own[way]['ndcg@10'][0]:.4f}" if way in own else "" for way in ("test_neighbours", "test_views")]
-        rows.append([*row, f"{own['parameters'] / 1e6:.2f}", f"{own['seconds']:.0f}"])
-    heads = ["", "setting", "seeds", "HR@10", "NDCG@10", "with item-kNN", "with single items"]
-    about = f"{table['rows']:,} test users, {table['items']:,} items, whole catalogue; {_devices(report)}."
+        row += [f"{own['test_neighbours']['ndcg@10'][0]:.4f}", _interval(own["less_knn"]["test_neighbours"], "+", True)]
+        rows.append([*row, f"{own['parameters'] / 1e6:.1f}", f"{own['seconds']:.0f}"])
+    heads = ["", "setting", "trainings", "HR@10", "NDCG@10", "with item-kNN: NDCG@10", "less that of item-kNN"]
+    about = f"{table['rows']:,} test users, {table['items']:,} items, whole catalogue, 95 % intervals over users. "
+    about += f"Seconds of training are of one {_device(table['device'])} that several trainings shared."
     return f"{_lines([*heads, 'million weights', 'seconds'], rows)}\n\n{about}"
 
 
-def _devices(report: dict[str, Any]) -> str:
-    return " and ".join(report["device"])
+def _device(names: list[str]) -> str:
+    return " and ".join(name if name != "cpu" else "CPU" for name in names)
 
 
 def pairs(report: dict[str, Any]) -> str:
     """Differences in test NDCG@10 between models, alone and beside item-kNN; bold where the interval excludes 0."""
-    ways, rows = {"test": "alone", "test_neighbours": "both with item-kNN", "test_views": "both with single items"}, []
+    ways, rows = {"test": "alone", "test_neighbours": "both with item-kNN"}, []
     for name, other, *found in _main(report)["pairs"]:
         cells = {way: _interval(values, "+", bold=True) for way, *values in found}
         rows.append([NAMES[name], NAMES[other], *(cells.get(way, "") for way in ways)])
     return _lines(["NDCG@10 of", "less that of", *ways.values()], rows)
 
 
+def repeated(report: dict[str, Any]) -> str:
+    """Trainings of one setting and seed, with differences over users; the recipe's mean, over users and seeds."""
+    found = report["repeated"]
+    columns = [*report["earlier"], *found["trainings"]]
+    heads = [f"{one['setting']}, seed {one['seed']}, {_device(one['device'])}" for one in columns]
+    heads = [f"{head}, earlier" if place < len(report["earlier"]) else head for place, head in enumerate(heads)]
+    if len(found["recipe"]["test"]) > 1:
+        columns.append(found["recipe"])
+        heads.append(f"recipe, mean of seeds {' and '.join(map(str, found['seeds']))}")
+    means = [{name: f"{value:.4f}" for name, value in one["test"].items()} for one in columns]
+    rows = [[NAMES[name], *(own.get(name, "") for own in means)] for name in _order(COMPARED)]
+    pairs = [{(a, b): _interval(values, "+", bold=True) for a, b, *values in one["pairs"]} for one in columns]
+    for pair, head in zip(COMPARED_PAIRS, _pair_heads(COMPARED_PAIRS), strict=True):
+        rows.append([head, *(own.get(pair, "") for own in pairs)])
+    return _lines(["test NDCG@10", *heads], rows)
+
+
+def _pair_heads(pairs: Any) -> list[str]:
+    return [f"{NAMES[name]}, less {NAMES[other]}" for name, other, *_ in pairs]
+
+
 def groups(report: dict[str, Any]) -> str:
-    """Differences to one more token by groups of users; bold where the interval excludes 0."""
+    """Differences by groups of users; bold where the interval excludes 0."""
     table = _main(report)
-    names = [name for name in _order(table["models"]) if name != "anchor"]
-    rows = []
+    heads, rows = _pair_heads(table["groups"][0]["pairs"]), []
     for row in table["groups"]:
-        cells = [_interval(row["differences"][name], "+", bold=True) for name in names]
-        rows.append([f"{row['trait']}: {row['group']}", f"{row['rows']:,}", f"{row['control']:.4f}", *cells])
-    return _lines(["", "users", "one more token", *(f"{NAMES[name]}, less" for name in names)], rows)
-
-
-def changes(report: dict[str, Any]) -> str:
-    """Other numbers of factors and refinements, no regularisers: beside K = 4, T = 1 with them, in the same setting."""
-    rows = []
-    for table in report["tables"]:
-        if table["change"]:
-            for name, own in table["models"].items():
-                row = [NAMES[name], table["change"].replace("=", " = "), str(own["seeds"])]
-                row += [f"{own['test']['hr@10'][0]:.4f}", f"{own['test']['ndcg@10'][0]:.4f}"]
-                rows.append([*row, _interval(own["less"], "+", bold=True)])
-    rows.sort(key=lambda row: (list(NAMES.values()).index(row[0]), row[1]))
-    return _lines(["", "change", "seeds", "HR@10", "NDCG@10", "less that of K = 4, T = 1"], rows)
+        about = [f"{row['trait']}: {row['group']}", f"{row['rows']:,}", f"{row['control']:.4f}"]
+        rows.append([*about, *(_interval(values, "+", bold=True) for _, _, *values in row["pairs"])])
+    return _lines(["", "users", NAMES["anchor"], *heads], rows)
 
 
 def others(report: dict[str, Any]) -> str:
-    """Semantic IDs, and the two data sets by time."""
+    """Other data and codecs, where a mixture was trained: with one that is not, nothing is asked about factors."""
     rows = []
     for table in report["tables"]:
-        if table["change"] or table is _main(report):
+        if table["change"] or table is _main(report) or "flr-mixture" not in table["models"]:
             continue
         what = f"{DATA[table['data']]}, `{table['codec']}`"
         knn = table["item-kNN"]
-        rows.append([what, "item-kNN", "", f"{knn['hr@10'][0]:.4f}", _interval(knn["ndcg@10"]), ""])
-        less = {name: found[0][1:] for name, other, *found in table["pairs"] if other == "anchor" and found}
+        rows.append([what, "item-kNN", "", "", f"{knn['hr@10'][0]:.4f}", _interval(knn["ndcg@10"]), ""])
+        less = {name: own["less_anchor"] for name, own in table["models"].items() if "less_anchor" in own}
         for name in _order(table["models"]):
             own = table["models"][name]
-            row = [what, NAMES[name], str(own["seeds"]), f"{own['test']['hr@10'][0]:.4f}"]
+            row = [what, NAMES[name], str(own["seeds"]), f"{own['valid']:.4f}", f"{own['test']['hr@10'][0]:.4f}"]
             row.append(_interval(own["test"]["ndcg@10"]))
             rows.append([*row, _interval(less[name], "+", bold=True) if name in less else ""])
-    return _lines(["data", "", "seeds", "HR@10", "NDCG@10", "less that of one more token"], rows)
+    heads = ["data", "", "trainings", "valid NDCG@10", "test HR@10", "NDCG@10", "less that of one more token"]
+    return _lines(heads, rows)

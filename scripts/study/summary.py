@@ -12,7 +12,7 @@ from flr.evaluate import evaluate_scorer
 from flr.evaluate.baselines import ItemKNN
 from flr.evaluate.metrics import row_metrics
 
-from ..quality_groups import groups, traits
+from .groups import groups, traits
 from .queue import read_ranks, read_results
 from .stats import Resampled
 
@@ -29,6 +29,25 @@ PAIRS = (
     ("anchor", "none"),
 )
 METRICS = ("hr@10", "ndcg@10")
+_MAIN = ("instruments", "id", "")  # data, codec, change
+#: Less that of another, by groups of users.
+BY_GROUP = (
+    ("flr", "anchor"),
+    ("offsets-mixture", "anchor"),
+    ("flr-mixture", "anchor"),
+    ("flr-mixture", "offsets-mixture"),
+)
+#: What is trained by the recipe again, with other seeds.
+REPEATED = ("anchor", "offsets-mixture", "flr-mixture")
+#: What is compared training by training, and the differences that are asked for.
+COMPARED = ("anchor", "offsets", "flr", "offsets-mixture", "flr-mixture")
+COMPARED_PAIRS = (
+    ("flr-mixture", "anchor"),
+    ("flr-mixture", "offsets-mixture"),
+    ("offsets-mixture", "anchor"),
+    ("flr", "anchor"),
+    ("flr", "offsets"),
+)
 
 
 def chosen_settings(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -43,26 +62,69 @@ def chosen_settings(lines: list[dict[str, Any]]) -> dict[str, str]:
     return {variant: setting for variant, (_, setting) in best.items()}
 
 
-def summary(folder: Path, data: Path) -> dict[str, Any]:
-    """All tables of the results in a folder; ``data`` holds the prepared data sets by name."""
-    lines = [line for line in read_results(folder) if "error" not in line]
+def shared_seeds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those lines whose seed every variant among them has: a table compares models of as many trainings."""
+    seeds = [{x["seed"] for x in lines if x["variant"] == v} for v in {line["variant"] for line in lines}]
+    shared = set.intersection(*seeds) if seeds else set()
+    return [line for line in lines if line["seed"] in shared]
+
+
+def summary(folders: list[Path], data: Path) -> dict[str, Any]:
+    """All tables of the results in some folders; ``data`` holds the prepared data sets by name."""
+    found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
+    lines = [line for line in found if "error" not in line]
     chosen = chosen_settings(lines)
-    runs = [_run(line) for line in lines]
-    out: dict[str, Any] = {"chosen": chosen, "runs": runs, "device": sorted({line["device"] for line in lines})}
+    out: dict[str, Any] = {"chosen": chosen, "runs": [_run(line) for line in lines]}
     parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         wanted = line["setting"] in (None, chosen.get(line["variant"], line["setting"]))
         if wanted and (not line.get("tune") or line["variant"] in chosen):
-            tags = line["tags"]
-            parts.setdefault((tags["data"], tags["codec"], tags.get("change", "")), []).append(line)
+            parts.setdefault(_key(line["tags"]), []).append(line)
     out["tables"] = []
-    main = parts.get(("instruments", "id", ""), [])
+    main = parts.get(_MAIN, [])
     for (name, codec, change), own in parts.items():
         beside = [line for line in main if line["variant"] in {x["variant"] for x in own}] if change else []
-        out["tables"].append(
-            {"data": name, "codec": codec, "change": change, **_table(folder, data / name, own, beside)}
-        )
+        table = _table(data / name, shared_seeds(own), beside)
+        out["tables"].append({"data": name, "codec": codec, "change": change, **table})
+    repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
+    out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
     return out
+
+
+def _key(tags: dict[str, str]) -> tuple[str, str, str]:
+    return tags["data"], tags["codec"], tags.get("change", "")
+
+
+def _repeated(dataset: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trainings of two models or more by one setting and seed, each by itself, and the recipe's over its seeds.
+
+    Differences of one training are drawn over users, those of several over seeds as well.
+    """
+    drawn = Resampled(dataset.test.users)
+    together: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines:
+        together.setdefault((line["setting"], line["seed"]), {})[line["variant"]] = line
+    trainings = []
+    for (setting, seed), own in together.items():
+        if len(own) > 1:
+            about: dict[str, Any] = {"setting": setting, "seed": seed}
+            about["device"] = sorted({line["device"] for line in own.values()})
+            about["valid"] = {name: line["metrics"]["valid"]["ndcg@10"] for name, line in own.items()}
+            trainings.append(about | _differences(drawn, list(own.values())))
+    recipe = [line for line in lines if line["setting"] == "recipe"]
+    seeds = {name: [line["seed"] for line in recipe if line["variant"] == name] for name in COMPARED}
+    several = shared_seeds([line for line in recipe if len(seeds[line["variant"]]) > 1])
+    out = {"trainings": trainings, "recipe": _differences(drawn, several)}
+    return out | {"seeds": sorted({line["seed"] for line in several})}
+
+
+def _differences(drawn: Resampled, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    ndcg = {name: ways["test"]["ndcg@10"] for name, ways in _values(lines).items()}
+    pairs = [(name, other) for name, other in COMPARED_PAIRS if name in ndcg and other in ndcg]
+    return {
+        "test": {name: float(x.mean()) for name, x in ndcg.items()},
+        "pairs": [[name, other, *drawn.difference(ndcg[other], ndcg[name])] for name, other in pairs],
+    }
 
 
 def _run(line: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +139,7 @@ def _run(line: dict[str, Any]) -> dict[str, Any]:
         "train_seconds",
         "seconds",
         "by_epoch",
+        "device",
     )
     kept = {name: line[name] for name in names if name in line}
     kept |= {split: {m: own[m] for m in METRICS} for split, own in line["metrics"].items()}
@@ -84,20 +147,24 @@ def _run(line: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "weights": weights, "gpu_gb": line.get("gpu_gb")}
 
 
-def _table(folder: Path, data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
+def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
     """Models of one data set and codec; ``beside`` are those that ``lines`` were changed from."""
     dataset = load_dataset(data)
     drawn = Resampled(dataset.test.users)
-    values = _values(folder, lines)
+    values = _values(lines)
     out: dict[str, Any] = {"rows": len(dataset.test), "items": len(dataset.catalogue), "models": {}}
+    out["device"] = sorted({line["device"] for line in lines})
     for variant, ways in values.items():
         own = [line for line in lines if line["variant"] == variant]
         entry: dict[str, Any] = {"seeds": len(own), "seconds": float(np.median([x["train_seconds"] for x in own]))}
         entry |= {"parameters": own[0]["parameters"], "setting": own[0]["setting"]}
+        entry["valid"] = float(np.mean([line["metrics"]["valid"]["ndcg@10"] for line in own]))
         for way, by_metric in ways.items():
             entry[way] = {m: drawn.interval(by_metric[m]) for m in METRICS}
+        if "anchor" in values and variant != "anchor":
+            entry["less_anchor"] = drawn.difference(values["anchor"]["test"]["ndcg@10"], ways["test"]["ndcg@10"])
         if beside:
-            base = _values(folder, [x for x in beside if x["variant"] == variant])[variant]
+            base = _values([x for x in beside if x["variant"] == variant])[variant]
             entry["less"] = drawn.difference(base["test"]["ndcg@10"], ways["test"]["ndcg@10"])
         out["models"][variant] = entry
     if beside:
@@ -105,6 +172,9 @@ def _table(folder: Path, data: Path, lines: list[dict[str, Any]], beside: list[d
     knn = evaluate_scorer(ItemKNN(dataset.train, len(dataset.catalogue)), dataset.test, dataset.catalogue, samples=1)
     alone = {m: row_metrics(knn.ranks["item"])[m][None] for m in METRICS}
     out["item-kNN"] = {m: drawn.interval(alone[m]) for m in METRICS}
+    for variant, ways in values.items():
+        less = {w: drawn.difference(alone["ndcg@10"], ways[w]["ndcg@10"]) for w in ways if w != "test_views"}
+        out["models"][variant]["less_knn"] = less
     out["pairs"] = []
     for name, other in PAIRS:
         if name in values and other in values:
@@ -120,25 +190,24 @@ def _table(folder: Path, data: Path, lines: list[dict[str, Any]], beside: list[d
 
 
 def _by_group(values: dict[str, Any], drawn: Resampled, dataset: Any) -> list[dict[str, Any]]:
-    """Differences to one more token by groups of test rows."""
+    """NDCG@10 of one more token, and differences, by groups of test rows."""
     rows = []
     for trait, own in traits(dataset).items():
         for label, chosen in groups(own):
             ndcg = {name: ways["test"]["ndcg@10"] for name, ways in values.items()}
             row: dict[str, Any] = {"trait": trait, "group": label, "rows": len(chosen)}
             row["control"] = float(ndcg["anchor"][:, chosen].mean())
-            row["differences"] = {
-                name: drawn.difference(ndcg["anchor"], x, chosen) for name, x in ndcg.items() if name != "anchor"
-            }
+            asked = [(name, other) for name, other in BY_GROUP if name in ndcg and other in ndcg]
+            row["pairs"] = [[a, b, *drawn.difference(ndcg[b], ndcg[a], chosen)] for a, b in asked]
             rows.append(row)
     return rows
 
 
-def _values(folder: Path, lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+def _values(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
     """[seeds, rows] by variant, way ("test", "test_neighbours", "test_views") and metric."""
     found: dict[str, dict[str, dict[str, list[np.ndarray]]]] = {}
     for line in sorted(lines, key=lambda x: x["seed"]):
-        for way, ranks in read_ranks(folder, line).items():
+        for way, ranks in read_ranks(line["folder"], line).items():
             if way.startswith("test"):
                 for metric in METRICS:
                     by_metric = found.setdefault(line["variant"], {}).setdefault(way, {})

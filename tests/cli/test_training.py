@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from flr.cli import main
 from flr.cli.on_ray import RayOptions
 from flr.cli.training import summarise
+from flr.train import SFTTrainer
 
 
 def test_the_summary_has_length_and_speed_where_there_was_a_training():
@@ -38,3 +40,15 @@ def test_workers_on_a_cluster_are_a_number_beside_its_address(given, told):
         RayOptions(**given)
     assert RayOptions(ray="auto", workers=2).elsewhere()
     assert not RayOptions().elsewhere()
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch"])
+def test_no_evaluation_means_none_at_the_end_either(tmp_path, monkeypatch, strategy):
+    ranked = []
+    rank = SFTTrainer._rank
+    monkeypatch.setattr(SFTTrainer, "_rank", lambda self, rows: (ranked.append(len(rows)), rank(self, rows))[1])
+    argv = ["sft", "--planted_items", "20", "--planted_users", "40", "--hidden_size", "16", "--intermediate_size", "16"]
+    argv += ["--num_attention_heads", "2", "--use_cpu", "true", "--max_steps", "1", "--eval_strategy", strategy]
+    argv += ["--load_best_model_at_end", "false", "--save_strategy", "no", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    assert bool(ranked) == (tmp_path / "valid").exists() == (strategy != "no")

@@ -79,6 +79,8 @@ def test_a_difference_is_paired_by_seed_and_row():
     worse, better = _run(job, [3]), _run(job, [3, *range(10, 20)])
     text = difference({0: better, 1: better}, {0: worse, 2: worse}, np.arange(ROWS))
     assert text.startswith("**+0.2500 (+0.1")
+    assert text.endswith(", seed 0 alone")  # the other seeds have no partner
+    assert difference({0: better}, {0: worse}, np.arange(ROWS)).endswith(")**")
     assert difference({1: better}, {0: worse}, np.arange(ROWS)) == ""
 
 

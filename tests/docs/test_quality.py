@@ -7,22 +7,45 @@ from flr.files import read_json
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quality.md").read_text()
+STUDY = read_json(ROOT / "docs/results/study.json", 1 << 24)
 
 
 def test_the_tables_are_of_the_committed_results():
-    from scripts.quality import page
+    from scripts.quickstart_table import page
 
-    assert page(PAGE) == PAGE, "run python scripts/quality.py --table"
+    assert page(PAGE) == PAGE, "run python scripts/quickstart_table.py"
 
 
 def test_models_are_level_with_item_knn_and_ahead_beside_it():
     """README and the page: level alone, ahead with item-kNN as a part."""
-    models = read_json(ROOT / "docs/results/quality_instruments.json", 1 << 24)["models"]
+    models = next(t for t in STUDY["tables"] if t["data"] == "instruments")["models"]
     assert "about level with a well-tuned item-kNN" in (ROOT / "README.md").read_text()
+    assert len(models) == 7
     for name, entry in models.items():
-        if name != "item-kNN":
-            assert abs(entry["alone"]["to_knn"][0]) < 0.003, name
-            assert entry["mixed"]["to_knn"][1] > 0, name
+        assert abs(entry["less_knn"]["test"][0]) < 0.003, name
+        assert entry["less_knn"]["test_neighbours"][1] > 0, name
+
+
+def test_what_is_said_of_the_factors_mixture_holds_in_every_training():
+    """The page: ahead of one more token in all of them, of its control in all but one, which is level."""
+    earlier = read_json(ROOT / "docs/results/study_earlier.json", 1 << 20)["trainings"]
+    lows = {"anchor": [], "offsets-mixture": []}
+    for training in (*earlier, *STUDY["repeated"]["trainings"]):
+        for name, other, mean, low, high in training["pairs"]:
+            assert low < mean < high
+            if name == "flr-mixture":
+                lows[other].append(low)
+    assert len(lows["anchor"]) >= 4
+    assert min(lows["anchor"]) > 0
+    assert sorted(low > 0 for low in lows["offsets-mixture"])[:2] == [False, True]
+
+
+def test_factors_help_in_histories_of_many_kinds():
+    groups = next(t for t in STUDY["tables"] if t["data"] == "instruments")["groups"]
+    few, some, many = (row for row in groups if row["trait"].startswith("kinds"))
+    lows = [{tuple(pair[:2]): pair[3] for pair in row["pairs"]} for row in (few, some, many)]
+    for other in ("anchor", "offsets-mixture"):
+        assert [low["flr-mixture", other] > 0 for low in lows] == [False, True, True]
 
 
 def test_factors_are_ahead_on_generated_data_and_find_its_interests():

@@ -11,9 +11,10 @@ from flr.evaluate import evaluate, fit_neighbours
 from flr.evaluate.metrics import row_metrics
 from scripts.study import page
 from scripts.study.job import Partner, mixed_ranks, own_views
+from scripts.study.jobs import MODELS, SETTINGS, repeats, study
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
-from scripts.study.summary import chosen_settings
+from scripts.study.summary import REPEATED, chosen_settings, summary
 from tests.helpers.models import tiny_llama
 
 
@@ -127,9 +128,52 @@ def test_ranks_beside_a_model_are_those_of_the_package():
 
 
 def test_the_page_is_what_the_results_say():
-    if not page.RESULT.is_file():
-        pytest.skip("no results yet")
-    from flr.files import read_json
-
     text = page.PAGE.read_text()
-    assert page.page(text, read_json(page.RESULT, 1 << 24)) == text
+    assert page.page(text) == text, "run python -m scripts.study page"
+
+
+def _line(folder, variant, setting, seed, ranks, **more):
+    line = {"name": f"{variant}-{setting}-{seed}", "variant": variant, "setting": setting, "seed": seed, **more}
+    line |= {"tags": {"data": "instruments", "codec": "id"}, "device": folder.name, "parameters": 1, "train_seconds": 1}
+    line["metrics"] = {split: {"hr@10": 0.5, "ndcg@10": 0.5} for split in ("valid", "test")}
+    return line, {"test": np.array(ranks)}
+
+
+def test_a_table_compares_models_of_as_many_trainings(tmp_path):
+    """Two folders, of which one has further seeds of some models by the recipe."""
+    dataset = planted_dataset(num_items=20, num_users=40)
+    dataset.save(tmp_path / "instruments")
+    good, bad = [1] * len(dataset.test), [9] * len(dataset.test)
+    first, second = Results(tmp_path / "first"), Results(tmp_path / "second")
+    for variant, ranks in (("anchor", bad), ("offsets-mixture", bad), ("flr-mixture", good)):
+        first.add(*_line(first.folder, variant, "recipe", 0, ranks, tune=True))
+        if variant != "offsets-mixture":
+            second.add(*_line(second.folder, variant, "recipe", 1, ranks))
+    found = summary([first.folder, second.folder], tmp_path)
+    assert [own["seeds"] for own in found["tables"][0]["models"].values()] == [1, 1, 1]
+    assert found["repeated"]["seeds"] == [0, 1]
+    assert sorted(found["repeated"]["recipe"]["test"]) == ["anchor", "flr-mixture"]  # the offsets have no seed 1
+    assert [len(one["pairs"]) for one in found["repeated"]["trainings"]] == [3, 1]
+    second.add(*_line(second.folder, "offsets-mixture", "recipe", 1, good))
+    found = summary([first.folder, second.folder], tmp_path)
+    assert [own["seeds"] for own in found["tables"][0]["models"].values()] == [2, 2, 2]
+    found = found["repeated"]
+    assert [(one["seed"], one["device"]) for one in found["trainings"]] == [(0, ["first"]), (1, ["second"])]
+    pairs = [{(a, b): values for a, b, *values in one["pairs"]} for one in (*found["trainings"], found["recipe"])]
+    lead = 1 - 1 / np.log2(10)
+    wanted = {("flr-mixture", "anchor"): (lead, lead, lead), ("flr-mixture", "offsets-mixture"): (lead, 0, lead / 2)}
+    for pair, means in wanted.items():
+        np.testing.assert_allclose([one[pair][0] for one in pairs], means, atol=1e-6)
+    low, high = pairs[-1]["flr-mixture", "offsets-mixture"][1:]
+    assert low == pytest.approx(0.0, abs=1e-6)  # seeds are drawn, too: both times the one, or the other
+    assert high == pytest.approx(lead, abs=1e-6)
+
+
+def test_the_lists_of_jobs_are_of_one_form():
+    trials = [job for job in study("data", "examples")["jobs"] if job.get("tune")]
+    assert len(trials) == len(MODELS) * len(SETTINGS) == 21
+    made = repeats("data", "examples", "--use_cpu true", [1, 2])
+    assert [job["name"] for job in made["jobs"][:3]] == [f"{name}-recipe-1" for name in REPEATED]
+    trial = next(job for job in trials if job["name"] == "flr-mixture-recipe-0")
+    again = next(job for job in made["jobs"] if job["name"] == "flr-mixture-recipe-2")
+    assert again["argv"] == [*trial["argv"], "--use_cpu", "true"]
