@@ -2,6 +2,7 @@
 
     python scripts/scale_memory.py               # docs/results/scale_memory.json and the table of docs/scale.md
     python scripts/scale_memory.py --table       # the table alone, from the result
+    python scripts/scale_memory.py --sizes 10000000 --work "item-kNN: fit"   # this alone; other figures stay
 
 Every piece of work runs in a process of its own, which says by how much its memory rose at most and how much of that
 stayed. Two processes then open the same files at the same time; what is shared between them the kernel tells
@@ -225,19 +226,20 @@ def measured(name: str, folder: Path, size: int) -> dict[str, Any]:
     return {"processes": len(found), **found[0]}
 
 
-def run(sizes: list[int], output: Path) -> None:
-    """Measure these sizes; others that ``output`` has stay."""
+def run(sizes: list[int], output: Path, works: list[str] | None = None) -> None:
+    """Measure these sizes; others that ``output`` has stay, and so do its figures of other work than ``works``."""
     report: dict[str, Any] = {"levels": LEVELS, "codes": CODES, "neighbours": NEIGHBOURS, "sizes": {}}
     if output.exists():
         report["sizes"] = read_json(output, 1 << 20)["sizes"]
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            found = {**report["sizes"], str(size): {"files": {}}}
+            kept = report["sizes"].get(str(size)) if works else None
+            found = {**report["sizes"], str(size): kept or {"files": {}}}
             report["sizes"] = {key: found[key] for key in sorted(found, key=int)}
             rows = report["sizes"][str(size)]
-            for name in WORK:
+            for name in works or WORK:
                 rows[name] = measured(name, Path(folder), size)
-                rows["files"] = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
+                rows["files"] |= {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
                 print(size, name, rows[name], flush=True)
                 write_json(output, report)  # as far as it is
 
@@ -283,6 +285,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="Only write the page, from the result.")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="Items (default: 10^6 and 10^7).")
+    work = "Work to measure, in this order; what reads a file comes after what writes it (default: all)."
+    parser.add_argument("--work", nargs="+", choices=WORK, metavar="NAME", help=work)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -291,7 +295,7 @@ def main() -> None:
         child(name, Path(folder), int(size))
         return
     if not args.table:
-        run(list(args.sizes), args.output)
+        run(list(args.sizes), args.output, args.work)
     if args.output == RESULT:
         write_page(read_json(RESULT, 1 << 20))
 

@@ -64,7 +64,8 @@ class PromptProgram(nn.Module):
         pieces = plain_pieces(self.model.get_input_embeddings()(ids), mask, positions, is_thought, narrowed)
         encoded = encode(self.model, Batch(pieces, None, None, None, True), ThoughtInputs(thought_start=start), {})
         hidden = encoded.states()[:, -1:]
-        layers = encoded.encoder.cache.layers
+        cache = encoded.encoder.cache
+        layers = getattr(cache, "self_attention_cache", cache).layers  # of decoders that could be given an encoder
         return {
             "thoughts": encoded.encoder.inputs.embeds[:, start:],
             "hidden": hidden[:, 0],

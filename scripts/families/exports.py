@@ -35,6 +35,7 @@ RESULT, PAGE = ROOT / "docs/results/exports.json", ROOT / "docs/engines.md"
 BLOCK = re.compile(r"(<!-- engines:exports -->\n).*?(<!-- /engines:exports -->)", re.S)
 THOUGHTS, SIZES, BOUND = 2, ((1, 1), (2, 13), (4, 6)), 1e-5
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
+_WINDOWS += ("local_attention",)
 
 
 def difference(run: Any, model: Any, ids: Tensor) -> float:
@@ -53,7 +54,8 @@ def difference(run: Any, model: Any, ids: Tensor) -> float:
             position_ids=(longer.cumsum(1) - 1).clamp_min(0),
             use_cache=True,
         )
-    layers, seen = cache_of(out).layers, longer[:, None, :, None].bool()
+    cache, seen = cache_of(out), longer[:, None, :, None].bool()
+    layers = getattr(cache, "self_attention_cache", cache).layers
     pairs = [(got["logits"], out.logits[:, -1])]
     pairs += [(a * seen, b.keys * seen) for a, b in zip(got["keys"], layers, strict=True)]
     pairs += [(a * seen, b.values * seen) for a, b in zip(got["values"], layers, strict=True)]
@@ -87,9 +89,10 @@ def block(found: dict[str, Any]) -> str:
             reasons.setdefault(_short(row["reason"]), []).append(family)
     rows = sorted(reasons.items(), key=lambda x: (-len(x[1]), x[0]))
     lines = [
-        f"Of {len(found)} families that can be patched, {kinds['equal']} are exported, tiny and with two thoughts, and "
-        f"differ from the model by {max(equal):.0e} of an output's",
-        "largest value at most (`python -m scripts.families.exports`). The others:",
+        f"Of {len(found)} families that were tried ({_patched()} can be patched), {kinds['equal']} are exported, tiny "
+        f"and with two thoughts, and differ from the model by {max(equal):.0e} of an output's",
+        "largest value at most (`python -m scripts.families.exports`). The others, by the traits of "
+        "[families.md](families.md):",
         "",
         "| why not | families |",
         "|---|---|",
@@ -98,10 +101,18 @@ def block(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _patched() -> int:
+    """Families of docs/families.md that are not refused."""
+    every = json.loads(sweep.RESULTS.read_text())["families"]
+    return sum(row["outcome"] == "equal" for row in every.values())
+
+
 def _short(reason: str) -> str:
-    """A reason without the family's name."""
-    reason = re.sub(r"\w*For(CausalLM|Causal\w*)|\w+(LMHeadModel|LMHead)\b", "one", reason.removeprefix("model: "))
-    return reason.replace("|", "/").removesuffix(" (docs/families.md)")
+    """A reason without the family's name: the traits that it lacks, or what torch.export says."""
+    if found := re.search(r" without (.*) \(docs/families.md\)", reason):
+        return "without " + " and ".join(f"`{name}`" for name in found[1].split(" and "))
+    told = re.sub(r"^model: expected one that torch\.export takes, got \w+: ", "", reason)
+    return f"torch.export: {told.split(' (unhinted')[0]}".replace("|", "/")
 
 
 def main() -> int:
