@@ -28,7 +28,7 @@ from flr.model.export import export_prompt
 
 from . import __main__ as sweep
 from . import tiny
-from .check import patched
+from .check import patched, positions_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/exports.json", ROOT / "docs/engines.md"
@@ -51,8 +51,8 @@ def difference(run: Any, model: Any, ids: Tensor) -> float:
             input_ids=pad(ids, behind, value=tiny.THOUGHT),
             attention_mask=longer,
             reasoner_mask=pad(narrowed, behind, value=False),
-            position_ids=(longer.cumsum(1) - 1).clamp_min(0),
             use_cache=True,
+            **positions_of(model, longer),
         )
     cache, seen = cache_of(out), longer[:, None, :, None].bool()
     layers = getattr(cache, "self_attention_cache", cache).layers
