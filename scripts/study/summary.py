@@ -96,7 +96,7 @@ def _key(tags: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _repeated(dataset: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Trainings of two models or more by one setting and seed, each by itself, and the recipe's over its seeds.
+    """Trainings by one setting and seed, each by itself, and the recipe's over its seeds.
 
     Differences of one training are drawn over users, those of several over seeds as well.
     """
@@ -106,11 +106,10 @@ def _repeated(dataset: Any, lines: list[dict[str, Any]]) -> dict[str, Any]:
         together.setdefault((line["setting"], line["seed"]), {})[line["variant"]] = line
     trainings = []
     for (setting, seed), own in together.items():
-        if len(own) > 1:
-            about: dict[str, Any] = {"setting": setting, "seed": seed}
-            about["device"] = sorted({line["device"] for line in own.values()})
-            about["valid"] = {name: line["metrics"]["valid"]["ndcg@10"] for name, line in own.items()}
-            trainings.append(about | _differences(drawn, list(own.values())))
+        about: dict[str, Any] = {"setting": setting, "seed": seed}
+        about["device"] = sorted({line["device"] for line in own.values()})
+        about["valid"] = {name: line["metrics"]["valid"]["ndcg@10"] for name, line in own.items()}
+        trainings.append(about | _differences(drawn, list(own.values())))
     recipe = [line for line in lines if line["setting"] == "recipe"]
     seeds = {name: [line["seed"] for line in recipe if line["variant"] == name] for name in COMPARED}
     several = shared_seeds([line for line in recipe if len(seeds[line["variant"]]) > 1])
