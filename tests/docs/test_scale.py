@@ -1,4 +1,4 @@
-"""The generated tables of docs/scale.md and docs/serving.md are those of their results."""
+"""The generated tables of docs/scale.md, docs/serving.md and docs/engines.md are those of their results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from flr.files import read_json
 from scripts import plan_tables, scale_memory
+from scripts.families import exports
 
 
 def test_the_tables_of_costs_are_those_of_flr_plan():
@@ -49,3 +50,9 @@ def test_the_simulated_router_follows_the_load():
     assert heavy["p50_s"] > 2 * light["p50_s"]
     assert heavy["per_s"] == pytest.approx(0.95 * 4 * 32)
     assert simulate(4, 0.05, service, 0.5)["p50_s"] == pytest.approx(light["p50_s"] + 0.5)
+
+
+def test_the_families_that_are_exported_are_those_of_the_result():
+    found = read_json(exports.RESULT, 1 << 20)["families"]
+    assert exports.block(found) in exports.PAGE.read_text(), "stale: python -m scripts.families.exports --page"
+    assert not [family for family, row in found.items() if row["outcome"] == "FAULT"]
