@@ -20,7 +20,7 @@ from tests.helpers.kills import in_child, kill_at
 
 WHOLE = planted_dataset(num_items=60, num_users=80, split="time", seed=2)
 SFT = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--learning_rate", "3e-3"]
-SMALL = ["--hidden_size", "32", "--intermediate_size", "32", "--max_steps", "6", "--eval_strategy", "no"]
+SMALL = ["--hidden_size", "32", "--intermediate_size", "32", "--max_steps", "40", "--eval_strategy", "no"]
 SMALL += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--per_device_train_batch_size", "32"]
 UPDATE = ["--max_steps", "6", "--per_device_train_batch_size", "16", "--save_steps", "2"]
 
