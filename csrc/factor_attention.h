@@ -28,6 +28,7 @@ struct AttentionGradients {
 };
 
 constexpr int kGradientFactors = 4, kGradientStep = 16;  // the backward's most factors, and what divides its columns
+constexpr int kExactColumns = 2048;  // beyond them the backward rounds the context's gradients to bfloat16 first
 constexpr int kMaxFactors = 8, kMaxColumns = 4096, kColumnStep = 8;
 constexpr int64_t kMaxUsers = int64_t(1) << 27, kMaxTokens = int64_t(1) << 30;
 

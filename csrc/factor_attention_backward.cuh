@@ -37,7 +37,7 @@ struct GradientColumns {
   static constexpr int kStages = kRoom / (2 * kSlot) < kMaxStages ? kRoom / (2 * kSlot) : kMaxStages;
   static constexpr int kSharedBytes = kSharedLimit - kRoom + 2 * kSlot * kStages;
   static_assert(D % CHUNK == 0 && CHUNK % (32 * kWorkers) == 0 && CHUNK <= kMaxChunk);
-  static_assert(kTile == 8 || kTile == 16);
+  static_assert(kTile == 16 || (kTile == 8 && D > kExactColumns));
   static_assert(kStages > kChunks, "a tile has to fit, and something of the next");
   static_assert(2 * kSlot * kStages >= 4 * kGradientFactors * (D + 4), "the sums have to fit where the ring was");
 };

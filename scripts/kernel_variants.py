@@ -33,7 +33,8 @@ _MULTIPLY = (KERNEL, r"(void multiply\(.*\{\n)", rf"\1{NOTHING}")
 
 
 def _columns(size: int, chunk: int, tokens: int) -> tuple[str, str, str]:
-    return LAUNCH, rf"GradientColumns<{size}, \d+, \d+>", f"GradientColumns<{size}, {chunk}, {tokens}>"
+    name = "kExactColumns" if size == 2048 else str(size)
+    return LAUNCH, rf"GradientColumns<{name}, \d+, \d+>", f"GradientColumns<{name}, {chunk}, {tokens}>"
 
 
 #: name → (file, pattern, replacement), what is changed of the sources.

@@ -83,14 +83,18 @@ def convert(gguf: Path, work: Path) -> None:
 
     if (work / "done").is_file():
         return
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **gguf_arguments(gguf.parent, gguf.name))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, trust_remote_code=False, **gguf_arguments(gguf.parent, gguf.name)
+    )
     unpacked(model)
     tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
     setattr(model.config, _SPREAD, model.config.hidden_size**-0.5)  # as published; a GGUF file does not say it
     folders = [(work / "pretrained", model)]
     for seed in SEEDS:
         torch.manual_seed(seed)
-        folders.append((work / f"random-{seed}", AutoModelForCausalLM.from_config(model.config)))
+        folders.append(
+            (work / f"random-{seed}", AutoModelForCausalLM.from_config(model.config, trust_remote_code=False))
+        )
     for folder, one in folders:
         one.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

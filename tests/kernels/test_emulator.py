@@ -204,7 +204,8 @@ SMALL = {
     r"kQueriesInRegisters = D <= 2048": "kQueriesInRegisters = D <= 128",
     r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 256, 16>",
     r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 256, 8>",
-    r".*GradientColumns<(2048|3072).*\n": "",
+    r"kExactColumns = 2048": "kExactColumns = 256",
+    r".*GradientColumns<(kExactColumns|3072).*\n": "",
     r"return launch<GradientColumns<4096.*": "return cudaErrorInvalidDevice;",
 }
 

@@ -40,7 +40,7 @@ Data make(const Case& c) {
   const size_t count = size_t(c.B) * c.K * (c.D + c.K + 2);
   data.saved.resize(count), data.grads.resize(count);
   for (auto& x : data.grads) x = normal(random);
-  for (size_t i = 0; c.D > 2048 && i < size_t(c.B) * c.K * c.D; ++i)  // where the kernel rounds gradients of context
+  for (size_t i = 0; c.D > kExactColumns && i < size_t(c.B) * c.K * c.D; ++i)  // where the kernel rounds gradients of context
     data.grads[i] = widen16(narrow16(data.grads[i], false), false);
   return data;
 }
