@@ -39,17 +39,9 @@ struct Worker {
   // Column of strip i's first, of this worker.
   FLR_DEVICE int column(int i) const { return i / kStrips * C::CHUNK + (warp * kStrips + i % kStrips) * 16; }
 
-  FLR_DEVICE Slot slot_of(int chunk) const {
-    Slot s = slot;
-    s.advance(chunk, task.plan.stages);
-    return s;
-  }
+  FLR_DEVICE Slot slot_of(int chunk) const { return slot.after(chunk, task.plan.stages); }
   FLR_DEVICE const uint16_t* rows(const Slot& s) const {  // where this lane's row of ldmatrix is
     return ring + s.index * C::kSlot + (lane % 8 + lane / 16 * 8) * C::kPitch + lane / 8 % 2 * 8 + column(0);
-  }
-  FLR_DEVICE void release(Mbarrier* barrier) const {
-    __syncwarp();
-    if (lane == 0) mbar_arrive(barrier);
   }
 
   // The tensor core's rows are factors, 8 to 15 of them zero; rows from K on repeat factor 0 and nobody looks at them.
@@ -149,7 +141,7 @@ struct Worker {
         T::mma(sums[c * kStrips + i], x[0], x[1], x[2], x[3], h0, h1);
         T::mma(sums[c * kStrips + i], x[0], x[1], x[2], x[3], l0, l1);
       }
-      release(&control.empty[here.index]);
+      release(lane, &control.empty[here.index]);
     }
     slot.advance(task.plan.chunks, task.plan.stages);
   }
@@ -160,7 +152,7 @@ struct Worker {
       const int tile = control.tile[slot.index], count = tile & 255;
       last = tile > 255;
       if (count == 0) {  // a user, or a block's share of one, without a valid token
-        release(&control.empty[slot.index]);
+        release(lane, &control.empty[slot.index]);
         slot.advance(1, task.plan.stages);
         return;
       }
@@ -268,9 +260,9 @@ struct Worker {
       const uint16_t* from = queries + buffer * task.p.factors * task.plan.query_pitch;
       mbar_wait(&control.queries_full[buffer], served / task.plan.buffers & 1);
       start_user(from);
-      if (kInRegisters) release(&control.queries_empty[buffer]);
+      if (kInRegisters) release(lane, &control.queries_empty[buffer]);
       tiles(from);
-      if (!kInRegisters) release(&control.queries_empty[buffer]);
+      if (!kInRegisters) release(lane, &control.queries_empty[buffer]);
       if (task.plan.cluster > 1) combine(users.user());
       else store(users.user());
     }

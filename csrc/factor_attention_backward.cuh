@@ -10,137 +10,10 @@
 // Beyond 2048 columns tiles have eight tokens: a second one has to fit beside the rows. Every order is fixed. The
 // formulas are in ops/factor_attention/op.py.
 #pragma once
-#include "factor_attention_producer.cuh"
+#include "factor_attention_backward_producer.cuh"
+#include "factor_attention_backward_weights.cuh"
 
 namespace flr {
-
-struct alignas(128) GradientControl {
-  Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
-  float delta[kWorkers][kGradientFactors];
-  Mbarrier full[kMaxStages], empty[kMaxStages], drained;
-  int64_t rows[kMaxStages][kTokens];  // where in dH a slot's rows go; -1: nowhere
-  int columns[kMaxStages][kTokens];   // how many of them
-  int tile[kMaxStages];               // number of tokens; 256 more for a user's last tile
-  int tokens[kProducers][32 * kSearch + kTokens];
-};
-
-// Columns in registers, how many of them come in one copy, and tokens of a tile.
-template <int D_, int CHUNK_, int TOKENS>
-struct GradientColumns {
-  static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
-  static constexpr int kTile = TOKENS, kTileRows = kTile / kProducers;
-  static constexpr bool kWide = kTile == 8;  // gradients of the context are bfloat16 numbers, and nothing more
-  static constexpr int kRows = (kWide ? 2 : 3) * kGradientFactors;
-  static constexpr int kPitch = CHUNK + 8, kSlot = kPitch * kTile;
-  static constexpr int kQueryPitch = D + 8;
-  static constexpr int kRoom = kSharedLimit - int(sizeof(GradientControl)) - 2 * kRows * kQueryPitch;
-  static constexpr int kStages = kRoom / (2 * kSlot) < kMaxStages ? kRoom / (2 * kSlot) : kMaxStages;
-  static constexpr int kSharedBytes = kSharedLimit - kRoom + 2 * kSlot * kStages;
-  static_assert(D % CHUNK == 0 && CHUNK % (32 * kWorkers) == 0 && CHUNK <= kMaxChunk);
-  static_assert(kTile == 16 || (kTile == 8 && D > kExactColumns));
-  static_assert(kStages > kChunks, "a tile has to fit, and something of the next");
-  static_assert(2 * kSlot * kStages >= 4 * kGradientFactors * (D + 4), "the sums have to fit where the ring was");
-};
-
-struct GradientTask {
-  AttentionProblem p;
-  AttentionGradients d;
-  Plan plan;  // chunks, stages, cluster, grid and shared_bytes
-};
-
-template <class C>
-Plan make_gradient_plan(const AttentionProblem& p, const Room& device) {
-  Plan plan{};
-  set_grid(plan, p, device);
-  plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK;
-  plan.stages = C::kStages, plan.shared_bytes = C::kSharedBytes;
-  return plan;
-}
-
-// One of the warps that fill the ring and empty it: of every tile its kTileRows rows, a lane a row.
-template <class C>
-struct GradientProducer {
-  const GradientTask& task;
-  GradientControl& control;
-  uint16_t* ring;
-  int *tokens, warp, lane, rank, mine, masked = 0;
-  Slot slot;
-
-  FLR_DEVICE GradientProducer(const GradientTask& task, GradientControl& control, uint16_t* ring, int warp, int lane,
-                              int rank)
-      : task(task), control(control), ring(ring), tokens(control.tokens[warp]), warp(warp), lane(lane), rank(rank),
-        mine(C::kTileRows * warp + lane) {
-    if (lane < C::kTileRows)
-      for (int i = 0; i < C::kStages; ++i) control.rows[i][mine] = -1;
-  }
-
-  FLR_DEVICE uint16_t* row() const { return ring + slot.index * C::kSlot + mine * C::kPitch; }
-
-  // Waits until the workers are done with the slot; sends its gradients to memory, and waits until they are read.
-  FLR_DEVICE void retire() {
-    mbar_wait(&control.empty[slot.index], slot.phase ^ 1);
-    __syncwarp();  // a lane that still waits must not miss this phase for the next
-    if (task.d.dh == nullptr || lane >= C::kTileRows) return;
-    const int64_t to = control.rows[slot.index][mine];
-    if (to < 0) return;
-    bulk_store(static_cast<uint16_t*>(task.d.dh) + to, row(), uint32_t(2 * control.columns[slot.index][mine]));
-    bulk_wait_read();
-  }
-
-  // A tile of `count` tokens from the list, rows of zeros after them; without any, one slot that says so.
-  FLR_DEVICE void send_tile(int64_t user, int first, int count, bool last) {
-    const auto& p = task.p;
-    const int chunks = count > 0 ? task.plan.chunks : 1;
-    const bool is_row = lane < C::kTileRows, is_token = is_row && mine < count;
-    const int token = is_token ? tokens[first + mine] : 0;
-    const uint16_t* from = static_cast<const uint16_t*>(p.h) + user * p.h_b + token * p.h_l;
-    for (int c = 0; c < chunks; ++c) {
-      const int left = p.size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
-      Mbarrier* full = &control.full[slot.index];
-      retire();
-      if (lane == 0) {
-        if (c == 0 && warp == 0) control.tile[slot.index] = count | int(last) << 8;
-        if (count > 0) mbar_expect(full, uint32_t(C::kTileRows * 2 * columns));
-        else mbar_arrive(full);
-      }
-      __syncwarp();
-      if (is_row) {
-        control.rows[slot.index][mine] = is_token ? (user * p.length + token) * p.size + c * C::CHUNK : -1;
-        control.columns[slot.index][mine] = columns;
-        if (count > 0) bulk_copy(row(), is_token ? from + c * C::CHUNK : kZeros, uint32_t(2 * columns), full);
-      }
-      slot.advance(1, C::kStages);
-    }
-  }
-
-  // Every fourth of the masked tokens is this warp's.
-  FLR_DEVICE void clear(int64_t user, int base, unsigned bits) {
-    if (task.d.dh == nullptr) return;
-    for (; bits != 0; bits &= bits - 1) {
-      if (masked++ % kProducers != warp) continue;
-      const int64_t token = user * task.p.length + base + ones((bits & (~bits + 1)) - 1);
-      Quad* to = reinterpret_cast<Quad*>(static_cast<uint16_t*>(task.d.dh) + token * task.p.size);
-      for (int i = lane; i < task.p.size / 8; i += 32) to[i] = Quad{0, 0, 0, 0};
-    }
-  }
-
-  FLR_DEVICE void run() {
-    for (Users users(task); users.more(); users.index += users.step) {
-      const int64_t user = users.user();
-      walk_tokens<C::kTile>(
-          task.p, user, rank, task.plan.cluster, lane, tokens,
-          [&](int first, int count, bool last) { send_tile(user, first, count, last); },
-          [&](int base, unsigned bits) { clear(user, base, bits); });
-    }
-    for (int i = 0; i < C::kStages; ++i) {
-      retire();
-      slot.advance(1, C::kStages);
-    }
-    __syncwarp();
-    if (lane == 0) mbar_arrive(&control.drained);
-    bulk_wait_written();
-  }
-};
 
 // One of the worker warps. After the exchange lane 4 g + t / 2 holds of scores and weights: factor g % 4, tokens t and
 // t + 1 of the tile's first eight (g < 4) or second, if it has them; of sums: columns g and g + 8 of every strip, factors
@@ -168,11 +41,7 @@ struct GradientWorker {
   FLR_DEVICE bool is_upper() const { return lane >= 16; }
   FLR_DEVICE int column(int i) const { return i / kStrips * C::CHUNK + i % kStrips * kApart + 16 * warp; }
 
-  FLR_DEVICE Slot slot_of(int chunk) const {
-    Slot s = slot;
-    s.advance(chunk, C::kStages);
-    return s;
-  }
+  FLR_DEVICE Slot slot_of(int chunk) const { return slot.after(chunk, C::kStages); }
   // This lane's row of a slot's first strip and of the rows': with tiles of sixteen tokens of one strip, [16, 16]; with
   // tiles of eight of two strips, [8, 16] each.
   FLR_DEVICE uint16_t* history_rows(const Slot& s) const {
@@ -183,10 +52,6 @@ struct GradientWorker {
     if (kWide) return queries + lane % 8 * C::kQueryPitch + lane / 8 % 2 * 8 + lane / 16 * kApart + 16 * warp;
     const int row = lane % 16 < C::kRows ? lane % 16 : lane % 16 - 8;
     return queries + row * C::kQueryPitch + lane / 16 * 8 + 16 * warp;
-  }
-  FLR_DEVICE void release(Mbarrier* barrier) const {
-    __syncwarp();
-    if (lane == 0) mbar_arrive(barrier);
   }
 
   // Writes this thread's columns of the rows, and its shares of dc_k · c_k.
@@ -330,50 +195,6 @@ struct GradientWorker {
     }
   }
 
-  // ds as a [16 or 8 tokens, 8] operand: column g is factor g's high half, column g + 4 what it leaves.
-  FLR_DEVICE void by_factor(const float (&ds)[2], uint32_t (&b)[2]) const {
-    const float x = kWide ? ds[0] : shuffle_xor(ds[0], 16), y = kWide ? ds[1] : shuffle_xor(ds[1], 16);
-    const float values[2][2] = {{is_upper() ? x : ds[0], is_upper() ? y : ds[1]},
-                                {is_upper() ? ds[0] : x, is_upper() ? ds[1] : y}};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t high = T::pack(values[i][0], values[i][1]);
-      const auto rounded = T::unpack(high);
-      b[i] = is_upper() ? T::pack(values[i][0] - rounded.x, values[i][1] - rounded.y) : high;
-    }
-  }
-
-  // Weights as an operand of tokens g (and g + 8) and pairs of rows t, t + 1 (and t + 8, t + 9): ds, α and α; from what
-  // a lane has, pairs of tokens.
-  FLR_DEVICE void by_token(uint32_t ds, uint32_t weight, uint32_t (&a)[4]) const {
-    const int first = lane % 2 * 2;  // of two factors
-    const bool is_weight = lane % 4 >= 2;
-#pragma unroll
-    for (int i = 0; i < (kWide ? 1 : 2); ++i) {
-      const int from = 4 * (first + 4 * i) + g() / 2;
-      const uint32_t x = shuffle(ds, from), y = shuffle(ds, from + 4);
-      const uint32_t z = shuffle(weight, from), w = shuffle(weight, from + 4);
-      const uint32_t low = is_weight ? z : x, high = is_weight ? w : y;
-      a[i] = g() % 2 ? (low >> 16) | (high & 0xffff0000u) : (low & 0xffffu) | (high << 16);
-      const uint32_t other = kWide ? 0 : shuffle(a[i], lane ^ 2);
-      a[2 + i] = is_weight ? 0 : other;
-    }
-  }
-
-  // Operands of a tile that every strip is multiplied with.
-  struct Weights {
-    uint32_t ds[2], high[4], low[4];
-  };
-  FLR_DEVICE Weights operands(const float (&weight)[2], const float (&ds)[2]) const {
-    Weights out;
-    by_factor(ds, out.ds);
-    const uint32_t d = T::pack(ds[0], ds[1]), w = T::pack(weight[0], weight[1]);
-    const auto x = T::unpack(d), y = T::unpack(w);
-    by_token(d, w, out.high);
-    by_token(T::pack(ds[0] - x.x, ds[1] - x.y), T::pack(weight[0] - y.x, weight[1] - y.y), out.low);
-    return out;
-  }
-
   // Gradients of two strips from their columns h and the rows' q, of which strip 1 only where `two`.
   FLR_DEVICE void pair_of_16(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
                              bool two) const {
@@ -457,7 +278,7 @@ struct GradientWorker {
         }
       }
       fence_async();  // what was written here is read by bulk copies
-      release(&control.empty[here.index]);
+      release(lane, &control.empty[here.index]);
     }
     slot.advance(task.plan.chunks, C::kStages);
   }
@@ -468,14 +289,14 @@ struct GradientWorker {
       const int tile = control.tile[slot.index], count = tile & 255;
       last = tile > 255;
       if (count == 0) {  // a user, or a block's share of one, without a valid token
-        release(&control.empty[slot.index]);
+        release(lane, &control.empty[slot.index]);
         slot.advance(1, C::kStages);
         return;
       }
       float s[2], dp[2];
       products(s, dp);
       weights(s, dp, count);
-      gradients(operands(s, dp));
+      gradients(operands<T, kWide>(lane, s, dp));
     }
   }
 

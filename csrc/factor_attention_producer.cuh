@@ -105,7 +105,18 @@ struct Slot {
     index += by;
     if (index >= stages) index -= stages, phase ^= 1;
   }
+  FLR_DEVICE Slot after(int by, int stages) const {
+    Slot s = *this;
+    s.advance(by, stages);
+    return s;
+  }
 };
+
+// One arrival of a warp whose lanes are all done.
+FLR_DEVICE void release(int lane, Mbarrier* barrier) {
+  __syncwarp();
+  if (lane == 0) mbar_arrive(barrier);
+}
 
 alignas(128) __device__ static uint16_t kZeros[kMaxChunk];
 

@@ -9,7 +9,7 @@ from flr.config import option
 from . import voice
 from .parsing import REVISION, emit, parse
 from .weights import InferenceOptions
-from .written import new_folder
+from .written import new_folder, writing
 
 ABOUT = "Write prompt and thought as a program that runs without this package, and the catalogue's trie."
 PROGRAM, TRIE, FACTS = "prompt.pt2", "trie.safetensors", "export.json"
@@ -31,7 +31,7 @@ def export(options: ExportOptions) -> dict[str, object]:
     """Write program, trie and what a reader must know; returns the last."""
     import torch
 
-    from flr.files import atomic_folder, write_json
+    from flr.files import write_json
     from flr.model.export import INPUTS, OUTPUTS, export_prompt, longest_prompt
 
     from .options import load_trained
@@ -52,9 +52,7 @@ def export(options: ExportOptions) -> dict[str, object]:
         "items": len(processor.catalogue),
         "torch": torch.__version__,
     }
-    if output.is_dir():
-        output.rmdir()  # empty
-    with atomic_folder(output) as place:
+    with writing(output) as place:
         torch.export.save(program, str(place / PROGRAM))
         processor.item_codec.trie().save(place / TRIE)
         write_json(place / FACTS, facts)

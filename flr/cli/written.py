@@ -19,13 +19,20 @@ def new_folder(name: str, folder: str) -> Path:
 
 
 @contextmanager
-def writing_model(output: Path, model: Any, processor: Any) -> Iterator[Path]:
-    """Within it model and processor lie in a folder that becomes ``output``, new or empty, whole or not at all."""
+def writing(output: Path) -> Iterator[Path]:
+    """A folder that becomes ``output``, new or empty, whole or not at all."""
     from flr.files import atomic_folder
 
     if output.is_dir():
         output.rmdir()  # empty
     with atomic_folder(output) as place:
+        yield place
+
+
+@contextmanager
+def writing_model(output: Path, model: Any, processor: Any) -> Iterator[Path]:
+    """As :func:`writing`, with model and processor in the folder."""
+    with writing(output) as place:
         processor.save_pretrained(place)
         model.save_pretrained(place)
         yield place

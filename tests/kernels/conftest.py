@@ -15,3 +15,15 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def backend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same for the CUDA kernels of compute capability 9.0; skips on other devices."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not compute capability 9.0")
+    monkeypatch.setenv("FLR_BACKEND", "cuda")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

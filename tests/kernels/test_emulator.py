@@ -120,13 +120,13 @@ FAULTS = {
         "back",
     ),
     "gradients leave, and a chunk comes, before the workers are done": (
-        "factor_attention_backward.cuh",
+        "factor_attention_backward_producer.cuh",
         "",
         "mbar_wait(&control.empty[slot.index], slot.phase ^ 1);",
         "back",
     ),
     "a chunk comes while the gradients before it are leaving": (
-        "factor_attention_backward.cuh",
+        "factor_attention_backward_producer.cuh",
         "",
         "bulk_wait_read();",
         "back",

@@ -1,6 +1,7 @@
 // csrc/factor_attention_backward.cu on the emulator against sums in double. A line a case; the exit status is the
 // number that failed. Arguments: users, tokens, columns, factors, whether dH is wanted, multiprocessors, percent of
 // tokens kept, gain of logits; any number of such eights.
+#include "cases.h"
 #include "factor_attention_backward.cu"
 
 using namespace flr;
@@ -167,12 +168,4 @@ bool run(const Case& c) {
 
 }  // namespace
 
-int main(int count, char** arguments) {
-  int failed = 0;
-  for (int i = 1; i + 8 <= count; i += 8) {
-    int x[8];
-    for (int j = 0; j < 8; ++j) x[j] = atoi(arguments[i + j]);
-    failed += !run({x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]});
-  }
-  return failed;
-}
+int main(int count, char** arguments) { return run_cases<Case>(run, count, arguments); }
