@@ -78,7 +78,8 @@ class TestWhatItTakes:
     def test_auto_takes_what_has_run_on_a_device(self):
         for shape, taken in [((4, 9, 4096, 8), True), ((4, 9, 4104, 4), False), ((4, 9, 64, 9), False)]:
             assert cuda_host.fills(*inputs(*shape)) is taken
-        assert cuda_host.fills(*inputs(1, 512, 64, 2)) and not cuda_host.fills(*inputs(1, 513, 64, 2))
+        assert cuda_host.fills(*inputs(1, 512, 64, 2))
+        assert not cuda_host.fills(*inputs(1, 513, 64, 2))
 
     def test_not_on_another_device_or_without_the_kernel(self):
         arguments = inputs(2, 3, 64, 2)

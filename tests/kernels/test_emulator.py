@@ -327,7 +327,7 @@ def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
     assert run(plain, "advantage") == "67 problems\nexit 0"
 
 
-#: Users in turn, with queries in shared memory; a cluster of 2; one with all of a block's tokens in its first slot; users
+#: Users in turn, with queries in shared memory; a cluster of 2; one with all of its tokens in the first slot; users
 #: in turn of two blocks each; two times two blocks, and more than eight factors. Of
 #: the backward likewise, with tiles of 8 first and of 16 then.
 SMALL_CASES = {
