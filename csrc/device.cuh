@@ -86,6 +86,22 @@ FLR_DEVICE void mbar_wait(Mbarrier* m, uint32_t parity) {  // until the phase of
       "r"(parity)
       : "memory");
 }
+// An arrival at a barrier of another block of the cluster, which sees then what this thread has written there; and the
+// wait for such arrivals.
+FLR_DEVICE void mbar_arrive_remote(Mbarrier* m, unsigned rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(m)),
+      "r"(rank)
+      : "memory");
+}
+FLR_DEVICE void mbar_wait_remote(Mbarrier* m, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\nbra again;\nover:\n}" ::"r"(shared_address(m)),
+      "r"(parity)
+      : "memory");
+}
 // Global to shared memory, asynchronously; both addresses and the size are multiples of 16 bytes.
 FLR_DEVICE void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -14,12 +14,20 @@ cudaError_t launch(const AttentionProblem& p, int device, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch(const AttentionProblem& p, int device, cudaStream_t stream) {
+  if (p.factors > 8) {
+    if (p.size <= 1024) return launch<T, Columns<1024, 1024, 16>>(p, device, stream);
+    if (p.size <= 2048) return launch<T, Columns<2048, 1024, 16>>(p, device, stream);
+    return launch<T, Columns<2048, 1024, 16, 4>>(p, device, stream);
+  }
   if (p.size <= 1024) return launch<T, Columns<1024, 1024>>(p, device, stream);
   if (p.size <= 1536) return launch<T, Columns<1536, 1536>>(p, device, stream);
   if (p.size <= 2048) return launch<T, Columns<2048, 1024>>(p, device, stream);
   if (p.size <= 3072) return launch<T, Columns<3072, 1024>>(p, device, stream);
-  if (p.factors <= 4) return launch<T, Columns<4096, 1024, 4>>(p, device, stream);
-  return launch<T, Columns<4096, 512>>(p, device, stream);  // of 8 factors' queries and larger chunks no tile fits
+  // of 8 factors' queries and larger chunks no tile fits
+  if (p.size <= 4096 && p.factors > 4) return launch<T, Columns<4096, 512>>(p, device, stream);
+  if (p.size <= 4096) return launch<T, Columns<4096, 1024, 4>>(p, device, stream);
+  if (p.factors > 4) return launch<T, Columns<4096, 512, 8, 2>>(p, device, stream);
+  return launch<T, Columns<4096, 1024, 4, 2>>(p, device, stream);
 }
 
 cudaError_t start(const AttentionProblem& p, int device, cudaStream_t stream) {

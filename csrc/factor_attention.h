@@ -27,9 +27,10 @@ struct AttentionGradients {
   void* du;  // [B, K, D]
 };
 
-constexpr int kGradientFactors = 4, kGradientStep = 16;  // the backward's most factors, and what divides its columns
+// The backward's most factors and columns, and what divides the columns.
+constexpr int kGradientFactors = 4, kGradientColumns = 4096, kGradientStep = 16;
 constexpr int kExactColumns = 2048;  // beyond them the backward rounds the context's gradients to bfloat16 first
-constexpr int kMaxFactors = 8, kMaxColumns = 4096, kColumnStep = 8;
+constexpr int kMaxFactors = 16, kMaxColumns = 8192, kColumnStep = 8;
 constexpr int64_t kMaxUsers = int64_t(1) << 27, kMaxTokens = int64_t(1) << 30;
 
 // Null, or what went wrong. They check nothing. The backward takes bfloat16 alone.

@@ -41,7 +41,7 @@ struct GradientTask {
 template <class C>
 Plan make_gradient_plan(const AttentionProblem& p, const Room& device) {
   Plan plan{};
-  set_grid(plan, p, device);
+  set_grid(plan, p, device, C::D);
   plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK;
   plan.stages = C::kStages, plan.shared_bytes = C::kSharedBytes;
   return plan;

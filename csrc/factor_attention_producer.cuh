@@ -22,23 +22,38 @@ constexpr float kLog2e = 1.4426950408889634f;
 struct alignas(16) Quad { float x, y, z, w; };
 struct alignas(8) Words { uint32_t low, high; };
 
-struct alignas(128) Control {
-  Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
-  float stats[3][8];             // maximum, sum, sum of weight times logit below the maximum
-  float pairs[8][8];             // sums of products of weights
-  float weights[kMaxCluster][8];
+// What blocks exchange that have some of a token's columns each: scores of a tile, a block's part each, two in turn.
+template <int kGroups, int kSplit>
+struct Across {
+  Quad across[2][kSplit][kGroups][32];
+  Mbarrier crossed[2];
+};
+template <int kGroups>
+struct Across<kGroups, 1> {};
+
+// For kGroups times eight factors.
+template <int kGroups, int kSplit>
+struct alignas(128) Control : Across<kGroups, kSplit> {
+  Quad scores[2][kWorkers][kGroups][32];  // of a tile, a worker's part each; two tiles in turn
+  float stats[3][8 * kGroups];            // maximum, sum, sum of weight times logit below the maximum
+  float pairs[8 * kGroups][8 * kGroups];  // sums of products of weights
+  float weights[kMaxCluster][8 * kGroups];
   Mbarrier full[kMaxStages], empty[kMaxStages], queries_full[2], queries_empty[2];
   int tile[kMaxStages];  // number of tokens; 256 more for a user's last tile
   int tokens[kProducers][32 * kSearch + kTokens];  // the same for every producer
 };
 
-// Columns in registers, how many of them come in one copy, and the most factors.
-template <int D_, int CHUNK_, int FACTORS = kMaxFactors>
+// Columns in registers, how many of them come in one copy, the most factors, and over how many blocks at most the
+// columns of a token are split.
+template <int D_, int CHUNK_, int FACTORS = 8, int SPLIT = 1>
 struct Columns {
+  static constexpr int kGroups = (FACTORS + 7) / 8;
+  static constexpr bool kSplit = SPLIT > 1;
+  using Control = flr::Control<kGroups, SPLIT>;
   static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
   static constexpr int kPitch = CHUNK + 8;  // 16 bytes of padding: ldmatrix reads without bank conflicts
   static constexpr int kChunkBytes = 2 * CHUNK, kSlot = kPitch * kTokens;
-  static constexpr bool kQueriesInRegisters = D <= 2048;
+  static constexpr bool kQueriesInRegisters = kGroups == 1 && D <= 2048;
   static constexpr int kLeastStages = (kSharedLimit - int(sizeof(Control)) - 2 * FACTORS * (D + 8)) / (2 * kSlot);
   static_assert(D % CHUNK == 0 && CHUNK % (16 * kWorkers) == 0 && CHUNK <= kMaxChunk);
   static_assert(kLeastStages > kChunks, "a tile has to fit, and something of the next");
@@ -46,9 +61,9 @@ struct Columns {
 };
 
 // Shared memory: Control, `stages` slots of the ring, `buffers` of queries. After the last tile of a block of a cluster
-// its sums [K, D] lie where the ring was.
+// its sums [K, D] lie where the ring was. `split` blocks of a cluster have `width` columns each, the last the rest.
 struct Plan {
-  int chunks, stages, buffers, cluster;
+  int chunks, stages, buffers, cluster, split, width;
   int64_t grid;
   int query_pitch, shared_bytes;
 };
@@ -59,25 +74,29 @@ struct Room {
   int multiprocessors, clusters[kMaxCluster + 1];
 };
 
-inline void set_grid(Plan& plan, const AttentionProblem& p, const Room& device) {
-  plan.cluster = 1;
-  for (int i = 2; i <= kMaxCluster; ++i)  // the largest with which no user has to wait for another
-    if (p.users <= device.clusters[i] && 32 * i <= p.length) plan.cluster = i;
-  const bool one_each = plan.cluster > 1 || p.users < device.multiprocessors;
-  plan.grid = one_each ? p.users * plan.cluster : device.multiprocessors;
+// For at most `columns` a block.
+inline void set_grid(Plan& plan, const AttentionProblem& p, const Room& device, int columns) {
+  plan.split = (p.size + columns - 1) / columns;
+  plan.width = plan.split == 1 ? p.size : ((p.size + plan.split - 1) / plan.split + 15) / 16 * 16;
+  plan.cluster = plan.split;
+  for (int i = 2; i * plan.split <= kMaxCluster; ++i)  // the largest with which no user has to wait for another
+    if (p.users <= device.clusters[i * plan.split] && 32 * i <= p.length) plan.cluster = i * plan.split;
+  const int at_once = plan.split == 1 ? device.multiprocessors : device.clusters[plan.split];
+  const bool one_each = plan.cluster > plan.split || p.users < at_once;
+  plan.grid = one_each ? p.users * plan.cluster : int64_t(at_once) * plan.split;
 }
 
 template <class C>
 Plan make_plan(const AttentionProblem& p, const Room& device) {
   Plan plan{};
-  plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
-  set_grid(plan, p, device);
-  const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(Control));
+  set_grid(plan, p, device, C::D);
+  plan.chunks = (plan.width + C::CHUNK - 1) / C::CHUNK, plan.query_pitch = plan.chunks * C::CHUNK + 8;
+  const int queries = 2 * p.factors * plan.query_pitch, room = kSharedLimit - int(sizeof(typename C::Control));
   const bool waits = !C::kQueriesInRegisters && p.users * plan.cluster > plan.grid;  // for the user before
   plan.buffers = waits && (room - 2 * queries) / (2 * C::kSlot) > plan.chunks ? 2 : 1;
   plan.stages = (room - plan.buffers * queries) / (2 * C::kSlot);
   if (plan.stages > kMaxStages) plan.stages = kMaxStages;
-  plan.shared_bytes = int(sizeof(Control)) + plan.stages * 2 * C::kSlot + plan.buffers * queries;
+  plan.shared_bytes = int(sizeof(typename C::Control)) + plan.stages * 2 * C::kSlot + plan.buffers * queries;
   return plan;
 }
 
@@ -85,6 +104,26 @@ Plan make_plan(const AttentionProblem& p, const Room& device) {
 struct Task {
   AttentionProblem p;
   Plan plan;
+};
+
+// A block's place in its cluster: it has a share of a user's tokens and, where `split`, a part of their columns.
+template <class Task, bool split>
+struct Place {
+  const Task& task;
+  int rank;
+
+  FLR_DEVICE Place(const Task& task, int rank) : task(task), rank(rank) {}
+  FLR_DEVICE int part() const { return split ? rank % task.plan.split : 0; }
+  FLR_DEVICE int share() const { return split ? rank / task.plan.split : rank; }
+  FLR_DEVICE int shares() const { return split ? task.plan.cluster / task.plan.split : task.plan.cluster; }
+  FLR_DEVICE int first_column() const { return part() * task.plan.width; }
+  FLR_DEVICE int size() const {
+    if (!split) return task.p.size;
+    const int left = task.p.size - first_column();
+    return left < task.plan.width ? left : task.plan.width;
+  }
+  FLR_DEVICE int of_share(int q) const { return split ? q * task.plan.split + part() : q; }  // with the same columns
+  FLR_DEVICE int of_part(int q) const { return share() * task.plan.split + q; }              // with the same tokens
 };
 
 struct Users {
@@ -157,18 +196,19 @@ FLR_DEVICE void walk_tokens(const AttentionProblem& p, int64_t user, int rank, i
 
 // One of the warps that fill the ring: of every tile its kRows rows. All look for tokens alike.
 template <class C>
-struct Producer {
-  const Task& task;
-  Control& control;
+struct Producer : Place<Task, C::kSplit> {
+  using Here = Place<Task, C::kSplit>;
+  using Here::task;
+  typename C::Control& control;
   uint16_t *ring, *queries;
   int* tokens;
-  int warp, lane, rank;
+  int warp, lane;
   Slot slot;
 
-  FLR_DEVICE Producer(const Task& task, Control& control, uint16_t* ring, uint16_t* queries, int warp, int lane,
-                      int rank)
-      : task(task), control(control), ring(ring), queries(queries), tokens(control.tokens[warp]), warp(warp),
-        lane(lane), rank(rank) {}
+  FLR_DEVICE Producer(const Task& task, typename C::Control& control, uint16_t* ring, uint16_t* queries, int warp,
+                      int lane, int rank)
+      : Here(task, rank), control(control), ring(ring), queries(queries), tokens(control.tokens[warp]), warp(warp),
+        lane(lane) {}
 
   // Rows of queries [K, D], zero from D to the end of the last chunk.
   FLR_DEVICE void send_queries(int64_t user, int served) const {
@@ -176,24 +216,26 @@ struct Producer {
     const int buffer = served % task.plan.buffers, round = served / task.plan.buffers;
     mbar_wait(&control.queries_empty[buffer], (round & 1) ^ 1);  // at once in the first round
     __syncwarp();  // a lane that still waits must not miss this phase for the next
-    const int columns = task.plan.chunks * C::CHUNK, factor = kProducers * lane + warp;
+    const int columns = task.plan.chunks * C::CHUNK, factor = kProducers * lane + warp, size = Here::size();
     Mbarrier* full = &control.queries_full[buffer];
     if (lane == 0) mbar_expect(full, uint32_t((p.factors + kProducers - 1 - warp) / kProducers * 2 * columns));
     __syncwarp();
     if (factor < p.factors) {
       uint16_t* to = queries + (buffer * p.factors + factor) * task.plan.query_pitch;
-      bulk_copy(to, static_cast<const uint16_t*>(p.u) + user * p.u_b + factor * p.u_k, 2 * p.size, full);
-      if (columns > p.size) bulk_copy(to + p.size, kZeros, 2 * (columns - p.size), full);
+      const uint16_t* from = static_cast<const uint16_t*>(p.u) + user * p.u_b + factor * p.u_k;
+      bulk_copy(to, from + Here::first_column(), 2 * size, full);
+      if (columns > size) bulk_copy(to + size, kZeros, 2 * (columns - size), full);
     }
   }
 
   // A tile of `count` tokens from the list, rows of zeros after them; without any, one slot that says so.
   FLR_DEVICE void send_tile(const uint16_t* h, int first, int count, bool last) {
-    const int chunks = count > 0 ? task.plan.chunks : 1, size = task.p.size, mine = kRows * warp + lane;
+    const int chunks = count > 0 ? task.plan.chunks : 1, size = Here::size(), mine = kRows * warp + lane;
     const uint16_t* row = lane < kRows && mine < count ? h + tokens[first + mine] * task.p.h_l : nullptr;
     for (int c = 0; c < chunks; ++c) {
       // the last chunk's columns from D on are zero from the start where they stay in place
-      const int left = size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
+      const int left = size - c * C::CHUNK;
+      const int columns = C::kSplit && left < 0 ? 0 : left < C::CHUNK ? left : C::CHUNK;  // the last part may have fewer
       const int padding = C::kChunks == 1 ? 0 : C::CHUNK - columns;
       Mbarrier* full = &control.full[slot.index];
       mbar_wait(&control.empty[slot.index], slot.phase ^ 1);
@@ -206,7 +248,8 @@ struct Producer {
       __syncwarp();
       if (count > 0 && lane < kRows) {
         uint16_t* to = ring + slot.index * C::kSlot + mine * C::kPitch;
-        bulk_copy(to, row == nullptr ? kZeros : row + c * C::CHUNK, uint32_t(2 * columns), full);
+        if (!C::kSplit || columns > 0)
+          bulk_copy(to, row == nullptr ? kZeros : row + c * C::CHUNK, uint32_t(2 * columns), full);
         if (padding > 0) bulk_copy(to + columns, kZeros, uint32_t(2 * padding), full);
       }
       slot.advance(1, task.plan.stages);
@@ -215,9 +258,9 @@ struct Producer {
 
   FLR_DEVICE void send_user(int64_t user) {
     const auto& p = task.p;
-    const uint16_t* h = static_cast<const uint16_t*>(p.h) + user * p.h_b;
+    const uint16_t* h = static_cast<const uint16_t*>(p.h) + user * p.h_b + Here::first_column();
     walk_tokens<kTokens>(
-        p, user, rank, task.plan.cluster, lane, tokens,
+        p, user, Here::share(), Here::shares(), lane, tokens,
         [&](int first, int count, bool last) { send_tile(h, first, count, last); }, [](int, unsigned) {});
   }
 

@@ -49,7 +49,7 @@ class TestWhatItTakes:
         extension.attention_problem.cache_clear()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(("size", "factors"), [(32, 1), (576, 4), (1536, 8), (4096, 8)])
+    @pytest.mark.parametrize(("size", "factors"), [(32, 1), (576, 4), (1536, 8), (4096, 8), (8192, 16)])
     def test_these(self, dtype, size, factors):
         cuda_host.check(*inputs(3, 5, size, factors, dtype))
         wide = torch.zeros(3, 5, size + 8, dtype=dtype)
@@ -59,10 +59,10 @@ class TestWhatItTakes:
         ("h", "u", "message"),
         [
             (torch.zeros(2, 3, 64), torch.zeros(2, 2, 64), "h: expected bfloat16 or float16 .*, got torch.float32"),
-            (torch.zeros(2, 3, 4104), torch.zeros(2, 2, 4104), "h: expected D a multiple of 8 from 32 to 4096"),
+            (torch.zeros(2, 3, 8200), torch.zeros(2, 2, 8200), "h: expected D a multiple of 8 from 32 to 8192"),
             (torch.zeros(2, 3, 36), torch.zeros(2, 2, 36), "h: .* got D = 36"),
             (torch.zeros(2, 3, 24), torch.zeros(2, 2, 24), "h: .* got D = 24"),
-            (torch.zeros(2, 3, 64), torch.zeros(2, 9, 64), "u: expected K from 1 to 8 .*, got K = 9"),
+            (torch.zeros(2, 3, 64), torch.zeros(2, 17, 64), "u: expected K from 1 to 16 .*, got K = 17"),
             (torch.zeros(2, 3, 68)[..., :64], torch.zeros(2, 2, 64), "h: expected contiguous rows at multiples of 16"),
             (torch.zeros(2, 3, 72)[..., 4:68], torch.zeros(2, 2, 64), "h: expected contiguous rows at multiples of 16"),
             (torch.zeros(2, 3, 128)[..., ::2], torch.zeros(2, 2, 64), "h: expected contiguous rows"),
@@ -74,6 +74,12 @@ class TestWhatItTakes:
             h, u = _as_bfloat16(h), _as_bfloat16(u)
         with pytest.raises(ValueError, match=message):
             cuda_host.check(h, u)
+
+    def test_auto_takes_what_has_run_on_a_device(self):
+        for shape, taken in [((4, 9, 4096, 8), True), ((4, 9, 4104, 4), False), ((4, 9, 64, 9), False)]:
+            assert cuda_host.fills(*inputs(*shape)) is taken
+        assert cuda_host.fills(*inputs(1, 512, 64, 2))
+        assert not cuda_host.fills(*inputs(1, 513, 64, 2))
 
     def test_not_on_another_device_or_without_the_kernel(self):
         arguments = inputs(2, 3, 64, 2)
@@ -105,12 +111,12 @@ def view(*shape, dtype=torch.bfloat16):
         ("h", 5, 2 * 3 * 64 * 2 - 1, "h: expected 383 elements and one more within its storage"),
         ("h", 1, "float64", "h: expected 383 elements"),
         ("h", 3, (2, 0, 64), r"h: expected \[B, L, D\] with L >= 1"),
-        ("h", 3, (2, 3, 60), "h: expected D a multiple of 8 from 8 to 4096"),
+        ("h", 3, (2, 3, 60), "h: expected D a multiple of 8 from 8 to 8192"),
         ("h", 0, 4096 + 8, "h: expected rows at multiples of 16 bytes"),
         ("h", 4, (192, 65, 1), "within its storage"),
         ("h", 4, (188, 60, 1), "h: expected rows at multiples of 16 bytes"),
         ("h", 2, 1, "h: expected device 0, got 1"),
-        ("u", 3, (2, 9, 64), r"u: expected \[B, K, D\] with K from 1 to 8"),
+        ("u", 3, (2, 17, 64), r"u: expected \[B, K, D\] with K from 1 to 16"),
         ("u", 3, (1, 2, 64), "u: expected shape"),
         ("u", 1, "float16", "u: expected bfloat16"),
         ("u", 0, 4096 + 2, "u: expected rows at multiples of 16 bytes"),
@@ -174,6 +180,7 @@ class TestOnTheDevice:
             *((1, 4096, 1536, 4), (512, 64, 1536, 4), (64, 512, 1536, 4), (64, 512, 4096, 4), (32, 512, 1536, 8)),
             *((5, 37, 896, 1), (3, 1000, 4096, 8), (150, 1, 576, 4), (200, 129, 4000, 3), (16, 300, 2048, 8)),
             *((2, 2000, 3072, 5), (7, 64, 40, 2)),
+            *((16, 300, 1536, 16), (300, 40, 2048, 9), (5, 200, 8192, 4), (70, 60, 8192, 16), (2, 900, 7000, 11)),
         ],
     )
     def test_equals_float64(self, shape, mask, dtype):

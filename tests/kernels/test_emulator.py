@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++")
 FAULTS = {
     "scores are read before every worker has written its part": (
         "factor_attention.cuh",
-        "all[warp][lane] = Quad{s0[0], s0[1], s1[0], s1[1]};\n",
+        "s1[2 * n], s1[2 * n + 1]};\n",
         "bar_sync<1, kWorkerThreads>();",
         "turn",
     ),
@@ -37,8 +37,8 @@ FAULTS = {
     ),
     "rows beyond the tile's tokens have weight": (
         "factor_attention.cuh",
-        "if (t() + (j & 1) + j / 2 * 8 >= count) ",
-        "s[j] = -INFINITY;",
+        "if (t() + (i & 1) + i / 2 % 2 * 8 >= count) ",
+        "s[i / 4][i % 4] = -INFINITY;",
         "turn",
     ),
     "a chunk is read before it has come": (
@@ -67,13 +67,13 @@ FAULTS = {
     ),
     "sums are written where the ring still is": (
         "factor_attention.cuh",
-        "thread = 32 * warp + lane;\n",
+        "FLR_DEVICE void publish(int pitch) {\n    const auto& p = task.p;\n",
         "bar_sync<1, kWorkerThreads>();",
         "slot",
     ),
     "another block's sums are read before they are written": (
         "factor_attention.cuh",
-        "pairs[1];\n    }\n",
+        "publish(pitch);\n",
         "cluster_sync();",
         "cluster",
     ),
@@ -88,6 +88,24 @@ FAULTS = {
         "read from it\n",
         "cluster_sync();",
         "cluster",
+    ),
+    "another block's scores are read before they have come": (
+        "factor_attention.cuh",
+        "",
+        "mbar_wait_remote(&control.crossed[buffer], crossings >> 1 & 1);",
+        "split",
+    ),
+    "a block says that its scores have come before all lanes have written": (
+        "factor_attention.cuh",
+        "// all lanes have written\n",
+        "__syncwarp();",
+        "split",
+    ),
+    "a block arrives at a barrier that is not there yet": (
+        "factor_attention.cuh",
+        "that is not there yet\n",
+        "cluster_sync();",
+        "split",
     ),
     "the next user's rows are written while they are read": (
         "factor_attention_backward.cuh",
@@ -177,9 +195,17 @@ CASES = {
     "cluster of 4": (1, 200, 520, 2, 0, 4, 90, 2),
     "cluster of 16": (1, 600, 96, 2, 1, 16, 30, 3),
     "half a chunk of padding": (3, 30, 2560, 6, 0, 2, 80, 20),
-    "the largest D": (1, 40, 4096, 4, 0, 1, 100, 2),
-    "the largest D and K, two queries' buffers do not fit": (3, 24, 4096, 8, 1, 2, 80, 3),
-    "the largest D, two queries' buffers": (3, 20, 4000, 3, 0, 1, 70, 5),
+    "the largest D of one block": (1, 40, 4096, 4, 0, 1, 100, 2),
+    "the largest D of one block and 8 factors, two queries' buffers do not fit": (3, 24, 4096, 8, 1, 2, 80, 3),
+    "the largest D of one block, two queries' buffers": (3, 20, 4000, 3, 0, 1, 70, 5),
+    "16 factors, several users a block": (4, 50, 896, 16, 0, 1, 70, 3),
+    "9 factors, logits of 1000": (2, 40, 1536, 9, 1, 2, 80, 1000),
+    "12 factors, cluster of 4": (1, 150, 2048, 12, 0, 4, 60, 3),
+    "16 factors, two blocks a user": (3, 40, 2056, 16, 1, 4, 70, 3),
+    "the largest D, two blocks a user, users in turn": (3, 40, 8192, 4, 0, 2, 80, 3),
+    "two blocks a user, clusters of 4": (2, 70, 5128, 7, 1, 8, 80, 20),
+    "the largest D and K, four blocks a user": (2, 40, 8192, 16, 0, 4, 60, 3),
+    "four blocks a user, clusters of 8": (1, 70, 7000, 11, 1, 8, 80, 3),
 }
 #: B, L, D, K, whether dH is wanted, multiprocessors, percent of tokens kept, gain of the logits.
 BACKWARD_CASES = {
@@ -199,9 +225,13 @@ BACKWARD_CASES = {
 SMALL = {
     r"p\.size <= 1024(.*)<1024, 1024>": r"p.size <= 128\1<128, 128>",
     r"p\.size <= 1536(.*)<1536, 1536>": r"p.size <= 512\1<512, 256>",
-    r".* Columns<(2048|3072|4096, 1024).*\n": "",
-    r"return launch<T, Columns<4096, 512>>.*": "return cudaErrorInvalidDevice;",
-    r"kQueriesInRegisters = D <= 2048": "kQueriesInRegisters = D <= 128",
+    r"p\.size <= 1024(.*)<1024, 1024, 16>": r"p.size <= 128\1<128, 128, 16>",
+    r"p\.size <= 2048(.*)<2048, 1024, 16>": r"p.size <= 256\1<256, 128, 16>",
+    r"<2048, 1024, 16, 4>": "<256, 128, 16, 4>",
+    r".* Columns<(2048, 1024|3072, 1024|4096, 512|4096, 1024, 4)>>.*\n": "",
+    r"<4096, 512, 8, 2>": "<512, 256, 8, 2>",
+    r"<4096, 1024, 4, 2>": "<512, 256, 4, 2>",
+    r"&& D <= 2048": "&& D <= 128",
     r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 256, 16>",
     r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 256, 8>",
     r"kExactColumns = 2048": "kExactColumns = 256",
@@ -297,12 +327,15 @@ def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
     assert run(plain, "advantage") == "67 problems\nexit 0"
 
 
-#: Users in turn, with queries in shared memory; a cluster of 2; one with all of a block's tokens in its first slot. Of
+#: Users in turn, with queries in shared memory; a cluster of 2; one with all of its tokens in the first slot; users
+#: in turn of two blocks each; two times two blocks, and more than eight factors. Of
 #: the backward likewise, with tiles of 8 first and of 16 then.
 SMALL_CASES = {
     "turn": (4, 90, 296, 2, 0, 1, 70, 3),
     "cluster": (2, 130, 96, 2, 0, 4, 80, 3),
     "slot": (2, 130, 96, 8, 1, 4, 20, 3),
+    "split": (3, 70, 680, 3, 0, 2, 70, 3),
+    "split cluster": (1, 70, 496, 11, 1, 4, 80, 3),
     "back": (3, 70, 400, 2, 1, 1, 70, 3),
     "back cluster": (2, 130, 96, 4, 1, 4, 80, 3),
     "back slot": (2, 130, 96, 4, 1, 4, 20, 3),

@@ -7,6 +7,7 @@ import torch
 
 import flr
 import flr.model.reasoner
+import flr_kernels
 from flr.model.patch import reasoner_parameters
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
@@ -91,6 +92,22 @@ def test_kernels_get_contiguous_rows_whatever_layout_a_product_has(monkeypatch):
     monkeypatch.setattr(torch, "einsum", another_layout)
     torch.testing.assert_close(reasoner(h).thought, expected)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("gain", [0.1, 1.0, 4.0])
+def test_what_rounding_to_16_bits_may_do_to_attention(dtype, epsilon, gain):
+    """The bound that :func:`flr.model.reasoner._autocast` states, and that it is not far from what happens."""
+    torch.manual_seed(0)
+    h, u = torch.randn(6, 80, 48, dtype=torch.float64), gain * torch.randn(6, 3, 48, dtype=torch.float64) / 48**0.5
+    exact = flr_kernels.factor_attention(h, u)
+    rounded = flr_kernels.factor_attention(h.to(dtype).double(), u.to(dtype).double())
+    moved = (2 * epsilon + epsilon**2) * (u.abs() @ h.abs().transpose(1, 2)).amax(-1)  # [B, K]
+    weights = (u @ h.transpose(1, 2) - exact.lse[..., None]).exp()
+    bound = ((2 * moved).exp() * (1 + epsilon) - 1)[..., None] * (weights @ h.abs())
+    shares = (rounded.lse - exact.lse).abs() / moved, (rounded.context - exact.context).abs() / bound
+    for share in shares:
+        assert 1e-3 < float(share.max()) <= 1.0
 
 
 @pytest.mark.gpu

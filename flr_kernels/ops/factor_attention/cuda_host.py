@@ -1,7 +1,7 @@
 """Host side of the CUDA kernels of :func:`flr_kernels.factor_attention` (csrc/factor_attention.cuh, _backward.cuh).
 
 Each direction is one launch that reads every valid token once, for compute capability 9.0. The backward is for
-bfloat16, K to 4 and D a multiple of 16; others are Triton's, or the reference's where triton is not.
+bfloat16, K to 4 and D a multiple of 16 to 4096; others are Triton's, or the reference's where triton is not.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from . import reference
 from .reference import Saved
 
 #: csrc/factor_attention.h has the same. D from Triton's least, whose backward this is.
-MAX_FACTORS, MIN_SIZE, MAX_SIZE, SIZE_STEP = 8, triton_config.MIN_SIZE, 4096, 8
+MAX_FACTORS, MIN_SIZE, MAX_SIZE, SIZE_STEP = 16, triton_config.MIN_SIZE, 8192, 8
 #: What of that the backward takes.
-GRADIENT_FACTORS, GRADIENT_STEP = 4, 16
+GRADIENT_FACTORS, GRADIENT_SIZE, GRADIENT_STEP = 4, 4096, 16
+#: What of it has run on a device, and so is ``auto``'s choice.
+MEASURED_FACTORS, MEASURED_SIZE = 8, 4096
 _DTYPES = (torch.bfloat16, torch.float16)
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -31,7 +33,7 @@ def check(h: Tensor, u: Tensor, *_: Any) -> None:
 
     Raises:
         BackendUnavailable: no CUDA device of compute capability 9.0, or an extension without the kernel.
-        ValueError: another dtype, a D that is no multiple of 8 from 32 to 4096, K above 8, or rows of ``h`` or ``u``
+        ValueError: another dtype, a D that is no multiple of 8 from 32 to 8192, K above 16, or rows of ``h`` or ``u``
             that are not contiguous and at multiples of 16 bytes.
     """
     extension.check_cuda(h)
@@ -59,13 +61,14 @@ def _check_rows(name: str, x: Tensor) -> None:
         )
 
 
-def fills(h: Tensor, *_: Any) -> bool:
-    """Whether users are enough, or so short, that no more than a cluster of multiprocessors a user is needed.
+def fills(h: Tensor, u: Tensor, *_: Any) -> bool:
+    """Whether ``auto`` chooses this: the shape's kernel has run on a device, and users are enough, or short enough.
 
-    Measured on an H200: one user of 4,096 tokens takes 90 µs here and 45 with Triton, whose tiles go anywhere; four
-    users of 2,048 take 28.
+    No more than a cluster of multiprocessors serves a user. Measured on an H200: one user of 4,096 tokens takes 90 µs
+    here and 45 with Triton, whose tiles go anywhere; four users of 2,048 take 28.
     """
-    return h.shape[0] >= 4 or h.shape[1] <= 512
+    measured = u.shape[1] <= MEASURED_FACTORS and h.shape[2] <= MEASURED_SIZE
+    return measured and (h.shape[0] >= 4 or h.shape[1] <= 512)
 
 
 def forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False) -> Saved:
@@ -79,7 +82,13 @@ def forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False)
 
 def has_backward(h: Tensor, u: Tensor) -> bool:
     """Whether the CUDA kernel's backward takes what its forward took."""
-    return h.dtype == torch.bfloat16 and u.shape[1] <= GRADIENT_FACTORS and h.shape[2] % GRADIENT_STEP == 0
+    factors, size = u.shape[1:]
+    return (
+        h.dtype == torch.bfloat16
+        and factors <= GRADIENT_FACTORS
+        and size <= GRADIENT_SIZE
+        and size % GRADIENT_STEP == 0
+    )
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -94,6 +94,10 @@ class Barrier {
     else mutex_.unlock();
     return left;
   }
+  unsigned waiting() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return here_;
+  }
 
  private:
   void release() {
