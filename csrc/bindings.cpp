@@ -208,8 +208,7 @@ void attention_results(const std::string& prefix, const std::vector<View>& views
 
 // What both directions of factor_attention are given; `results` are the forward's, of which the backward reads.
 AttentionProblem attention_problem(const View& h, const View& u, const std::optional<View>& mask,
-                                   const std::vector<View>& results, int max_factors, int max_columns, int step,
-                                   int device) {
+                                   const std::vector<View>& results, int max_factors, int step, int device) {
 #ifdef FLR_SM90A
   if (device < 0) refuse("device", "a device index: this has no host twin", std::to_string(device));
 #else
@@ -218,9 +217,9 @@ AttentionProblem attention_problem(const View& h, const View& u, const std::opti
   const Sizes &sizes = std::get<3>(h), &queries = std::get<3>(u);
   if (sizes.size() != 3 || sizes[1] < 1) refuse("h", "[B, L, D] with L >= 1", text(sizes));
   const int64_t users = sizes[0], size = sizes[2];
-  if (size < step || size > max_columns || size % step) {
+  if (size < step || size > kMaxColumns || size % step) {
     const std::string least = std::to_string(step);
-    refuse("h", "D a multiple of " + least + " from " + least + " to " + std::to_string(max_columns), text(sizes));
+    refuse("h", "D a multiple of " + least + " from " + least + " to " + std::to_string(kMaxColumns), text(sizes));
   }
   if (users > kMaxUsers || sizes[1] > kMaxTokens) refuse("h", "at most 2^27 users of 2^30 tokens", text(sizes));
   if (queries.size() != 3 || queries[1] < 1 || queries[1] > max_factors)
@@ -248,8 +247,7 @@ AttentionProblem attention_problem(const View& h, const View& u, const std::opti
 void factor_attention(const View& h, const View& u, const std::optional<View>& mask, const View& context,
                       const View& lse, const View& overlap, const View& entropy, bool last_first, int device,
                       uintptr_t stream) {
-  AttentionProblem p = attention_problem(h, u, mask, {context, lse, overlap, entropy}, kMaxFactors, kMaxColumns,
-                                         kColumnStep, device);
+  AttentionProblem p = attention_problem(h, u, mask, {context, lse, overlap, entropy}, kMaxFactors, kColumnStep, device);
   p.last_first = last_first;
 #ifdef FLR_SM90A
   raise_if(factor_attention_cuda(p, device, reinterpret_cast<void*>(stream)));
@@ -262,8 +260,7 @@ void factor_attention(const View& h, const View& u, const std::optional<View>& m
 void factor_attention_backward(const View& h, const View& u, const std::optional<View>& mask,
                                const std::vector<View>& results, const std::vector<View>& gradients,
                                const std::optional<View>& dh, const View& du, int device, uintptr_t stream) {
-  const AttentionProblem p =
-      attention_problem(h, u, mask, results, kGradientFactors, kGradientColumns, kGradientStep, device);
+  const AttentionProblem p = attention_problem(h, u, mask, results, kGradientFactors, kGradientStep, device);
   if (p.is_half) refuse("h", "bfloat16", "float16");
   AttentionGradients d{};
   float* found[4];

@@ -80,31 +80,6 @@ struct Worker : Place<Task, C::kSplit> {
     }
   }
 
-  // Adds the scores of the blocks with the other columns, in one order. A block's buffer is written again two tiles
-  // later, when its every worker has read it: until then not all of the tile between have arrived. A block waits for all
-  // that is written into it, so it may leave when it is done.
-  FLR_DEVICE void cross(float (&s)[kGroups][4]) {
-    const int buffer = crossings & 1;
-    if (warp < task.plan.split) {
-      Quad* to = remote(&control.across[buffer][Here::part()][0][lane], Here::of_part(warp));
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n) to[32 * n] = Quad{s[n][0], s[n][1], s[n][2], s[n][3]};
-      // all lanes have written
-      __syncwarp();
-      if (lane == 0) mbar_arrive_remote(&control.crossed[buffer], Here::of_part(warp));
-    }
-    mbar_wait_remote(&control.crossed[buffer], crossings >> 1 & 1);
-    ++crossings;
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-      for (int q = 0; q < task.plan.split; ++q) {
-        const Quad x = control.across[buffer][q][n][lane];
-        s[n][0] += x.x, s[n][1] += x.y, s[n][2] += x.z, s[n][3] += x.w;
-      }
-    }
-  }
-
   // Scores of a tile: s[n][j] is factor 8 n + g's of token t + j % 2 + 8 (j / 2); -inf from `count` on.
   FLR_DEVICE void scores(float (&s)[kGroups][4], const uint16_t* from, int count) {
     float s0[4] = {}, s1[4] = {};
@@ -138,7 +113,7 @@ struct Worker : Place<Task, C::kSplit> {
         s[n][0] += x.x, s[n][1] += x.y, s[n][2] += x.z, s[n][3] += x.w;
       }
     }
-    if constexpr (C::kSplit) cross(s);
+    if constexpr (C::kSplit) cross(*this, control, crossings, warp, lane, s);
 #pragma unroll
     for (int i = 0; i < 4 * kGroups; ++i)
       if (t() + (i & 1) + i / 2 % 2 * 8 >= count) s[i / 4][i % 4] = -INFINITY;

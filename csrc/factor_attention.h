@@ -27,8 +27,7 @@ struct AttentionGradients {
   void* du;  // [B, K, D]
 };
 
-// The backward's most factors and columns, and what divides the columns.
-constexpr int kGradientFactors = 4, kGradientColumns = 4096, kGradientStep = 16;
+constexpr int kGradientFactors = 4, kGradientStep = 16;  // the backward's most factors, and what divides its columns
 constexpr int kExactColumns = 2048;  // beyond them the backward rounds the context's gradients to bfloat16 first
 constexpr int kMaxFactors = 16, kMaxColumns = 8192, kColumnStep = 8;
 constexpr int64_t kMaxUsers = int64_t(1) << 27, kMaxTokens = int64_t(1) << 30;

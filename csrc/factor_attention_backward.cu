@@ -20,7 +20,8 @@ cudaError_t start(const AttentionProblem& p, const AttentionGradients& d, int de
   if (p.size <= 1536) return launch<GradientColumns<1536, 768, 16>>(p, d, device, stream);
   if (p.size <= kExactColumns) return launch<GradientColumns<kExactColumns, 1024, 16>>(p, d, device, stream);
   if (p.size <= 3072) return launch<GradientColumns<3072, 1024, 8>>(p, d, device, stream);
-  return launch<GradientColumns<4096, 1024, 8>>(p, d, device, stream);
+  if (p.size <= 4096) return launch<GradientColumns<4096, 1024, 8>>(p, d, device, stream);
+  return launch<GradientColumns<4096, 1024, 8, 2>>(p, d, device, stream);
 }
 
 }  // namespace

@@ -19,21 +19,23 @@ namespace flr {
 // t + 1 of the tile's first eight (g < 4) or second, if it has them; of sums: columns g and g + 8 of every strip, factors
 // t and t + 1 (t < 4) or what their high halves leave.
 template <class C>
-struct GradientWorker {
+struct GradientWorker : Place<GradientTask, C::kSplit> {
+  using Here = Place<GradientTask, C::kSplit>;
+  using Here::task;
   using T = Bfloat16;
   using Fragment = uint32_t[4];
   static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips, kApart = 16 * kWorkers;
   static constexpr bool kWide = C::kWide;
-  const GradientTask& task;
-  GradientControl& control;
+  typename C::Control& control;
   uint16_t *ring, *queries;
-  int warp, lane, rank, turn = 0;
+  int warp, lane, turn = 0;
+  uint32_t crossings = 0;
   Slot slot;
   float sums[kAll][4], lse, delta, d_entropy, pairs[4];
 
-  FLR_DEVICE GradientWorker(const GradientTask& task, GradientControl& control, uint16_t* ring, uint16_t* queries,
+  FLR_DEVICE GradientWorker(const GradientTask& task, typename C::Control& control, uint16_t* ring, uint16_t* queries,
                             int warp, int lane, int rank)
-      : task(task), control(control), ring(ring), queries(queries), warp(warp), lane(lane), rank(rank) {}
+      : Here(task, rank), control(control), ring(ring), queries(queries), warp(warp), lane(lane) {}
 
   FLR_DEVICE int g() const { return lane / 4; }
   FLR_DEVICE int t() const { return lane % 4 * 2; }
@@ -57,17 +59,19 @@ struct GradientWorker {
   // Writes this thread's columns of the rows, and its shares of dc_k · c_k.
   FLR_DEVICE void load_rows(int64_t user, float (&products)[kGradientFactors]) {
     const auto& p = task.p;
-    for (int d = (32 * warp + lane) * 4; d < p.size; d += 4 * kWorkerThreads) {
+    const int first = Here::first_column(), size = Here::size();
+    for (int d = (32 * warp + lane) * 4; d < size; d += 4 * kWorkerThreads) {
       Quad x[kGradientFactors], y[kGradientFactors];
       Words u[kGradientFactors];
 #pragma unroll
       for (int k = 0; k < kGradientFactors; ++k) {  // all loads in flight
         x[k] = y[k] = Quad{0, 0, 0, 0}, u[k] = Words{0, 0};
         if (k >= p.factors) continue;
-        const int64_t at = (user * p.factors + k) * p.size + d;
+        const int64_t at = (user * p.factors + k) * p.size + first + d;
         x[k] = *reinterpret_cast<const Quad*>(task.d.context + at);
         y[k] = *reinterpret_cast<const Quad*>(p.context + at);
-        u[k] = *reinterpret_cast<const Words*>(static_cast<const uint16_t*>(p.u) + user * p.u_b + k * p.u_k + d);
+        const uint16_t* row = static_cast<const uint16_t*>(p.u) + user * p.u_b + k * p.u_k + first;
+        u[k] = *reinterpret_cast<const Words*>(row + d);
       }
 #pragma unroll
       for (int k = 0; k < kGradientFactors; ++k) {
@@ -102,8 +106,16 @@ struct GradientWorker {
     const int64_t at = user * p.factors + (k < last ? k : last);
     lse = p.lse[at], d_entropy = task.d.entropy[at];
     delta = d_entropy * p.entropy[at] - task.d.lse[at];
+    if constexpr (C::kSplit) {
+      float sum[1][4] = {};
 #pragma unroll
-    for (int w = 0; w < kWorkers; ++w) delta += control.delta[w][k];
+      for (int w = 0; w < kWorkers; ++w) sum[0][0] += control.delta[w][k];
+      cross(*this, control, crossings, warp, lane, sum);
+      delta += sum[0][0];
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWorkers; ++w) delta += control.delta[w][k];
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // with factor k ^ i
       const int j = k ^ i;
@@ -145,12 +157,12 @@ struct GradientWorker {
       const Slot here = slot_of(c);
       mbar_wait(&control.full[here.index], here.phase);
       const uint16_t *at = history_rows(here), *rows = query_rows() + c * C::CHUNK;
-      if ((c + 1) * C::CHUNK <= task.p.size) {
+      if ((c + 1) * C::CHUNK <= Here::size()) {
 #pragma unroll
         for (int i = 0; i < kStrips; i += 2) multiply(part, at + i * kApart, rows + i * kApart, true);
       } else {
-        for (int i = 0; i < kStrips && column(c * kStrips + i) < task.p.size; i += 2)
-          multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < task.p.size);
+        for (int i = 0; i < kStrips && column(c * kStrips + i) < Here::size(); i += 2)
+          multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < Here::size());
       }
     }
     Quad(&all)[kWorkers][32] = control.scores[turn];
@@ -162,6 +174,11 @@ struct GradientWorker {
     for (int w = 0; w < kWorkers; ++w) {
       const Quad x = all[w][lane];
       s[0] += x.x, s[1] += x.y, dp[0] += x.z, dp[1] += x.w;
+    }
+    if constexpr (C::kSplit) {
+      float both[1][4] = {{s[0], s[1], dp[0], dp[1]}};
+      cross(*this, control, crossings, warp, lane, both);
+      s[0] = both[0][0], s[1] = both[0][1], dp[0] = both[0][2], dp[1] = both[0][3];
     }
   }
 
@@ -259,7 +276,7 @@ struct GradientWorker {
       uint16_t* at = history_rows(here);
       const uint16_t* rows = query_rows() + c * C::CHUNK;
       Fragment h[2][2], q[2][2];
-      if ((c + 1) * C::CHUNK <= task.p.size) {
+      if ((c + 1) * C::CHUNK <= Here::size()) {
         load_pair(h[0], q[0], at, rows, true);
 #pragma unroll
         for (int i = 0; i < kStrips; i += 2) {
@@ -271,8 +288,8 @@ struct GradientWorker {
 #pragma unroll
         for (int i = 0; i < kStrips; i += 2) {
           const int first = c * kStrips + i;
-          if (column(first) >= task.p.size) break;
-          const bool two = column(first + 1) < task.p.size;
+          if (column(first) >= Here::size()) break;
+          const bool two = column(first + 1) < Here::size();
           load_pair(h[0], q[0], at + i * kApart, rows + i * kApart, two);
           use_pair(w, sums + first, h[0], q[0], at + i * kApart, two);
         }
@@ -313,10 +330,11 @@ struct GradientWorker {
   FLR_DEVICE void store(int64_t user) {
     const auto& p = task.p;
     if (t() >= kGradientFactors) return;
-    uint16_t* to = static_cast<uint16_t*>(task.d.du) + user * p.factors * p.size;
+    uint16_t* to = static_cast<uint16_t*>(task.d.du) + user * p.factors * p.size + Here::first_column();
+    const int size = Here::size();
 #pragma unroll
     for (int i = 0; i < kAll; ++i) {
-      if (column(i) >= p.size) continue;
+      if (column(i) >= size) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int k = t() + j % 2;
@@ -330,28 +348,28 @@ struct GradientWorker {
     constexpr int kPartPitch = C::D + 4;
     const auto& p = task.p;
     float* part = reinterpret_cast<float*>(ring);
-    const int cluster = task.plan.cluster, thread = 32 * warp + lane;
+    const int shares = Here::shares(), size = Here::size(), thread = 32 * warp + lane;
     mbar_wait(&control.drained, 0);  // the ring is no longer one
     if (t() < kGradientFactors) {
 #pragma unroll
       for (int i = 0; i < kAll; ++i) {
-        if (column(i) >= p.size) continue;
+        if (column(i) >= size) continue;
 #pragma unroll
         for (int j = 0; j < 4; ++j) part[(t() + j % 2) * kPartPitch + column(i) + g() + j / 2 * 8] = sums[i][j];
       }
     }
     cluster_sync();
-    const int quads = p.size / 4, each = (quads + cluster - 1) / cluster;
+    const int quads = size / 4, each = (quads + shares - 1) / shares;
     for (int i = thread; i < p.factors * each; i += kWorkerThreads) {
-      const int k = i / each, quad = rank * each + i % each;
+      const int k = i / each, quad = Here::share() * each + i % each;
       if (quad >= quads) continue;
       Quad sum{0, 0, 0, 0};
-      for (int q = 0; q < cluster; ++q) {
-        const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * kPartPitch + 4 * quad), q);
+      for (int q = 0; q < shares; ++q) {
+        const Quad x = *remote(reinterpret_cast<const Quad*>(part + k * kPartPitch + 4 * quad), Here::of_share(q));
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
-      uint16_t* to = static_cast<uint16_t*>(task.d.du) + (user * p.factors + k) * p.size + 4 * quad;
-      *reinterpret_cast<Words*>(to) = Words{T::pack(sum.x, sum.y), T::pack(sum.z, sum.w)};
+      uint16_t* row = static_cast<uint16_t*>(task.d.du) + (user * p.factors + k) * p.size + Here::first_column();
+      *reinterpret_cast<Words*>(row + 4 * quad) = Words{T::pack(sum.x, sum.y), T::pack(sum.z, sum.w)};
     }
     // nobody leaves while others read from it
     cluster_sync();
@@ -362,7 +380,7 @@ struct GradientWorker {
       start_user(users.user());
       tiles();
       add_rests();
-      if (task.plan.cluster > 1) combine(users.user());
+      if (Here::shares() > 1) combine(users.user());
       else store(users.user());
     }
   }
@@ -371,8 +389,8 @@ struct GradientWorker {
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1) factor_attention_backward(const __grid_constant__ GradientTask task) {
   FLR_DYNAMIC_SHARED(memory);
-  GradientControl& control = *reinterpret_cast<GradientControl*>(memory);
-  uint16_t* ring = reinterpret_cast<uint16_t*>(memory + sizeof(GradientControl));
+  auto& control = *reinterpret_cast<typename C::Control*>(memory);
+  uint16_t* ring = reinterpret_cast<uint16_t*>(memory + sizeof(typename C::Control));
   uint16_t* queries = ring + C::kStages * C::kSlot;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = int(cluster_rank());
   if (threadIdx.x == 0) {
@@ -381,9 +399,14 @@ __global__ void __launch_bounds__(kThreads, 1) factor_attention_backward(const _
       mbar_init(&control.empty[i], kWorkers);
     }
     mbar_init(&control.drained, kProducers);
+    if constexpr (C::kSplit)
+      for (auto& barrier : control.crossed) mbar_init(&barrier, task.plan.split);
     mbar_fence();
   }
   __syncthreads();
+  if (C::kSplit) {  // nobody arrives at a barrier that is not there yet
+    cluster_sync();
+  }
   if (warp >= kWorkers) {
     fewer_registers<kProducerRegisters>();
     GradientProducer<C>(task, control, ring, warp - kWorkers, lane, rank).run();

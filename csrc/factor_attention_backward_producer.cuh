@@ -4,7 +4,8 @@
 
 namespace flr {
 
-struct alignas(128) GradientControl {
+template <int kSplit>
+struct alignas(128) GradientControl : Across<1, kSplit> {
   Quad scores[2][kWorkers][32];  // of a tile, a worker's part each; two tiles in turn
   float delta[kWorkers][kGradientFactors];
   Mbarrier full[kMaxStages], empty[kMaxStages], drained;
@@ -14,16 +15,19 @@ struct alignas(128) GradientControl {
   int tokens[kProducers][32 * kSearch + kTokens];
 };
 
-// Columns in registers, how many of them come in one copy, and tokens of a tile.
-template <int D_, int CHUNK_, int TOKENS>
+// Columns in registers, how many of them come in one copy, tokens of a tile, and over how many blocks at most the columns
+// of a token are split.
+template <int D_, int CHUNK_, int TOKENS, int SPLIT = 1>
 struct GradientColumns {
+  static constexpr bool kSplit = SPLIT > 1;
+  using Control = GradientControl<SPLIT>;
   static constexpr int D = D_, CHUNK = CHUNK_, kChunks = D / CHUNK, kStrips = CHUNK / 16 / kWorkers;
   static constexpr int kTile = TOKENS, kTileRows = kTile / kProducers;
   static constexpr bool kWide = kTile == 8;  // gradients of the context are bfloat16 numbers, and nothing more
   static constexpr int kRows = (kWide ? 2 : 3) * kGradientFactors;
   static constexpr int kPitch = CHUNK + 8, kSlot = kPitch * kTile;
   static constexpr int kQueryPitch = D + 8;
-  static constexpr int kRoom = kSharedLimit - int(sizeof(GradientControl)) - 2 * kRows * kQueryPitch;
+  static constexpr int kRoom = kSharedLimit - int(sizeof(Control)) - 2 * kRows * kQueryPitch;
   static constexpr int kStages = kRoom / (2 * kSlot) < kMaxStages ? kRoom / (2 * kSlot) : kMaxStages;
   static constexpr int kSharedBytes = kSharedLimit - kRoom + 2 * kSlot * kStages;
   static_assert(D % CHUNK == 0 && CHUNK % (32 * kWorkers) == 0 && CHUNK <= kMaxChunk);
@@ -42,23 +46,24 @@ template <class C>
 Plan make_gradient_plan(const AttentionProblem& p, const Room& device) {
   Plan plan{};
   set_grid(plan, p, device, C::D);
-  plan.chunks = (p.size + C::CHUNK - 1) / C::CHUNK;
+  plan.chunks = (plan.width + C::CHUNK - 1) / C::CHUNK;
   plan.stages = C::kStages, plan.shared_bytes = C::kSharedBytes;
   return plan;
 }
 
 // One of the warps that fill the ring and empty it: of every tile its kTileRows rows, a lane a row.
 template <class C>
-struct GradientProducer {
-  const GradientTask& task;
-  GradientControl& control;
+struct GradientProducer : Place<GradientTask, C::kSplit> {
+  using Here = Place<GradientTask, C::kSplit>;
+  using Here::task;
+  typename C::Control& control;
   uint16_t* ring;
-  int *tokens, warp, lane, rank, mine, masked = 0;
+  int *tokens, warp, lane, mine, masked = 0;
   Slot slot;
 
-  FLR_DEVICE GradientProducer(const GradientTask& task, GradientControl& control, uint16_t* ring, int warp, int lane,
-                              int rank)
-      : task(task), control(control), ring(ring), tokens(control.tokens[warp]), warp(warp), lane(lane), rank(rank),
+  FLR_DEVICE GradientProducer(const GradientTask& task, typename C::Control& control, uint16_t* ring, int warp,
+                              int lane, int rank)
+      : Here(task, rank), control(control), ring(ring), tokens(control.tokens[warp]), warp(warp), lane(lane),
         mine(C::kTileRows * warp + lane) {
     if (lane < C::kTileRows)
       for (int i = 0; i < C::kStages; ++i) control.rows[i][mine] = -1;
@@ -83,9 +88,10 @@ struct GradientProducer {
     const int chunks = count > 0 ? task.plan.chunks : 1;
     const bool is_row = lane < C::kTileRows, is_token = is_row && mine < count;
     const int token = is_token ? tokens[first + mine] : 0;
-    const uint16_t* from = static_cast<const uint16_t*>(p.h) + user * p.h_b + token * p.h_l;
+    const uint16_t* from = static_cast<const uint16_t*>(p.h) + user * p.h_b + token * p.h_l + Here::first_column();
     for (int c = 0; c < chunks; ++c) {
-      const int left = p.size - c * C::CHUNK, columns = left < C::CHUNK ? left : C::CHUNK;
+      const int left = Here::size() - c * C::CHUNK;
+      const int columns = C::kSplit && left < 0 ? 0 : left < C::CHUNK ? left : C::CHUNK;  // the last part may have fewer
       Mbarrier* full = &control.full[slot.index];
       retire();
       if (lane == 0) {
@@ -95,9 +101,12 @@ struct GradientProducer {
       }
       __syncwarp();
       if (is_row) {
-        control.rows[slot.index][mine] = is_token ? (user * p.length + token) * p.size + c * C::CHUNK : -1;
+        const bool is_any = is_token && (!C::kSplit || columns > 0);
+        const int64_t to = (user * p.length + token) * p.size + Here::first_column() + c * C::CHUNK;
+        control.rows[slot.index][mine] = is_any ? to : -1;
         control.columns[slot.index][mine] = columns;
-        if (count > 0) bulk_copy(row(), is_token ? from + c * C::CHUNK : kZeros, uint32_t(2 * columns), full);
+        if (count > 0 && (!C::kSplit || columns > 0))
+          bulk_copy(row(), is_token ? from + c * C::CHUNK : kZeros, uint32_t(2 * columns), full);
       }
       slot.advance(1, C::kStages);
     }
@@ -109,8 +118,9 @@ struct GradientProducer {
     for (; bits != 0; bits &= bits - 1) {
       if (masked++ % kProducers != warp) continue;
       const int64_t token = user * task.p.length + base + ones((bits & (~bits + 1)) - 1);
-      Quad* to = reinterpret_cast<Quad*>(static_cast<uint16_t*>(task.d.dh) + token * task.p.size);
-      for (int i = lane; i < task.p.size / 8; i += 32) to[i] = Quad{0, 0, 0, 0};
+      uint16_t* row = static_cast<uint16_t*>(task.d.dh) + token * task.p.size + Here::first_column();
+      Quad* to = reinterpret_cast<Quad*>(row);
+      for (int i = lane; i < Here::size() / 8; i += 32) to[i] = Quad{0, 0, 0, 0};
     }
   }
 
@@ -118,7 +128,7 @@ struct GradientProducer {
     for (Users users(task); users.more(); users.index += users.step) {
       const int64_t user = users.user();
       walk_tokens<C::kTile>(
-          task.p, user, rank, task.plan.cluster, lane, tokens,
+          task.p, user, Here::share(), Here::shares(), lane, tokens,
           [&](int first, int count, bool last) { send_tile(user, first, count, last); },
           [&](int base, unsigned bits) { clear(user, base, bits); });
     }

@@ -157,6 +157,33 @@ FLR_DEVICE void release(int lane, Mbarrier* barrier) {
   if (lane == 0) mbar_arrive(barrier);
 }
 
+// Adds what the blocks with the other columns have of s, in one order; of all worker warps. A block's buffer is written
+// again two calls later, when its every worker has read it: until then not all of the call between have arrived, if the
+// workers meet between two calls. A block waits for all that is written into it, so it may leave when it is done.
+template <class Here, class Control, int kGroups>
+FLR_DEVICE void cross(const Here& here, Control& control, uint32_t& crossings, int warp, int lane,
+                      float (&s)[kGroups][4]) {
+  const int buffer = crossings & 1, split = here.task.plan.split;
+  if (warp < split) {
+    Quad* to = remote(&control.across[buffer][here.part()][0][lane], here.of_part(warp));
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) to[32 * n] = Quad{s[n][0], s[n][1], s[n][2], s[n][3]};
+    // all lanes have written
+    __syncwarp();
+    if (lane == 0) mbar_arrive_remote(&control.crossed[buffer], here.of_part(warp));
+  }
+  mbar_wait_remote(&control.crossed[buffer], crossings >> 1 & 1);
+  ++crossings;
+#pragma unroll
+  for (int n = 0; n < kGroups; ++n) {
+    s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+    for (int q = 0; q < split; ++q) {
+      const Quad x = control.across[buffer][q][n][lane];
+      s[n][0] += x.x, s[n][1] += x.y, s[n][2] += x.z, s[n][3] += x.w;
+    }
+  }
+}
+
 alignas(128) __device__ static uint16_t kZeros[kMaxChunk];
 
 // Looks for a block's share of a user's valid tokens, 32 kSearch at a time, and calls send(first of `tokens`, count,

@@ -20,7 +20,7 @@ from .test_cuda_factor_attention import NAMES, inputs, view
 @pytest.mark.parametrize(
     ("argument", "field", "value", "message"),
     [
-        ("h", 3, (2, 3, 72), "h: expected D a multiple of 16 from 16 to 4096"),
+        ("h", 3, (2, 3, 72), "h: expected D a multiple of 16 from 16 to 8192"),
         ("h", 1, "float16", "u: expected float16, got bfloat16"),
         ("u", 3, (2, 5, 64), r"u: expected \[B, K, D\] with K from 1 to 4"),
         ("mask", 3, (2, 4), "mask: expected shape"),
@@ -57,7 +57,7 @@ def test_the_bindings_backward_refuses(argument, field, value, message):
 
 
 def test_the_backward_that_it_has():
-    shapes = {(64, 4): True, (64, 5): False, (72, 4): False, (4096, 1): True}
+    shapes = {(64, 4): True, (64, 5): False, (72, 4): False, (4096, 1): True, (8192, 4): True}
     for (size, factors), has in shapes.items():
         assert cuda_host.has_backward(*inputs(2, 3, size, factors)[:2]) == has
     assert not cuda_host.has_backward(*inputs(2, 3, 64, 4, torch.float16)[:2])
@@ -99,6 +99,7 @@ class TestBackwardOnADevice:
         [
             *((64, 512, 1536, 4), (64, 512, 4096, 4), (512, 64, 1536, 4), (1, 4096, 4096, 4), (16, 2048, 2048, 4)),
             *((5, 37, 896, 1), (3, 1000, 3072, 3), (150, 1, 576, 4), (200, 129, 4000, 3), (7, 64, 48, 2)),
+            *((70, 60, 8192, 4), (3, 900, 5136, 2)),
         ],
     )
     def test_equals_float64(self, shape, mask):

@@ -90,13 +90,13 @@ FAULTS = {
         "cluster",
     ),
     "another block's scores are read before they have come": (
-        "factor_attention.cuh",
+        "factor_attention_producer.cuh",
         "",
         "mbar_wait_remote(&control.crossed[buffer], crossings >> 1 & 1);",
         "split",
     ),
     "a block says that its scores have come before all lanes have written": (
-        "factor_attention.cuh",
+        "factor_attention_producer.cuh",
         "// all lanes have written\n",
         "__syncwarp();",
         "split",
@@ -106,6 +106,12 @@ FAULTS = {
         "that is not there yet\n",
         "cluster_sync();",
         "split",
+    ),
+    "a block of gradients arrives at a barrier that is not there yet": (
+        "factor_attention_backward.cuh",
+        "that is not there yet\n",
+        "cluster_sync();",
+        "back split",
     ),
     "the next user's rows are written while they are read": (
         "factor_attention_backward.cuh",
@@ -216,8 +222,10 @@ BACKWARD_CASES = {
     "cluster of 4": (1, 200, 528, 2, 1, 4, 90, 2),
     "cluster of 16": (1, 600, 96, 2, 1, 16, 30, 3),
     "tiles of 8 tokens, half a chunk": (3, 30, 2560, 4, 1, 2, 80, 20),
-    "the largest D": (1, 40, 4096, 4, 1, 1, 100, 2),
+    "the largest D of one block": (1, 40, 4096, 4, 1, 1, 100, 2),
     "without dH": (3, 24, 4096, 4, 0, 2, 80, 3),
+    "the largest D, two blocks a user, users in turn": (3, 30, 8192, 4, 1, 2, 80, 3),
+    "two blocks a user, clusters of 4": (1, 70, 5136, 3, 1, 4, 80, 20),
 }
 
 
@@ -235,8 +243,8 @@ SMALL = {
     r"p\.size <= 1024(.*)<1024, 512, 16>": r"p.size <= 256\1<256, 256, 16>",
     r"p\.size <= 1536(.*)<1536, 768, 16>": r"p.size <= 512\1<512, 256, 8>",
     r"kExactColumns = 2048": "kExactColumns = 256",
-    r".*GradientColumns<(kExactColumns|3072).*\n": "",
-    r"return launch<GradientColumns<4096.*": "return cudaErrorInvalidDevice;",
+    r".*GradientColumns<(kExactColumns|3072|4096, 1024, 8>).*\n": "",
+    r"GradientColumns<4096, 1024, 8, 2>": "GradientColumns<512, 256, 8, 2>",
 }
 
 
@@ -329,7 +337,7 @@ def test_group_advantage_equals_its_host_twin_to_the_bit(plain):
 
 #: Users in turn, with queries in shared memory; a cluster of 2; one with all of its tokens in the first slot; users
 #: in turn of two blocks each; two times two blocks, and more than eight factors. Of
-#: the backward likewise, with tiles of 8 first and of 16 then.
+#: the backward likewise, with tiles of 8 first and last and of 16 in between.
 SMALL_CASES = {
     "turn": (4, 90, 296, 2, 0, 1, 70, 3),
     "cluster": (2, 130, 96, 2, 0, 4, 80, 3),
@@ -339,6 +347,8 @@ SMALL_CASES = {
     "back": (3, 70, 400, 2, 1, 1, 70, 3),
     "back cluster": (2, 130, 96, 4, 1, 4, 80, 3),
     "back slot": (2, 130, 96, 4, 1, 4, 20, 3),
+    "back split": (3, 70, 688, 3, 1, 2, 70, 3),
+    "back split cluster": (1, 70, 688, 2, 1, 4, 80, 3),
 }
 
 

@@ -1,7 +1,7 @@
 """Host side of the CUDA kernels of :func:`flr_kernels.factor_attention` (csrc/factor_attention.cuh, _backward.cuh).
 
 Each direction is one launch that reads every valid token once, for compute capability 9.0. The backward is for
-bfloat16, K to 4 and D a multiple of 16 to 4096; others are Triton's, or the reference's where triton is not.
+bfloat16, K to 4 and D a multiple of 16; others are Triton's, or the reference's where triton is not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reference import Saved
 #: csrc/factor_attention.h has the same. D from Triton's least, whose backward this is.
 MAX_FACTORS, MIN_SIZE, MAX_SIZE, SIZE_STEP = 16, triton_config.MIN_SIZE, 8192, 8
 #: What of that the backward takes.
-GRADIENT_FACTORS, GRADIENT_SIZE, GRADIENT_STEP = 4, 4096, 16
+GRADIENT_FACTORS, GRADIENT_STEP = 4, 16
 #: What of it has run on a device, and so is ``auto``'s choice.
 MEASURED_FACTORS, MEASURED_SIZE = 8, 4096
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -82,13 +82,7 @@ def forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False)
 
 def has_backward(h: Tensor, u: Tensor) -> bool:
     """Whether the CUDA kernel's backward takes what its forward took."""
-    factors, size = u.shape[1:]
-    return (
-        h.dtype == torch.bfloat16
-        and factors <= GRADIENT_FACTORS
-        and size <= GRADIENT_SIZE
-        and size % GRADIENT_STEP == 0
-    )
+    return h.dtype == torch.bfloat16 and u.shape[1] <= GRADIENT_FACTORS and h.shape[2] % GRADIENT_STEP == 0
 
 
 def _aligned(x: Tensor) -> Tensor:
