@@ -302,8 +302,9 @@ def table(report: dict[str, Any]) -> str:
     told = ["{}: {:+.4f} ({:+.4f} to {:+.4f})".format(name, *d[:3]) for name, d in found["differences"].items()]
     seeds = f"Seed {b['seeds'][0]}" if len(b["seeds"]) == 1 else f"Seeds {', '.join(map(str, b['seeds']))}, means"
     learning = f"{b['update_rate'] / b['rate']:g} of the learning rate"
-    steps = f" `reinforced`: then {b['rl_steps']} steps of reinforcement at {b['rl_rate']:g}."
-    rl = steps if "reinforced" in ways else ""
+    rl = ""
+    if "reinforced" in ways:
+        rl = f" `reinforced`: then {b['rl_steps']} steps of reinforcement, the reasoner's rate {b['rl_rate']:g}."
     lines.append(
         f"Differences where both were measured, paired, with 95 % intervals over users: {'; '.join(told)}. "
         f"{seeds}; 2 layers of {b['hidden_size']}, one token an item, {b['epochs']:g} epochs from scratch. An "
@@ -366,7 +367,7 @@ def main() -> None:
     output = args.output or RESULTS / FILES[name]
     write_json(output, report)
     if output.parent == RESULTS:
-        write_page(name, report)
+        write_page(name, read_json(output))
 
 
 if __name__ == "__main__":

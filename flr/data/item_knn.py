@@ -77,7 +77,7 @@ class NeighbourTable:
 
         Items are worked off in ranges, each in a pass over ``train``, so that beside the rows of M that are kept only
         some half a gigabyte is in memory: the pairs of 2²² places, or of one item where it has more. With ``top``, M
-        has at most 12 · C · ``top`` bytes.
+        has at most 12 · C · ``top`` bytes, twice while its parts are joined.
 
         Args:
             train: rows to count in.
