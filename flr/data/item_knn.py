@@ -263,9 +263,8 @@ def _forward(rows: _Rows, num_items: int, first: int, last: int, turned: bool = 
             keys.append((pair * num_items + other[at]) * width + gap)
         total.add(np.unique(np.concatenate(keys)) % size)
         start, first_user = end, last_user
-    keys, users = total.merged()
-    values = users / (keys % width)
-    places = keys // width
+    different, users = total.merged()
+    values, places = users / (different % width), different // width
     return sp.csr_matrix((values, (places // num_items, places % num_items)), shape=(last - first, num_items))
 
 
