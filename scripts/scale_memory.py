@@ -83,17 +83,30 @@ def filter_users(folder: Path, size: int) -> Callable[[], Any]:
     return lambda: item_filter(trie, users, allowed)
 
 
+def small_model(hidden_size: int, layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_attention_heads=4, **sizes)).eval()
+
+
+def score_catalogue(folder: Path, size: int) -> Callable[[], Any]:
+    """Of one user, by the smallest of models: what the catalogue costs is asked here."""
+    import torch
+
+    from flr.decode import score_all_items
+
+    trie, model = open_trie(folder, size)(), small_model(16, 1)
+    ids = torch.randint(10, 1000, (1, 16))
+    return lambda: score_all_items(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, trie)
+
+
 def search(folder: Path, size: int) -> Callable[[], Any]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from flr.decode import beam_search
 
-    trie = open_trie(folder, size)()
-    config = LlamaConfig(
-        vocab_size=2048, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = LlamaForCausalLM(config).eval()
+    trie, model = open_trie(folder, size)(), small_model(64, 2)
     ids = torch.randint(10, 1000, (USERS, 64))
     return lambda: beam_search(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, trie, 20, 10)
 
@@ -173,6 +186,7 @@ WORK: dict[str, tuple[Callable[[Path, int], Callable[[], Any]], bool]] = {
     "trie: 1 % new items": (add_items, False),
     "filters: a mask for each user of a part": (filter_users, False),
     "search: 64 users, 20 beams": (search, False),
+    "every item's score, 1 user": (score_catalogue, False),
     "item-kNN: fit": (fit_knn, False),
     "item-kNN: save, 20 neighbours": (save_knn, False),
     "item-kNN: open": (open_knn, True),

@@ -118,6 +118,8 @@ def _show(outcome: Outcome) -> None:
         table.add_row(name, f"{values['rows']:,}", *means, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})")
     voice.result(table)
     voice.result(f"{outcome.why[:1].upper()}{outcome.why[1:]}.")
+    if (rl := facts.get("rl")) is not None:
+        voice.result(f"Reinforcement, {rl['steps']:,} steps on {rl['rows']:,} rows: {rl['why']}.")
 
 
 def _write_card(folder: str, dataset: RecDataset, outcome: Outcome, options: tuple[Any, ...]) -> None:

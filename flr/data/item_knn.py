@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -29,7 +30,8 @@ from .pairs import item_pairs
 KNN_NAME = "item_knn.safetensors"
 
 _FORMAT = "flr-item-knn-1"
-_BLOCK = 1 << 21  # pairs of places at a time
+_BLOCK = 1 << 21  # pairs of places whose users are told apart at a time
+_PAIRS = 1 << 22  # pairs of places that are counted at a time
 _TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
 _ARRAYS = {"offsets": torch.int64, "items": torch.int32, "weights": torch.float32, "popularity": torch.float32}
 _MAX_METADATA = 1 << 12  # characters
@@ -73,6 +75,10 @@ class NeighbourTable:
     ) -> NeighbourTable:
         """Count in ``train``.
 
+        Items are worked off in ranges, each in a pass over ``train``, so that beside the rows of M that are kept only
+        some half a gigabyte is in memory: the pairs of 2²² places, or of one item where it has more. With ``top``, M
+        has at most 12 · C · ``top`` bytes, twice while its parts are joined.
+
         Args:
             train: rows to count in.
             num_items: C.
@@ -86,11 +92,9 @@ class NeighbourTable:
             raise ValueError(f"backward: expected at least 0, got {backward}")
         if top is not None and top < 1:
             raise ValueError(f"top: expected at least 1, got {top}")
-        first, second, distance, users = _pairs(train, num_items)
-        forward = sp.csr_matrix((users / distance, (first, second)), shape=(num_items, num_items))
-        similarity = (forward + backward * forward.T).tocsr()
+        similarity = _similarity(train, num_items, backward, top)
         popularity = np.bincount(train.targets, minlength=num_items).astype(np.float64)
-        return cls(similarity if top is None else _largest(similarity, top), popularity, history_decay)
+        return cls(similarity, popularity, history_decay)
 
     def __len__(self) -> int:
         """C."""
@@ -190,20 +194,59 @@ def _largest(matrix: sp.csr_matrix, top: int) -> sp.csr_matrix:
     return sp.csr_matrix((matrix.data[kept], (row[kept], matrix.indices[kept])), shape=matrix.shape)
 
 
-def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of places in one row, each once a user: earlier item, later item, distance, how many users; int64 [p].
-
-    Users are worked off in blocks, so that beside the result, whole numbers that do not depend on the order of
-    addition, only a block's pairs are in memory.
-    """
+def _similarity(train: Interactions, num_items: int, backward: float, top: int | None) -> sp.csr_matrix:
+    """M of these rows, range of items by range of items."""
     user = numbered(train.users)
     by_user = np.argsort(user, kind="stable")
+    rows = _Rows(train, user, by_user, np.cumsum(np.bincount(user)))
+    parts = []
+    for first, last in _ranges(train, num_items):
+        part = _forward(rows, num_items, first, last)
+        if backward:
+            part = part + backward * _forward(rows, num_items, first, last, turned=True)
+        part = part.tocsr()
+        parts.append(part if top is None else _largest(part, top))
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    items = np.concatenate([part.indices for part in parts])
+    weights = np.concatenate([part.data for part in parts])
+    return sp.csr_matrix((weights, items, offsets), shape=(num_items, num_items))
+
+
+def _ranges(train: Interactions, num_items: int) -> Iterator[tuple[int, int]]:
+    """Ranges of items, from and to, whose rows of M come from at most ``_PAIRS`` pairs of places, or of one item."""
+    length = np.diff(train.histories.offsets)
+    others = np.bincount(train.histories.values, np.repeat(length, length), minlength=num_items)
+    others += np.bincount(train.targets, length, minlength=num_items)
+    total, first = np.cumsum(others), 0
+    while first < num_items:
+        before = total[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(total, before + _PAIRS, side="right")))
+        yield first, last
+        first = last
+
+
+class _Rows(NamedTuple):
+    """Training rows: the number of each one's user, their order by user, and where each user ends in it."""
+
+    train: Interactions
+    user: np.ndarray
+    by_user: np.ndarray
+    ends: np.ndarray
+
+
+def _forward(rows: _Rows, num_items: int, first: int, last: int, turned: bool = False) -> sp.csr_matrix:
+    """Rows ``first`` to ``last`` of A, or (turned) of its transpose, CSR [last - first, C].
+
+    Pairs of places in one row count once a user. Users are worked off in blocks, so that beside the counts, whole
+    numbers that do not depend on the order of addition, only a block's pairs are in memory.
+    """
+    train, user, by_user, ends = rows
     lengths = np.diff(train.histories.offsets)[by_user] + 1
     width = int(lengths.max(initial=1))  # above every distance
-    size = num_items**2 * width  # of the key of a pair without its user
+    size = (last - first) * num_items * width  # of the key of a pair without its user
     if size >= 2**63:
         raise ValueError(f"num_items: expected C² times the longest row below 2^63, got {num_items}, {width}")
-    ends = np.cumsum(np.bincount(user))  # of the users' rows, in by_user
     pairs = np.concatenate(([0], np.cumsum(lengths * (lengths - 1) // 2)))
     total = _Counts()
     start = first_user = 0
@@ -211,21 +254,18 @@ def _pairs(train: Interactions, num_items: int) -> tuple[np.ndarray, np.ndarray,
         last_user = int(np.searchsorted(pairs[ends], pairs[start] + _BLOCK, side="right"))
         last_user = max(first_user + 1, min(last_user, first_user + (2**63 - 1) // size))
         end = int(ends[last_user - 1])
-        rows = train.select(by_user[start:end])
-        keys = np.unique(_keys(rows, user[by_user[start:end]] - first_user, num_items, width))
-        total.add(keys % size)
+        chosen = by_user[start:end]
+        keys = [np.zeros(0, np.int64)]
+        for gap, row, earlier, later in item_pairs(train.select(chosen)):
+            item, other = (later, earlier) if turned else (earlier, later)
+            at = np.flatnonzero((item >= first) & (item < last))
+            pair = (user[chosen[row[at]]] - first_user) * (last - first) + item[at] - first
+            keys.append((pair * num_items + other[at]) * width + gap)
+        total.add(np.unique(np.concatenate(keys)) % size)
         start, first_user = end, last_user
-    keys, users = total.merged()
-    return keys // (num_items * width), keys // width % num_items, keys % width, users
-
-
-def _keys(rows: Interactions, user: np.ndarray, num_items: int, width: int) -> np.ndarray:
-    """int64 [p]: ((user · C + earlier item) · C + later item) · width + distance of every ordered pair of places."""
-    keys = [np.zeros(0, dtype=np.int64)]
-    for pairs in item_pairs(rows):
-        pair = (user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later
-        keys.append(pair * width + pairs.gap)
-    return np.concatenate(keys)
+    different, users = total.merged()
+    values, places = users / (different % width), different // width
+    return sp.csr_matrix((values, (places // num_items, places % num_items)), shape=(last - first, num_items))
 
 
 class _Counts:

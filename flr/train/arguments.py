@@ -197,9 +197,30 @@ class UpdateConfig(SFTConfig):
     save_strategy: str = option("steps", "When to write a checkpoint to go on from: no, steps, epoch.")
     save_steps: float = option(0.25, "Steps between two checkpoints, or a share of all steps.")
     save_total_limit: int | None = option(1, "Checkpoints kept while the update lasts.")
+    rl_steps: int = option(
+        0,
+        "Steps of reinforcement after the supervised ones, on the newest of the new rows; they are kept only where the "
+        "rows that decide are not ranked worse. Default: none.",
+    )
+    rl_learning_rate: float = option(1e-4, "Learning rate of the reasoner in these steps; all else stays as it is.")
+    rl_reward: str = option("ndcg@10", "Reward of these steps, as --reward of flr rl.")
+    rl_group_size: int = option(8, "Thoughts a user in these steps: one as it is, the others with noise.")
+    rl_likelihood_weight: float = option(
+        0.2, "λ in [0, 1] of their objective: λ times the target's likelihood and 1 - λ times the reward's policy."
+    )
 
     def __post_init__(self) -> None:
         _check_flags(self, REFUSED_BY_UPDATE)
+        checks = (
+            ("rl_steps", "an integer >= 0", self.rl_steps >= 0),
+            ("rl_learning_rate", "a positive number", self.rl_learning_rate > 0),
+            ("rl_group_size", "an integer >= 2", self.rl_group_size >= 2),
+            ("rl_likelihood_weight", "a number in [0, 1]", 0 <= self.rl_likelihood_weight <= 1),
+        )
+        for name, expected, ok in checks:
+            if not ok:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        Rewards.parse(self.rl_reward)
         super().__post_init__()
 
 

@@ -69,6 +69,16 @@ def by_graphs(
     return GroupOutput(**found, actions=(action, sigma))
 
 
+def check_one_thought(lm: Any) -> None:
+    """ValueError for a causal LM that has nothing to reinforce: no reasoner, or a mixture of thoughts."""
+    if not hasattr(lm, "flr"):
+        raise ValueError(
+            "model: expected a patched model of variant flr, offsets or latentr3, got one without a reasoner"
+        )
+    if mixes(lm):
+        raise ValueError("aggregation: expected thought for latent GRPO, which perturbs one thought, got mixture")
+
+
 @dataclass
 class _Rollout:
     """What the first iteration on a batch leaves for the later ones."""
@@ -107,12 +117,7 @@ class LatentGRPOTrainer(RecTrainer):
         **kwargs: Any,
     ) -> None:
         lm = causal_lm(model)
-        if not hasattr(lm, "flr"):
-            raise ValueError(
-                "model: expected a patched model of variant flr, offsets or latentr3, got one without a reasoner"
-            )
-        if mixes(lm):
-            raise ValueError("aggregation: expected thought for latent GRPO, which perturbs one thought, got mixture")
+        check_one_thought(lm)
         self.rewards = Rewards.parse(args.reward) if rewards is None else rewards
         if not args.train_backbone:
             for name, parameter in model.named_parameters():

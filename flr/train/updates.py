@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import set_seed
 
 from flr.data import Augment, Interactions, RecDataset, RecProcessor
@@ -34,16 +35,20 @@ from flr.model.folder import UPDATE_NAME, is_adapter, local_folder
 from flr.model.vocabulary import grow
 
 from .arguments import UpdateConfig
+from .base import RecTrainer
 from .features import init_grown_tokens
+from .grpo import check_one_thought
 from .precision import choose_autocast, raise_trained
 from .run_folder import MARKS, MODEL_FILES, STAGING
 from .settings import APART, rows_digest
 from .sft import SFTTrainer
 from .stream import METRIC, Stream, decide, stream
+from .update_rl import reinforce, reinforcement
 
 logger = logging.getLogger("flr")
 
 _BEFORE, _AFTER, _RUN, _KEPT, _SETTINGS = "before", "after", "run", "kept", "settings.json"
+_RL, _REINFORCED = "rl", "reinforced"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Outcome:
         kept: whether the updated model took its place in the output.
         why: the decision in a sentence.
         repeated: the output has learned these very rows before, and nothing was done.
-        facts: plain values, for JSON: rows, items, steps, metrics before and after, their difference.
+        facts: plain values, for JSON: rows, items, steps, metrics before and after, their difference; ``rl``: those
+            of the reinforcement, its difference that from the supervised model.
         after: the evaluation of the updated model on the newest rows; None where nothing was done.
     """
 
@@ -76,7 +82,7 @@ def update(
     revision: str | None = None,
     loading: Callable[[bool], dict[str, Any]] = lambda adapted: {"dtype": "float32"},
     vary: Callable[[RecDataset, int, Interactions], tuple[Interactions, Augment]] | None = None,
-    watching: Callable[[SFTTrainer], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
+    watching: Callable[[RecTrainer], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
     say: Callable[[str], None] = logger.info,
 ) -> Outcome:
     """Update a saved model, and put it into ``args.output_dir`` (default: its own folder) if it is not worse.
@@ -86,7 +92,8 @@ def update(
     Args:
         model: folder, or id on the Hub, of a whole model or an adapter.
         dataset, replay, share, since: as for :func:`stream`.
-        args: of the training; rows of an epoch are the mixture, and ``max_steps`` bounds the steps.
+        args: of the training; rows of an epoch are the mixture, and ``max_steps`` bounds the steps. ``rl_steps`` of
+            reinforcement on the newest of the new rows follow (:func:`~flr.train.update_rl.reinforce`).
         revision: of a model on the Hub.
         loading: of ``flr.from_pretrained``, given whether the model is an adapter.
         vary: training rows and how to vary them, given all rows at hand as a data set, max_history, and those of the
@@ -95,7 +102,8 @@ def update(
         say: takes lines for the user.
 
     Raises:
-        ValueError: data that do not fit the model, an adapter whose items need new tokens, another process at work.
+        ValueError: data that do not fit the model, an adapter whose items need new tokens, another process at work,
+            ``rl_steps`` for a model that has not one thought.
     """
     if args.world_size > 1:
         raise ValueError(f"processes: expected one for an update, got {args.world_size}")
@@ -177,13 +185,13 @@ class _Job:
         self,
         loading: Callable[[bool], dict[str, Any]],
         vary: Callable[[RecDataset, int, Interactions], tuple[Interactions, Augment]] | None,
-        watching: Callable[[SFTTrainer], contextlib.AbstractContextManager[Any]],
+        watching: Callable[[RecTrainer], contextlib.AbstractContextManager[Any]],
     ) -> Outcome:
         """Evaluate, train, evaluate, decide, and put the model in its place."""
         source, args = self._source(), self.args
         settings = {"asked": self.asked, "before": self._fingerprint(source), "output": self._fingerprint(self.output)}
         if self._stored(self.work / _SETTINGS) != settings:
-            for name in (_SETTINGS, _BEFORE, _AFTER, _RUN, _KEPT):
+            for name in (_SETTINGS, _BEFORE, _AFTER, _RUN, _RL, _REINFORCED, _KEPT):
                 path = self.work / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             write_json(self.work / _SETTINGS, settings)
@@ -194,6 +202,8 @@ class _Job:
         adapted = is_adapter(source)
         lm, _ = load_from(self.model, revision=self.revision, is_trainable=True, **loading(adapted))
         lm = raise_trained(lm) if adapted else lm
+        if args.rl_steps:
+            check_one_thought(causal_lm(lm))
         known = RecProcessor.from_pretrained(source)
         limits: dict[str, Any] = {"share": self.share, "since": self.since, "seed": args.seed}
         limits["valid_rows"] = args.eval_max_users
@@ -219,10 +229,33 @@ class _Job:
         facts = self._facts(rows, known, trainer.state.global_step, figures)
         if not kept:
             return Outcome(False, why, False, facts, after)
+        if args.rl_steps:
+            better, facts["rl"] = self._reinforced(lm, processor, rows, watching, before, after, knows)
+            if better is not None:
+                after = better
+                _, why, facts[METRIC] = decide(before, after, knows)
         trainer.save_model(str(self.work / _KEPT))
         write_json(self.work / _KEPT / UPDATE_NAME, {**settings, "why": why, "facts": facts})
         seal_folder(self.work / _KEPT)
         return dataclasses.replace(self._publish({"why": why, "facts": facts}), after=after)
+
+    def _reinforced(
+        self,
+        model: Any,
+        processor: RecProcessor,
+        rows: Stream,
+        watching: Callable[[RecTrainer], contextlib.AbstractContextManager[Any]],
+        before: EvalResult | None,
+        after: EvalResult,
+        knows: np.ndarray,
+    ) -> tuple[EvalResult | None, dict[str, Any]]:
+        fresh = rows.train.select(np.arange(rows.new_rows))
+        args = reinforcement(self.args, self.work / _RL, len(fresh))
+
+        def evaluated() -> EvalResult:
+            return self._evaluated(model, processor, rows.valid, _REINFORCED)
+
+        return reinforce(model, processor, fresh, args, watching, evaluated, after, before, knows)
 
     def _evaluated(self, model: Any, processor: RecProcessor, rows: Interactions, name: str) -> EvalResult:
         """The evaluation in the folder ``name``, made where it is not there."""

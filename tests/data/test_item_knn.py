@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flr.data import CSR, Interactions, NeighbourTable
+from flr.data import CSR, Interactions, NeighbourTable, item_knn
+from flr.data.pairs import item_pairs
 
 TRAIN = Interactions(
     ["u", "u", "v", "v", "w"],
@@ -50,6 +51,41 @@ def test_probabilities_are_scores_over_their_sum_and_popularity_where_nothing_is
     empty = NeighbourTable.fit(Interactions([], [], []), 3)
     with pytest.raises(ValueError, match="expected training rows"):
         empty.probabilities(CSR.from_rows([[0]]))
+
+
+def test_a_fit_in_small_parts_is_the_same_table_and_holds_few_pairs(monkeypatch):
+    """Ranges of items and blocks of users: bit for bit what one pass over everything gives."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 8, 400)
+    histories = CSR.from_rows([rng.zipf(1.5, n).clip(1, 60) - 1 for n in lengths])
+    train = Interactions(rng.integers(0, 90, 400).astype(str).tolist(), histories, rng.integers(0, 60, 400))
+    whole = [NeighbourTable.fit(train, 61, backward=backward, top=top) for backward, top in ((0.5, None), (0.0, 3))]
+    held = []
+
+    class Counts(item_knn._Counts):
+        def merged(self):
+            found = super().merged()
+            held.append(len(found[0]))
+            return found
+
+    monkeypatch.setattr(item_knn, "_Counts", Counts)
+    monkeypatch.setattr(item_knn, "_BLOCK", 100)
+    monkeypatch.setattr(item_knn, "_PAIRS", 200)
+    for table, (backward, top) in zip(whole, ((0.5, None), (0.0, 3)), strict=True):
+        held.clear()
+        parts = NeighbourTable.fit(train, 61, backward=backward, top=top)
+        assert len(held) > 10
+        for name in ("indptr", "indices", "data"):
+            np.testing.assert_array_equal(getattr(parts.similarity, name), getattr(table.similarity, name))
+    ranges = list(item_knn._ranges(train, 61))
+    assert [first for first, _ in ranges] == [0, *(last for _, last in ranges[:-1])]
+    assert ranges[-1][1] == 61
+    pairs = {first: 0 for first, _ in ranges}
+    for found in item_pairs(train):
+        for items in (found.earlier, found.later):
+            for first, last in ranges:
+                pairs[first] += int(((items >= first) & (items < last)).sum())
+    assert all(pairs[first] <= 200 or last == first + 1 for first, last in ranges)
 
 
 @pytest.mark.parametrize("options", [{"history_decay": 0.0}, {"backward": -1.0}, {"top": 0}])

@@ -7,6 +7,7 @@ from flr.files import read_json
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quality.md").read_text()
+STREAMS = ("cds", "instruments")
 STUDY = read_json(ROOT / "docs/results/study.json", 1 << 24)
 
 
@@ -65,3 +66,24 @@ def test_figures_that_were_measured_once_stand_in_the_log():
     log = (ROOT / "docs/log.md").read_text()
     assert len(figures) == 13
     assert [figure for figure in figures if figure not in log] == []
+
+
+def test_the_tables_of_streams_are_those_of_the_results():
+    from scripts.stream_study import FILES, RESULTS, table
+
+    for name, file in FILES.items():
+        report = read_json(RESULTS / file)
+        written = re.search(rf"<!-- stream:{name} -->\n(.*?)<!-- /stream:{name} -->", PAGE, re.S)
+        assert written[1].strip() == table(report), "stale: python scripts/stream_study.py --table"
+        assert len(report["summary"]["periods"]) == 10
+
+
+def test_what_is_said_of_updates_on_a_stream_holds():
+    """CDs: ahead of doing nothing. Instruments: level with it. Both: behind training anew, which costs far more."""
+    cds, instruments = (read_json(ROOT / f"docs/results/stream_{name}.json")["summary"] for name in STREAMS)
+    assert cds["differences"]["update - nothing"][1] > 0
+    assert cds["differences"]["update - scratch"][2] < 0
+    assert instruments["differences"]["update - nothing"][1] < 0 < instruments["differences"]["update - nothing"][2]
+    assert instruments["differences"]["update - scratch"][2] < 0
+    for summary in (cds, instruments):
+        assert summary["cpu_seconds"]["scratch"] > 2.5 * summary["cpu_seconds"]["update"]

@@ -32,6 +32,24 @@ def test_what_processes_share_is_one_copy():
             assert row["Pss"] < 0.75 * row["Rss"], (size, name)
 
 
+def test_every_piece_of_work_that_is_measured_runs_in_small(tmp_path):
+    for name, (work, _) in scale_memory.WORK.items():
+        if name == "ids and titles: open for a server":
+            pytest.importorskip("uvicorn", reason="needs the extra serve")
+        work(tmp_path, 13_000)()
+    assert {file.name for file in tmp_path.iterdir()} == {scale_memory.TRIE, scale_memory.KNN, scale_memory.CATALOGUE}
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_copy_of_a_trie(tmp_path):
+    """What the kernel says, of 200,000 items: the table's measurement, run."""
+    scale_memory.save_trie(tmp_path, 200_000)()
+    row = scale_memory.measured("trie: open", tmp_path, 200_000)
+    assert row["processes"] == 2
+    assert row["Rss"] > (tmp_path / scale_memory.TRIE).stat().st_size
+    assert row["Pss"] < 0.75 * row["Rss"]
+
+
 def test_the_tables_of_replicas_are_those_of_the_result():
     pytest.importorskip("uvicorn", reason="needs the extra serve")
     from scripts import serve_replicas

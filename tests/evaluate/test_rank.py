@@ -100,6 +100,36 @@ def test_controls_evaluate_too(variant):
     assert row_of(processor(make_rows(5)), 0).numel() > 0
 
 
+@pytest.mark.parametrize("bound", [1, 2 * NUM_ITEMS + 1])
+def test_scores_of_every_item_are_made_for_few_users_at_a_time(bound, monkeypatch):
+    """Whatever the batch: exhaustive scoring of a model, and baselines, alone and as scorers."""
+    model, processor = make_model("title")
+    rows, train = make_rows(), make_rows(40, seed=1)
+    baselines = [Popularity(train, NUM_ITEMS), ItemKNN(train, NUM_ITEMS)]
+
+    def everything() -> list[list[int]]:
+        found = [evaluate(model, processor, rows, method="exhaustive", progress=False).ranks["item"]]
+        found += [evaluate_scorer(one, rows, processor.catalogue).ranks["item"] for one in baselines]
+        return [ranks.tolist() for ranks in (*found, *(one.ranks(rows) for one in baselines))]
+
+    wanted, sizes = everything(), []
+
+    def counted(module: str, name: str) -> None:
+        real = getattr(__import__(module, fromlist=[name]), name)
+
+        def wrapped(scores, *args, **kwargs):
+            sizes.append(len(scores))
+            return real(scores, *args, **kwargs)
+
+        monkeypatch.setattr(f"{module}.{name}", wrapped)
+
+    counted("flr.evaluate.rank", "ranks_from_scores")
+    counted("flr.evaluate.baselines", "ranks_from_scores")
+    monkeypatch.setattr("flr.evaluate.metrics._MAX_SCORES", bound)
+    assert everything() == wanted
+    assert max(sizes) == max(1, bound // NUM_ITEMS)
+
+
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 def test_batch_size_does_not_matter(codec, scoring):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from flr.data import Catalogue, Interactions, RecDataset
+from flr.data.growth import joined
 from flr.evaluate import EvalResult
 from flr.train.stream import decide, stream
+from scripts.stream_study import the_stream, with_clock
 
 KNOWN = Catalogue(["a", "b", "c"], ["A", "B", "C"])
 ITEMS = Catalogue(["d", "b", "a"], ["D", "B", "A"])
@@ -81,3 +83,23 @@ def test_without_a_known_target_an_update_is_kept():
     assert found
     assert why == "kept: the old model knows none of the 2 targets"
     assert figures["new"]["before"] == 0
+
+
+def test_rows_without_times_get_a_clock_that_keeps_each_users_order():
+    users = ["u", "v", "u", "u", "v", "w"]
+    rows = with_clock(Interactions(users, [[0]] * 6, range(6)))
+    times = dict(zip(range(6), (rows.timestamps / 10**9).tolist(), strict=True))
+    assert times[0] < times[2] < times[3]
+    assert times[1] < times[4]
+    for row, (first, last) in {0: (0, 1 / 3), 2: (1 / 3, 2 / 3), 3: (2 / 3, 1), 1: (0, 0.5), 4: (0.5, 1)}.items():
+        assert first <= times[row] <= last
+    whole = RecDataset(
+        Catalogue("abcdef", "abcdef"), rows.select([0, 1, 2]), rows.select([3]), rows.select([4, 5]), "x"
+    )
+    plain = [Interactions(part.users, part.histories, part.targets) for part in (whole.train, whole.valid, whole.test)]
+    start, parts = the_stream(RecDataset(whole.catalogue, *plain, "x"), 3, None)
+    assert [len(start), *map(len, parts)] == [3, 1, 1, 1]
+    ordered = joined(start, *parts)
+    assert ordered.targets.tolist() == np.argsort(rows.timestamps).tolist()
+    few = the_stream(RecDataset(whole.catalogue, *plain, "x"), 3, 1)
+    assert len({user for part in (few[0], *few[1]) for user in part.users}) == 1

@@ -14,6 +14,7 @@ from flr.data import Catalogue, Interactions, RecDataset, RecProcessor, planted_
 from flr.data.growth import joined, replaced
 from flr.model.checkpoint import load_from
 from flr.recommend import Recommender
+from flr.train import LatentGRPOTrainer
 from flr.train.run_folder import MARKS
 from scripts.stream_study import by_time, over_used_items
 from tests.helpers.kills import in_child, kill_at
@@ -245,3 +246,110 @@ def test_an_adapter_learns_new_titles_and_refuses_new_tokens(models, tmp_path, c
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "20 items have another title in the data and keep theirs" in capsys.readouterr().err
     assert main(["recommend", "--model", str(tmp_path / "out"), "--history", "item_55"]) == 0
+
+
+RL = ["--rl_steps", "3", "--rl_group_size", "4", "--rl_learning_rate", "1e-2"]
+
+
+def answering(*answers):
+    """In place of ``decide``: these answers, one a call."""
+    kept = iter(answers)
+    figures = {"all": {"difference": [0.0, 0.0, 0.0, 0.0]}}
+    return lambda *_: (found := next(kept), f"{'kept' if found else 'not kept'}: a test says so", figures)
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept"),
+    [
+        ([True, True], True),
+        ([False], False),  # worse than the supervised model
+        ([True, False], False),  # no worse than that, and worse than the model before the update
+    ],
+)
+def test_reinforcement_moves_the_reasoner_alone_and_goes_where_it_is_worse(
+    models, tmp_path, capsys, monkeypatch, answers, kept
+):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    assert updated(models, "sid", tmp_path)[0] == 0
+    supervised = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("flr.train.update_rl.decide", answering(*answers))
+    capsys.readouterr()
+    status, record = updated(models, "sid", tmp_path, *RL)
+    assert status == 0
+    rl = record["facts"]["rl"]
+    assert (rl["kept"], rl["steps"], rl["rows"]) == (kept, 3, 48)
+    assert rl["why"].startswith("kept" if kept else "not kept")
+    assert f"Reinforcement, 3 steps on 48 rows: {rl['why']}." in capsys.readouterr().out
+    found = weights(tmp_path / "out")
+    moved = {name for name in found if not torch.equal(found[name], supervised[name])}
+    assert found.keys() == supervised.keys()
+    assert bool(moved) == kept
+    assert all(".flr." in f".{name}" for name in moved)
+
+
+def test_reinforcement_takes_the_newest_rows_and_is_compared_on_all_that_decide(models, tmp_path, monkeypatch):
+    """Without a replaced decision: two steps at a small rate change nothing beyond chance."""
+    seen = []
+
+    class Watched(LatentGRPOTrainer):
+        def __init__(self, model, args, processor, train, *more):
+            seen.append((args, train))
+            super().__init__(model, args, processor, train, *more)
+
+    monkeypatch.setattr("flr.train.update_rl.LatentGRPOTrainer", Watched)
+    more = ["--max_steps", "30", "--rl_steps", "2", "--rl_learning_rate", "1e-6", "--rl_likelihood_weight", "0.4"]
+    status, record = updated(models, "sid", tmp_path, *more)
+    assert status == 0
+    assert record["facts"]["rl"]["kept"]
+    assert record["facts"]["rl"]["ndcg@10"]["rows"] == 40
+    ((args, train),) = seen
+    assert (args.is_hybrid, args.likelihood_weight, args.reward, args.max_steps) == (True, 0.4, "ndcg@10", 2)
+    assert sorted(train.timestamps) == sorted(split()[1].train.timestamps)[-32:]
+
+
+def test_a_kill_while_it_is_reinforced_ends_at_the_same_weights(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    monkeypatch.setattr("flr.train.update_rl.decide", lambda *_: (True, "kept: a test says so", {"all": {}}))
+    more = [*RL, "--rl_steps", "4", "--save_steps", "2", "--card", "false"]
+
+    def attempt(name, kill=0):
+        def run():
+            torch.set_num_threads(1)
+            if kill:
+                kill_at(kill, tmp_path / name)
+            return updated(models, "sid", tmp_path / name, *more)[0]
+
+        return in_child(run)
+
+    assert attempt("quiet") == 0
+    rl = tmp_path / "cut" / ".out.update" / "rl"
+    seen, status = [], -9
+    for kill in (330, *[110] * 6):  # the supervised steps have ended; then some way at a time
+        if (status := attempt("cut", kill)) != -9:
+            break
+        whole = (rl / "model.safetensors").is_file()
+        seen.append("ended" if whole else "begun" if any(rl.glob("checkpoint-*")) else "not begun")
+    assert status == 0
+    assert {"begun", "ended"} <= set(seen), seen
+    assert same(weights(tmp_path / "cut" / "out"), weights(tmp_path / "quiet" / "out"))
+
+
+def test_what_cannot_be_reinforced_is_refused_before_anything_is_learned(models, tmp_path, capsys):
+    mixture = ["--codec", "sid", "--aggregation", "mixture", "--num_factors", "2", "--max_steps", "1"]
+    where = ["--data", str(models / "old"), "--output_dir", str(tmp_path / "mixture")]
+    assert main(["sft", *where, *SFT, *SMALL, *mixture]) == 0
+    capsys.readouterr()
+    none = "model: expected a patched model of variant flr, offsets or latentr3, got one without a reasoner"
+    for model, options, expected in (
+        (models / "title", RL, none),
+        (models / "id", RL, none),
+        (tmp_path / "mixture", RL, "aggregation: expected thought for latent GRPO, which perturbs one thought"),
+        (models / "sid", ["--rl_steps", "-1"], "rl_steps: expected an integer >= 0, got -1"),
+        (models / "sid", [*RL, "--rl_group_size", "1"], "rl_group_size: expected an integer >= 2, got 1"),
+        (models / "sid", [*RL, "--rl_likelihood_weight", "2"], "rl_likelihood_weight: expected a number in [0, 1]"),
+        (models / "sid", [*RL, "--rl_reward", "luck"], "luck"),
+    ):
+        assert updated(models, "sid", tmp_path, *options, model=model) == (1, {})
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / ".out.update").exists()
