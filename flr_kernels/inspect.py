@@ -138,48 +138,55 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of the ops' host code that between them launch every kernel variant for ``dtype``."""
+def calls(
+    dtype: torch.dtype, size: int = _SIZE, empty: Callable[..., torch.Tensor] = _meta
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of the ops' host code that between them launch every kernel variant for ``dtype`` and D = ``size``.
+
+    ``empty(*shape, dtype=torch.float32)`` makes their tensors, whose values do not matter.
+    """
     from .ops.factor_aggregate import triton_kernels as aggregate
     from .ops.factor_attention import triton_host as attention
     from .ops.log_normaliser import triton_kernels as normaliser
     from .ops.token_logprob import triton_kernels as logprob
 
     batch, factors = 2, 4
-    vectors, scalars, square = (batch, factors, _SIZE), (batch, factors), (batch, factors, factors)
-    saved = (_meta(*vectors), _meta(*scalars), _meta(*square), _meta(*scalars))
-    u = _meta(*vectors, dtype=dtype)
+    vectors, scalars, square = (batch, factors, size), (batch, factors), (batch, factors, factors)
+    saved = (empty(*vectors), empty(*scalars), empty(*square), empty(*scalars))
+    u = empty(*vectors, dtype=dtype)
     for tile, splits in product(triton_config.tiles(dtype.itemsize, backward=False)[::-1], (1, 3)):
-        h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
+        h = empty(batch, tile.block_l * splits, size, dtype=dtype)
         yield f"{tile.name} {'split' if splits > 1 else 'whole'}", partial(attention.forward, h, u, None, tile=tile)
     for tile, splits, dh in product(triton_config.tiles(dtype.itemsize, backward=True)[::-1], (1, 3), (True, False)):
-        h = _meta(batch, tile.block_l * splits, _SIZE, dtype=dtype)
+        h = empty(batch, tile.block_l * splits, size, dtype=dtype)
         label = f"{tile.name} {'split' if splits > 1 else 'whole'}{'' if dh else ' no dh'}"
         yield label, partial(attention.backward, h, u, None, saved, saved, dh, tile=tile)
-    f, gradients = _meta(*vectors, dtype=dtype), (_meta(batch, _SIZE), _meta(*scalars), _meta(batch), _meta(batch))
-    yield "", partial(aggregate.forward, f, _meta(*scalars), 1e-6)
-    yield "", partial(normaliser.forward, _meta(batch, 99 * _SIZE, dtype=dtype))
-    row = _meta(batch)
-    logits = _meta(batch, 99 * _SIZE, dtype=dtype)
-    yield "", partial(logprob.logits_gradient, logits, row, _meta(batch, dtype=torch.int64), row)
-    yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
-    yield from _trie_steps(dtype)
+    f, gradients = empty(*vectors, dtype=dtype), (empty(batch, size), empty(*scalars), empty(batch), empty(batch))
+    yield "", partial(aggregate.forward, f, empty(*scalars), 1e-6)
+    yield "", partial(normaliser.forward, empty(batch, 99 * size, dtype=dtype))
+    row = empty(batch)
+    logits = empty(batch, 99 * size, dtype=dtype)
+    yield "", partial(logprob.logits_gradient, logits, row, empty(batch, dtype=torch.int64), row)
+    yield "", partial(aggregate.backward, f, empty(*scalars), *gradients, 1e-6)
+    yield from _trie_steps(dtype, size, empty)
 
 
-def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _trie_steps(
+    dtype: torch.dtype, size: int, empty: Callable[..., torch.Tensor]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Both selections at once: one alone is a part of the same program."""
     from .ops.trie_step import triton_kernels as trie_step
 
-    users, hypotheses, nodes = 2, 10, _SIZE
-    score, node = _meta(users, hypotheses), _meta(users, hypotheses, dtype=torch.int64)
-    arrays = [_meta(nodes, dtype=torch.int32) for _ in range(4)]
+    users, hypotheses, nodes = 2, 10, size
+    score, node = empty(users, hypotheses), empty(users, hypotheses, dtype=torch.int64)
+    arrays = [empty(nodes, dtype=torch.int32) for _ in range(4)]
     grid = list(product(("none",), (10, 50, 200), (100, 5000), (False, True)))
     grid += product(("prefix", "only", "exclude"), (10,), (5000,), (False, True))
     for filter, width, widest, unique in grid if dtype == torch.bfloat16 else grid[:2]:
-        listed = None if filter == "none" else _meta(_SIZE, dtype=torch.int32 if filter == "prefix" else torch.int64)
-        offset = None if listed is None else _meta(users, dtype=torch.int64)
+        listed = None if filter == "none" else empty(size, dtype=torch.int32 if filter == "prefix" else torch.int64)
+        offset = None if listed is None else empty(users, dtype=torch.int64)
         arguments: tuple[Any, ...] = (
-            _meta(users, hypotheses, 99 * _SIZE, dtype=dtype), score, node, None if unique else score, *arrays, listed,
+            empty(users, hypotheses, 99 * size, dtype=dtype), score, node, None if unique else score, *arrays, listed,
             offset, 16, width, width, widest, unique, filter,
         )  # fmt: skip
         yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
@@ -202,7 +209,7 @@ def _variants() -> dict[_Launch, str]:
     found: dict[_Launch, str] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = str(dtype).removeprefix("torch.")
-        for label, run in _calls(dtype):
+        for label, run in calls(dtype):
             with _recorded() as launches:
                 run()
             for launch in launches:

@@ -63,6 +63,12 @@ for name in "${parts[@]}"; do
 done
 wanted() { [[ " ${parts[*]} " == *" $1 "* ]]; }
 
+# What Triton compiles, filled beforehand and carried (scripts/triton_cache.py --fill build/triton_cache): good for the same sources,
+# Triton and Python; anything else is compiled here as ever.
+if [ -z "${TRITON_CACHE_DIR:-}" ] && [ -d build/triton_cache ]; then
+  "$python" scripts/triton_cache.py --place build/triton_cache | tee -a "$log" && export TRITON_CACHE_DIR=$PWD/build/triton_cache
+fi
+
 echo "gpu: $device, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)" | tee -a "$log"
 
 # seconds that each took on an H200 with 16 cores, or is expected to, before its limit

@@ -36,8 +36,11 @@ def fixed_shapes() -> Iterator[None]:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether reading values of ``x`` costs nothing: it lies in the CPU's memory, and :func:`fixed_shapes` is off."""
-    return x.device.type == "cpu" and not _FIXED.get()
+    """Whether reading values of ``x`` costs nothing: it lies in the CPU's memory, and :func:`fixed_shapes` is off.
+
+    Never while a compiler traces, for which there are no values.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _FIXED.get()
 
 
 @functools.cache

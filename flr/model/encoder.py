@@ -118,16 +118,17 @@ class Encoder:
     def think(self, column: int, given: Tensor | None = None) -> None:
         """Put the thought, or the embedding ``given`` [B, D], into ``column`` of the rows that have one there."""
         x, config = self.inputs, self.config
-        rows = x.is_thought[:, column]
+        # select, since a number in brackets is a constant to a compiler, and another prompt compiled anew
+        rows, here = x.is_thought.select(1, column), x.embeds.select(1, column)
         before = max(column - 1, 0)
         if config.anchor == "none":
-            anchor = torch.zeros_like(x.embeds[:, column])
+            anchor = torch.zeros_like(here)
         elif config.anchor == "token":
-            anchor = x.embeds[:, column]
+            anchor = here
         elif self.anchor is None:
-            anchor = x.embeds[:, before] if column else torch.zeros_like(x.embeds[:, column])
+            anchor = x.embeds.select(1, before) if column else torch.zeros_like(here)
         else:  # a later thought keeps the anchor of the one before it
-            anchor = torch.where(x.is_thought[:, before, None], self.anchor, x.embeds[:, before])
+            anchor = torch.where(x.is_thought.select(1, before)[:, None], self.anchor, x.embeds.select(1, before))
         self.anchor = anchor
         embedding = anchor
         if given is not None:
@@ -139,9 +140,8 @@ class Encoder:
             embedding = anchor + r.to(anchor.dtype)
             self.steps.append(out)
             self.step_rows.append(rows)
-        is_here = torch.arange(x.embeds.shape[1], device=rows.device) == column
-        here = (rows[:, None] & is_here)[..., None]
-        x.embeds = torch.where(here, embedding[:, None].to(x.embeds.dtype), x.embeds)
+        is_column = torch.arange(x.embeds.shape[1], device=rows.device) == column
+        x.embeds = torch.where((rows[:, None] & is_column)[..., None], embedding[:, None].to(x.embeds.dtype), x.embeds)
 
     def output(self, weights: Tensor | None) -> FLROutput | None:
         """The thoughts; ``weights`` [B] are the users' shares in the loss, None for equal ones."""

@@ -73,10 +73,10 @@ def encode_factors(model: Any, pieces: Pieces, column: int, stop: int) -> Factor
     history, kv = encode_prompts(model, before, history_ids, seen, positions[:, :column], cached, tokens)
     made = model.flr(history, pieces.valid(column), column - 1)
     r = torch.nn.functional.dropout(made.factors, config.dropout, model.training)
-    anchors = {"token": embeds[:, column], "last": embeds[:, column - 1]}
-    anchor = anchors.get(config.anchor, torch.zeros_like(embeds[:, column]))
+    anchors = {"token": embeds.select(1, column), "last": embeds.select(1, column - 1)}
+    anchor = anchors.get(config.anchor, torch.zeros_like(anchors["token"]))
     thoughts = anchor[:, None] + r.to(anchor.dtype)  # [B, K, D]
-    prompt = Prompt(before, history_ids, kv, seen, positions[:, column, None])
+    prompt = Prompt(before, history_ids, kv, seen, positions[:, column : column + 1])
     members = PackedMembers(model, prompt, config.num_factors)
     behind = embeds[:, None, column + 1 : stop].expand(-1, config.num_factors, -1, -1)
     tokens = ids[:, None, column:stop].expand(-1, config.num_factors, -1)

@@ -75,8 +75,12 @@ def _pays(groups: int, query: Tensor, key: Tensor, mask: Tensor) -> bool:
 def folded_heads() -> Iterator[None]:
     """Models that this thread runs inside fold their heads; those of other threads do as ever.
 
-    Nothing may be run again in a backward that was run inside (gradient checkpointing).
+    Nothing may be run again in a backward that was run inside (gradient checkpointing). A compiler that traces the call
+    itself knows no threads: heads are not folded in its program.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     thread = threading.get_ident()
     with _LOCK:
         if not _threads and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # and nobody else's

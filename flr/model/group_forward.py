@@ -191,18 +191,18 @@ def group_forward(
             model, prompt, ids, attention_mask[:, :length], position_ids[:, :length], tokens=tokens
         )
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
-    begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length, None])
+    begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length : length + 1])
     suffix = PackedMembers(model, begun, members)
     thought_ids = group.targets.new_full((batch, members, 1), config.thought_token_id)
 
     valid = attention_mask[:, :length].bool()
     if reasoner_mask is not None:
         valid = valid & reasoner_mask[:, :length]
-    anchor = {"last": embeds[:, length - 1], "none": torch.zeros_like(embeds[:, 0])}.get(config.anchor)
+    anchor = {"last": embeds.select(1, length - 1), "none": torch.zeros_like(embeds[:, 0])}.get(config.anchor)
     grad_through_targets = group.policy == "tokens" or group.likelihood  # from the targets to the thoughts
     made = _Thoughts(model, group, history, valid)
     for n in range(thoughts):
-        embedding = made.noisy_thought(embeds[:, length + n] if anchor is None else anchor)
+        embedding = made.noisy_thought(embeds.select(1, length + n) if anchor is None else anchor)
         if n < thoughts - 1:
             with _gradients(grad_through_targets):
                 made.extend(suffix.run(embedding[:, :, None], thought_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,11 +152,19 @@ def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
             x, weight = x.to(dtype), weight.to(dtype)
         return token_logprob(x, weight, target)
 
-    head.forward = forward
+    if torch.compiler.is_compiling() and is_unhooked(head):
+        return forward(hidden)
+    return _called(head, forward, hidden)
+
+
+@torch.compiler.disable  # which does not follow a forward that comes and goes
+def _called(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``forward(x)`` as a call of ``module``, hooks and all."""
+    module.forward = forward
     try:
-        return head(hidden)
+        return module(x)
     finally:
-        del head.forward
+        del module.forward
 
 
 class HeadRows:

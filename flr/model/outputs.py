@@ -83,7 +83,10 @@ class ThoughtInputs:
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> ThoughtInputs:
         """Those among ``kwargs``, which loses them."""
-        return cls(**{f.name: kwargs.pop(f.name) for f in fields(cls) if f.name in kwargs})
+        return cls(**{name: kwargs.pop(name) for name in _THOUGHT_INPUTS if name in kwargs})
+
+
+_THOUGHT_INPUTS = tuple(f.name for f in fields(ThoughtInputs))  # a compiler cannot ask a class for its fields
 
 
 @dataclass

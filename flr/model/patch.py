@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +53,12 @@ class Patch:
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
         """The model's own ``forward``, ``generate`` or ``save_pretrained``."""
-        return self.had[name] if name in self.had else MethodType(getattr(type(model), name), model)
+        return self.had[name] if name in self.had else partial(getattr(type(model), name), model)
 
     def base_forward(self, base: Any) -> Callable[..., Any]:
         """The base model's own ``forward``."""
-        # not by __get__: Dynamo takes that for the instance's attribute, which is ours
-        return self.had.get("base.forward") or MethodType(type(base).forward, base)
+        # not by __get__, which Dynamo takes for the instance's attribute, which is ours; nor as a method made by hand
+        return self.had.get("base.forward") or partial(type(base).forward, base)
 
 
 def patch_model(

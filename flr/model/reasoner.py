@@ -146,7 +146,7 @@ class Reasoner(nn.Module):
         """Hidden states [B, D] at the query columns."""
         if isinstance(query_index, Tensor):
             return h[torch.arange(len(h), device=h.device), query_index.clamp_min(0)]
-        return h[:, max(query_index, 0)]  # an int, or in an export a symbol for one
+        return h.select(1, max(query_index, 0))  # an int, or in an export or compiled a symbol for one
 
     def rescale(self, factor: float) -> None:
         """Multiply the thought by ``factor``, in place."""

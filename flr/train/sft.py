@@ -70,8 +70,9 @@ class SFTTrainer(RecTrainer):
         del batch["item_positions"]  # for explanations, not for the model
         if self.catalogue_loss is not None:
             batch["labels"] = self.catalogue_loss.target_nodes(batch["labels"])
-        if self.args.device.type == "cuda":
-            # fixed shapes and no synchronisation; on the CPU lm_head rows cost more than a look at the data
+        if self.args.device.type == "cuda" or self.args.torch_compile:
+            # fixed shapes and no synchronisation; on the CPU lm_head rows cost more than a look at the data, which a
+            # compiler would have to break off for
             first_label = int((batch["labels"] != IGNORE).any(0).int().argmax())
             start = first_label - self.processor.num_thoughts
             whole: dict[str, Any] = {**batch, "thought_start": start}

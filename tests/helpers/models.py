@@ -120,8 +120,8 @@ def patched_model(
     return model
 
 
-def trainable(codec: str = "id", views: HistoryViews | None = None, **config: Any):
-    """A patched one-layer Llama and its processor over the items of ``DATA``."""
+def trainable(codec: str = "id", views: HistoryViews | None = None, layers: int = 1, **config: Any):
+    """A patched Llama and its processor over the items of ``DATA``."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(DATA.catalogue, codec, vocab_size=400)
     options = flr.FLRConfig(**{"anchor": "last", **config})
@@ -133,7 +133,7 @@ def trainable(codec: str = "id", views: HistoryViews | None = None, **config: An
         views=views,
         max_title_tokens=4 if codec == "title" else None,
     )
-    model = tiny_llama(len(tokenizer), num_hidden_layers=1, tie_word_embeddings=True, initializer_range=0.2)
+    model = tiny_llama(len(tokenizer), num_hidden_layers=layers, tie_word_embeddings=True, initializer_range=0.2)
     return flr.patch_model(model, tokenizer, options), processor
 
 

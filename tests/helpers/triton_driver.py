@@ -56,14 +56,15 @@ _DRIVER = Driver()
 
 
 @contextmanager
-def recording() -> Iterator[Driver]:
+def recording(stand_in: Driver | None = None) -> Iterator[Driver]:
     """Launches of the block go to the driver that it gets. Not beside a device, whose compiled kernels it shares."""
     from triton.runtime import driver
 
+    stand_in = stand_in or _DRIVER
     before = dict(vars(driver))
-    driver.set_active(_DRIVER)
-    _DRIVER.launches.clear()
+    driver.set_active(stand_in)
+    stand_in.launches.clear()
     try:
-        yield _DRIVER
+        yield stand_in
     finally:
         vars(driver).update(before)
