@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .attention_entry import inside
 from .backbone import causal_lm, forward_parameters
 from .base import base_of
-from .folded_heads import folds
 from .joint_products import joint_products, share_products
 
 _PROGRAMS = 64  # compiled forms of a layer: shapes, masks, with and without gradients and cache
@@ -79,7 +79,7 @@ def _forward(layer: nn.Module, number: int, program: Callable[..., Any]) -> Call
     def forward(*args: Any, **kwargs: Any) -> Any:
         cached = next((name for name, x in kwargs.items() if isinstance(x, Cache)), None)
         if tells:
-            kwargs["flr_folds"] = folds()
+            kwargs["flr_attention"] = inside("sdpa")
         if cached is None:
             return program(layer, None, (None, None), args, kwargs)[0]
         mine = _cache_layer(kwargs.pop(cached), number)

@@ -192,7 +192,7 @@ def group_forward(
         )
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
     begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length, None])
-    suffix = PackedMembers(model, begun, members)
+    suffix = PackedMembers(model, begun, members, thoughts + steps)
     thought_ids = group.targets.new_full((batch, members, 1), config.thought_token_id)
 
     valid = attention_mask[:, :length].bool()
