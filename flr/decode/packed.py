@@ -24,7 +24,7 @@ from .session import last_states, model_states, slots
 def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
     """Why beams cannot be packed into rows of up to ``length`` tokens behind this cache, or None."""
     lm = causal_lm(model)
-    if not shares(model):
+    if not shares(model, preferred=False):
         if (reason := packing_obstacle(model)) is not None:
             return reason
         if not traits_of(model).packing:
@@ -99,7 +99,7 @@ class PackedSession:
         self.layers = [_AppendLayer(layer.keys, layer.values) for layer in layers]
         self.cache = Cache(layers=[*self.layers])
         self.config = causal_lm(model).config.get_text_config(decoder=True)
-        self.shares = shares(model)
+        self.shares = shares(model, preferred=False)
         self.reset()
 
     def step(

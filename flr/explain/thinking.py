@@ -207,8 +207,8 @@ def think(
 def _thinking_apart(lm: Any, states: FactorStates, prepared: Mapping[str, Any], reserve: int) -> ThinkingPrompts:
     config, (batch, length) = lm._flr_patch.config, states.history.shape[:2]
     cache, longest = states.members.cache, length + 1 + reserve
-    goes_on = states.members.packed and _takes_masks(lm) and cache is not None
-    goes_on = goes_on and obstacle(lm, cache, longest) is None
+    goes_on = states.members.packed and _takes_masks(lm)
+    goes_on = goes_on and cache is not None and obstacle(lm, cache, longest) is None
     everyone = torch.ones(batch, dtype=torch.bool, device=states.history.device)
     layers = _cut(cache, length, longest) if goes_on else None
     return ThinkingPrompts(

@@ -95,7 +95,7 @@ def merged_attention(
         True
     """
     kind = query.device.type
-    tensors = (query, *prompt, *own)
+    tensors: tuple[Tensor, ...] = (query, *prompt, *own)
     if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
         tensors = tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -174,10 +174,10 @@ def _attend(query: Tensor, part: _Part) -> _Found:
     key, value, mask, causal, scale = part
     kernel = _kernel(query, part)
     if kernel == "cpu":
-        found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
-        return _Found(*found, ())
+        return _Found(out, lse, ())
     if kernel == "flash":
         out, lse, _, _, _, _, *random, _ = _ATEN._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scale
@@ -220,10 +220,9 @@ def _attend_backward(grad: Tensor, query: Tensor, part: _Part, whole: _Found) ->
             [True, True, True, False], causal, scale=scale,
         )  # fmt: skip
         return unfolded(of_rows, groups), of_key, of_value
-    groups = (key.shape[1], -1)
-    grad, rows = grad.unflatten(1, groups), query.unflatten(1, groups)
-    weights = (_scores(query, part) - lse.unflatten(1, groups)[..., None]).exp()
-    delta = (grad * out.unflatten(1, groups)).sum(-1, keepdim=True)
+    grad, rows, out, lse = (x.unflatten(1, (key.shape[1], -1)) for x in (grad, query, out, lse))
+    weights = (_scores(query, part) - lse[..., None]).exp()
+    delta = (grad * out).sum(-1, keepdim=True)
     of_scores = scale * weights * (grad @ value[:, :, None].mT - delta)
     of_key = (of_scores.to(rows.dtype).mT @ rows).sum(2)
     of_value = (weights.to(grad.dtype).mT @ grad).sum(2)

@@ -121,7 +121,8 @@ class PackedMembers:
         self.offset = torch.zeros(0, dtype=torch.int64, device=device)  # tokens since the prompt
         self.positioned = takes_positions(model)
         self.shared: MemberRows | None = None
-        if self._cache is not None and shares(model, self.prompt_mask.shape[1] + longest):
+        faster = device.type == "cpu"  # on others it has not been measured
+        if self._cache is not None and shares(model, faster, self.prompt_mask.shape[1] + longest):
             self.shared = MemberRows(model, self._cache, self.prompt_mask, members)
         reason = None if self.shared is not None else obstacle(model)
         self.packed = reason is None and self._cache is not None
@@ -159,13 +160,15 @@ class PackedMembers:
             self.ids = None if self.ids is None else torch.cat([self.ids, flat], 1)
             hidden = encode_alone(self.model, self.embeds, self.ids, self._rows_mask())[:, -length:]
             return hidden.view(batch, members, length, size)
+        cache: Any = self._cache
+        attending: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.shared is not None:
             cache, mask, attending = self.shared.cache, self.shared.placeholder, self.shared.attending(length)
         elif self.packed:
             seen = member_mask(self.prompt_mask, self.member, self.offset, len(offsets))
-            cache, mask, attending = self._cache, self._masks(seen, embeds.dtype), folded_heads()
+            mask, attending = self._masks(seen, embeds.dtype), folded_heads()
         else:
-            cache, mask, attending = self._cache, self._rows_mask(), contextlib.nullcontext()
+            mask = self._rows_mask()
         with attending:
             out, _ = run_base(
                 self.model,

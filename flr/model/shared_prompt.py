@@ -38,7 +38,10 @@ _known: weakref.WeakKeyDictionary[Any, dict[str, bool]] = weakref.WeakKeyDiction
 
 @contextlib.contextmanager
 def shared_prompts(wanted: bool) -> Iterator[None]:
-    """Inside, take this way wherever it serves, or nowhere; else it is taken where it was measured to be faster."""
+    """Inside, take this way wherever it serves, or nowhere; else it is taken where it was measured to be faster.
+
+    That is for members on a CPU (docs/log.md), and where there is no other way.
+    """
     token = _WANTED.set(wanted)
     try:
         yield
@@ -47,21 +50,20 @@ def shared_prompts(wanted: bool) -> Iterator[None]:
 
 
 def attention_of(model: Any) -> str:
-    """The name of the model's attention."""
+    """The name of a model's attention."""
     return str(causal_lm(model).config.get_text_config(decoder=True)._attn_implementation)
 
 
-def shares(model: Any, longest: int | None = None) -> bool:
+def shares(model: Any, preferred: bool, longest: int | None = None) -> bool:
     """Whether rows of a model attend to the prompt and to their own tokens in two calls.
 
-    By default that is on a CPU, where it was measured (docs/log.md), and where there is no other way.
-
     Args:
+        preferred: whether that is the choice where a mask of rows by all columns does, too.
         longest: tokens of a prompt and of what follows it; None where the caller sees to windows.
     """
     wanted, name = _WANTED.get(), attention_of(model)
     if wanted is None:
-        wanted = name != "sdpa" or causal_lm(model).get_input_embeddings().weight.device.type == "cpu"
+        wanted = preferred or name != "sdpa"
     if not wanted or name not in ATTENTIONS or not takes_positions(model):
         return False
     config = causal_lm(model).config.get_text_config(decoder=True)
@@ -95,32 +97,36 @@ class SharedLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values, self.members = keys, values, members
         self.own: tuple[Tensor, Tensor] | None = None
-        self.runs: list[tuple[Tensor, Tensor]] = []  # as they came
+        self.runs: list[int] = []  # tokens of a member that came at a time
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.runs.append((key_states, value_states))
-        self.own = own_states(self.own, key_states, value_states, self.members)
+        keys, values = apart(key_states, self.members), apart(value_states, self.members)
+        if self.own is not None:
+            keys, values = torch.cat([self.own[0], keys], 2), torch.cat([self.own[1], values], 2)
+        return self.take(keys, values)
+
+    def take(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B·G, H, c, d] with new ones behind those that were there."""
+        self.runs.append(keys.shape[2] - sum(self.runs))
+        self.own = (keys, values)
         return self.own
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[-2] + sum(keys.shape[-2] for keys, _ in self.runs)  # type: ignore[union-attr]
+        return self.keys.shape[-2] + self.members * sum(self.runs)  # type: ignore[union-attr]
 
     def joined(self) -> tuple[Tensor, Tensor]:
-        """All keys and all values [B, H, L + c, d], in the order in which they came."""
-        keys, values = zip(*self.runs, strict=True) if self.runs else ((), ())
-        return torch.cat([self.keys, *keys], -2), torch.cat([self.values, *values], -2)  # type: ignore[list-item]
+        """All keys and all values [B, H, L + c, d], in the order in which they came: run by run, member by member."""
+        prompt, own = (self.keys, self.values), self.own or (None, None)
+        keys, values = (self._joined(a, b) for a, b in zip(prompt, own, strict=True))  # type: ignore[arg-type]
+        return keys, values
 
-
-def own_states(
-    before: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, members: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [B·G, H, c, d] of the members with new ones [B, H, G·n, d] behind those ``before``."""
-    keys, values = apart(keys, members), apart(values, members)
-    return (keys, values) if before is None else (torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2))
+    def _joined(self, prompt: Tensor, own: Tensor | None) -> Tensor:
+        runs = () if own is None else own.split(self.runs, 2)
+        return torch.cat([prompt, *(together(run, self.members) for run in runs)], 2)
 
 
 @dataclass
-class _Rows:
+class SharedRows:
     """The attention of rows that share prompts, for a thread."""
 
     bias: Tensor | None
@@ -204,7 +210,7 @@ class MemberRows:
         if before:
             seen = torch.ones(count, before + count, dtype=torch.bool, device=self.placeholder.device).tril(before)
             own_mask = additive(seen[None], self.layers[0].dtype)
-        with entered(self.name, _Rows(self.bias, own_mask, self.members, self.length, self.layers)):
+        with entered(self.name, SharedRows(self.bias, own_mask, self.members, self.length, self.layers)):
             yield
 
     def joined(self) -> DynamicCache:
@@ -233,7 +239,7 @@ def hypotheses_attend(model: Any, prompt: Tensor, sees: Tensor, dtype: torch.dty
         prompt: [B, L], not 0 on the prompts' tokens. sees: bool [B, n, c], what tokens see of the columns behind.
         dtype: of the cache.
     """
-    rows = _Rows(bias_of(prompt, dtype), additive(sees, dtype), 1, prompt.shape[1], None)
+    rows = SharedRows(bias_of(prompt, dtype), additive(sees, dtype), 1, prompt.shape[1], None)
     with entered(attention_of(model), rows):
         yield prompt.new_ones(1, 1, 1, 1, dtype=torch.bool)
 
