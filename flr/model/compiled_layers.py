@@ -24,7 +24,7 @@ from .backbone import causal_lm, forward_parameters
 from .base import base_of
 from .joint_products import joint_products, share_products
 from .merged_attention import apart
-from .shared_prompt import Shared, SharedLayer, SharedRows, attention_of, shared_attention
+from .shared_prompt import Shared, SharedLayer, SharedRows, attention_of, shared_attention, shares
 
 _PROGRAMS = 64  # compiled forms of a layer: shapes, masks, with and without gradients and cache
 _LOCK = threading.RLock()
@@ -132,6 +132,7 @@ def compiled_layers(model: Any, program: Callable[..., Any]) -> Iterator[list[nn
     if reason is not None:
         raise ValueError(f"layers: expected ones to compile, got a model that has none: {reason}")
     layers = list(base_of(causal_lm(model)).layers)
+    shares(model, preferred=True)  # tried now, not by the programs
     with _LOCK, torch._dynamo.config.patch(recompile_limit=_PROGRAMS), joint_products(layers):
         try:
             for number, layer in enumerate(layers):

@@ -229,9 +229,9 @@ def _attend_backward(grad: Tensor, query: Tensor, part: _Part, whole: _Found) ->
     return (of_scores.to(key.dtype) @ key[:, :, None]).flatten(1, 2), of_key, of_value
 
 
-def _kernel(query: Tensor, part: _Part) -> str:
-    """Which of the device's attentions gives its denominators and takes those of the whole."""
-    kind, size = query.device.type, query.shape[-1]
+def _kernel(query: Tensor, part: _Part, kind: str = "") -> str:
+    """Which attention of a kind of device, by default the tensors', gives its denominators and takes those of the whole."""
+    kind, size = kind or query.device.type, query.shape[-1]
     if kind == "cpu":
         return "cpu"
     if kind == "cuda" and size % 8 == 0:

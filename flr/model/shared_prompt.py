@@ -255,9 +255,9 @@ def tried(model: Any, name: str) -> bool:
 
 def _holds(lm: Any) -> bool:
     table = lm.get_input_embeddings()
-    usual = torch.arange(1, 12, device=table.weight.device) * 7919 % len(table.weight)
-    ids = torch.stack([usual, torch.cat([usual[:7], usual[7:].flip(0)])])  # a prompt of 7, and 4 of each member
-    positions = torch.arange(11, device=ids.device)
+    usual = torch.arange(1, 7, device=table.weight.device) * 7919 % len(table.weight)
+    ids = torch.stack([usual, torch.cat([usual[:3], usual[3:].flip(0)])])  # a prompt of 3, and 3 of each member
+    positions = torch.arange(6, device=ids.device)
 
     def run(tokens: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
         out, cache = run_base(lm, table(tokens), None if traits_of(lm).embeds else tokens, **arguments)
@@ -265,10 +265,10 @@ def _holds(lm: Any) -> bool:
 
     with torch.no_grad(), evaluating(lm):
         try:
-            expected, prompt = run(ids)[0][:, 7:], ids[:1, :7]
+            expected, prompt = run(ids)[0][:, 3:], ids[:1, :3]
             _, cache = run(prompt, cache=DynamicCache(), use_cache=True)
             rows, states = MemberRows(lm, cache, torch.ones_like(prompt), 2), []
-            for part in (slice(7, 8), slice(8, 11)):
+            for part in (slice(3, 4), slice(4, 6)):
                 tokens, places = ids[:, part].reshape(1, -1), positions[part].repeat(2)[None]
                 with rows.attending(tokens.shape[1] // 2):
                     arguments = {"attention_mask": rows.placeholder, "position_ids": places}
