@@ -1,8 +1,8 @@
 """The way of getting between a model of transformers and its attention, for the threads that ask for it.
 
 transformers looks an attention up by the name that a model's config gives. While some thread is inside
-:func:`entered`, an entry stands at that name; it calls what the thread asked for, and for other threads what stood there.
-A compiler knows no threads: it is told by the option ``flr_attention`` of the call.
+:func:`entered`, an entry stands at that name; it calls what the thread asked for, and for other threads what stood
+there. A compiler knows no threads: it is told by the option ``flr_attention`` of the call.
 """
 
 from __future__ import annotations

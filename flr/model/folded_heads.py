@@ -63,8 +63,8 @@ def _pays(groups: int, query: Tensor, key: Tensor, mask: Tensor) -> bool:
 def folded_heads() -> Iterator[None]:
     """Models that this thread runs inside fold their heads; those of other threads do as ever.
 
-    Nothing may be run again in a backward that was run inside (gradient checkpointing). An attention of that name that is
-    not transformers' own stays.
+    Nothing may be run again in a backward that was run inside (gradient checkpointing). An attention of that name that
+    is not transformers' own stays.
     """
     with entered("sdpa", folded_attention) if original("sdpa") is sdpa_attention_forward else contextlib.nullcontext():
         yield

@@ -6,12 +6,12 @@ the logarithm of its softmax's denominator:
     o_p = Σ_j exp(s_ij - z_p) v_j,    z_p = log Σ_j exp(s_ij),    j over the columns of part p
     z = log(exp z_1 + exp z_2),       o = exp(z_1 - z) o_1 + exp(z_2 - z) o_2
 
-Backward, P_ij = exp(s_ij - z) and δ_i = do_i · o_i are those of the whole row. A part's own backward computes P and δ from
-the denominator and the result that it is given, so with the merged z and o its gradients are the part's share, exactly:
-those of its keys and values as they are, those of the queries to be added up (as ring attention does).
+Backward, P_ij = exp(s_ij - z) and δ_i = do_i · o_i are those of the whole row. A part's own backward computes P and δ
+from the denominator and the result that it is given, so with the merged z and o its gradients are the part's share,
+exactly: those of its keys and values as they are, those of the queries to be added up (as ring attention does).
 
-No mask of the rows by all columns exists, the prompt's keys and values are neither copied nor joined with the rows' own,
-and where the device's attention takes fewer key heads than query heads none are repeated.
+No mask of the rows by all columns exists, the prompt's keys and values are neither copied nor joined with the rows'
+own, and none are repeated for the query heads that share them. What a GPU computes has been called with shapes alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 _ATEN = torch.ops.aten
 _SCORES = 1 << 16  # of a block of rows that are in the cache of one core (256 KB in float32)
+_FEW = 1 << 15  # scores of a key head, below which a call of the kernel costs less than Python's of three products
 _ROWS = 32  # to which the memory-efficient kernel wants the denominators aligned
 
 
@@ -71,8 +72,8 @@ def merged_attention(
 ) -> Tensor:
     """softmax(q · [prompt's keys, own keys]ᵀ) · [prompt's values, own values]: [B, H, G·n, d], in the queries' dtype.
 
-    Gradients reach queries, keys and values, those of the prompt, too, where they need one. Under autocast all are of its
-    dtype first, as for ``scaled_dot_product_attention``.
+    Gradients reach queries, keys and values, those of the prompt, too, where they need one. Under autocast all are of
+    its dtype first, as for ``scaled_dot_product_attention``.
 
     Args:
         query: [B, H, G·n, d], the n rows of one member after the other's.
@@ -139,7 +140,7 @@ class _Merged(torch.autograd.Function):
         query, prompt_key, prompt_value, key, value, bias, own_mask, out, lse, *random = ctx.saved_tensors
         part = _Part(prompt_key, prompt_value, bias, False, ctx.scale)
         whole = _Found(out, lse, tuple(random[: ctx.randoms]))
-        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]) and _by_blocks(grad):
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]) and _by_blocks(query, part):
             first: tuple[Tensor | None, ...] = (_query_gradient(grad, query, part, whole), None, None)
         else:
             first = _attend_backward(grad, query, part, whole)
@@ -150,13 +151,15 @@ class _Merged(torch.autograd.Function):
         return first[0] + together(own[0], ctx.members), *first[1:], *own[1:], None, None, None, None
 
 
-def _by_blocks(x: Tensor) -> bool:
-    """Whether :func:`_query_gradient` is to be taken: a compiler would unroll its loops."""
-    return x.device.type == "cpu" and x.element_size() >= 4 and not torch.compiler.is_compiling()
+def _by_blocks(query: Tensor, part: _Part) -> bool:
+    """Whether :func:`_query_gradient` is to be taken: a compiler would unroll its loops, few scores are not worth them."""
+    if query.device.type != "cpu" or query.element_size() < 4 or torch.compiler.is_compiling():
+        return False
+    return query.shape[1] * query.shape[2] * part.key.shape[2] >= _FEW * part.key.shape[1]
 
 
 def apart(x: Tensor, members: int) -> Tensor:
-    """[B, H, G·n, …] as [B·G, H, n, …], without a copy where the columns of a head lie apart as projections give them."""
+    """[B, H, G·n, …] as [B·G, H, n, …], without a copy where a token's heads lie together, as projections give them."""
     if members == 1:
         return x
     return x.transpose(1, 2).unflatten(1, (members, -1)).flatten(0, 1).transpose(1, 2)
@@ -230,7 +233,7 @@ def _attend_backward(grad: Tensor, query: Tensor, part: _Part, whole: _Found) ->
 
 
 def _kernel(query: Tensor, part: _Part, kind: str = "") -> str:
-    """Which attention of a kind of device, by default the tensors', gives its denominators and takes those of the whole."""
+    """Which attention of a kind of device, by default the tensors', gives denominators and takes those of the whole."""
     kind, size = kind or query.device.type, query.shape[-1]
     if kind == "cpu":
         return "cpu"

@@ -102,7 +102,8 @@ def test_keys_are_not_repeated(monkeypatch):
         "_attend",
         lambda q, part: heads.append((q.shape[1], part.key.shape[1])) or real_attend(q, part),
     )
-    model(**prompts, group=group)
+    with shared_prompts(True):
+        model(**prompts, group=group)
     assert set(calls) <= {23}  # the prompt's own encoding
     assert set(heads) == {(4, 2)}
 
@@ -130,6 +131,19 @@ def test_nothing_waits(thoughts, policy):
         out = model(**prompts, group=group)
         (out.logprobs if policy == "tokens" else out.thought_logprobs).sum().backward()
     assert dict(waits.found) == {}
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_large_is_shared(large, monkeypatch):
+    if large:
+        monkeypatch.setattr(packed_members, "_LARGE", 3 * 4 * 4 * 12 * HIDDEN)
+    model, prompts, group = group_case("llama", torch.float32)
+    made = []
+    monkeypatch.setattr(
+        packed_members, "MemberRows", lambda *args: made.append(shared_prompt.MemberRows(*args)) or made[-1]
+    )
+    model(**prompts, group=group)
+    assert len(made) == large
 
 
 def test_the_choice():
