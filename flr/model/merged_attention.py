@@ -138,6 +138,7 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, prompt_key, prompt_value, key, value, bias, own_mask, out, lse, *random = ctx.saved_tensors
+        grad = grad.contiguous() if grad.stride(-1) != 1 else grad  # of a sum it is one number, expanded
         part = _Part(prompt_key, prompt_value, bias, False, ctx.scale)
         whole = _Found(out, lse, tuple(random[: ctx.randoms]))
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]) and _by_blocks(query, part):
@@ -152,7 +153,7 @@ class _Merged(torch.autograd.Function):
 
 
 def _by_blocks(query: Tensor, part: _Part) -> bool:
-    """Whether :func:`_query_gradient` is to be taken: a compiler would unroll its loops, few scores are not worth them."""
+    """Whether :func:`_query_gradient` is to be taken: a compiler would unroll its loops, and few scores do not pay."""
     if query.device.type != "cpu" or query.element_size() < 4 or torch.compiler.is_compiling():
         return False
     return query.shape[1] * query.shape[2] * part.key.shape[2] >= _FEW * part.key.shape[1]
@@ -217,7 +218,7 @@ def _attend_backward(grad: Tensor, query: Tensor, part: _Part, whole: _Found) ->
         groups = query.shape[1] // key.shape[1]
         rows, mask, causal = folded(query, groups), _rows_of(mask, query, part, groups), causal and groups == 1
         room = -rows.shape[2] % _ROWS
-        lse = torch.nn.functional.pad(folded(lse, groups), (0, room), value=torch.inf)
+        lse = torch.nn.functional.pad(folded(lse, groups), (0, room), value=torch.inf).contiguous()
         of_rows, of_key, of_value, _ = _ATEN._scaled_dot_product_efficient_attention_backward(
             folded(grad, groups), rows, key, value, mask, folded(out, groups), lse, *random, 0.0,
             [True, True, True, False], causal, scale=scale,

@@ -1,4 +1,7 @@
-"""The members of a group as one packed row behind the prompt's keys and values."""
+"""The members of a group as one packed row behind the prompt's keys and values.
+
+A mask keeps them apart, or they attend to the prompt and to themselves in two calls (:mod:`.shared_prompt`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .shared_prompt import MemberRows, shares
 from .verify import traits_of
 
 #: Members' tokens × prompt's × width, from which two calls are faster on a CPU (docs/log.md).
-_LARGE = 1 << 23
+_LARGE = 1 << 25
 
 
 def obstacle(model: Any) -> str | None:

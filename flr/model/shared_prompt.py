@@ -6,6 +6,9 @@
 The model is given a mask of one number, which stands for "there is one" and is looked at by nobody. Whether all of that
 comes to the states of one pass is tried, once for a model and its attention. What a call asks for beyond it (dropout,
 biases by position, caps, sinks) is computed with a mask over all columns.
+
+Models of flash_attention_2 attend by PyTorch's own kernels here. flash-attn was not at hand: a stand-in is in the
+tests, and nothing of this has run on a device.
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ def shared_prompts(wanted: bool) -> Iterator[None]:
 
 
 def attention_of(model: Any) -> str:
-    """The name of a model's attention."""
-    return str(causal_lm(model).config.get_text_config(decoder=True)._attn_implementation)
+    """The name of a model's attention; "" where its config gives none."""
+    return getattr(causal_lm(model).config.get_text_config(decoder=True), "_attn_implementation", None) or ""
 
 
 def shares(model: Any, preferred: bool, longest: int | None = None) -> bool:
@@ -72,7 +75,7 @@ def shares(model: Any, preferred: bool, longest: int | None = None) -> bool:
         return False
     if longest is not None and "sliding_attention" in types and window is not None and longest > window:
         return False
-    return tried(model, name)
+    return traits_of(model).plain_cache and tried(model, name)
 
 
 class Shared(NamedTuple):

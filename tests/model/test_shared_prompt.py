@@ -353,6 +353,8 @@ def test_beams_of_flash_attention_are_packed(scoring, flash, caplog):
 
 def test_flash_attention_that_is_not_here():
     """The prompts' cache is expanded as ever."""
-    model = as_flash(tiny_model("llama"))
+    model = tiny_model("llama")
+    assert shares(model, preferred=True)
+    model.config._attn_implementation = "flash_attention_2"
     assert not shares(model, preferred=True)
     assert packed_members.obstacle(model) == "flash_attention_2 attention takes no 4-D mask"
