@@ -21,6 +21,7 @@ NO_COMPETITORS = (
     "flr, W rows",
     "thoughts",
     "prompts kept",
+    "masked",
     "calls",
     "triton",
     "catalogue scoring",

@@ -48,7 +48,8 @@ def build(shape: dict):
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=shape["D"] * 11 // 4,
-        num_hidden_layers=shape["layers"], num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+        num_hidden_layers=shape["layers"], num_attention_heads=shape.get("heads", 8),
+        num_key_value_heads=shape.get("of_keys", 4), tie_word_embeddings=False,
     )  # fmt: skip
     with DEVICE:  # random numbers for 10⁹ weights take the host a minute
         model = Qwen2ForCausalLM(config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
 from flr.model.base import attention_mask
 from flr.model.folded_heads import folded_heads
+from flr.model.shared_prompt import hypotheses_attend, shares
 from flr.model.verify import traits_of
 
 from .session import last_states, model_states, slots
@@ -21,11 +23,12 @@ from .session import last_states, model_states, slots
 
 def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
     """Why beams cannot be packed into rows of up to ``length`` tokens behind this cache, or None."""
-    if (reason := packing_obstacle(model)) is not None:
-        return reason
     lm = causal_lm(model)
-    if not traits_of(model).packing:
-        return f"{type(lm).__name__} takes no 4-D mask"
+    if not shares(model, preferred=False):
+        if (reason := packing_obstacle(model)) is not None:
+            return reason
+        if not traits_of(model).packing:
+            return f"{type(lm).__name__} takes no 4-D mask"
     layers: list[Any] = list(past.layers)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     odd = next((type(x).__name__ for x in layers if type(x) not in plain or not x.is_initialized), None)
@@ -96,6 +99,7 @@ class PackedSession:
         self.layers = [_AppendLayer(layer.keys, layer.values) for layer in layers]
         self.cache = Cache(layers=[*self.layers])
         self.config = causal_lm(model).config.get_text_config(decoder=True)
+        self.shares = shares(model, preferred=False)
         self.reset()
 
     def step(
@@ -183,8 +187,14 @@ class PackedSession:
             layer.truncate(self.length)
 
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
-        seen = torch.cat([self.prompt_seen.expand(-1, tokens.shape[1], -1), sees], dim=-1)
-        mask = attention_mask(self.config, seen, self.layers[0].dtype)
-        arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        with folded_heads():
+        dtype = self.layers[0].dtype
+        apart = hypotheses_attend(self.model, self.prompt_seen[:, 0], sees, dtype) if self.shares else None
+        with apart or self._masked(sees, dtype) as mask:
+            arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
             return model_states(self.model, self.hidden, {**arguments, **cache_argument(self.model, self.cache)})[0]
+
+    @contextlib.contextmanager
+    def _masked(self, sees: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        seen = torch.cat([self.prompt_seen.expand(-1, sees.shape[1], -1), sees], dim=-1)
+        with folded_heads():
+            yield attention_mask(self.config, seen, dtype)

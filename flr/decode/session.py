@@ -5,7 +5,8 @@ continues from it. Two kinds, chosen by what the model can do:
 
 ``PackedSession``    The W hypotheses of a user are W tokens of one row. The prompt's keys and values exist once a user;
                      the hypotheses' own ones are appended behind them and never moved. Who sees what is a 4-D mask
-                     [B, 1, W, L + columns], kept up to date from ancestor pointers. Needs sdpa or eager attention,
+                     [B, 1, W, L + columns], kept up to date from ancestor pointers, or prompt and own columns are two
+                     calls (flash_attention_2). Needs one of these attentions (sdpa, eager, flash_attention_2),
                      position_ids, and no sliding window shorter than prompt plus item.
 ``ExpandedSession``  The cache is expanded to B·W rows and reordered, as transformers does it. Every attention can.
 """

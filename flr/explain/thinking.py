@@ -15,12 +15,13 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from flr.decode.packed import obstacle
 from flr.decode.prompts import Prompts, Thinking, prepare_inputs
 from flr.decode.ways import thoughts_apart
-from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, takes_positions
+from flr.model.backbone import cache_argument, cache_of, causal_lm, is_patched, packing_obstacle, takes_positions
 from flr.model.base import attention_mask
 from flr.model.encoder import thoughts_made
 from flr.model.factor_mixture import FactorStates
 from flr.model.folded_heads import folded_heads
 from flr.model.outputs import FLROutput
+from flr.model.verify import traits_of
 
 
 @dataclass
@@ -199,14 +200,15 @@ def think(
         output=made.output,
         log_gates=None,
         layers=layers,
-        packs=layers is not None and obstacle(model, made.past, length + count + reserve) is None,
+        packs=layers is not None and _takes_masks(lm) and obstacle(model, made.past, length + count + reserve) is None,
     )
 
 
 def _thinking_apart(lm: Any, states: FactorStates, prepared: Mapping[str, Any], reserve: int) -> ThinkingPrompts:
     config, (batch, length) = lm._flr_patch.config, states.history.shape[:2]
     cache, longest = states.members.cache, length + 1 + reserve
-    goes_on = states.members.packed and cache is not None and obstacle(lm, cache, longest) is None
+    goes_on = states.members.packed and _takes_masks(lm)
+    goes_on = goes_on and cache is not None and obstacle(lm, cache, longest) is None
     everyone = torch.ones(batch, dtype=torch.bool, device=states.history.device)
     layers = _cut(cache, length, longest) if goes_on else None
     return ThinkingPrompts(
@@ -221,6 +223,10 @@ def _thinking_apart(lm: Any, states: FactorStates, prepared: Mapping[str, Any], 
         layers=layers,
         packs=layers is not None,
     )
+
+
+def _takes_masks(lm: Any) -> bool:
+    return packing_obstacle(lm) is None and traits_of(lm).packing
 
 
 def _cut(cache: Any, length: int, longest: int) -> list[Any] | None:

@@ -19,22 +19,28 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .attention_entry import inside
 from .backbone import causal_lm, forward_parameters
 from .base import base_of
-from .folded_heads import folds
 from .joint_products import joint_products, share_products
+from .merged_attention import apart
+from .shared_prompt import Shared, SharedLayer, SharedRows, attention_of, shared_attention, shares
 
 _PROGRAMS = 64  # compiled forms of a layer: shapes, masks, with and without gradients and cache
 _LOCK = threading.RLock()
 
 
 class _OneLayer:
-    """The cache as a single layer sees it, whatever number the layer gives; traced by the compiler."""
+    """The cache as a single layer sees it, whatever number the layer gives; traced by the compiler.
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
-        self.keys, self.values = keys, values
+    Of members that share a prompt it has the own part alone (:class:`.shared_prompt.SharedLayer`).
+    """
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, members: int) -> None:
+        self.keys, self.values, self.members = keys, values, members
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = apart(keys, self.members), apart(values, self.members)
         if self.keys is not None and self.values is not None:
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
         self.keys, self.values = keys, values
@@ -45,7 +51,8 @@ def _layer(layer: nn.Module, cached: str | None, before: tuple[Any, Any], args: 
     """What a layer returns, its keys and its values; ``cached`` names the argument that takes the cache."""
     if cached is None:
         return type(layer).forward(layer, *args, **kwargs), None, None
-    cache = _OneLayer(*before)
+    shared: Shared | None = kwargs.get("flr_shared")
+    cache = _OneLayer(*before, 1 if shared is None else shared.members)
     out = type(layer).forward(layer, *args, **kwargs, **{cached: cache})
     return out, cache.keys, cache.values
 
@@ -72,17 +79,26 @@ def obstacle(model: Any) -> str | None:
     return None
 
 
-def _forward(layer: nn.Module, number: int, program: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward for ``layer``, the ``number``-th: the cache is taken apart before the program, and put together."""
+def _forward(layer: nn.Module, number: int, program: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A forward for ``layer``, the ``number``-th: the cache is taken apart before the program, and put together.
+
+    ``name`` is that of the model's attention.
+    """
     tells = "kwargs" in forward_parameters(type(layer).forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         cached = next((name for name, x in kwargs.items() if isinstance(x, Cache)), None)
+        attention = inside(name) if tells else None
         if tells:
-            kwargs["flr_folds"] = folds()
+            kwargs["flr_attention"] = attention
         if cached is None:
             return program(layer, None, (None, None), args, kwargs)[0]
         mine = _cache_layer(kwargs.pop(cached), number)
+        if isinstance(attention, SharedRows) and isinstance(mine, SharedLayer):
+            kwargs |= {"flr_attention": shared_attention, "flr_shared": attention.of(mine)}
+            out, *own = program(layer, cached, mine.own or (None, None), args, kwargs)
+            mine.take(*own)
+            return out
         before = (mine.keys, mine.values) if mine.is_initialized else (None, None)
         out, keys, values = program(layer, cached, before, args, kwargs)
         if not mine.is_initialized:
@@ -97,7 +113,7 @@ def _cache_layer(cache: Any, number: int) -> Any:
     while len(cache.layers) <= number:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[number]
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in (DynamicLayer, SharedLayer):
         raise ValueError(f"cache: expected layers of keys and values for compiled layers, got {type(layer).__name__}")
     return layer
 
@@ -116,10 +132,11 @@ def compiled_layers(model: Any, program: Callable[..., Any]) -> Iterator[list[nn
     if reason is not None:
         raise ValueError(f"layers: expected ones to compile, got a model that has none: {reason}")
     layers = list(base_of(causal_lm(model)).layers)
+    shares(model, preferred=True)  # tried now, not by the programs
     with _LOCK, torch._dynamo.config.patch(recompile_limit=_PROGRAMS), joint_products(layers):
         try:
             for number, layer in enumerate(layers):
-                layer.forward = _forward(layer, number, program)
+                layer.forward = _forward(layer, number, program, attention_of(model))
             yield layers
         finally:
             for layer in layers:

@@ -77,7 +77,7 @@ def encode_factors(model: Any, pieces: Pieces, column: int, stop: int) -> Factor
     anchor = anchors.get(config.anchor, torch.zeros_like(anchors["token"]))
     thoughts = anchor[:, None] + r.to(anchor.dtype)  # [B, K, D]
     prompt = Prompt(before, history_ids, kv, seen, positions[:, column : column + 1])
-    members = PackedMembers(model, prompt, config.num_factors)
+    members = PackedMembers(model, prompt, config.num_factors, stop - column)
     behind = embeds[:, None, column + 1 : stop].expand(-1, config.num_factors, -1, -1)
     tokens = ids[:, None, column:stop].expand(-1, config.num_factors, -1)
     hidden = members.run(torch.cat([thoughts[:, :, None], behind.to(thoughts.dtype)], 2), tokens)

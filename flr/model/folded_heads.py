@@ -8,7 +8,6 @@ token). Here the g heads that share a key head become g rows of one head instead
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,25 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_LOCK = threading.Lock()
-_threads: dict[int, int] = {}  # threads that are inside, and how often
+from .attention_entry import entered, original
+
 _ONE_HEAD: Any = SimpleNamespace(is_causal=False)  # in the place of an attention module: its heads are not grouped
 
 
-def _attention(
+def folded_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention, folded where that pays; the arguments and the result are its own.
-
-    ``flr_folds`` among the options says whether the thread is inside, to a compiler, which knows no threads.
-    """
+    """transformers' sdpa attention, folded where that pays; the arguments and the result are its own."""
     groups = getattr(module, "num_key_value_groups", 1)
-    wanted = options.pop("flr_folds", None)
-    inside = groups > 1 and attention_mask is not None and options.get("position_bias") is None
-    inside = inside and (folds() if wanted is None else wanted)
-    if attention_mask is None or not inside or not _pays(groups, query, key, attention_mask):
+    folds = groups > 1 and attention_mask is not None and options.get("position_bias") is None
+    if attention_mask is None or not folds or not _pays(groups, query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, count, size = query.shape
     rows = query.reshape(batch, heads // groups, groups * count, size)
@@ -60,11 +53,6 @@ def _repeated(mask: Tensor, groups: int) -> Tensor:
     return known[groups]
 
 
-def folds() -> bool:
-    """Whether this thread is inside :func:`folded_heads`."""
-    return threading.get_ident() in _threads
-
-
 def _pays(groups: int, query: Tensor, key: Tensor, mask: Tensor) -> bool:
     """Whether the mask is the same for all heads, and its copies are smaller than those of keys and values."""
     count, copies = query.shape[2], 2 * (groups - 1) * key.shape[1] * key.shape[3] * key.element_size()
@@ -76,22 +64,11 @@ def folded_heads() -> Iterator[None]:
     """Models that this thread runs inside fold their heads; those of other threads do as ever.
 
     Nothing may be run again in a backward that was run inside (gradient checkpointing). A compiler that traces the call
-    itself knows no threads: heads are not folded in its program.
+    itself knows no threads: heads are not folded in its program. An attention of that name that is not transformers' own
+    stays.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or original("sdpa") is not sdpa_attention_forward:
         yield
         return
-    thread = threading.get_ident()
-    with _LOCK:
-        if not _threads and ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # and nobody else's
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
-        _threads[thread] = _threads.get(thread, 0) + 1
-    try:
+    with entered("sdpa", folded_attention):
         yield
-    finally:
-        with _LOCK:
-            _threads[thread] -= 1
-            if not _threads[thread]:
-                del _threads[thread]
-            if not _threads and ALL_ATTENTION_FUNCTIONS["sdpa"] is _attention:
-                del ALL_ATTENTION_FUNCTIONS["sdpa"]

@@ -4,12 +4,12 @@
     H ──> reasoner ──> r_1;   member i:  e_i1 = anchor + r_1 + σ ε_i1,   ε_0 = 0
     packed row of G · (N + S - 1) tokens  ──>  log p(target | prompt, thoughts of member i)  [B, G, S]
 
-The members of a user are tokens of one row. A block mask lets each see the prompt and itself, so the prompt's keys and
-values exist once; positions go on after the prompt in every member. The last target token predicts nothing and has no
-column. With N > 1 thoughts each is noisy; thought n + 1 of a member is made from the prompt's hidden states and those
-of the member's own earlier thoughts, so the first thought is shared and the later ones are the member's own.
-Attention that takes no 4-D mask gets the prompt's cache expanded to B·G rows instead; where keys and values are not
-all that a model knows of a prompt, every member is encoded from its first token.
+The members of a user are tokens of one row. Each sees the prompt and itself, by a block mask or in two calls that are
+merged, so the prompt's keys and values exist once; positions go on after the prompt in every member. The last target
+token predicts nothing and has no column. With N > 1 thoughts each is noisy; thought n + 1 of a member is made from the
+prompt's hidden states and those of the member's own earlier thoughts, so the first thought is shared and the later ones
+are the member's own. Attention that can do neither gets the prompt's cache expanded to B·G rows instead; where keys and
+values are not all that a model knows of a prompt, every member is encoded from its first token.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def group_forward(
         )
         targets = table(group.targets[:, : steps - 1])  # [B, S - 1, D]
     begun = Prompt(prompt, ids, kv, attention_mask[:, :length], position_ids[:, length : length + 1])
-    suffix = PackedMembers(model, begun, members)
+    suffix = PackedMembers(model, begun, members, thoughts + steps)
     thought_ids = group.targets.new_full((batch, members, 1), config.thought_token_id)
 
     valid = attention_mask[:, :length].bool()

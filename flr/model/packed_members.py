@@ -1,4 +1,7 @@
-"""The members of a group as one packed row behind the prompt's keys and values."""
+"""The members of a group as one packed row behind the prompt's keys and values.
+
+A mask keeps them apart, or they attend to the prompt and to themselves in two calls (:mod:`.shared_prompt`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from .backbone import attention_types, packing_obstacle, takes_positions, warn_o
 from .base import masks_by_type, right_padded, run_base
 from .folded_heads import folded_heads
 from .outputs import GroupPrompts
+from .shared_prompt import MemberRows, shares
 from .verify import traits_of
+
+#: Members' tokens × prompt's × width, from which two calls are faster on a CPU (docs/log.md).
+_LARGE = 1 << 25
 
 
 def obstacle(model: Any) -> str | None:
@@ -98,64 +105,94 @@ class Prompt:
 
 
 class PackedMembers:
-    """The columns behind the prompts, what they may see, and the cache they are appended to."""
+    """The columns behind the prompts, what they may see, and the cache they are appended to.
 
-    def __init__(self, model: Any, prompt: Prompt, members: int) -> None:
-        self.model, self.cache, self.members = model, prompt.cache, members
+    Args:
+        model: causal LM.
+        prompt: B of them.
+        members: G.
+        longest: tokens that a member will have at most.
+
+    Attributes:
+        packed: whether the members of a prompt are one row.
+        shared: they attend to the prompt and to themselves in two calls; None where a mask keeps them apart.
+    """
+
+    def __init__(self, model: Any, prompt: Prompt, members: int, longest: int) -> None:
+        self.model, self.members, self._cache = model, members, prompt.cache
         self.prompt_mask, self.first = prompt.mask, prompt.next_position
         self.config = model.config.get_text_config(decoder=True)
         device = self.prompt_mask.device
         self.member = torch.zeros(0, dtype=torch.int64, device=device)  # of every column
         self.offset = torch.zeros(0, dtype=torch.int64, device=device)  # tokens since the prompt
         self.positioned = takes_positions(model)
-        reason = obstacle(model)
-        self.packed = reason is None and self.cache is not None
+        self.shared: MemberRows | None = None
+        batch, length = self.prompt_mask.shape
+        size = batch * members * longest * length * prompt.embeds.shape[-1]
+        faster = device.type == "cpu" and size >= _LARGE  # on others it has not been measured
+        faster = faster and not torch.compiler.is_compiling()  # which knows no threads
+        if self._cache is not None and shares(model, faster, length + longest):
+            self.shared = MemberRows(model, self._cache, self.prompt_mask, members)
+        reason = None if self.shared is not None else obstacle(model)
+        self.packed = reason is None and self._cache is not None
         self.embeds: Tensor | None = None  # [B·G, L + t, D] of members that are encoded from their first token
         self.ids: Tensor | None = None
         if self.packed:
             return
         self.prompt_mask, self.first = (x.repeat_interleave(members, 0) for x in (self.prompt_mask, self.first))
-        if self.cache is not None:
+        if self._cache is not None:
             warn_once(f"the prompt's cache is expanded to every group member instead of shared: {reason}")
-            self.cache.batch_repeat_interleave(members)
+            self._cache.batch_repeat_interleave(members)
         else:
             self.embeds = prompt.embeds.repeat_interleave(members, 0)
             self.ids = None if prompt.ids is None else prompt.ids.repeat_interleave(members, 0)
+
+    @property
+    def cache(self) -> DynamicCache | None:
+        """Keys and values of the prompts and, behind them, of all columns; None where there are none."""
+        return self._cache if self.shared is None else self.shared.joined()
 
     def run(self, embeds: Tensor, ids: Tensor) -> Tensor:
         """Hidden states [B, G, n, D] of the next n tokens of every member, int64 [B, G, n]."""
         batch, members, length, size = embeds.shape
         offset = self.offset.max() + 1 if len(self.offset) else self.offset.new_zeros(())
         offsets = offset + torch.arange(length, device=embeds.device)
-        if not self.packed:
-            self.offset = torch.cat([self.offset, offsets])
-            ones = self.prompt_mask.new_ones(len(self.prompt_mask), len(self.offset))
-            mask: Any = torch.cat([self.prompt_mask, ones], 1)
-            rows = batch * members
-        else:
+        rows = batch if self.packed else batch * members
+        embeds, flat = embeds.reshape(rows, -1, size), ids.reshape(rows, -1)
+        if self.packed:
             member = torch.arange(members, device=embeds.device).repeat_interleave(length)
             offsets = offsets.repeat(members)
-            self.member, self.offset = torch.cat([self.member, member]), torch.cat([self.offset, offsets])
-            mask = self._masks(member_mask(self.prompt_mask, self.member, self.offset, len(offsets)), embeds.dtype)
-            rows = batch
-        embeds, flat = embeds.reshape(rows, -1, size), ids.reshape(rows, -1)
+            self.member = torch.cat([self.member, member])
+        self.offset = torch.cat([self.offset, offsets])
         if self.embeds is not None:
             self.embeds = torch.cat([self.embeds, embeds.to(self.embeds.dtype)], 1)
             self.ids = None if self.ids is None else torch.cat([self.ids, flat], 1)
-            hidden = encode_alone(self.model, self.embeds, self.ids, mask)[:, -length:]
+            hidden = encode_alone(self.model, self.embeds, self.ids, self._rows_mask())[:, -length:]
+            return hidden.view(batch, members, length, size)
+        cache: Any = self._cache
+        attending: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.shared is not None:
+            cache, mask, attending = self.shared.cache, self.shared.placeholder, self.shared.attending(length)
+        elif self.packed:
+            seen = member_mask(self.prompt_mask, self.member, self.offset, len(offsets))
+            mask, attending = self._masks(seen, embeds.dtype), folded_heads()
         else:
-            with folded_heads() if self.packed else contextlib.nullcontext():
-                out, _ = run_base(
-                    self.model,
-                    embeds,
-                    None if traits_of(self.model).embeds else flat,
-                    cache=self.cache,
-                    use_cache=True,
-                    attention_mask=mask,
-                    **({"position_ids": self.first + offsets} if self.positioned else {}),
-                )
-            hidden = out.last_hidden_state
-        return hidden.view(batch, members, length, size)
+            mask = self._rows_mask()
+        with attending:
+            out, _ = run_base(
+                self.model,
+                embeds,
+                None if traits_of(self.model).embeds else flat,
+                cache=cache,
+                use_cache=True,
+                attention_mask=mask,
+                **({"position_ids": self.first + offsets} if self.positioned else {}),
+            )
+        return out.last_hidden_state.view(batch, members, length, size)
+
+    def _rows_mask(self) -> Tensor:
+        """int64 [B·G, L + c] of members that are rows of their own."""
+        return torch.cat([self.prompt_mask, self.prompt_mask.new_ones(len(self.prompt_mask), len(self.offset))], 1)
 
     def prompts(self, thoughts: int, steps: int, hidden: Tensor, position_ids: Tensor) -> GroupPrompts:
         """The prompts and thoughts alone; the last began a run of ``steps`` tokens, ``hidden`` [B, G, D] follows it."""
@@ -163,9 +200,9 @@ class PackedMembers:
         earlier = torch.arange(length + (thoughts - 1) * self.members, device=device)
         last = len(earlier) + torch.arange(self.members, device=device) * steps
         kept = torch.cat([earlier, last])
-        plain = DynamicCache()
-        assert self.cache is not None
-        layers: list[Any] = list(self.cache.layers)
+        plain, cache = DynamicCache(), self.cache
+        assert cache is not None
+        layers: list[Any] = list(cache.layers)
         for n, layer in enumerate(layers):
             plain.update(layer.keys.detach()[:, :, kept], layer.values.detach()[:, :, kept], n)
         return GroupPrompts(plain, self.member[kept[length:] - length], hidden.detach(), self.prompt_mask, position_ids)

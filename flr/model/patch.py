@@ -23,6 +23,7 @@ from .generate import flr_generate
 from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
 from .saved_config import flr_save_pretrained
+from .shared_prompt import shares
 from .verify import Traits, find_traits
 from .vocabulary import Tables, grow, teach, thought_id
 
@@ -170,6 +171,7 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
     if embedding.device.type != "meta":
         find_traits(model, patch, scale=verify)
+        shares(model, preferred=True)  # tried here, not in somebody's first step
     _neutral_generation(model, patch)
     model.config.flr = config.to_dict()
 

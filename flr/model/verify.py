@@ -34,7 +34,7 @@ from .own_forward import own_logits
 #: Tokens of the probe; its prompt; the first piece of it. A single token makes up the third, as a thought does.
 LENGTH, CUT, FIRST = 16, 11, 6
 #: What a forward raises that was not made for what is tried.
-_FAULTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
+FAULTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Probe:
         try:
             limit = max(tolerance(theirs.dtype), 1e-3) if refuses else factor * tolerance(theirs.dtype)
             return difference(ours(), theirs) <= limit
-        except _FAULTS:
+        except FAULTS:
             return False
 
     def follows(self, states: Tensor, changed: Tensor) -> bool:
@@ -150,7 +150,7 @@ class _Probe:
             return False
         try:
             moved = self.states(self.ids, changed)[:, CUT:]
-        except _FAULTS:
+        except FAULTS:
             return False
         return difference(moved, states[:, CUT:]) > 1e-6
 
@@ -208,7 +208,7 @@ def _check_states(found: _Probe) -> None:
 
     try:
         states = plain()
-    except _FAULTS as error:
+    except FAULTS as error:
         raise ValueError(
             f"model: expected states of text alone, got {type(error).__name__} of {name}: {error}"
         ) from error
@@ -285,7 +285,7 @@ def _padded(found: _Probe, way: Callable[..., Tensor]) -> Tensor:
 def _gradients_agree(found: _Probe) -> bool:
     try:
         expected = found.gradient(lambda embeds: found.states(found.ids, embeds))
-    except _FAULTS:  # a quantised model may know no gradient at all
+    except FAULTS:  # a quantised model may know no gradient at all
         return False
     return found.agrees(lambda: found.gradient(lambda embeds: _continued(found, embeds)), expected, factor=10)
 
@@ -364,7 +364,7 @@ def _head_is_linear(model: Any, patch: Any, found: _Probe) -> bool:
     share = max(tolerance(theirs.dtype) / 3, 3e-4)
     try:
         error: Any = difference(own_logits(model, found.whole), theirs)
-    except _FAULTS as fault:
+    except FAULTS as fault:
         error = fault
     if not isinstance(error, float) or not error <= share:
         got = f"a relative difference of {error:.2g}" if isinstance(error, float) else error

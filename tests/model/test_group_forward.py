@@ -9,9 +9,18 @@ import torch
 import flr
 from bench.baselines import two_pass
 from flr.model.backbone import packing_obstacle
+from flr.model.shared_prompt import shared_prompts
 from tests.helpers.comparisons import assert_same_gradients, gradients_of
 from tests.helpers.inputs import group_case
 from tests.helpers.models import FAMILIES, HIDDEN, THOUGHT
+
+
+@pytest.fixture(params=["shared", "masked"])
+def way(request):
+    """Members that attend to the prompt and to themselves in two calls, and members that a mask keeps apart."""
+    with shared_prompts(request.param == "shared"):
+        yield request.param
+
 
 # RMSNorm rounds to float32 inside a float64 model; Phi and GPT-2 have LayerNorm and no such step. Gemma 2's own eager
 # attention gives NaN in float64 for all-masked rows, so it is in float32 alone.
@@ -44,6 +53,7 @@ def assert_equal(model, prompts, group, relative, kind="grpo", **extra):
     return ours
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("backbone", [False, True])
 @pytest.mark.parametrize(
     ("members", "thoughts", "refinements"), [(1, 1, 1), (4, 1, 2), (8, 1, 1), (4, 2, 2), (3, 3, 1)]
@@ -57,6 +67,7 @@ def test_float64(family, members, thoughts, refinements, backbone):
     assert_equal(model, prompts, group, FLOAT64[family])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("backbone", [False, True])
 @pytest.mark.parametrize("thoughts", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,6 +81,7 @@ def test_every_kind_of_advantage(kind):
     assert_equal(*group_case("phi", members=1), 1e-12, kind)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("anchor", ["token", "last", "none"])
 def test_anchors_and_narrowed_history(anchor):
     model, prompts, group = group_case("gpt2", anchor=anchor, thoughts=2)
@@ -108,12 +120,13 @@ def test_expanded_cache_where_rows_cannot_be_packed(family, backbone, monkeypatc
     packed = model(**prompts, group=group)
     monkeypatch.setattr(flr.model.packed_members, "obstacle", lambda model: "because")
     flr.model.backbone.warn_once.cache_clear()
-    with caplog.at_level("WARNING", logger="flr"):
+    with caplog.at_level("WARNING", logger="flr"), shared_prompts(False):
         expanded = assert_equal(model, prompts, group, FLOAT64[family])
     assert "expanded to every group member instead of shared: because" in caplog.text
     torch.testing.assert_close(packed.logprobs, expanded.logprobs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("way")
 def test_no_member_has_a_prompt_of_its_own():
     """Every call of the backbone has B rows; the prompt is encoded once, the suffix is G (N + S - 1) tokens."""
     model, prompts, group = group_case("qwen2", members=8)
@@ -204,6 +217,7 @@ def test_what_excludes_a_group_forward():
         model(**prompts, group=group)
 
 
+@pytest.mark.usefixtures("way")
 def test_bfloat16_backbone():
     model, prompts, group = group_case("qwen2", torch.float32, thoughts=2)
     model.to(torch.bfloat16)
@@ -258,6 +272,7 @@ def test_given_actions_are_scored_without_the_targets():
     assert (moved - first.thought_logprobs).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("way")
 def test_given_thoughts_take_the_place_of_the_reasoners():
     model, prompts, group = group_case("mistral", torch.float32, thoughts=2)
     out = model(**prompts, group=group)
