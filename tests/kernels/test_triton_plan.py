@@ -151,6 +151,21 @@ def test_trie_steps_need_no_binder_again(device, monkeypatch):
     assert len(device.launches) == 2 * launches
 
 
+@pytest.mark.parametrize(
+    ("widths", "items", "spread", "rounds"),
+    [((3, 4), 20, 5, 0), ((0, 4), 20, 5, 0), ((3, 0), 20, 5, 0), ((0, 0), 20, 5, 0), ((100, 3), 2000, 5000, 1)],
+)
+def test_both_selections_of_a_trie_step_are_one_launch_a_stage(device, widths, items, spread, rounds):
+    """Candidates, rounds of reduction where a user has more than 512 keys, and the choice, whatever is selected."""
+    given = case(3, 2, items, 3, 0, spread, "prefix")
+    given = call(given, num_unfinished=widths[0], num_all=widths[1], norm=given["logits"].logsumexp(-1))
+    assert given["widest"] > 1024 or not rounds  # 256 of 512 stay
+    trie_step(**given)
+    names = [x.kernel.split()[0] for x in device.launches]
+    assert names == ["candidates_kernel", *["reduce_kernel"] * rounds, "finish_kernel"]
+    assert device.launches[-1].programs == 2 * max(1, sum(width > 0 for width in widths))
+
+
 def test_a_failure_leads_to_tritons_own_way_and_is_logged_once(device, monkeypatch, caplog):
     from flr_kernels.backends import triton_plan
 
