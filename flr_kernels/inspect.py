@@ -88,7 +88,7 @@ class _Launch:
 def _name(kernel: Any) -> str:
     """E.g. ``attention forward``, from module and function."""
     words = {"aggregate": "aggregate", "token_logprob": "logprob", "normaliser": "normaliser"}
-    words["trie_step"] = "trie step"
+    words |= {"trie_step": "trie step", "trie_advance": "trie", "trie_collect": "trie"}
     op = next((name for word, name in words.items() if word in kernel.__module__), "attention")
     return f"{op} {kernel.__name__.removesuffix('_kernel')}"
 
@@ -164,6 +164,8 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "", partial(logprob.logits_gradient, logits, row, _meta(batch, dtype=torch.int64), row)
     yield "", partial(aggregate.backward, f, _meta(*scalars), *gradients, 1e-6)
     yield from _trie_steps(dtype)
+    if dtype == torch.bfloat16:  # whatever the model's
+        yield from _trie_levels()
 
 
 def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -183,6 +185,30 @@ def _trie_steps(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             offset, 16, width, width, widest, unique, filter,
         )  # fmt: skip
         yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
+
+
+def _trie_levels() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What lies between two trie steps: a token each, or the ways to branchings under every filter, and collecting."""
+    from .ops.trie_advance import triton_kernels as advance
+    from .ops.trie_collect import triton_kernels as collect
+
+    users, ints, longs = 2, partial(_meta, dtype=torch.int32), partial(_meta, dtype=torch.int64)
+    flags, nodes = partial(_meta, dtype=torch.bool), [partial(_meta, _SIZE, dtype=torch.int32)() for _ in range(5)]
+    for filter, width in [("none", 10), ("none", 50), ("none", 200), ("prefix", 200), ("only", 200), ("exclude", 200)]:
+        listed = None if filter == "none" else (ints if filter == "prefix" else longs)(_SIZE)
+        filters = listed, None if listed is None else longs(users), 16
+        score, node = _meta(users, width), longs(users, width)
+        hypotheses = (score, node, node, flags(users, width, 24), node, longs(users), flags(users))
+        for keys in (None, longs(_SIZE)):
+            if keys is not None or filter == "none":
+                columns = width if keys is None else 3 * width
+                arguments: Any = (*hypotheses, *nodes[:4], keys, *filters, columns, 6, filter)
+                label = f"{filter} {width}{'' if keys is None else ' ways'}"
+                yield label, partial(advance.forward, *arguments)
+        for unique in (False, True) if filter == "none" else (True,):
+            best = (longs(users, width), _meta(users, width), flags(users), flags(users))
+            arguments = (*best, score, node, score, node, node, *nodes, _meta(7), *filters, 3, 5, unique, filter)
+            yield f"{filter} {width}{' unique' if unique else ''}", partial(collect.forward, *arguments)
 
 
 def variants(amd: bool = False) -> dict[_Launch, str]:

@@ -15,6 +15,8 @@ Both selections go through the same launches: their keys lie one behind the othe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -116,7 +118,9 @@ def reduce_kernel(keys_ptr, out_ptr, count, blocks, KEEP: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _store_selection(score_ptr, node_ptr, parent_ptr, key_ptr, user, width, score, node, parent, key, KEEP: tl.constexpr):
+def _store_selection(
+    score_ptr, node_ptr, parent_ptr, key_ptr, user, width, score, node, parent, key, KEEP: tl.constexpr
+):
     best = tl.arange(0, KEEP)
     at, wanted = user * width + best, best < width
     live = key != -9223372036854775808
@@ -168,9 +172,13 @@ def finish_kernel(
         end = tl.where(further | (middle == child), end, middle)
         child = tl.where(further, middle, child)
     if row < users:
-        _store_selection(score_0_ptr, node_0_ptr, parent_0_ptr, key_0_ptr, user, width_0, score, child, parent, key, KEEP)
+        _store_selection(
+            score_0_ptr, node_0_ptr, parent_0_ptr, key_0_ptr, user, width_0, score, child, parent, key, KEEP
+        )
     else:
-        _store_selection(score_1_ptr, node_1_ptr, parent_1_ptr, key_1_ptr, user, width_1, score, child, parent, key, KEEP)
+        _store_selection(
+            score_1_ptr, node_1_ptr, parent_1_ptr, key_1_ptr, user, width_1, score, child, parent, key, KEEP
+        )
 
 
 def _sizes(wanted: int, children: int) -> tuple[int, int]:
@@ -232,7 +240,9 @@ def _plan(
         num_warps=4,
     )
     keys, count = _shrunk(plan, rows, keys, count, keep, _sizes(max(widths), 1 << 62)[1])
-    arguments = {name: tensors[name] for name in ("score_ptr", "node_ptr", "children_ptr", "begin_ptr", "end_ptr")}
+    arguments: dict[str, Any] = {
+        name: tensors[name] for name in ("score_ptr", "node_ptr", "children_ptr", "begin_ptr", "end_ptr")
+    }
     arguments |= {"norm_ptr": norm, "invalid_ptr": invalid, "keys_ptr": keys}
     arguments |= {"users": users, "count": count, "hypotheses": hypotheses, "SEARCH": widest.bit_length()}
     for place, index in enumerate((used[0], used[-1])):
