@@ -1,11 +1,15 @@
 """Decoding by kernels: how many operations a level has beside the model, and what makes them."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 import flr.decode.beam
 import flr.decode.packed
 from flr.decode import CatalogueTrie, beam_search, graphs
 from flr.model.backbone import fixed_shapes
+from flr.model.base import attention_mask
 from tests.decode.test_graphs import filters
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
@@ -50,3 +54,47 @@ def test_a_level_of_a_captured_search_has_six_operations(scoring, kind, monkeypa
     for level in levels[1:-1]:
         assert level == wanted
     assert sum(levels[0].values()) < 70
+
+
+class OnDevice(torch.Tensor):
+    """A tensor on the CPU that says it were on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("columns", [23, 32, 33])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_on_a_device_is_of_numbers_in_rows_of_16(attention, columns):
+    """SDPA's kernels would move a mask whose rows are not aligned, layer by layer."""
+    config = SimpleNamespace(_attn_implementation=attention)
+    seen = torch.rand(2, 5, columns) < 0.5
+    mask = attention_mask(config, seen.as_subclass(OnDevice), torch.bfloat16).as_subclass(torch.Tensor)
+    assert torch.equal(mask[:, 0] == 0, seen)
+    assert mask.shape == (2, 1, 5, columns)
+    assert mask.dtype == torch.bfloat16
+    assert mask.stride(-2) == (columns if attention == "eager" else -(-columns // 16) * 16)
+
+
+def test_a_forward_makes_one_mask(monkeypatch):
+    """For all layers, with as many steps of the session."""
+    made, steps, layers = [], [], []
+    original = flr.decode.packed.attention_mask
+    monkeypatch.setattr(flr.decode.packed, "attention_mask", lambda *args: made.append(original(*args)) or made[-1])
+    states = flr.decode.packed.model_states
+
+    def forward(model, hidden, arguments):
+        steps.append(arguments["attention_mask"])
+        return states(model, hidden, arguments)
+
+    monkeypatch.setattr(flr.decode.packed, "model_states", forward)
+    model = toy_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, more: layers.append(more["attention_mask"]), with_kwargs=True
+        )
+    trie = CatalogueTrie.from_codec(codec_of(SEQUENCES))
+    beam_search(model, toy_inputs((9, 4, 6)), trie, 5, 6)
+    assert steps
+    assert [id(x) for x in steps] == [id(x) for x in made]
+    of_steps = layers[-len(steps) * len(model.model.layers) :]
+    assert [x.data_ptr() for x in of_steps] == [x.data_ptr() for x in made for _ in model.model.layers]

@@ -74,6 +74,7 @@ def _check_selections(items: Tensor, scores: Tensor, broken: Tensor, invalid: Te
 def _check_trie(items: Tensor, lengths: Tensor, item: Tensor, scale: Tensor, **nodes: Tensor) -> None:
     for name, x in nodes.items():
         checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=("items", items))
+    for name, x in nodes.items():
         checks.same(name, len(x), len(nodes["leaf_begin"]) + (name == "children"), "length by M of leaf_begin")
     for name, x in (("lengths", lengths), ("item", item)):
         checks.tensor(name, x, "C", dtypes=(torch.int32,), beside=("items", items))
