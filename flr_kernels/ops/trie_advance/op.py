@@ -112,6 +112,8 @@ def trie_advance(
 ) -> Advance:
     """What w hypotheses a user read next, behind c tokens of v earlier ones, in one launch.
 
+    Nodes and parents are those that :func:`flr_kernels.trie_step` gave; they are not looked at again.
+
     Args:
         score, node, parent: [B, w], w >= 1, of :func:`flr_kernels.trie_step`; dead hypotheses read nothing with keys.
         sees: bool [B, v, c], which of the c tokens each earlier hypothesis may look at.

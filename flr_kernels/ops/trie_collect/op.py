@@ -106,6 +106,8 @@ def trie_collect(
 ) -> Collected:
     """The k best items after a step, and the unfinished continuations that can still enter them, in one launch.
 
+    Selections are those that :func:`flr_kernels.trie_step` gave; their nodes are not looked at again.
+
     Args:
         items, scores: int64 and float32 [B, k], k >= 1, so far; the score of none is -inf.
         broken, invalid: bool [B], which users had logits that are not finite, before and in the step.
