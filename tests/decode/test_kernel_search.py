@@ -8,6 +8,7 @@ import torch
 import flr.decode.beam
 import flr.decode.packed
 from flr.decode import CatalogueTrie, beam_search, graphs
+from flr.decode.kernel_search import KernelSearch
 from flr.model.backbone import fixed_shapes
 from flr.model.base import attention_mask
 from tests.decode.test_graphs import filters
@@ -98,3 +99,26 @@ def test_a_forward_makes_one_mask(monkeypatch):
     assert [id(x) for x in steps] == [id(x) for x in made]
     of_steps = layers[-len(steps) * len(model.model.layers) :]
     assert [x.data_ptr() for x in of_steps] == [x.data_ptr() for x in made for _ in model.model.layers]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("penalty", [0.7, -0.5])
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_length_penalties_are_those_of_the_search_in_pytorch(scoring, penalty, captured, monkeypatch):
+    """Which also bound what can still enter the best k; with fixed shapes and with growing ones."""
+    model, inputs = toy_model("llama"), toy_inputs((9, 4, 6))
+    sequences = [(30, *s) for s in random_catalogue(7, 40, 3, 4)] + [(31,), (32, 33)]
+    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    expected = beam_search(model, inputs, trie, 6, 5, scoring, length_penalty=penalty)
+    plain = beam_search(model, inputs, trie, 6, 5, scoring)
+    assert not torch.equal(expected.scores, plain.scores)
+
+    def run(_, search, prompts, __):
+        assert isinstance(search, KernelSearch)
+        return graphs.Replayed(search, prompts).run(len(prompts.states)) if captured else None
+
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
+    monkeypatch.setattr(graphs, "run", run)
+    found = beam_search(model, inputs, trie, 6, 5, scoring, length_penalty=penalty)
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-5)
