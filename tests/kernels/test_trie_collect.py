@@ -77,3 +77,11 @@ def test_selections_of_other_shapes_are_named():
     wrong = given["all"]._replace(key=given["all"].key[:, :1])
     with pytest.raises(ValueError, match=r"all.key: expected B of items"):
         flr_kernels.trie_collect(**given | {"all": wrong})
+
+
+def test_who_can_still_tie_goes_on():
+    made = collect_case(3, 1, 20, 3, 1, 5, k=3, widths=(3, 0))
+    made["items"], made["scores"] = torch.tensor([[7, 2, 5]]), torch.full((1, 3), -1.0)
+    made["unfinished"] = made["unfinished"]._replace(score=torch.tensor([[-0.5, -1.0, -1.0000001]]))
+    found = flr_kernels.trie_collect(**collect_call(made))
+    assert (found.score != -math.inf).tolist() == [[True, True, False]]

@@ -76,6 +76,16 @@ def test_collecting_equals_the_definition(items, beams, depth, spread, k, widths
     assert_same(flr_kernels.trie_collect(**given), defined("trie_collect", given))
 
 
+def test_ties():
+    """Of items with each other, and of an unfinished one's score with the k-th best, which goes on."""
+    made = collect_case(3, 1, 20, 3, 1, 5, k=3, widths=(3, 0))
+    made["items"], made["scores"] = torch.tensor([[7, 2, 5]]), torch.full((1, 3), -1.0)
+    made["unfinished"] = made["unfinished"]._replace(score=torch.tensor([[-0.5, -1.0, -1.0000001]]))
+    found = flr_kernels.trie_collect(**collect_call(made, DEVICE))
+    assert found.items.tolist() == [[2, 5, 7]]
+    assert (found.score > -2).tolist() == [[True, True, False]]
+
+
 def test_nothing_to_do():
     """No users; no selection at all."""
     given = advance_call(advance_case(2, 2, 20, 3, 1, 5), DEVICE)
