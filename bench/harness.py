@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flr.decode.graphs import capturing, cause
+from flr.decode.capture import capturing, cause
 
 from .machine import DEVICE, ON_GPU
 

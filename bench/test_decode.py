@@ -9,6 +9,7 @@ import torch
 
 from flr.decode import beam_search
 from flr.decode.filters import item_filter
+from flr.decode.kernel_search import KernelSearch
 from flr.decode.search import Search
 from flr.model.head import HeadRows
 from flr_kernels import Continuations
@@ -29,8 +30,8 @@ def step_of(items: str, depth: int, vocabulary: int, users: int = 32, beams: int
 
 def search(items, users: int, beams: int, scoring: str, rows: HeadRows | None = None) -> Search:
     trie = items.trie.to(DEVICE)
-    kernel = runs_as_kernel(torch.empty(1, 1, 1, device=DEVICE), beams)  # as beam_search has it
-    return Search(trie, item_filter(trie, users), beams, beams, scoring, 0.0, rows, kernel)
+    kind = KernelSearch if runs_as_kernel(torch.empty(1, 1, 1, device=DEVICE), beams) else Search  # as beam_search
+    return kind(trie, item_filter(trie, users), beams, beams, scoring, 0.0, rows)
 
 
 def hypotheses(nodes: torch.Tensor, scores: torch.Tensor) -> Continuations:

@@ -14,6 +14,8 @@ from .ops.factor_attention.op import FactorAttention, factor_attention
 from .ops.group_advantage.op import GroupAdvantage, group_advantage
 from .ops.log_normaliser.op import log_normaliser
 from .ops.token_logprob.op import token_logprob
+from .ops.trie_advance.op import Advance, trie_advance
+from .ops.trie_collect.op import Collected, trie_collect
 from .ops.trie_step.op import Continuations, TrieStep, trie_step
 
 try:
@@ -22,7 +24,9 @@ except PackageNotFoundError:  # a checkout that nobody installed
     __version__ = "unknown"
 
 __all__ = [
+    "Advance",
     "BackendUnavailable",
+    "Collected",
     "Continuations",
     "FactorAggregate",
     "FactorAttention",
@@ -33,5 +37,7 @@ __all__ = [
     "group_advantage",
     "log_normaliser",
     "token_logprob",
+    "trie_advance",
+    "trie_collect",
     "trie_step",
 ]

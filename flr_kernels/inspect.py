@@ -88,7 +88,7 @@ class _Launch:
 def _name(kernel: Any) -> str:
     """E.g. ``attention forward``, from module and function."""
     words = {"aggregate": "aggregate", "token_logprob": "logprob", "normaliser": "normaliser"}
-    words["trie_step"] = "trie step"
+    words |= {"trie_step": "trie step", "trie_advance": "trie", "trie_collect": "trie"}
     op = next((name for word, name in words.items() if word in kernel.__module__), "attention")
     return f"{op} {kernel.__name__.removesuffix('_kernel')}"
 
@@ -169,6 +169,8 @@ def calls(
     yield "", partial(logprob.logits_gradient, logits, row, empty(batch, dtype=torch.int64), row)
     yield "", partial(aggregate.backward, f, empty(*scalars), *gradients, 1e-6)
     yield from _trie_steps(dtype, size, empty)
+    if dtype == torch.bfloat16:  # whatever the model's
+        yield from _trie_levels(size, empty)
 
 
 def _trie_steps(
@@ -190,6 +192,30 @@ def _trie_steps(
             offset, 16, width, width, widest, unique, filter,
         )  # fmt: skip
         yield f"{filter} {width} of {widest}{' unique' if unique else ''}", partial(trie_step.forward, *arguments)
+
+
+def _trie_levels(size: int, empty: Callable[..., torch.Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What lies between two trie steps: a token each, or the ways to branchings under every filter, and collecting."""
+    from .ops.trie_advance import triton_kernels as advance
+    from .ops.trie_collect import triton_kernels as collect
+
+    users, ints, longs = 2, partial(empty, dtype=torch.int32), partial(empty, dtype=torch.int64)
+    flags, nodes = partial(empty, dtype=torch.bool), [ints(size) for _ in range(5)]
+    for filter, width in [("none", 10), ("none", 50), ("none", 200), ("prefix", 200), ("only", 200), ("exclude", 200)]:
+        listed = None if filter == "none" else (ints if filter == "prefix" else longs)(size)
+        filters = listed, None if listed is None else longs(users), 16
+        score, node = empty(users, width), longs(users, width)
+        hypotheses = (score, node, node, flags(users, width, 24), node, longs(users), flags(users))
+        for keys in (None, longs(size)):
+            if keys is not None or filter == "none":
+                columns = width if keys is None else 3 * width
+                arguments: Any = (*hypotheses, *nodes[:4], keys, *filters, columns, 6, filter)
+                label = f"{filter} {width}{'' if keys is None else ' ways'}"
+                yield label, partial(advance.forward, *arguments)
+        for unique in (False, True) if filter == "none" else (True,):
+            best = (longs(users, width), empty(users, width), flags(users), flags(users))
+            arguments = (*best, score, node, score, node, node, *nodes, empty(7), *filters, 3, 5, unique, filter)
+            yield f"{filter} {width}{' unique' if unique else ''}", partial(collect.forward, *arguments)
 
 
 def variants(amd: bool = False) -> dict[_Launch, str]:

@@ -19,5 +19,7 @@ from .ops.group_advantage.reference import (
 )
 from .ops.log_normaliser.reference import log_normaliser
 from .ops.token_logprob.reference import token_logprob
+from .ops.trie_advance.reference import trie_advance
+from .ops.trie_collect.reference import trie_collect
 from .ops.trie_step.reference import trie_step
 from .order import order_key

@@ -242,6 +242,11 @@ class CatalogueTrie:
 
         depth in 0 .. length of the leaf's item.
         """
+        return torch.searchsorted(self.node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
+
+    @property
+    def node_key(self) -> torch.Tensor:
+        """int64 [M], level · (C + 1) + leaf_begin: ascending, as nodes are numbered. Made at first use."""
         if self._node_key is None:
             with torch.inference_mode(False):
                 level = torch.arange(self.depth + 1, device=self.device)
@@ -250,7 +255,7 @@ class CatalogueTrie:
                 level = torch.repeat_interleave(level, width, output_size=self.num_nodes)
                 key = level * (self.num_items + 1) + self.leaf_begin
             self._node_key = key  # ascending: nodes are numbered by level, within a level by their leaves
-        return torch.searchsorted(self._node_key, depth * (self.num_items + 1) + leaf, right=True) - 1
+        return self._node_key
 
     def common_depth(self, first: torch.Tensor, last: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Depth, int64, of the deepest node above both leaf positions ``first`` <= ``last``; ``above``: of any such."""

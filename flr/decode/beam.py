@@ -20,8 +20,8 @@ Ties: among continuations the smaller leaf position (lexicographically smaller t
 Where the predictions of several thoughts are mixed (:mod:`flr.decode.mixed_search`), a hypothesis' probability is the
 mixture's, Σ_k g_k p_k, under either scoring, and all of the above holds.
 
-On a GPU a step is a product with lm_head rows and ``flr_kernels.trie_step``; inside the loop of ``full`` the host does
-not wait for the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
+On a GPU a step is a product with lm_head rows and three kernels (see ``kernel_search``); inside the loop of ``full``
+the host does not wait for the device, in that of ``catalogue`` once a step, for the number of tokens of the next.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from . import graphs
 from .filters import item_filter
+from .kernel_search import KernelSearch
 from .mixed_search import MixedSearch
 from .prompts import Prompts, num_prompts
 from .scoring import Scoring, check_vocabulary
@@ -109,12 +110,12 @@ def beam_search(
     with evaluating(model):
         log_weights, given = None, inputs if prompts is None else None
         if prompts is None:
-            if (found := graphs.answer(model, inputs, lambda rows: Search(*arguments, rows, kernel=True))) is not None:
+            if (found := graphs.answer(model, inputs, lambda rows: KernelSearch(*arguments, rows))) is not None:
                 return found
             log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
         if log_weights is not None:
             return MixedSearch(log_weights, *arguments, prompts.head_rows).run(prompts)
-        kernel = runs_as_kernel(prompts.states, max(num_beams, k))
-        search = Search(*arguments, prompts.head_rows, kernel)
+        kind = KernelSearch if runs_as_kernel(prompts.states, max(num_beams, k)) else Search
+        search = kind(*arguments, prompts.head_rows)
         return graphs.run(model, search, prompts, given) or search.run(prompts)

@@ -112,6 +112,7 @@ class _Mask(ItemFilter):
 
     def __init__(self, before: torch.Tensor, row: torch.Tensor, stride: int) -> None:
         self.before, self.offset, self.stride = before, row * stride, stride
+        self._starts = self.offset[:, 0]  # for the users of the last call of ``flat``
 
     @classmethod
     def of(cls, trie: CatalogueTrie, allowed: torch.Tensor, row: torch.Tensor | None) -> _Mask:
@@ -142,7 +143,21 @@ class _Mask(ItemFilter):
         return _Mask(self.before, row[users] if len(row) > 1 else row, self.stride)
 
     def flat(self, users: int) -> FlatFilter:
-        return FlatFilter("prefix", self.before, self.offset[:, 0].expand(users).contiguous(), self.stride)
+        if len(self._starts) != users:
+            with torch.inference_mode(False):  # it outlives the call, which may be an evaluation's
+                self._starts = self.offset[:, 0].expand(users).clone()
+        return FlatFilter("prefix", self.before, self._starts, self.stride)
+
+    def copied(self) -> ItemFilter:
+        new = super().copied()
+        assert isinstance(new, _Mask)
+        new._starts = new.offset[:, 0]
+        return new
+
+    def load(self, other: ItemFilter) -> None:
+        super().load(other)
+        if len(self._starts) != len(self.offset):
+            self._starts.copy_(self.offset[:, 0].expand(len(self._starts)))
 
     def padded(self, users: int) -> ItemFilter:
         extra = 0 if len(self.offset) == 1 else users - len(self.offset)
@@ -161,14 +176,17 @@ class _Listed(ItemFilter):
 
     def __init__(self, listed: torch.Tensor, num_items: int) -> None:
         self.listed, self.num_items = listed, num_items
+        self._starts = listed.new_empty(0)  # of rows in the flat list, made at first use
 
     def select(self, users: torch.Tensor) -> Any:
         return type(self)(self.listed[users], self.num_items)
 
     def flat(self, users: int) -> FlatFilter:
         entries = self.listed.shape[1]
-        offset = torch.arange(users, device=self.listed.device) * entries
-        return FlatFilter(self.kind, self.listed.flatten(), offset, entries)
+        if len(self._starts) != users:
+            with torch.inference_mode(False):  # it outlives the call, which may be an evaluation's
+                self._starts = torch.arange(users, device=self.listed.device) * entries
+        return FlatFilter(self.kind, self.listed.flatten(), self._starts, entries)
 
     def padded(self, users: int) -> Any:
         rows, entries = self.listed.shape

@@ -17,251 +17,33 @@ compares again. What cannot be captured is logged once and runs as usual.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
-import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from flr.model.backbone import causal_lm
 from flr.model.head import HeadRows
-from flr_kernels import Continuations
 
+from .capture import cause, graphs_allowed
+from .kernel_search import KernelSearch
 from .packed import PackedSession
 from .prompt_graph import PromptGraph, prompts_to_capture
 from .prompts import Prompts
-from .rest import Rests, read_rest
-from .search import BeamResult, Search, State
-from .watch import Watch
+from .replayed import Replayed, equal, padded_length, padded_users
+from .search import BeamResult, Search
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 8  # shapes whose graphs are kept for a model; each holds a prompt cache
-_PROMPT_STEP = 64
 _OVERFLOWS = 3  # calls done twice because a filter made longer ways than the trie has, before graphs are given up
 _LIMIT = 0.25  # of the device's free memory that the copy of a prompt cache may take
-_AHEAD = 1  # levels that the device has to do while the host looks how an earlier one ended
-_SHORT = 8  # levels that cost as much as a forward without graphs
-
-
-class _Ended(NamedTuple):
-    """A level's end: what another way on needs, numbers, and the result so far."""
-
-    running: Continuations
-    sees: torch.Tensor  # of the session
-    depth: torch.Tensor
-    columns: int
-    numbers: torch.Tensor  # int64 [5], ``Search.numbers`` and ``Search.left`` (0 under ``catalogue``)
-    best: BeamResult  # fields of ``State``
-    broken: torch.Tensor
-    overflow: torch.Tensor
-
-
-_Level: TypeAlias = "tuple[torch.cuda.CUDAGraph | None, _Ended]"
-
-
-def graphs_allowed() -> bool:
-    """Whether the environment lets graphs be used, those of decoding and of training."""
-    return os.environ.get("FLR_CUDA_GRAPHS", "1") != "0"
-
-
-@contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """``torch.cuda.graph``; a capture that fails leaves the random numbers of the device as they were.
-
-    Without this its generator would refuse every later draw, since it takes the capture for one that goes on.
-    """
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    before = generator.clone_state()
-    try:
-        with torch.cuda.graph(graph, **options):
-            yield
-    except BaseException:
-        generator.graphsafe_set_state(before)
-        raise
-
-
-def cause(error: BaseException) -> str:
-    """A line that says what was raised and, since the end of a failed capture raises again, what was raised first."""
-    first = error
-    while (before := first.__cause__ or first.__context__) is not None:
-        first = before
-    said = [(str(x).splitlines() or [""])[0] or type(x).__name__ for x in (error, first)]
-    return said[0] if first is error or said[0] == said[1] else f"{said[0]} (after {type(first).__name__}: {said[1]})"
-
-
-def _padded_users(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-class Replayed:
-    """A search of fixed shapes over tensors of its own: operation by operation, or by graphs once it was captured."""
-
-    def __init__(self, search: Search, prompts: Prompts) -> None:
-        session = prompts.session
-        assert isinstance(session, PackedSession)
-        users, device = _padded_users(len(prompts.states)), prompts.states.device
-        length = -(-session.length // _PROMPT_STEP) * _PROMPT_STEP
-        self.search = copy.copy(search)
-        self.search.logits = copy.copy(search.logits)
-        self.search.allows = search.allows.padded(users).copied()
-        self.tokens = self._tokens()
-        room = length + sum(w * n for w, n in zip(self._widths(), self.tokens, strict=True))
-        self.session = session.empty_like(users, length, room)
-        self.vocabulary = prompts.vocabulary
-        self.states = prompts.states.new_zeros(users, prompts.states.shape[1])
-        self.live = torch.zeros(users, 1, dtype=torch.bool, device=device)
-        self.levels: list[_Level] = []
-        self.rests = Rests()
-        self.columns = room
-        self.load(search, prompts)
-
-    def _tokens(self) -> list[int]:
-        """How many tokens a hypothesis may read before each level."""
-        trie, depth = self.search.trie, self.search.trie.depth
-        return trie.longest_forced_runs() if self.search.skips_forced else [int(step > 0) for step in range(depth)]
-
-    def _widths(self) -> list[int]:
-        return [1, *(self.search.widths(step)[0] for step in range(self.search.trie.depth - 1))]
-
-    def load(self, search: Search, prompts: Prompts) -> None:
-        """Take over the inputs of a call."""
-        count = len(prompts.states)
-        self.states[:count].copy_(prompts.states)
-        assert isinstance(prompts.session, PackedSession)
-        self.load_search(search, prompts.session.model, count)
-        self.session.copy_from(prompts.session)
-
-    def load_search(self, search: Search, model: nn.Module, count: int) -> None:
-        """Take over all but the prompts."""
-        self.live.zero_()[:count] = True
-        self.session.model, self.search.head_rows = model, search.head_rows
-        self.search.allows.load(search.allows.padded(len(self.live)))
-        if self.search.logits is not None and search.logits is not None:
-            self.search.logits.weight.copy_(search.logits.weight)  # which may have been trained meanwhile
-            self.search.logits.head_rows = search.logits.head_rows
-
-    def take_prompts(self, states: torch.Tensor, cache: Cache, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Take over prompts of this shape."""
-        self.states.copy_(states)
-        self.session.take(cache, inputs)
-
-    def forget_model(self) -> None:
-        """Until the next ``load``, so that what is kept for a model does not keep the model."""
-        self.search.head_rows = None
-        vars(self.session).pop("model", None)
-        if self.search.logits is not None:
-            vars(self.search.logits).pop("head_rows", None)
-
-    def steps(self) -> Iterator[tuple[State, bool]]:
-        """The search, level by level, and whether there is another; nothing waits for the device."""
-        search, session = self.search, self.session
-        session.reset()
-        state = search.begin(self.states)
-        state.running = state.running._replace(score=state.running.score.masked_fill(~self.live, -torch.inf))
-        for step, tokens in enumerate(self.tokens):
-            plan = search.plan(state) if search.skips_forced else None
-            search.forward(state, session, step, plan, tokens * state.running.node.shape[1])
-            more = search.level(state, step) and step + 1 < len(self.tokens)
-            yield state, more
-            if not more:
-                return
-
-    def capture(self) -> None:
-        """After a run, which compiled the kernels and chose the algorithms of products."""
-        self.pool, steps, more = torch.cuda.graph_pool_handle(), self.steps(), True
-        levels: list[_Level] = []
-        while more:
-            graph = torch.cuda.CUDAGraph()
-            with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
-                state, more = next(steps)
-                ended = self.ended(state, len(levels) + 1)
-            levels.append((graph, ended))
-            ended.best.items.fill_(-7)  # so that a replay that does nothing is noticed
-        self.levels = levels
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A graph of ``function``, in the memory of the levels' graphs; what is returned replays it."""
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph, pool=self.pool, capture_error_mode="thread_local"):
-            function()
-        return graph.replay
-
-    def _one_by_one(self) -> Iterator[_Level]:
-        return ((None, self.ended(state, depth)) for depth, (state, _) in enumerate(self.steps(), start=1))
-
-    def ended(self, state: State, depth: int) -> _Ended:
-        """What is kept of a level, whose hypotheses have ``depth`` tokens."""
-        search, session = self.search, self.session
-        left = state.depth.new_zeros(2) if search.skips_forced else search.left(state, depth)
-        numbers = torch.cat([search.numbers(state, None), left])
-        columns = session.layers[0].get_seq_length()
-        kept = (session.sees, session.depth, columns, numbers, state.best, state.broken, state.overflow)
-        return _Ended(state.running, *kept)
-
-    def _state(self, level: _Ended) -> State:
-        """The search at a level's end, its session included."""
-        session = self.session
-        session.sees, session.depth = level.sees, level.depth
-        for layer in session.layers:
-            layer.truncate(level.columns)
-        return State(level.running, level.depth, self.states[:, None], level.best, level.broken, level.overflow)
-
-    def finish(self, level: _Ended, depth: int) -> State:
-        """The rest of a search under ``full`` without graphs, from the end of a level with ``depth`` tokens on."""
-        return self.search.finish(self._state(level), self.session, depth, self.vocabulary)
-
-    def _rest(self, level: _Ended, depth: int, longest: int, tokens: int) -> State:
-        """The rest where every live hypothesis leads to one item; by a graph if one of its size was made."""
-        key = Rests.key(depth, longest, tokens, self.columns - level.columns)
-        if (found := self.rests.replay(key)) is not None:
-            return found
-        state = self.finish(level, depth)
-        if self.rests.wanted(key, len(self.live), self.vocabulary):
-            try:
-                made = self.rests.make(
-                    key, lambda: read_rest(self.search, self._state(level), self.session, key), self.record
-                )
-                if made is None or bool(made.overflow.any()) or not _equal(made.best, state.best):
-                    raise RuntimeError("what it gives differs from that of the same operations one by one")
-            except Exception as error:
-                self.rests.refuse(key)
-                logger.warning("ends of items without CUDA graphs for these shapes: %s", cause(error))
-        return state
-
-    def run(self, count: int) -> BeamResult | None:
-        """Items of the first ``count`` users; None where a level had more to read than it has room for.
-
-        Raises:
-            FloatingPointError: as ``beam_search``.
-        """
-        watch, end = Watch(), None  # type: tuple[Watch, _Ended | State | None]
-        for depth, (graph, ended) in enumerate(self.levels or self._one_by_one(), start=1):
-            end = ended
-            if graph is None:  # before a capture every level runs, so that none compiles a kernel while it is captured
-                continue
-            graph.replay()
-            known = watch.ask(ended.numbers, _AHEAD)
-            if known is not None and known[0] == 0:
-                break
-            if known is not None and depth + _SHORT <= known[3] <= self.search.trie.depth:
-                end = self._rest(ended, depth, known[3], known[4])
-                break
-        assert end is not None
-        failed = torch.stack([end.broken[:count].any(), end.overflow[:count].any()]).tolist()
-        if failed[1]:
-            return None
-        if failed[0]:
-            raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
-        return BeamResult(*(x[:count].clone() for x in end.best))
 
 
 @dataclass
@@ -284,12 +66,12 @@ _lock = threading.Lock()
 def _entry(model: nn.Module, search: Search, users: int, length: int) -> _Entry:
     """What is known of ``users`` prompts of ``length`` tokens."""
     weights = hash(tuple(x.data_ptr() for x in model.parameters()))
-    users, device = _padded_users(users), search.trie.device
+    users, device = padded_users(users), search.trie.device
     shapes = tuple((type(x).__name__, tuple(x.shape)) for x in search.allows.padded(users).tensors())
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     config = causal_lm(model).config.get_text_config(decoder=True)
     key = (
-        weights, device, autocast, id(search.trie), users, -(-length // _PROMPT_STEP), search.num_beams, search.k,
+        weights, device, autocast, id(search.trie), users, padded_length(length), search.num_beams, search.k,
         search.scoring, search.length_penalty, type(search.allows), shapes, config._attn_implementation,
     )  # fmt: skip
     with _lock:
@@ -309,7 +91,7 @@ def _fits(prompts: Prompts) -> bool:
 
 
 def _usable(search: Search, prompts: Prompts) -> bool:
-    if not (prompts.states.is_cuda and search.kernel and isinstance(prompts.session, PackedSession)):
+    if not (prompts.states.is_cuda and isinstance(prompts.session, PackedSession)):
         return False
     return graphs_allowed() and not torch.cuda.is_current_stream_capturing()
 
@@ -325,7 +107,7 @@ def run(
     Args:
         inputs: what ``prompts`` were made from, so that the next call can be answered from there; None for others.
     """
-    if not _usable(search, prompts):
+    if not isinstance(search, KernelSearch) or not _usable(search, prompts):
         return None
     assert isinstance(prompts.session, PackedSession)
     count = len(prompts.states)
@@ -347,7 +129,7 @@ def run(
         with torch.cuda.device(prompts.states.device) if prompts.states.is_cuda else contextlib.nullcontext():
             replayed.capture()
         result = replayed.run(count)
-        if not _equal(result, plain):
+        if not equal(result, plain):
             raise RuntimeError("their result differs from that of the same operations one by one")
         entry.replayed = replayed
         return result
@@ -389,7 +171,7 @@ def _capture_prompts(entry: _Entry, model: nn.Module, inputs: Mapping[str, Any],
             made.capture(model, replayed.record)
         replayed.states.zero_()  # so that a replay that does nothing is noticed
         made.run(model)
-        if not _equal(replayed.run(len(expected.items)), expected):
+        if not equal(replayed.run(len(expected.items)), expected):
             raise RuntimeError("what follows differs from what follows the same operations one by one")
         entry.prompts = made
     except Exception as error:
@@ -398,7 +180,7 @@ def _capture_prompts(entry: _Entry, model: nn.Module, inputs: Mapping[str, Any],
 
 
 def answer(
-    model: nn.Module, inputs: Mapping[str, Any], search_with: Callable[[HeadRows | None], Search]
+    model: nn.Module, inputs: Mapping[str, Any], search_with: Callable[[HeadRows | None], KernelSearch]
 ) -> BeamResult | None:
     """The whole call by graphs, prefill included; None where these shapes have none.
 
@@ -432,9 +214,3 @@ def _serves(model: nn.Module) -> bool:
     if model not in _entries or not next(model.parameters()).is_cuda:
         return False
     return graphs_allowed() and not torch.cuda.is_current_stream_capturing()
-
-
-def _equal(a: BeamResult | None, b: BeamResult | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a.items, b.items) and torch.allclose(a.scores, b.scores, rtol=1e-3, atol=1e-3)

@@ -20,6 +20,7 @@ from flr.model.outputs import GroupPrompts
 from flr_kernels.ops.trie_step.op import runs_as_kernel
 
 from .filters import item_filter
+from .kernel_search import KernelSearch
 from .packed import PackedSession, obstacle
 from .prompts import Prompts
 from .scoring import Scoring, check_vocabulary, rank_by_scores, rank_in_list
@@ -129,6 +130,6 @@ def group_ranks(
         packed.sees = own.expand(batch, -1, -1)
         packed.depth = packed.depth.new_full((batch, members), thoughts)
         begun = Prompts(states, _Members(packed, batch, members), head_rows, first.shape[-1])
-        kernel = runs_as_kernel(states, num_beams)
-        search = Search(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, head_rows, kernel)
+        kind = KernelSearch if runs_as_kernel(states, num_beams) else Search
+        search = kind(trie, item_filter(trie, len(states)), num_beams, num_beams, scoring, 0.0, head_rows)
         return rank_in_list(search.run(begun).items, target).view(batch, members)

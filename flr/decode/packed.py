@@ -125,6 +125,18 @@ class PackedSession:
         states = self._forward(tokens, self.next_position + depth.gather(1, owner) + offset.clamp_min(0), sees)
         return states if every else last_states(states, lengths)
 
+    def read(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        seen: torch.Tensor,
+        sees: torch.Tensor,
+        depth: torch.Tensor,
+    ) -> torch.Tensor:
+        """A step whose bookkeeping is done: states after each of the tokens (fields of ``flr_kernels.Advance``)."""
+        self.sees, self.depth = sees, depth
+        return self._forward(tokens, positions, seen)
+
     def tree(self, tokens: np.ndarray, parents: np.ndarray, depths: np.ndarray) -> torch.Tensor:
         if self.sees.shape[-1]:
             raise ValueError("tree: expected a session without steps, got one that has made some")

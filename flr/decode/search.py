@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import flr_kernels
 from flr.data.trie import CatalogueTrie
-from flr.model.head import HeadRows, TokenRows
+from flr.model.head import HeadRows
 from flr_kernels import Continuations
 from flr_kernels.order import order_key
 
@@ -54,6 +53,7 @@ class State:
     best: BeamResult  # [B, k], items found so far
     broken: torch.Tensor  # bool [B], a choice had to be made among NaN or infinite logits
     overflow: torch.Tensor  # bool [B], a step of fixed size had more tokens to read than it has room for
+    left: torch.Tensor | None = None  # int64 [B, 3] as of ``flr_kernels.trie_collect``, where that made the step
 
     def of(self, users: torch.Tensor) -> State:
         """Those of some users."""
@@ -73,8 +73,8 @@ class Plan(NamedTuple):
 class Search:
     """What a search asks of trie, filter and model, a level at a time.
 
-    ``allows`` shrinks to the users that are not finished. A choice in PyTorch is defined by
-    ``flr_kernels.reference.trie_step``, which is what kernels compute; the tests compare the two.
+    ``allows`` shrinks to the users that are not finished. This is the search in PyTorch; on a GPU
+    :class:`flr.decode.kernel_search.KernelSearch` makes the same choices.
     """
 
     def __init__(
@@ -86,16 +86,10 @@ class Search:
         scoring: Scoring,
         length_penalty: float,
         head_rows: HeadRows | None,
-        kernel: bool = False,
     ) -> None:
         self.trie, self.allows, self.num_beams, self.k = trie, allows, num_beams, k
         self.scoring, self.length_penalty, self.head_rows = scoring, length_penalty, head_rows
         self.skips_forced = scoring == "catalogue"  # tokens without alternative
-        self.kernel, self.columns = kernel, trie.tokens
-        self.logits: TokenRows | None = None
-        if kernel and head_rows is not None:  # logits of the catalogue's tokens instead of the vocabulary's
-            tokens, self.columns = trie.columns()
-            self.logits = head_rows.over(tokens)
 
     def begin(self, states: torch.Tensor) -> State:
         """At the root, after prompts whose states are [B, …]."""
@@ -164,19 +158,6 @@ class Search:
             if not self.level(state, depth - 1) or not bool((state.running.score != -torch.inf).any()):
                 break
         return state
-
-    def left(self, state: State, depth: int) -> torch.Tensor:
-        """int64 [2] behind a step of ``full``: the longest item that a live hypothesis leads to, and what is to read.
-
-        The first is more than the trie's depth where a hypothesis branches. The second are the tokens of all hypotheses
-        up to the last of their items', for the user who has most, if none branches.
-        """
-        trie, running = self.trie, state.running
-        live = running.score != -torch.inf
-        begin, end = trie.leaf_begin[running.node].long(), trie.leaf_end[running.node].long()
-        length = trie.lengths[begin.clamp_max(trie.num_items - 1)].long()
-        longest = length.masked_fill(end - begin > 1, trie.depth + 1).masked_fill(~live, 0).amax()
-        return torch.stack([longest, ((length - depth).clamp_min(0) * live).sum(1).amax()])
 
     def select(self, users: torch.Tensor) -> None:
         """Go on with the users of these rows alone."""
@@ -258,8 +239,6 @@ class Search:
 
         Third, bool [B], which users have a live hypothesis without finite normaliser.
         """
-        if self.kernel:
-            return self._expand_by_kernel(states, running, step, num_beams, complete_width)
         candidates = Candidates(self, states, running, step)
         first_block = candidates.block(0)
         norm, invalid = candidates.normaliser(first_block[2])
@@ -277,22 +256,6 @@ class Search:
                     score = score.masked_fill_(ends, -torch.inf)
                 beams = best_of(beams, self.pick(score, node, num_beams), num_beams)
         return beams, self._finished(complete), invalid
-
-    def _expand_by_kernel(
-        self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
-    ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
-        trie = self.trie
-        logits = states if self.logits is None else self.logits(states)
-        norm = log_normaliser(logits) if self.scoring == "full" else None
-        kind, listed, offset, entries = self.allows.flat(len(states))
-        widest = max(trie.max_fanout[step:]) if self.skips_forced else trie.max_fanout[step]
-        step_result = flr_kernels.trie_step(
-            logits, running.score, running.node, trie.children, self.columns, trie.leaf_begin, trie.leaf_end,
-            num_unfinished=num_beams, num_all=complete_width, norm=norm, unique=self.skips_forced, filter=kind,
-            listed=listed, offset=offset, entries=entries, widest=widest,
-        )  # fmt: skip
-        beams, complete = step_result.unfinished if num_beams else None, step_result.all if complete_width else None
-        return beams, self._finished(complete), step_result.invalid
 
     def _finished(self, complete: Continuations | None) -> Continuations | None:
         """Those that end an item alone."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flr.config import IGNORE
-from flr.decode.graphs import capturing, cause, graphs_allowed
+from flr.decode.capture import capturing, cause, graphs_allowed
 from flr.model.compiled_layers import compiled, compiled_layers
 
 logger = logging.getLogger("flr")

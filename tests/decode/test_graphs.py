@@ -15,8 +15,12 @@ import torch
 
 import flr.decode.beam
 from flr.decode import CatalogueTrie, beam_search, graphs
+from flr.decode import replayed as replayed_search
+from flr.decode.kernel_search import KernelSearch
 from flr.decode.prompt_graph import PromptGraph, prompts_to_capture
+from flr.decode.replayed import padded_length
 from flr.decode.rest import read_rest
+from flr.decode.search import BeamResult
 from flr.model.backbone import fixed_shapes
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
@@ -35,7 +39,7 @@ def replayed(monkeypatch):
         users = 1 << (len(prompts.states) - 1).bit_length()
         key = (
             users,
-            -(-prompts.session.length // graphs._PROMPT_STEP),
+            padded_length(prompts.session.length),
             type(search.allows),
             *(x.shape for x in search.allows.padded(users).tensors()),
         )
@@ -49,7 +53,7 @@ def replayed(monkeypatch):
 
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
     monkeypatch.setattr(graphs, "run", run)
-    monkeypatch.setattr(graphs, "_PROMPT_STEP", 16)
+    monkeypatch.setattr(replayed_search, "PROMPT_STEP", 16)
     return answered
 
 
@@ -71,13 +75,13 @@ def filters(kind: str, users: int, items: int) -> dict[str, torch.Tensor]:
 def test_every_level_runs_before_it_is_captured(replayed, monkeypatch):
     """Also those below the last that has anything alive: a kernel is not compiled while a graph is captured."""
     seen = []
-    level = graphs.Search.level
+    level = KernelSearch.level
 
     def spy(self, state, step):
         seen.append(step)
         return level(self, state, step)
 
-    monkeypatch.setattr(graphs.Search, "level", spy)
+    monkeypatch.setattr(KernelSearch, "level", spy)
     sequences = [(30 + i,) for i in range(20)] + [(50, 51, 52, 53, 54, 55)]  # found before the deepest level
     trie = CatalogueTrie.from_codec(codec_of(sequences))
     beam_search(toy_model("llama"), toy_inputs((9, 4)), trie, 2, 2, "full")
@@ -163,7 +167,7 @@ def prefills(policy, monkeypatch):
     monkeypatch.setattr(graphs, "_serves", lambda model: model in graphs._entries)
     monkeypatch.setattr(graphs.Replayed, "capture", lambda self: None)
     monkeypatch.setattr(PromptGraph, "capture", lambda self, model, record: self.run(model))
-    monkeypatch.setattr(graphs, "_PROMPT_STEP", 16)
+    monkeypatch.setattr(replayed_search, "PROMPT_STEP", 16)
     answered = []
     answer = graphs.answer
 
@@ -211,7 +215,7 @@ def test_what_cannot_be_captured_runs_as_usual_and_is_said(policy, monkeypatch, 
 
 
 def test_graphs_that_answer_otherwise_are_not_used(policy, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "_equal", lambda *_: False)
+    monkeypatch.setattr(graphs, "equal", lambda *_: False)
     model = toy_model("llama")
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 20, 3, 4)))
     first, *others = calls(model, trie, 3)
@@ -312,8 +316,8 @@ def test_the_rest_is_read_in_one_forward(kind, depth, monkeypatch):
     def run(_, search, prompts, __):
         replayed = graphs.Replayed(search, prompts)
         for state, _ in itertools.islice(replayed.steps(), depth):
-            ended = replayed.ended(state, depth)
-        longest = int(ended.numbers[3])
+            ended = replayed.ended(state)
+        longest = int(ended.numbers[1])
         if depth >= 2 and kind == "none":  # the first two tokens tell items apart
             assert depth < longest <= max(map(len, sequences))
         assert depth >= 2 or longest > trie.depth
@@ -321,7 +325,7 @@ def test_the_rest_is_read_in_one_forward(kind, depth, monkeypatch):
         step = session.step
         session.step = lambda *args, **more: steps.append(more) or step(*args, **more)
         best = replayed.finish(ended, depth).best
-        return graphs.BeamResult(*(x[:3] for x in best))
+        return BeamResult(*(x[:3] for x in best))
 
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
     monkeypatch.setattr(graphs, "run", run)
@@ -346,8 +350,8 @@ def test_ends_of_fixed_size_are_those_of_growing_ones(kind, more, columns, monke
     def run(_, search, prompts, __):
         replayed = graphs.Replayed(search, prompts)
         for state, _ in itertools.islice(replayed.steps(), 2):
-            ended = replayed.ended(state, 2)
-        longest, tokens = ended.numbers[3:].tolist()
+            ended = replayed.ended(state)
+        longest, tokens = ended.numbers[1:].tolist()
         assert longest - 2 <= tokens <= 8 * (longest - 2)
         few = read_rest(search, replayed._state(ended), replayed.session, (2, longest - 2, tokens - 1))
         assert few.overflow.any()
@@ -356,7 +360,7 @@ def test_ends_of_fixed_size_are_those_of_growing_ones(kind, more, columns, monke
             made = read_rest(search, state, replayed.session, (2, longest - 2 + more, tokens + columns))
         assert waits.found == {}
         assert not made.overflow.any()
-        return graphs.BeamResult(*(x[:3] for x in made.best))
+        return BeamResult(*(x[:3] for x in made.best))
 
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
     monkeypatch.setattr(graphs, "run", run)
@@ -370,7 +374,7 @@ def test_ends_are_captured_the_second_time_and_compared(fault, monkeypatch, capl
     """Levels and ends that run again in place of graphs, for the same prompts."""
     monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
     monkeypatch.setattr(graphs.Replayed, "record", lambda self, function: (function(), function)[1])
-    read = graphs.read_rest
+    read = replayed_search.read_rest
 
     def faulty(*args):
         state = read(*args)
@@ -378,16 +382,16 @@ def test_ends_are_captured_the_second_time_and_compared(fault, monkeypatch, capl
         return state
 
     if fault:
-        monkeypatch.setattr(graphs, "read_rest", faulty)
+        monkeypatch.setattr(replayed_search, "read_rest", faulty)
     kept = []
 
     def run(_, search, prompts, __):
         if not kept:
             kept.append(graphs.Replayed(search, prompts))
             for state, _ in itertools.islice(kept[0].steps(), 2):
-                kept.append(kept[0].ended(state, 2))
-        best = kept[0]._rest(kept[2], 2, *kept[2].numbers[3:].tolist()).best
-        return graphs.BeamResult(*(x[:3] for x in best))
+                kept.append(kept[0].ended(state))
+        best = kept[0]._rest(kept[2], 2, *kept[2].numbers[1:].tolist()).best
+        return BeamResult(*(x[:3] for x in best))
 
     model, trie = toy_model("llama"), CatalogueTrie.from_codec(codec_of(LONG))
     expected = beam_search(model, toy_inputs((9, 4, 6)), trie, 8, 8)

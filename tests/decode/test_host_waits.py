@@ -42,7 +42,7 @@ def test_none_at_any_level_of_a_search_of_fixed_shapes(family, scoring, kind, mo
         replayed = graphs.Replayed(search, prompts)
         with fixed_shapes(), HostWaits() as waits:
             for state, more in replayed.steps():
-                replayed.ended(state, len(levels) + 1)
+                replayed.ended(state)
                 levels.append(more)
         found.update(waits.found)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import flr_kernels
+from tests.helpers.trie_levels import advance_call, advance_case, collect_call, collect_case
 from tests.helpers.trie_steps import call, case
 
 
@@ -13,6 +14,10 @@ def arguments(name):
     """A call in order."""
     if name == "trie_step":
         return call(case(3, 2, 20, 3, 1, 5, "prefix"), num_unfinished=3, num_all=4)
+    if name == "trie_advance":
+        return advance_call(advance_case(3, 2, 20, 3, 1, 5, "prefix"))
+    if name == "trie_collect":
+        return collect_call(collect_case(3, 2, 20, 3, 1, 5, "prefix"))
     return {
         "factor_attention": {"h": torch.zeros(2, 3, 4), "u": torch.zeros(2, 2, 4), "mask": torch.ones(2, 3).bool()},
         "factor_aggregate": {"f": torch.zeros(2, 3, 4), "gate_logits": torch.zeros(2, 3)},
@@ -31,6 +36,8 @@ TENSORS = [
         "token_logprob",
         "group_advantage",
         "trie_step",
+        "trie_advance",
+        "trie_collect",
     )
     for argument, value in arguments(name).items()
     if isinstance(value, torch.Tensor)

@@ -148,6 +148,7 @@ def test_inspection_compiles_what_dispatch_launches():
     assert kernels == {
         "attention forward", "attention combine", "attention delta", "attention backward", "attention combine_du",
         "aggregate forward", "aggregate backward", "normaliser forward", "logprob gradient",
+        "trie advance", "trie collect",
         "trie step normaliser", "trie step candidates", "trie step reduce", "trie step finish",
     }  # fmt: skip
     tiles = {t.name for itemsize in (2, 4) for back in (False, True) for t in triton_config.tiles(itemsize, back)}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flr_kernels import factor_aggregate, factor_attention, log_normaliser, trie_step
+from flr_kernels import factor_aggregate, factor_attention, log_normaliser, trie_advance, trie_collect, trie_step
 from flr_kernels.backends import triton_config
+from tests.helpers.trie_levels import advance_call, advance_case, collect_call, collect_case
 from tests.helpers.trie_steps import call, case
 
 pytestmark = [
@@ -149,6 +150,35 @@ def test_trie_steps_need_no_binder_again(device, monkeypatch):
     forbid_binder(monkeypatch)
     trie_step(**given)
     assert len(device.launches) == 2 * launches
+
+
+@pytest.mark.parametrize(
+    ("widths", "items", "spread", "rounds"),
+    [((3, 4), 20, 5, 0), ((0, 4), 20, 5, 0), ((3, 0), 20, 5, 0), ((0, 0), 20, 5, 0), ((100, 3), 2000, 5000, 1)],
+)
+def test_both_selections_of_a_trie_step_are_one_launch_a_stage(device, widths, items, spread, rounds):
+    """Candidates, rounds of reduction where a user has more than 512 keys, and the choice, whatever is selected."""
+    given = case(3, 2, items, 3, 0, spread, "prefix")
+    given = call(given, num_unfinished=widths[0], num_all=widths[1], norm=given["logits"].logsumexp(-1))
+    assert given["widest"] > 1024 or not rounds  # 256 of 512 stay
+    trie_step(**given)
+    names = [x.kernel.split()[0] for x in device.launches]
+    assert names == ["candidates_kernel", *["reduce_kernel"] * rounds, "finish_kernel"]
+    assert device.launches[-1].programs == 2 * max(1, sum(width > 0 for width in widths))
+
+
+@pytest.mark.parametrize("ways", [False, True])
+def test_what_lies_between_two_steps_is_a_launch_on_either_side(device, ways, monkeypatch):
+    advanced = advance_call(advance_case(3, 2, 20, 3, 1, 5, "prefix", ways=ways))
+    with monkeypatch.context() as patch:
+        patch.setenv("FLR_BACKEND", "reference")
+        collected = collect_call(collect_case(3, 2, 20, 3, 1, 5, "prefix", unique=ways))
+    for _ in range(2):
+        device.launches.clear()
+        trie_advance(**advanced)
+        trie_collect(**collected)
+        assert [x.kernel.split()[0] for x in device.launches] == ["advance_kernel", "collect_kernel"]
+        forbid_binder(monkeypatch)
 
 
 def test_a_failure_leads_to_tritons_own_way_and_is_logged_once(device, monkeypatch, caplog):

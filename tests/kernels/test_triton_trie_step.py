@@ -42,6 +42,9 @@ def expected(arguments, unfinished, all_, unique):
         (1, 9, 1, 0, 12, 0, 3, "none", "full"),
         (2, 30, 5, 1, 4, 6, 0, "none", "full"),
         (1, 90, 20, 1, 30, 4, 2, "none", "full"),  # hypotheses in two blocks, keys reduced in rounds
+        (3, 60, 6, 1, 30, 1, 14, "none", "full"),  # selections of very different widths share the rounds
+        (3, 60, 6, 1, 30, 14, 1, "none", "full"),
+        (2, 20, 3, 1, 5, 0, 0, "none", "full"),
     ],
 )
 def test_equals_the_definition(users, items, beams, depth, spread, unfinished, all_, kind, scoring):

@@ -115,16 +115,19 @@ def _check_trie(logits: Tensor, children: Tensor, tokens: Tensor, leaf_begin: Te
         checks.same(name, len(x), len(tokens) + (name == "children"), "length by M of tokens")
 
 
-def _check_filter(logits: Tensor, filter: str, listed: Tensor | None, offset: Tensor | None, entries: int) -> None:
+def check_filter(
+    beside: tuple[str, Tensor], filter: str, listed: Tensor | None, offset: Tensor | None, entries: int
+) -> None:
+    """ValueError unless these are a filter for the users of ``beside``, another argument's name and value."""
     checks.choice("filter", filter, FILTERS)
     if (filter == "none") != (listed is None) or (listed is None) != (offset is None):
         raise ValueError(f"listed, offset: expected both with filter {filter!r} and none with 'none'")
     checks.integer("entries", entries, 0, (1 << 31) - 1)
     if listed is not None and offset is not None:
-        checks.tensor("listed", listed, "n", dtypes=(torch.int32, torch.int64), beside=("logits", logits))
+        checks.tensor("listed", listed, "n", dtypes=(torch.int32, torch.int64), beside=beside)
         checks.integer("entries", entries, 0, len(listed))
-        checks.tensor("offset", offset, "B", dtypes=(torch.int64,), beside=("logits", logits))
-        checks.same("offset", len(offset), len(logits), "B of node")
+        checks.tensor("offset", offset, "B", dtypes=(torch.int64,), beside=beside)
+        checks.same("offset", len(offset), len(beside[1]), "B of node")
 
 
 def trie_step(
@@ -191,7 +194,7 @@ def trie_step(
     """
     _check_shapes(logits, score, node, norm)
     _check_trie(logits, children, tokens, leaf_begin, leaf_end)
-    _check_filter(logits, filter, listed, offset, entries)
+    check_filter(("logits", logits), filter, listed, offset, entries)
     for name, value in (("num_unfinished", num_unfinished), ("num_all", num_all)):
         checks.integer(name, value, 0, MOST)
     widest = min(checks.integer("widest", widest, 1, (1 << 31) - 1), max(len(tokens), 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...allowed import Allowed
 from ...order import order_key
 
 
@@ -46,17 +47,7 @@ def trie_step(
     inside = live & (child < children[node + 1].long()[..., None])
     child = torch.where(inside, child, 0)
     low, high = leaf_begin[child].long(), leaf_end[child].long()
-    count = high - low
-    if listed is not None and offset is not None:
-        row = listed[offset[:, None] + torch.arange(entries, device=node.device)].long()
-
-        def before(position: Tensor) -> Tensor:
-            flat = position.flatten(1)
-            ranks = row.gather(1, flat) if filter == "prefix" else torch.searchsorted(row, flat)
-            return ranks.view(position.shape)
-
-        within = before(high) - before(low)
-        count = count - within if filter == "exclude" else within
+    count = Allowed(filter, listed, offset, entries, 0).count(low, high)
     inside = inside & (count > 0)
     token = torch.where(inside, tokens[child].long(), 0)
     logit = logits.gather(-1, token).float().masked_fill(~inside, -torch.inf)

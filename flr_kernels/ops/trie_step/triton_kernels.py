@@ -1,4 +1,4 @@
-"""Triton kernels of :func:`flr_kernels.trie_step`: from logits to the best continuations in three or four launches.
+"""Triton kernels of :func:`flr_kernels.trie_step`: from logits to the best continuations in two launches or more.
 
 A continuation is one int64 that sorts by (score, -leaf position): the score's bits made monotonic above, the complement
 of the child's first leaf position below. Hypotheses of a user have disjoint ranges of leaves, so the key is all that is
@@ -6,12 +6,16 @@ kept: it says the score exactly, and from the leaf position follow the parent (w
 (binary search).
 
     normaliser   a program a hypothesis: log-sum-exp over its allowed children (only where none was given)
-    candidates   a program a hypothesis and block of children: keys, sorted, the best P kept
-    reduce       a program a user and block of keys: the best P of them; again until a user's fit one block
-    finish       a program a user: the best, with score, node and parent
+    candidates   a program a hypothesis and block of children: keys, sorted, the best P of either selection kept
+    reduce       a program a selection, user and block of keys: the best P; again until a user's fit one block
+    finish       a program a selection and user: the best, with score, node and parent
+
+Both selections go through the same launches: their keys lie one behind the other, those of the unfinished first.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -21,38 +25,11 @@ from torch import Tensor
 from ...backends import triton_config
 from ...backends.triton_launch import add_exponentials, log_sum
 from ...backends.triton_plan import Memory, Plan, planned
+from ...backends.triton_trie import allowed_count
 
 #: Keys that a program sorts at a time, and that it keeps: few sizes, so few variants are compiled; 1,024 keys spill.
 _BLOCKS, _KEPT = (128, 512), (16, 64, 256)
 _INTERPRETED = (4, 16), (2, 4, 8, 16, 64)
-
-
-@triton.jit
-def _rank(listed_ptr, position, E, STEPS):
-    """How many of the E ascending positions listed are smaller."""
-    low = position * 0
-    high = low + E
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        open_ = low < high
-        below = tl.load(listed_ptr + middle, mask=open_, other=0) < position
-        low = tl.where(open_ & below, middle + 1, low)
-        high = tl.where(open_ & ~below, middle, high)
-    return low
-
-
-@triton.jit
-def _allowed(low, high, valid, filter_ptr, E, STEPS, FILTER: tl.constexpr):
-    """Allowed items among leaf positions low..high-1; filter_ptr points at the user's row."""
-    if FILTER == "prefix":
-        count = tl.load(filter_ptr + high, mask=valid, other=0) - tl.load(filter_ptr + low, mask=valid, other=0)
-    elif FILTER == "only":
-        count = _rank(filter_ptr, high, E, STEPS) - _rank(filter_ptr, low, E, STEPS)
-    elif FILTER == "exclude":
-        count = high - low - (_rank(filter_ptr, high, E, STEPS) - _rank(filter_ptr, low, E, STEPS))
-    else:
-        count = high - low
-    return count
 
 
 @triton.jit
@@ -65,7 +42,7 @@ def _children(
     high = tl.load(end_ptr + child, mask=valid, other=0).to(tl.int64)
     if FILTER != "none":
         filter_ptr += tl.load(offset_ptr + user)
-    count = _allowed(low, high, valid, filter_ptr, E, STEPS, FILTER)
+    count = allowed_count(low, high, valid, filter_ptr, E, STEPS, FILTER)
     valid = valid & (count > 0)
     token = tl.load(tokens_ptr + child, mask=valid, other=0).to(tl.int64)
     logit = tl.load(logits_ptr + row * row_stride + token, mask=valid, other=-float("inf")).to(tl.float32)
@@ -97,8 +74,9 @@ def normaliser_kernel(
 @triton.jit(do_not_specialize=["E", "STEPS", "hypotheses", "blocks"])
 def candidates_kernel(
     logits_ptr, row_stride, score_ptr, node_ptr, norm_ptr, children_ptr, tokens_ptr, begin_ptr, end_ptr, filter_ptr,
-    offset_ptr, all_ptr, open_ptr, hypotheses, blocks, E, STEPS,
-    FILTER: tl.constexpr, UNIQUE: tl.constexpr, ALL: tl.constexpr, OPEN: tl.constexpr, BLOCK: tl.constexpr,
+    offset_ptr, keys_ptr, hypotheses, blocks, E, STEPS,
+    FILTER: tl.constexpr, UNIQUE: tl.constexpr, OPEN: tl.constexpr, ALL: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
@@ -116,37 +94,54 @@ def candidates_kernel(
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     dead = tl.full([BLOCK], -9223372036854775808, tl.int64)
     key = tl.where(valid & (total > -float("inf")), (ordered << 32) | (4294967295 - low), dead)
-    if ALL > 0:
-        tl.store(all_ptr + program * ALL + tl.arange(0, ALL), tl.topk(key, ALL))
-    if OPEN > 0:
+    out_ptr = keys_ptr + program * KEEP + tl.arange(0, KEEP)
+    if OPEN:
         if UNIQUE:
             ends = count == 1
         else:
             ends = tl.load(children_ptr + child, mask=valid, other=0) == tl.load(
                 children_ptr + child + 1, mask=valid, other=0
             )
-        tl.store(open_ptr + program * OPEN + tl.arange(0, OPEN), tl.topk(tl.where(ends, dead, key), OPEN))
+        tl.store(out_ptr, tl.topk(tl.where(ends, dead, key), KEEP))
+        out_ptr += tl.num_programs(0).to(tl.int64) * KEEP
+    if ALL:
+        tl.store(out_ptr, tl.topk(key, KEEP))
 
 
 @triton.jit(do_not_specialize=["count", "blocks"])
 def reduce_kernel(keys_ptr, out_ptr, count, blocks, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    user, block = program // blocks, program % blocks
+    row, block = program // blocks, program % blocks  # a row is a user of a selection
     at = block * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + user * count + at, mask=at < count, other=-9223372036854775808)
+    key = tl.load(keys_ptr + row * count + at, mask=at < count, other=-9223372036854775808)
     tl.store(out_ptr + program * KEEP + tl.arange(0, KEEP), tl.topk(key, KEEP))
 
 
-@triton.jit(do_not_specialize=["count", "hypotheses", "width", "SEARCH"])
+@triton.jit
+def _store_selection(
+    score_ptr, node_ptr, parent_ptr, key_ptr, user, width, score, node, parent, key, KEEP: tl.constexpr
+):
+    best = tl.arange(0, KEEP)
+    at, wanted = user * width + best, best < width
+    live = key != -9223372036854775808
+    tl.store(score_ptr + at, tl.where(live, score, -float("inf")), mask=wanted)
+    tl.store(node_ptr + at, tl.where(live, node.to(tl.int64), 0), mask=wanted)
+    tl.store(parent_ptr + at, tl.where(live, parent.to(tl.int64), 0), mask=wanted)
+    tl.store(key_ptr + at, key, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["users", "count", "hypotheses", "width_0", "width_1", "SEARCH"])
 def finish_kernel(
     keys_ptr, score_ptr, node_ptr, norm_ptr, children_ptr, begin_ptr, end_ptr,
-    out_score_ptr, out_node_ptr, out_parent_ptr, out_key_ptr, invalid_ptr,
-    count, hypotheses, width, SEARCH, KEEP: tl.constexpr, HYPOTHESES: tl.constexpr, BLOCK: tl.constexpr,
+    score_0_ptr, node_0_ptr, parent_0_ptr, key_0_ptr, score_1_ptr, node_1_ptr, parent_1_ptr, key_1_ptr, invalid_ptr,
+    users, count, hypotheses, width_0, width_1, SEARCH,
+    KEEP: tl.constexpr, HYPOTHESES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    user = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    user = row % users
     lanes = tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + user * count + lanes, mask=lanes < count, other=-9223372036854775808)
-    key, best = tl.topk(key, KEEP), tl.arange(0, KEEP)
+    key = tl.load(keys_ptr + row * count + lanes, mask=lanes < count, other=-9223372036854775808)
+    key = tl.topk(key, KEEP)
     live = key != -9223372036854775808
     ordered = (key >> 32).to(tl.int32)
     score = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
@@ -166,7 +161,7 @@ def finish_kernel(
         holds = there[None, :] & (low[None, :] <= leaf[:, None]) & (leaf[:, None] < high[None, :])
         parent = tl.maximum(parent, tl.max(tl.where(holds, column[None, :], 0), 1))
         broken = broken | (there & ~(tl.abs(norm) < float("inf"))).to(tl.int32)
-    tl.store(invalid_ptr + user, tl.max(broken, 0).to(tl.uint8))
+    tl.store(invalid_ptr + user, tl.max(broken, 0).to(tl.uint8), mask=row < users)
 
     above = tl.load(node_ptr + user * hypotheses + parent)
     child = tl.load(children_ptr + above)  # the last child that begins at the leaf or before
@@ -176,11 +171,14 @@ def finish_kernel(
         further = (middle > child) & (tl.load(begin_ptr + middle, mask=middle < end, other=0) <= leaf)
         end = tl.where(further | (middle == child), end, middle)
         child = tl.where(further, middle, child)
-    at = user * width + best
-    tl.store(out_score_ptr + at, tl.where(live, score, -float("inf")), mask=best < width)
-    tl.store(out_node_ptr + at, tl.where(live, child.to(tl.int64), 0), mask=best < width)
-    tl.store(out_parent_ptr + at, tl.where(live, parent.to(tl.int64), 0), mask=best < width)
-    tl.store(out_key_ptr + at, key, mask=best < width)
+    if row < users:
+        _store_selection(
+            score_0_ptr, node_0_ptr, parent_0_ptr, key_0_ptr, user, width_0, score, child, parent, key, KEEP
+        )
+    else:
+        _store_selection(
+            score_1_ptr, node_1_ptr, parent_1_ptr, key_1_ptr, user, width_1, score, child, parent, key, KEEP
+        )
 
 
 def _sizes(wanted: int, children: int) -> tuple[int, int]:
@@ -191,13 +189,13 @@ def _sizes(wanted: int, children: int) -> tuple[int, int]:
     return keep, next((size for size in blocks if size >= max(children, 2 * keep)), largest)
 
 
-def _shrunk(plan: Plan, users: int, keys: Memory, count: int, keep: int, block: int) -> tuple[Memory, int]:
-    """The best of ``count`` keys among at most ``block`` keys a user; every block's best ``keep`` stay."""
+def _shrunk(plan: Plan, rows: int, keys: Memory, count: int, keep: int, block: int) -> tuple[Memory, int]:
+    """The best of ``count`` keys among at most ``block`` keys a row; every block's best ``keep`` stay."""
     while count > block:
         blocks = -(-count // block)
-        out = plan.working((users, blocks * keep), torch.int64)
+        out = plan.working((rows, blocks * keep), torch.int64)
         arguments = {"keys_ptr": keys, "out_ptr": out, "count": count, "blocks": blocks}
-        plan.launch(reduce_kernel, users * blocks, arguments, {"KEEP": keep, "BLOCK": block}, num_warps=4)
+        plan.launch(reduce_kernel, rows * blocks, arguments, {"KEEP": keep, "BLOCK": block}, num_warps=4)
         keys, count = out, blocks * keep
     return keys, count
 
@@ -231,26 +229,27 @@ def _plan(
         constants = {"FILTER": filter, "BLOCK": block}
         plan.launch(normaliser_kernel, users * hypotheses, {**step, "norm_ptr": norm}, constants, num_warps=4)
     blocks = -(-widest // block)
-    kept = [keep * (width > 0) for width in widths]
-    best = [plan.working((users, hypotheses * blocks * size), torch.int64) for size in kept]
+    used = [index for index, width in enumerate(widths) if width] or [1]  # selections
+    count, rows = hypotheses * blocks * keep, len(used) * users
+    keys = plan.working((rows, count), torch.int64)
     plan.launch(
         candidates_kernel,
         users * hypotheses * blocks,
-        {**step, "norm_ptr": norm, "open_ptr": best[0], "all_ptr": best[1], "blocks": blocks},
-        {"FILTER": filter, "UNIQUE": unique, "OPEN": kept[0], "ALL": kept[1], "BLOCK": block},
+        {**step, "norm_ptr": norm, "keys_ptr": keys, "blocks": blocks},
+        {"FILTER": filter, "UNIQUE": unique, "OPEN": 0 in used, "ALL": 1 in used, "KEEP": keep, "BLOCK": block},
         num_warps=4,
     )
-    shared = {name: tensors[name] for name in ("score_ptr", "node_ptr", "children_ptr", "begin_ptr", "end_ptr")}
-    shared |= {"norm_ptr": norm, "invalid_ptr": invalid}
-    for width, keys, size, outputs in zip(widths, best, kept, results, strict=True):
-        if not width:
-            continue
-        keys, count = _shrunk(plan, users, keys, hypotheses * blocks * size, keep, _sizes(width, 1 << 62)[1])
-        numbers = {"count": count, "hypotheses": hypotheses, "width": width, "SEARCH": widest.bit_length()}
-        names = ("out_score_ptr", "out_node_ptr", "out_parent_ptr", "out_key_ptr")
-        arguments = {**shared, **dict(zip(names, outputs, strict=True)), "keys_ptr": keys, **numbers}
-        constants = {"KEEP": keep, "HYPOTHESES": 16, "BLOCK": _sizes(width, count)[1]}
-        plan.launch(finish_kernel, users, arguments, constants, num_warps=4)
+    keys, count = _shrunk(plan, rows, keys, count, keep, _sizes(max(widths), 1 << 62)[1])
+    arguments: dict[str, Any] = {
+        name: tensors[name] for name in ("score_ptr", "node_ptr", "children_ptr", "begin_ptr", "end_ptr")
+    }
+    arguments |= {"norm_ptr": norm, "invalid_ptr": invalid, "keys_ptr": keys}
+    arguments |= {"users": users, "count": count, "hypotheses": hypotheses, "SEARCH": widest.bit_length()}
+    for place, index in enumerate((used[0], used[-1])):
+        names = (f"{name}_{place}_ptr" for name in ("score", "node", "parent", "key"))
+        arguments |= {**dict(zip(names, results[index], strict=True)), f"width_{place}": widths[index]}
+    constants = {"KEEP": keep, "HYPOTHESES": 16, "BLOCK": _sizes(max(widths), count)[1]}
+    plan.launch(finish_kernel, rows, arguments, constants, num_warps=4)
     return plan
 
 
