@@ -4,11 +4,13 @@ import linecache
 from pathlib import Path
 
 import pytest
+import torch
 
 import flr.decode.beam
 import flr.decode.search
 from flr.decode import CatalogueTrie, beam_search, graphs
 from flr.model.backbone import fixed_shapes
+from flr.model.shared_prompt import shared_prompts
 from tests.decode.test_graphs import filters
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
@@ -52,6 +54,29 @@ def test_none_at_any_level_of_a_search_of_fixed_shapes(family, scoring, kind, mo
     assert len(levels) == depth
     assert levels == [True] * (depth - 1) + [False]
     assert found == {}
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_none_where_beams_attend_to_the_prompt_apart(scoring, monkeypatch):
+    """The fourth user of the fixed shapes has no prompt at all."""
+    expected, found, results = search("llama", scoring, "none"), {}, []
+
+    def run(_, search, prompts, __):
+        assert prompts.session.shares
+        replayed = graphs.Replayed(search, prompts)
+        assert len(replayed.live) == 4
+        with fixed_shapes(), HostWaits() as waits:
+            for state, _ in replayed.steps():
+                best = state.best
+        found.update(waits.found)
+        results.append(best)
+
+    monkeypatch.setattr(graphs, "run", run)
+    with shared_prompts(True):
+        search("llama", scoring, "none")
+    assert found == {}
+    assert results[0].items[: len(LENGTHS)].tolist() == expected.items.tolist()
+    torch.testing.assert_close(results[0].scores[: len(LENGTHS)], expected.scores, atol=1e-5, rtol=1e-5)
 
 
 #: What waits in a search of growing shapes, by its line, with the reason. On a device the watch asks events instead.

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from flr.model.base import base_of
 from flr.model.compiled_layers import compiled, compiled_layers, obstacle
+from flr.model.shared_prompt import shared_prompts
 from tests.helpers.comparisons import assert_same_gradients, gradients_of
 from tests.helpers.inputs import group_case
 from tests.helpers.models import THOUGHT, patched_model, tiny_model
@@ -118,12 +119,13 @@ def test_other_threads_keep_their_heads_unfolded(programs):
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shared", [False, True])
+def test_inductor_gives_the_same(shared, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     case = group_case("qwen2", torch.float32)
     expected, gradients = of_group(*case)
-    with compiled_layers(case[0], compiled()):
+    with compiled_layers(case[0], compiled()), shared_prompts(shared):
         found, others = of_group(*case)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert_same_gradients(others, gradients, 1e-3)
