@@ -96,7 +96,8 @@ def test_reinforcement_by_two_workers_is_that_of_one_process(cluster, tmp_path):
     plain = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
     data = OPTIONS[: OPTIONS.index("--hidden_size")]
     assert main(["sft", *OPTIONS, *plain, "--max_steps", "2", "--output_dir", str(given)]) == 0
-    steps = "--max_steps 3 --group_size 4 --optim sgd --learning_rate 0.3".split()  # Adam turns noise into steps
+    # Adam turns noise into steps
+    steps = ["--max_steps", "3", "--group_size", "4", "--optim", "sgd", "--learning_rate", "0.3"]
     run = ["rl", *data, *plain, *steps, "--model", str(given)]
     flags = ["--ray", cluster.address, "--workers", "2", "--max_restarts", "0"]
     for name, rows, more in (("one", users, []), ("two", users // 2, flags)):
