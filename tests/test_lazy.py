@@ -62,6 +62,10 @@ def test_help_of_a_training_leaves_the_trainers_out():
     heavy_modules(code + "\nassert not {'flr.train.sft', 'flr.train.grpo', 'flr.recommend'} & set(sys.modules)")
 
 
+def test_a_server_or_worker_that_starts_leaves_statistics_out():
+    assert not heavy_modules("import flr.recommend") & {"datasets", "pandas", "sklearn"}
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_public_name_is_there_and_type_checkers_see_the_same(name):
     package = importlib.import_module(name)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 from flr.data import CSR, Interactions, RecProcessor
@@ -89,6 +88,8 @@ def agreement(
     Raises:
         ValueError: no items.
     """
+    from sklearn.metrics import normalized_mutual_info_score  # a server and a worker do without
+
     if len(factors) == 0:
         raise ValueError("factors: expected at least one history item, got none")
     _, labels = np.unique(np.asarray(interests), return_inverse=True)

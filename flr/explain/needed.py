@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import normalized_mutual_info_score
 
 from flr.data import InteractionDataset, Interactions, RecProcessor, SFTCollator
 from flr.decode import CatalogueTrie
@@ -224,6 +223,8 @@ def factor_stability(
     Raises:
         ValueError: fewer than two models, one whose factors attend to nothing, models that see different items.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     if len(models) < 2:
         raise ValueError(f"models: expected at least 2, got {len(models)}")
     divided = []

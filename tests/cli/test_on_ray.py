@@ -1,4 +1,7 @@
-"""``flr sft`` in two workers of a Ray cluster: one is killed, and the run ends at the weights of a quiet one."""
+"""``flr sft`` in two workers of a Ray cluster: one is killed, and the run ends at the weights of a quiet one.
+
+``flr rl`` there ends at the weights of one process.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from tests.train.test_restarts_distributed import OPTIONS as LAUNCHED
 pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 OPTIONS = [word for word in LAUNCHED if word not in ("--ddp_backend", "gloo")]
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 40, 10
 RUN = ["sft", *OPTIONS, "--max_steps", str(STEPS), "--save_steps", str(EVERY), "--eval_steps", str(EVERY)]
 RUN += ["--save_total_limit", str(STEPS // EVERY)]
 
@@ -86,6 +89,25 @@ def test_a_worker_is_killed_and_the_weights_are_those_of_a_quiet_run(cluster, tm
     killed, quiet = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "quiet"))
     assert quiet.keys() == killed.keys()
     assert all(torch.equal(quiet[name], killed[name]) for name in quiet)
+
+
+def test_reinforcement_by_two_workers_is_that_of_one_process(cluster, tmp_path):
+    given, users = tmp_path / "sft", 8
+    plain = ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    data = OPTIONS[: OPTIONS.index("--hidden_size")]
+    assert main(["sft", *OPTIONS, *plain, "--max_steps", "2", "--output_dir", str(given)]) == 0
+    # Adam turns noise into steps
+    steps = ["--max_steps", "3", "--group_size", "4", "--optim", "sgd", "--learning_rate", "0.3"]
+    run = ["rl", *data, *plain, *steps, "--model", str(given)]
+    flags = ["--ray", cluster.address, "--workers", "2", "--max_restarts", "0"]
+    for name, rows, more in (("one", users, []), ("two", users // 2, flags)):
+        output = ["--per_device_train_batch_size", str(rows), "--output_dir", str(tmp_path / name)]
+        assert main([*run, *output, *more]) == 0
+    before, one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("sft", "one", "two"))
+    assert before.keys() == one.keys() == two.keys()
+    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-2
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_what_a_worker_refuses_is_said(cluster, tmp_path, capsys):

@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # a busy machine starts a node slowly
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers where other programs run
+# processes of Ray's own that nothing here needs, two to three seconds of a processor each
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 pytest.importorskip("ray", reason="needs the extra ray")
 
 import ray

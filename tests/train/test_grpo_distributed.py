@@ -7,13 +7,16 @@ from packaging.version import Version
 from torch.distributed.fsdp import fully_shard
 
 from flr.data import InteractionDataset
+from flr.model.backbone import causal_lm
 from flr.train import LatentGRPOTrainer
+from flr.train.lora import LoraSettings, add_lora, own_tokens
 from tests.helpers.catalogues import DATA
 from tests.helpers.comparisons import assert_same_gradients
 from tests.helpers.models import trainable
 from tests.helpers.processes import in_processes
 from tests.helpers.training import grpo_trainer
 
+pytest.importorskip("peft")
 RUNS = {
     "thoughts, grpo": {"policy": "thoughts", "kl_weight": 0.1, "num_iterations": 2},
     "tokens, latentr3": {"policy": "tokens", "advantage": "latentr3", "advantage_from_clean": False},
@@ -27,6 +30,7 @@ RUNS = {
         "reward_beams": 8,
     },
     "backbone": {"policy": "tokens", "train_backbone": True, "gradient_accumulation_steps": 2},
+    "adapters": {"policy": "tokens", "kl_weight": 0.1, "adapters": True},
 }
 #: How eight users are split over processes when nothing is even.
 SPLITS = {1: [8], 2: [5, 3], 4: [1, 4, 1, 2]}
@@ -35,9 +39,15 @@ STEPS = 3
 SHARDS = Version(torch.__version__) >= Version("2.13")
 
 
-def make(folder, users: int, **options) -> LatentGRPOTrainer:
+def make(folder, users: int, adapters: bool = False, **options) -> LatentGRPOTrainer:
     """A trainer in double precision: reductions in another order would show in single."""
     model, processor = trainable("sid")
+    if adapters:
+        torch.manual_seed(0)  # PEFT draws one factor of every adapter, and the other is zero
+        model = add_lora(model, LoraSettings(2, 4.0), own_tokens(processor))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
     own = {"max_steps": STEPS, "seed": 1, "logging_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     own |= {"per_device_train_batch_size": users, "ddp_backend": "gloo" if dist.is_initialized() else None}
     return grpo_trainer(folder, model=model.double(), processor=processor, **{**own, **options})
@@ -63,7 +73,8 @@ def uneven(folder, rank: int, world: int, shard: bool = False) -> dict:
             train.reference.output.mul_(0.9)
         model = train.model
         if shard:
-            for part in (*model.model.layers, model.flr):
+            lm = causal_lm(model)
+            for part in (*lm.model.layers, lm.flr):
                 fully_shard(part)
             model = fully_shard(model)
         elif world > 1:
@@ -105,7 +116,11 @@ def _runs(rank: int, world: int, path: str) -> dict:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
     folder = str(tmp_path_factory.mktemp("alone"))
-    return {"uneven": uneven(folder, 0, 1), "trained": trained(folder, 1)}
+    found = {"uneven": uneven(folder, 0, 1), "trained": trained(folder, 1)}
+    adapters = {name: float(x.norm()) for name, x in found["uneven"]["adapters"].items() if "lora_" in name}
+    assert len(adapters) > 10
+    assert min(adapters.values()) > 0
+    return found
 
 
 def compare(name: str, actual: dict, expected: dict, relative: float) -> None:
