@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from flr.model.backbone import cache_argument, causal_lm, packing_obstacle
@@ -41,6 +42,20 @@ def obstacle(model: nn.Module, past: Cache, length: int) -> str | None:
     if windows and length > min(windows):
         return f"prompt plus item can exceed the attention window of {min(windows)} tokens"
     return None
+
+
+@contextlib.contextmanager
+def pinned_attention(device: torch.device) -> Iterator[None]:
+    """Attention under a mask runs one kernel on a GPU, whatever the shape: levels are captured and compared so.
+
+    PyTorch would choose by shape and version, and its choice may move between a first run and a capture. Of what takes
+    a mask that is the memory-efficient one, or plain products where it does not run.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 class _AppendLayer(DynamicLayer):
@@ -208,5 +223,5 @@ class PackedSession:
     @contextlib.contextmanager
     def _masked(self, sees: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         seen = torch.cat([self.prompt_seen.expand(-1, sees.shape[1], -1), sees], dim=-1)
-        with folded_heads():
+        with folded_heads(), pinned_attention(self.prompt_seen.device):
             yield attention_mask(self.config, seen, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -100,3 +102,33 @@ def test_padding_and_batch_do_not_matter(family):
         torch.testing.assert_close(
             score_all_items(model, alone, trie)[0], score_all_items(model, inputs, trie)[row], atol=1e-5, rtol=1e-5
         )
+
+
+def test_attention_of_packed_beams_is_pinned_on_a_device(monkeypatch):
+    """Where it is pinned, and to what: the flags are PyTorch's and can be read without a device."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def noting(device):
+        inside.append(device.type)
+        with pinned(torch.device("cuda")):
+            yield
+        inside.pop()
+
+    def look(*_):
+        cuda = torch.backends.cuda
+        names = (cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.flash_sdp_enabled, cuda.cudnn_sdp_enabled)
+        seen.append((list(inside), [enabled() for enabled in names]))
+
+    pinned = flr.decode.packed.pinned_attention
+    monkeypatch.setattr(flr.decode.packed, "pinned_attention", noting)
+    model = toy_model("qwen2", "sdpa")
+    model.model.layers[0].self_attn.register_forward_pre_hook(look)
+    sequences = random_catalogue(seed=3)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    beam_search(model, toy_inputs(), CatalogueTrie.from_codec(codec_of(sequences)), num_beams=4, k=4)
+    pinned_calls = [flags for where, flags in seen if where == ["cpu"]]
+    assert pinned_calls  # the steps behind the prompt
+    assert all(flags == [True, True, False, False] for flags in pinned_calls)
+    assert [] in [where for where, _ in seen]  # the prompt itself
+    assert torch.backends.cuda.flash_sdp_enabled() == before
