@@ -64,8 +64,8 @@ def folded_heads() -> Iterator[None]:
     """Models that this thread runs inside fold their heads; those of other threads do as ever.
 
     Nothing may be run again in a backward that was run inside (gradient checkpointing). A compiler that traces the call
-    itself knows no threads: heads are not folded in its program. An attention of that name that is not transformers' own
-    stays.
+    itself knows no threads: heads are not folded in its program. An attention of that name that is not transformers'
+    own stays.
     """
     if torch.compiler.is_compiling() or original("sdpa") is not sdpa_attention_forward:
         yield
