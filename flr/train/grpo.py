@@ -132,6 +132,7 @@ class LatentGRPOTrainer(RecTrainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._extremes = torch.tensor([torch.inf, -torch.inf])
         super().__init__(model, args, processor, train, valid, {"reward_terms": self.rewards.names}, **kwargs)
+        self.reference.to(args.device)  # where inputs are; not at every step, which a compiler would not follow
         targets = (args.kl_target, args.noise_target)
         self.controls = Controls(args.kl_weight, args.noise_scale, *targets, self._over_processes)
         self.add_callback(self.controls)
@@ -232,7 +233,7 @@ class LatentGRPOTrainer(RecTrainer):
             likelihood=args.is_hybrid and args.policy == "thoughts",
             catalogue_loss=self.catalogue_loss,
             target_nodes=inputs.pop("target_nodes", None),
-            reference=self.reference.to(inputs["input_ids"].device),
+            reference=self.reference,
             decodable=self.rewards.may_decode,
         )
 
