@@ -130,8 +130,8 @@ class PackedMembers:
         batch, length = self.prompt_mask.shape
         size = batch * members * longest * length * prompt.embeds.shape[-1]
         faster = device.type == "cpu" and size >= _LARGE  # on others it has not been measured
-        faster = faster and not torch.compiler.is_compiling()  # which knows no threads
-        if self._cache is not None and shares(model, faster, length + longest):
+        compiling = torch.compiler.is_compiling()  # a compiler of the whole step knows no threads, so it gets the mask
+        if self._cache is not None and not compiling and shares(model, faster, length + longest):
             self.shared = MemberRows(model, self._cache, self.prompt_mask, members)
         reason = None if self.shared is not None else obstacle(model)
         self.packed = reason is None and self._cache is not None
