@@ -21,8 +21,11 @@ _SHOWN = ("hr@10", "ndcg@10")
 
 @contextmanager
 def watched(trainer: Any) -> Iterator[None]:
-    """Show how the trainer works, in the voice of the commands; its own lines with ``--verbose`` alone."""
-    if not voice.manner.verbose:
+    """Show how the trainer works, in the voice of the commands; its own lines with ``--verbose`` alone.
+
+    Transformers would say them on each node, in the process that is the first there.
+    """
+    if not (voice.manner.verbose and voice.first_process()):
         for kind in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(kind)
     with voice.live() as line:
