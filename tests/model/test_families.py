@@ -221,9 +221,12 @@ def test_export_with_the_thought_in_a_fixed_column(thoughts):
         program = torch.export.export(_Logits(model, 4), (ids, mask), dynamic_shapes=(rows, rows))
         for given in (slice(0, 3), slice(1, 3)):
             found = program.module()(ids[given], mask[given])
-            torch.testing.assert_close(found, model(input_ids=ids[given], attention_mask=mask[given]).logits)
+            here = mask[given].bool()  # what stands at padding depends on the mask's form, which a compiler fixes
+            expected = model(input_ids=ids[given], attention_mask=mask[given]).logits
+            torch.testing.assert_close(found[here], expected[here])
         moved = ids.roll(1, 1)
-        assert not torch.allclose(program.module()(moved, mask), model(input_ids=moved, attention_mask=mask).logits)
+        expected = model(input_ids=moved, attention_mask=mask).logits
+        assert not torch.allclose(program.module()(moved, mask)[1:], expected[1:])
 
 
 def test_the_page_says_what_the_outcomes_say(tmp_path, monkeypatch):
