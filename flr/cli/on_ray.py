@@ -59,6 +59,7 @@ def train_on_ray(command: str, argv: list[str], options: RayOptions, args: Train
     Raises:
         ModuleNotFoundError: Ray Train is not installed: ``pip install 'flr[ray]'``.
         ConnectionError: no cluster at that address.
+        ValueError: more workers than the cluster has GPUs, or CPUs where it has none or ``use_cpu`` is set.
         RuntimeError: the workers failed more often than ``max_restarts``; gives what the last of them said.
     """
     import ray
@@ -76,7 +77,11 @@ def train_on_ray(command: str, argv: list[str], options: RayOptions, args: Train
             ray.init(address=options.ray, logging_level="ERROR")
             ends.callback(ray.shutdown)
         ends.callback(shutil.rmtree, notes, ignore_errors=True)
-        gpu = not args.use_cpu and ray.cluster_resources().get("GPU", 0) > 0
+        has = ray.cluster_resources()
+        gpu = not args.use_cpu and has.get("GPU", 0) > 0
+        workers, most = options.workers or 1, int(has.get("GPU" if gpu else "CPU", 0))
+        if workers > most:  # Ray would wait for machines, and try again without end
+            raise ValueError(f"workers: expected at most {most}, the {'GPUs' if gpu else 'CPUs'} there, got {workers}")
         flags = [word for word in argv if word != "--json"]  # the result is printed here
         if not gpu:
             flags += ["--ddp_backend", "gloo"]
@@ -85,7 +90,7 @@ def train_on_ray(command: str, argv: list[str], options: RayOptions, args: Train
             _work,
             train_loop_config={"command": command, "argv": flags, "folder": os.getcwd()},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ScalingConfig(num_workers=options.workers or 1, use_gpu=gpu),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
             run_config=RunConfig(name="flr", storage_path=str(notes), failure_config=restarts),
         )
         try:

@@ -17,12 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flr.cli import main
+from flr.cli import main, on_ray
 from flr.train.run_folder import RUN_NAME, checkpoints
 from tests.helpers.processes import in_processes
 from tests.train.test_restarts_distributed import OPTIONS as LAUNCHED
 
 pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2._internal.util import construct_user_exception_with_traceback
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 OPTIONS = [word for word in LAUNCHED if word not in ("--ddp_backend", "gloo")]
 STEPS, EVERY = 40, 10
@@ -110,8 +115,29 @@ def test_reinforcement_by_two_workers_is_that_of_one_process(cluster, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_what_a_worker_refuses_is_said(cluster, tmp_path, capsys):
-    flags = ["--ray", cluster.address, "--workers", "1", "--max_restarts", "0", "--output_dir", str(tmp_path / "run")]
-    assert main([*RUN, *flags, "--resume_from_checkpoint", "true"]) == 1
+def test_more_workers_than_the_cluster_has_processors_are_refused_at_once(cluster, tmp_path, capsys):
+    """Ray would wait for another machine, and try again without end."""
+    assert main([*RUN, "--ray", cluster.address, "--workers", "3", "--output_dir", str(tmp_path / "run")]) == 1
+    assert "workers: expected at most 2, the CPUs there, got 3" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_worker_refuses_is_said(cluster, tmp_path, capsys, monkeypatch):
+    """The worker is this process; what it raises comes out of Ray as a worker's error does."""
+
+    def fit(self):
+        given = self.train_loop_config
+        assert given["argv"][-2:] == ["--ddp_backend", "gloo"]  # of the group of processes, which there is not here
+        try:
+            self.train_loop_per_worker({**given, "argv": given["argv"][:-2]})
+        except ValueError as error:
+            status = WorkerStatus(running=False, error=construct_user_exception_with_traceback(error))
+            raise WorkerGroupPollStatus({0: status}).get_worker_group_error() from None
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    monkeypatch.setattr(on_ray, "_INSIDE", False)  # put back afterwards
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ray", cluster.address, "--workers", "1", "--output_dir", "run", "--resume_from_checkpoint", "true"]
+    assert main([*RUN, *flags]) == 1
     said = capsys.readouterr().err
     assert "ray: expected workers that end their run, got worker 0: resume_from_checkpoint: expected a whole" in said
