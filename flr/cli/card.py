@@ -19,6 +19,7 @@ from flr.data.interactions import PARTS
 from flr.evaluate import EvalResult
 from flr.model.backbone import causal_lm, is_patched
 from flr.report.model_card import Evaluation, Measured, ModelFacts, has_model_part, write_card
+from flr.train.zero import count_parameters
 
 from . import voice
 
@@ -72,7 +73,7 @@ def model_facts(
         factors |= {"Aggregation of the factors": thought.aggregation} if thought.mixes else {}
         facts |= factors if hasattr(lm, "flr") else {}
         facts["Thoughts N"] = thought.num_thoughts
-    facts |= {"Base model": type(lm).__name__, "Parameters": f"{lm.num_parameters():,}"}
+    facts |= {"Base model": type(lm).__name__, "Parameters": f"{count_parameters(lm):,}"}
     facts |= {"Latest items in a prompt": processor.max_history, "Scoring": processor.scoring}
     versions = {"flr": __version__, "transformers": transformers.__version__}
     versions["torch"] = torch.__version__

@@ -46,6 +46,7 @@ def keep_for_report(args: Any, model: Any, processor: Any, dataset: RecDataset, 
     from flr.files import write_json
     from flr.model.backbone import causal_lm, is_patched
     from flr.train.run_folder import LIKES_NAME, VALID_NAME
+    from flr.train.zero import shards_weights
 
     if not args.should_save or valid is None:
         return
@@ -53,7 +54,8 @@ def keep_for_report(args: Any, model: Any, processor: Any, dataset: RecDataset, 
     with_popularity(valid, dataset).save(root / VALID_NAME)
     lm = causal_lm(model)
     attends = is_patched(lm) and lm._flr_patch.config.has_reasoner and lm._flr_patch.config.variant != "offsets"
-    sharded = args.world_size > 1 and bool(args.fsdp)  # a forward of one process alone would wait for the others
+    # a forward of one process alone would wait for the others
+    sharded = args.world_size > 1 and (bool(args.fsdp) or shards_weights(args))
     if attends and not sharded and (dataset.valid.histories.lengths > 1).any():
         write_json(root / LIKES_NAME, {"factors": factor_likes(model, processor, dataset.valid)})
 

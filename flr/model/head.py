@@ -120,7 +120,7 @@ def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
 
     The computation takes the place of the head's ``forward``, so whatever hooks surround that run: FSDP2 gathers the
     weight before and reduce-scatters its gradient after, as for any layer (likewise DeepSpeed ZeRO-3, whose hooks are
-    on the same call; not tested here). Call it in the forward of the wrapped module. Outside, an FSDP2 weight is
+    on the same call). Call it in the forward of the wrapped module. Outside, an FSDP2 weight is
     gathered for the call and its gradient is the sum over processes, not FSDP's mean.
 
     Args:

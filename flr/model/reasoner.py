@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +47,10 @@ def _autocast(h: Tensor) -> Tensor:
     return h
 
 
-@dataclass
-class ReasonerOutput:
+class ReasonerOutput(NamedTuple):
     """What the reasoner made of B users.
+
+    A tuple, in which FSDP and ZeRO-3 find the tensors before whose backward they gather weights.
 
     Attributes:
         thought: r^T [B, D], in the reasoner's dtype, before dropout and without the anchor.
@@ -59,6 +59,7 @@ class ReasonerOutput:
         log_gates: log g_k of the last refinement [B, K], finite where a gate is too small for its dtype.
         contributions: g_k f_k of the last refinement [B, K, D]; they sum to ``thought``.
         user_losses: regulariser by name, averaged over refinements, [B].
+        attend: makes ``attention``.
         attention: [B, T, K, L], made on access from the saved queries (nothing of that size is kept), no gradient.
     """
 
@@ -68,12 +69,12 @@ class ReasonerOutput:
     log_gates: Tensor
     contributions: Tensor
     user_losses: dict[str, Tensor]
-    _attention: Callable[[], Tensor] = field(repr=False)
+    attend: Callable[[], Tensor]
 
     @property
     def attention(self) -> Tensor:
         with torch.no_grad():
-            return self._attention()
+            return self.attend()
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -250,7 +251,7 @@ class FactorizedReasoner(Reasoner):
             log_gates=logits.log_softmax(-1),
             contributions=aggregated.gates[..., None].to(f.dtype) * f,
             user_losses={name: x / config.num_refinements for name, x in totals.items()},
-            _attention=attention,
+            attend=attention,
         )
 
     def _sparsity(self, gate_entropy: Tensor, entropy: Tensor, valid_tokens: Tensor) -> Tensor:
@@ -333,7 +334,7 @@ class LatentR3Reasoner(Reasoner):
             log_gates=torch.zeros(h.shape[0], 1, device=h.device, dtype=thought.dtype),
             contributions=thought[:, None],
             user_losses={"orthogonality": zero, "diversity": zero, "sparsity": normalised},
-            _attention=lambda: kept[:, None, None],
+            attend=lambda: kept[:, None, None],
         )
 
 
@@ -372,7 +373,7 @@ class OffsetReasoner(Reasoner):
                 "diversity": torch.zeros_like(uneven),
                 "sparsity": uneven / math.log(factors) if factors > 1 else torch.zeros_like(uneven),
             },
-            _attention=lambda: f.new_zeros(batch, 1, factors, length),
+            attend=lambda: f.new_zeros(batch, 1, factors, length),
         )
 
 

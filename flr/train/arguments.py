@@ -15,6 +15,7 @@ from flr_kernels.ops.group_advantage.op import KINDS
 
 from .prompts import check_prompt_cache
 from .rewards import Rewards
+from .zero import load_whole, zero_settings
 
 POLICIES = ("thoughts", "tokens")
 _LOGGERS = "Where to log: none, tensorboard (pip install 'flr[tensorboard]'), or another that transformers knows."
@@ -42,8 +43,7 @@ REFUSED: dict[str, str] = {
     "use_cache": "the forward decides where it needs one",
     "auto_find_batch_size": "a batch that does not fit would start the count of steps anew with trained weights",
     "accelerator_config": "how rows are split over processes is part of what makes a continued run the same",
-    "parallelism_config": "thoughts are inserted into whole sequences; DDP and FSDP split rows and weights",
-    "deepspeed": "checkpoints of it are not verified here; DDP and FSDP are",
+    "parallelism_config": "thoughts are inserted into whole sequences; DDP, FSDP and ZeRO split rows and weights",
     "dataloader_in_order": "the order of rows is a function of seed and epoch",
     "dataloader_multiprocessing_context": "workers are forks that share the rows",
     "ignore_data_skip": "a continued run would see rows of the epoch twice",
@@ -136,7 +136,10 @@ class RecTrainingArguments(TrainingArguments):
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
         check_prompt_cache(self)
+        self.deepspeed = zero_settings(self)
         super().__post_init__()
+        if self.deepspeed:
+            load_whole()
         if self.fsdp and self.device.type == "cpu":
             raise ValueError("fsdp: expected GPUs, got processes on the CPU, where accelerate would do DDP in silence")
         if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():

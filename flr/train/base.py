@@ -26,7 +26,7 @@ from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.saved_config import write_config
 
 from .factors import tracing
-from .finite import LateLook, check_trainable, check_weights, loss_fault, norm_fault, rows_at_fault
+from .finite import LateLook, check_finite, check_trainable, loss_fault, norm_fault, rows_at_fault
 from .prompts import keeping_prompts
 from .run_folder import (
     MARKS,
@@ -44,6 +44,7 @@ from .run_folder import (
 from .settings import run_settings
 from .step_graphs import StepGraphs, usable
 from .throughput import COUNTS, Throughput, counted
+from .zero import check_dtypes, load_whole, whole_weights
 
 logger = logging.getLogger("flr")
 
@@ -76,6 +77,8 @@ class RecTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_trainable(model)
+        if args.deepspeed:
+            check_dtypes(model)
         self.processor = processor
         processor.fit_positions(position_limit(causal_lm(model).config))
         processor.kept(train.histories)  # says what will be left out, once and before the first step
@@ -96,6 +99,8 @@ class RecTrainer(Trainer):
             eval_dataset=None if self.valid is None else InteractionDataset(self.valid),
             **kwargs,
         )
+        if args.deepspeed:
+            load_whole()  # which accelerate has undone
         self.label_smoother = None  # done in the model's forward
         self._graphs = StepGraphs("inductor" if args.compile_layers else None) if usable(args, model) else None
         if args.compile_layers and self._graphs is None:
@@ -333,11 +338,19 @@ class RecTrainer(Trainer):
         target = Path(output_dir or str(self.args.output_dir))
         # a checkpoint is a folder of its own that is renamed as a whole
         staging = target if _internal_call else target / STAGING
-        check_weights(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        model, step, sharded = self.accelerator.unwrap_model(self.model), self.state.global_step, self.args.deepspeed
+        weights = whole_weights(model, self.args.should_save) if sharded else dict(model.named_parameters())
+        if sharded:
+            self._in_main(lambda: check_finite(weights, step))
+        else:
+            check_finite(weights, step)
         with contextlib.nullcontext() if _internal_call else writing(target):
             if self.args.should_save and not _internal_call:
                 shutil.rmtree(staging, ignore_errors=True)
-            super().save_model(str(staging), _internal_call=True)
+            if sharded:
+                self._save(str(staging), weights)
+            else:
+                super().save_model(str(staging), _internal_call=True)
             if not self.args.should_save:
                 return
             self.processor.save_pretrained(staging)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ def check_trainable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_weights(model: nn.Module, step: int) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], step: int) -> None:
     """ValueError where a weight is not finite, so that none is saved."""
-    bad = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    bad = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
     if bad:
         raise ValueError(
             f"weights: expected finite numbers to save, got others in {len(bad)} tensors after step {step}, "

@@ -36,6 +36,7 @@ from .policy_loss import clipped_surrogate
 from .rewards import RewardInputs, Rewards
 from .step_graphs import StepGraphs, padded
 from .throughput import COUNTS
+from .zero import shards_weights
 
 #: Tensors of a group's inputs and results that a CUDA graph takes and gives, beside the actions, which are pairs.
 _INPUTS = ("targets", "target_mask", "noise", "target_nodes", "noise_scale")
@@ -320,8 +321,10 @@ class LatentGRPOTrainer(RecTrainer):
         """
         assert out.thoughts is not None
         args: Any = self.args
-        if self.is_fsdp_enabled:
-            raise ValueError("reward: expected a likelihood under FSDP, where decoding would gather at different times")
+        if self.is_fsdp_enabled or shards_weights(args):
+            raise ValueError(
+                "reward: expected a likelihood under FSDP and ZeRO-3, where decoding would gather at different times"
+            )
         lm, width, scoring = self.accelerator.unwrap_model(model), args.reward_beams, self.processor.scoring
         ranks = None
         if out.prompts is not None:

@@ -64,7 +64,7 @@ def choose_autocast(args: Any) -> None:
     Args:
         args: a ``TrainingArguments``, changed in place; its ``bf16`` is None where nobody has chosen.
     """
-    chosen = args.bf16 is not None or args.fp16 or args.use_cpu
+    chosen = args.bf16 is not None or args.fp16 or args.use_cpu or bool(args.deepspeed)
     if chosen or not torch.cuda.is_available() or not torch.cuda.is_bf16_supported(including_emulation=False):
         return
     args.bf16 = True

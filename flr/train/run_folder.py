@@ -78,7 +78,8 @@ def check_checkpoint(folder: PathLike) -> dict[str, Any]:
     place = Path(folder)
     names = check_seal(place)
     for wanted in ("scheduler", "optimizer", "rng_state", "model", STATE_NAME, RUN_NAME):
-        if not any(wanted in name.split("/")[0] for name in names):
+        zero = wanted == "optimizer" and any(name.startswith("global_step") for name in names)  # DeepSpeed's
+        if not zero and not any(wanted in name.split("/")[0] for name in names):
             raise ValueError(f"{place}: expected its {wanted}, without which a run cannot continue, got none")
     state = read_json(place / STATE_NAME)
     best = best_checkpoint(place.parent, state)

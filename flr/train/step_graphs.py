@@ -51,7 +51,7 @@ def usable(args: Any, model: nn.Module) -> bool:
         and args.device.type == "cuda"
         and args.world_size == 1
         and args.n_gpu <= 1
-        and not (args.gradient_checkpointing or args.torch_compile or args.fsdp)
+        and not (args.gradient_checkpointing or args.torch_compile or args.fsdp or args.deepspeed)
         and args.prompt_cache == "none"
         and len({p.device for p in model.parameters()}) == 1
     )

@@ -56,6 +56,7 @@ EFFECTS = {
 THEIRS = {
     "fp16", "dataloader_pin_memory", "tf32", "torch_empty_cache_steps", "ddp_backend", "ddp_timeout", "local_rank",
     "fsdp", "fsdp_config",
+    "deepspeed",  # tests/train/test_zero_distributed.py
     "log_level", "log_level_replica", "log_on_each_node", "run_name", "project", "trackio_space_id",
     "trackio_bucket_id", "trackio_static_space_id",
 }  # fmt: skip
@@ -63,7 +64,7 @@ THEIRS = {
 VALUES = {
     "label_names": ["labels"], "eval_accumulation_steps": 2, "include_for_metrics": ["loss"],
     "length_column_name": "size", "optim_target_modules": "all-linear", "liger_kernel_config": {"rope": True},
-    "accelerator_config": {"split_batches": True}, "parallelism_config": "x", "deepspeed": {"zero": 1},
+    "accelerator_config": {"split_batches": True}, "parallelism_config": "x",
     "dataloader_multiprocessing_context": "spawn", "hub_token": "x", "hub_private_repo": True, "hub_model_id": "x",
     "hub_strategy": "end", "hub_revision": "x", "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0,
     "gradient_checkpointing": True, "activation_checkpointing": True, "gradient_checkpointing_kwargs": {"a": 1},
