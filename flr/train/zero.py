@@ -84,7 +84,7 @@ def _read(given: Any) -> dict[str, Any]:
 
 def _check_installed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("deepspeed: expected the package deepspeed, got none; pip install 'flr[deepspeed]'")
+        raise ValueError("deepspeed: expected the package deepspeed, got none; pip install deepspeed")
     if "RANK" not in os.environ:
         raise ValueError("deepspeed: expected processes of a launcher (torchrun), got one without RANK")
 
