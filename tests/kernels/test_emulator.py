@@ -132,13 +132,13 @@ FAULTS = {
         "back",
     ),
     "products of the next tile are written over those still read": (
-        "factor_attention_backward_producer.cuh",
+        "factor_attention_backward.cuh",
         "control.scores[turn];\n",
         "turn ^= 1;",
         "back",
     ),
     "a chunk's gradients are computed before it has come": (
-        "factor_attention_backward_producer.cuh",
+        "factor_attention_backward.cuh",
         "const Slot here = slot_of(c);\n",
         "mbar_wait(&control.full[here.index], here.phase);",
         "back",

@@ -64,7 +64,9 @@ def test_only_what_is_trained_is_raised():
 def test_bfloat16_is_the_default_where_a_gpu_has_it(given, gpu, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu)
-    args = SimpleNamespace(**{"bf16": None, "fp16": False, "use_cpu": False, "mixed_precision": "no", **given})
+    args = SimpleNamespace(
+        **{"bf16": None, "fp16": False, "use_cpu": False, "deepspeed": None, "mixed_precision": "no", **given}
+    )
     choose_autocast(args)
     assert args.bf16 == expected
     assert args.mixed_precision == ("bf16" if expected else "no")

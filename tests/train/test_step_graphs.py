@@ -252,7 +252,7 @@ def weights_after(train):
 def test_where_steps_are_captured(change, expected, monkeypatch):
     monkeypatch.delenv("FLR_CUDA_GRAPHS", raising=False)
     plain = {"device": torch.device("cuda"), "world_size": 1, "n_gpu": 1, "prompt_cache": "none", "cuda_graphs": True}
-    off = dict.fromkeys(("gradient_checkpointing", "torch_compile", "fsdp"), False)
+    off = dict.fromkeys(("gradient_checkpointing", "torch_compile", "fsdp", "deepspeed"), False)
     args = SimpleNamespace(**{**plain, **off, **change})
     assert step_graphs.usable(args, layer()[0]) == expected
     monkeypatch.setenv("FLR_CUDA_GRAPHS", "0")
