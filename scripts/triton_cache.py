@@ -41,14 +41,14 @@ def calls() -> Iterator[Callable[[], Any]]:
     """Calls that between them launch every covered kernel."""
     import torch
 
-    from flr_kernels import inspect
+    from flr_kernels import variants
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for size in SIZES:
-            for label, run in inspect.calls(dtype, size, empty):
+            for label, run in variants.calls(dtype, size, empty):
                 if not label.startswith("prefix") or size == SIZES[-1]:
                     yield run
 

@@ -91,13 +91,6 @@ class KernelSearch(Search):
             state.running = chosen.unfinished._replace(score=found.score)
         return open_width > 0
 
-    def expand(
-        self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
-    ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
-        chosen = self._choose(states, running, step, num_beams, complete_width)
-        complete = self._finished(chosen.all) if complete_width else None
-        return chosen.unfinished if num_beams else None, complete, chosen.invalid
-
     def _choose(
         self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
     ) -> TrieStep:

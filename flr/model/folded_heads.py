@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .attention_entry import entered, original
+from .merged_attention import folded
 
 _ONE_HEAD: Any = SimpleNamespace(is_causal=False)  # in the place of an attention module: its heads are not grouped
 
@@ -30,7 +31,7 @@ def folded_attention(
     if attention_mask is None or not folds or not _pays(groups, query, key, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads, count, size = query.shape
-    rows = query.reshape(batch, heads // groups, groups * count, size)
+    rows = folded(query, groups)
     mask = _repeated(attention_mask, groups)
     out, _ = sdpa_attention_forward(_ONE_HEAD, rows, key, value, mask, **options)  # [B, g·n, H, d]
     out = out.unflatten(1, (groups, count)).permute(0, 2, 3, 1, 4)  # [B, n, H, g, d]

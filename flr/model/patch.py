@@ -171,7 +171,7 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     model.config.keys_to_ignore_at_inference = [*ignored, "flr"]
     if embedding.device.type != "meta":
         find_traits(model, patch, scale=verify)
-        shares(model, preferred=True)  # tried here, not in somebody's first step
+        shares(model, preferred=embedding.device.type == "cpu")  # tried here, not in somebody's first step
     _neutral_generation(model, patch)
     model.config.flr = config.to_dict()
 

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from .run_folder import (
     Start,
     begin,
     best_checkpoint,
+    in_main,
     record,
     rotate,
     writing,
@@ -167,8 +168,8 @@ class RecTrainer(Trainer):
         overwrite = args.overwrite_output_dir if overwrite is None else overwrite
         alone = exclusive_folder(args.output_dir) if args.process_index == 0 else contextlib.nullcontext()
         with contextlib.ExitStack() as stack:
-            self._in_main(lambda: stack.enter_context(alone))
-            self._start = self._in_main(lambda: begin(args.output_dir, self.settings, resume, overwrite))
+            in_main(self.args, lambda: stack.enter_context(alone))
+            self._start = in_main(self.args, lambda: begin(args.output_dir, self.settings, resume, overwrite))
             try:
                 yield self._start
             finally:
@@ -178,7 +179,7 @@ class RecTrainer(Trainer):
         """As of ``transformers.Trainer``; a checkpoint that is damaged or of another run is refused."""
         args: Any = self.args
         if self._start is not None:
-            self._in_main(lambda: (Path(str(self.args.output_dir)) / RUN_NAME).unlink(missing_ok=True))
+            in_main(self.args, lambda: (Path(str(self.args.output_dir)) / RUN_NAME).unlink(missing_ok=True))
             if self._start.checkpoint is not None:
                 self._best.place = best_checkpoint(
                     args.output_dir, read_json(Path(self._start.checkpoint) / STATE_NAME)
@@ -211,20 +212,6 @@ class RecTrainer(Trainer):
             self.save_state()
             if self.args.should_save:
                 record(folder, self.settings, summary=dict(summary))
-
-    def _in_main(self, function: Callable[[], Any]) -> Any:
-        """What ``function`` returns or raises in the main process, in every process."""
-        outcome: list[Any] = [None, None]
-        if self.args.process_index == 0:
-            try:
-                outcome[0] = function()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     # steps
 
@@ -341,7 +328,7 @@ class RecTrainer(Trainer):
         model, step, sharded = self.accelerator.unwrap_model(self.model), self.state.global_step, self.args.deepspeed
         weights = whole_weights(model, self.args.should_save) if sharded else dict(model.named_parameters())
         if sharded:
-            self._in_main(lambda: check_finite(weights, step))
+            in_main(self.args, lambda: check_finite(weights, step))
         else:
             check_finite(weights, step)
         with contextlib.nullcontext() if _internal_call else writing(target):
@@ -376,11 +363,11 @@ class RecTrainer(Trainer):
         keep = self.state.best_model_checkpoint
         with writing(root / name):
             try:
-                self._in_main(lambda: shutil.rmtree(root / STAGING, ignore_errors=True))
+                in_main(self.args, lambda: shutil.rmtree(root / STAGING, ignore_errors=True))
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 self.state.best_model_checkpoint = keep  # not the place where it lies for a moment
-                self._in_main(lambda: self._finish_checkpoint(root, name))
+                in_main(self.args, lambda: self._finish_checkpoint(root, name))
             finally:
                 self._run_dir = None
                 if self.args.process_index == 0:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,3 +221,20 @@ def writing(place: Path) -> Iterator[None]:
             raise
         text = str(error).strip().split("\n")[0]
         raise OSError(f"{place}: expected to write it whole, got {text}") from error
+
+
+def in_main(args: Any, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns or raises in the main process, in every process of a training with these arguments."""
+    outcome: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    if args.world_size > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

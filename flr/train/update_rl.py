@@ -17,6 +17,7 @@ from flr.evaluate import EvalResult
 from flr.model.backbone import causal_lm
 
 from .arguments import LatentGRPOConfig, UpdateConfig
+from .base import RecTrainer
 from .grpo import LatentGRPOTrainer
 from .rewards import Rewards
 from .stream import METRIC, decide
@@ -66,6 +67,16 @@ def newest(rows: Interactions, number: int) -> Interactions:
     return rows.select(np.sort(order[-number:]))
 
 
+def run_to_end(trainer: RecTrainer, watching: Callable[[Any], contextlib.AbstractContextManager[Any]]) -> None:
+    """Begin a training or go on with one that was cut, to its end; one that has ended is loaded."""
+    with trainer.running() as start, watching(trainer):
+        if start.finished:
+            trainer.load_finished()
+        else:
+            trainer.train()
+            trainer.conclude({"steps": trainer.state.global_step})
+
+
 def reinforce(
     model: Any,
     processor: RecProcessor,
@@ -98,12 +109,7 @@ def reinforce(
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     taken = newest(rows, args.max_steps * step)
     trainer = LatentGRPOTrainer(model, args, processor, taken)
-    with trainer.running() as start, watching(trainer):
-        if start.finished:
-            trainer.load_finished()
-        else:
-            trainer.train()
-            trainer.conclude({"steps": trainer.state.global_step})
+    run_to_end(trainer, watching)
     result = evaluated()
     kept, why, figures = decide(supervised, result, np.ones(len(known), bool))
     if kept and before is not None:

@@ -43,7 +43,7 @@ from .run_folder import MARKS, MODEL_FILES, STAGING
 from .settings import APART, rows_digest
 from .sft import SFTTrainer
 from .stream import METRIC, Stream, decide, stream
-from .update_rl import reinforce, reinforcement
+from .update_rl import reinforce, reinforcement, run_to_end
 
 logger = logging.getLogger("flr")
 
@@ -217,12 +217,7 @@ class _Job:
         for line in grow_model(lm, known, processor):
             self.say(line)
         trainer = self._trainer(lm, processor, rows, vary)
-        with trainer.running() as start, watching(trainer):
-            if start.finished:
-                trainer.load_finished()
-            else:
-                trainer.train()
-                trainer.conclude({"steps": trainer.state.global_step})
+        run_to_end(trainer, watching)
         lm = trainer.accelerator.unwrap_model(trainer.model)
         after = self._evaluated(lm, processor, rows.valid, _AFTER)
         kept, why, figures = decide(before, after, knows)

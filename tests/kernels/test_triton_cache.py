@@ -1,24 +1,15 @@
 """What ``scripts/triton_cache.py`` compiles without a device is what launches on one look up."""
 
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-from flr_kernels.backends import triton_config
 from scripts import triton_cache
+from tests.helpers.no_device import NEEDS_NO_DEVICE
 
-pytestmark = [
-    pytest.mark.skipif(triton_config.interpreted(), reason="the interpreter compiles nothing"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels compiled for no device must not meet one"),
-    pytest.mark.skipif(
-        subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode != 0,
-        reason="triton is not installed",
-    ),
-]
+pytestmark = NEEDS_NO_DEVICE
 
 
 def normalised(*sizes):

@@ -1,7 +1,6 @@
 """Plans of the Triton host code, on a driver without a device: short launches are Triton's own, and cost little."""
 
 import logging
-import subprocess
 import sys
 from functools import partial
 from itertools import product
@@ -12,17 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flr_kernels import factor_aggregate, factor_attention, log_normaliser, trie_advance, trie_collect, trie_step
 from flr_kernels.backends import triton_config
+from tests.helpers.no_device import NEEDS_NO_DEVICE
 from tests.helpers.trie_levels import advance_call, advance_case, collect_call, collect_case
 from tests.helpers.trie_steps import call, case
 
-pytestmark = [
-    pytest.mark.skipif(triton_config.interpreted(), reason="the interpreter compiles nothing"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels compiled for no device must not meet one"),
-    pytest.mark.skipif(
-        subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode != 0,
-        reason="triton is not installed",
-    ),
-]
+pytestmark = NEEDS_NO_DEVICE
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import checks, dispatch
 from ...backends import triton_config
-from ..trie_step.op import MAX_WIDTH, check_filter
+from ..trie_step.op import MAX_WIDTH, check_filter, check_nodes
 from . import reference
 
 
@@ -80,9 +80,7 @@ def _check_hypotheses(
 def _check_trie(
     node: Tensor, tokens: Tensor, leaf_begin: Tensor, leaf_end: Tensor, lengths: Tensor, keys: Tensor | None
 ) -> None:
-    for name, x in (("tokens", tokens), ("leaf_begin", leaf_begin), ("leaf_end", leaf_end)):
-        checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=("node", node))
-        checks.same(name, len(x), len(tokens), "length by M of tokens")
+    check_nodes(("node", node), "tokens", tokens=tokens, leaf_begin=leaf_begin, leaf_end=leaf_end)
     checks.tensor("lengths", lengths, "C", dtypes=(torch.int32,), beside=("node", node))
     if keys is not None:
         checks.tensor("keys", keys, "M", dtypes=(torch.int64,), beside=("node", node))

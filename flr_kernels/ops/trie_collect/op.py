@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import checks, dispatch
 from ...backends import triton_config
-from ..trie_step.op import MAX_WIDTH, Continuations, check_filter
+from ..trie_step.op import MAX_WIDTH, Continuations, check_filter, check_nodes
 from . import reference
 
 
@@ -72,10 +72,7 @@ def _check_selections(items: Tensor, scores: Tensor, broken: Tensor, invalid: Te
 
 
 def _check_trie(items: Tensor, lengths: Tensor, item: Tensor, scale: Tensor, **nodes: Tensor) -> None:
-    for name, x in nodes.items():
-        checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=("items", items))
-    for name, x in nodes.items():
-        checks.same(name, len(x), len(nodes["leaf_begin"]) + (name == "children"), "length by M of leaf_begin")
+    check_nodes(("items", items), "leaf_begin", **nodes)
     for name, x in (("lengths", lengths), ("item", item)):
         checks.tensor(name, x, "C", dtypes=(torch.int32,), beside=("items", items))
     checks.same("item", len(item), len(lengths), "C of lengths")

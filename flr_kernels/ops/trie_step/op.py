@@ -108,11 +108,12 @@ def _check_shapes(logits: Tensor, score: Tensor, node: Tensor, norm: Tensor | No
             )
 
 
-def _check_trie(logits: Tensor, children: Tensor, tokens: Tensor, leaf_begin: Tensor, leaf_end: Tensor) -> None:
-    arrays = {"tokens": tokens, "children": children, "leaf_begin": leaf_begin, "leaf_end": leaf_end}
+def check_nodes(beside: tuple[str, Tensor], by: str, **arrays: Tensor) -> None:
+    """ValueError unless these are int32 arrays of one trie's nodes, [M] as ``by``, and ``children`` [M + 1]."""
     for name, x in arrays.items():
-        checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=("logits", logits))
-        checks.same(name, len(x), len(tokens) + (name == "children"), "length by M of tokens")
+        checks.tensor(name, x, "M", dtypes=(torch.int32,), beside=beside)
+    for name, x in arrays.items():
+        checks.same(name, len(x), len(arrays[by]) + (name == "children"), f"length by M of {by}")
 
 
 def check_filter(
@@ -193,7 +194,8 @@ def trie_step(
         ([[2, 1]], [[1]])
     """
     _check_shapes(logits, score, node, norm)
-    _check_trie(logits, children, tokens, leaf_begin, leaf_end)
+    nodes = {"tokens": tokens, "children": children, "leaf_begin": leaf_begin, "leaf_end": leaf_end}
+    check_nodes(("logits", logits), "tokens", **nodes)
     check_filter(("logits", logits), filter, listed, offset, entries)
     for name, value in (("num_unfinished", num_unfinished), ("num_all", num_all)):
         checks.integer(name, value, 0, MOST)
