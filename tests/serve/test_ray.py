@@ -166,15 +166,17 @@ def test_a_replica_is_killed_under_load_and_no_answer_is_wrong(server, folders):
     before = replica_processes()
     assert len(before) == 2
 
+    def requests():
+        """Kill the replica when 31 requests wait for answers and a third has been sent, however fast they are."""
+        for number, body in enumerate(POOL * 12):
+            if number == 4 * len(POOL):
+                os.kill(before[0], signal.SIGKILL)
+            yield body
+
     async def test():
         client = Client(server.host, server.port)
         check(await closed_loop(client, "/v1/recommend", POOL, 8, USER), folders[1])
-        # never idle, so that the replica has requests of the 32 when it is killed
-        load = asyncio.create_task(closed_loop(client, "/v1/recommend", POOL * 12, 32, USER))
-        await asyncio.sleep(1.5)
-        assert not load.done()
-        os.kill(before[0], signal.SIGKILL)
-        replies = await load
+        replies = await closed_loop(client, "/v1/recommend", requests(), 32, USER)
         text = (await client.request("GET", "/metrics", None, USER)).body.decode()
         client.close()
         return replies, float(text.split("\nflr_replicas_lost_total ")[1].split()[0])
