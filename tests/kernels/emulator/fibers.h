@@ -20,6 +20,8 @@
 inline void* __tsan_create_fiber(unsigned) { return nullptr; }
 inline void* __tsan_get_current_fiber() { return nullptr; }
 inline void __tsan_switch_to_fiber(void*, unsigned) {}
+inline void __tsan_release(void*) {}
+inline void __tsan_acquire(void*) {}
 #endif
 
 namespace emu {
