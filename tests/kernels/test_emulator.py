@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/ on a CPU: emulator/ compiles the sources themselves, with ThreadSanitizer too.
 
-Every CUDA thread is a thread, so a missing barrier is a data race; each of the kernels' barriers is left out in turn,
-and has to be missed.
+Every CUDA thread is a thread to it, so a missing barrier is a data race; each of the kernels' barriers is left out in
+turn, and has to be missed.
 """
 
 from __future__ import annotations
@@ -264,6 +264,7 @@ def prepare(folder: Path, changes: dict[str, str]) -> None:
                 text = leave_out(text, before, statement, number)
         for pattern, replacement in changes.items():
             text = re.sub(pattern, replacement, text)
+        text = re.sub(r"(?<![.\w])(threadIdx|blockIdx|blockDim|gridDim)\b", r"emu::self().\1", text)
         # a block's own variables, all of one type and length each
         text = re.sub(r"__shared__ (\w+) (\w+);", r"auto& \2 = emu::shared<\1, __LINE__>();", text)
         text = re.sub(r"__shared__ (\w+) (\w+)(\[\w+\]);", r"auto& \2 = emu::shared<\1\3, __LINE__>();", text)
@@ -364,7 +365,6 @@ def test_no_data_race(sanitized):
         assert shown.endswith("exit 0"), shown
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(sanitized, name):
     _, _, _, case = FAULTS[name]

@@ -1,13 +1,11 @@
-// Enough of CUDA on a CPU to run csrc/*.cu in tests: every CUDA thread is a thread of the system, so that
-// ThreadSanitizer sees what two of them do without a barrier in between. Blocks of a cluster run side by side.
+// Enough of CUDA on a CPU to run csrc/*.cu in tests: every CUDA thread is a fiber, which ThreadSanitizer takes for a
+// thread, so that it sees what two of them do without a barrier in between. Blocks of a cluster run side by side.
 //
 // Emulated: blocks, clusters, barriers, shuffles, atomics, shared memory (NaN until written, and NaN again once its
 // block is gone). Not emulated: lockstep, proxies, a memory model weaker than the host's, limits on registers.
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,8 +15,9 @@
 #include <memory>
 #include <mutex>
 #include <random>
-#include <thread>
 #include <vector>
+
+#include "fibers.h"
 
 #define __CUDACC__ 1
 #define __host__
@@ -32,84 +31,46 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-
 namespace emu {
 
-[[noreturn]] inline void fail(const char* what) {
-  std::printf("FAIL emulator: %s\n", what);
-  std::fflush(stdout);
-  std::_Exit(1);
-}
-
-// Fails where for ten seconds no thread has come past a barrier or ended.
-class Watchdog {
- public:
-  static Watchdog& instance() {
-    static Watchdog watchdog;
-    return watchdog;
-  }
-  unsigned count() const { return count_.load(std::memory_order_relaxed); }
-  void progress() { count_.fetch_add(1, std::memory_order_relaxed); }
-  ~Watchdog() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      over_ = true;
-    }
-    condition_.notify_one();
-    thread_.join();
-  }
-
- private:
-  void watch() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (unsigned before = count_; !over_; before = count_)
-      if (!condition_.wait_for(lock, std::chrono::seconds(10), [&] { return over_; }) && before == count_)
-        fail("all threads wait");
-  }
-  std::atomic<unsigned> count_{0};
-  std::mutex mutex_;
-  std::condition_variable condition_;
-  bool over_ = false;
-  std::thread thread_{[this] { watch(); }};
+struct Block;
+struct Cluster;
+// What a CUDA thread has of its own.
+struct Thread {
+  dim3 threadIdx, blockIdx, blockDim, gridDim;
+  Block* block = nullptr;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0, turn = 0;
+  uint32_t luck = 1;
+  std::atomic<int> pending_stores{0};
 };
+inline Thread& self() { return *static_cast<Thread*>(Fiber::current().own()); }
 
-// `leave` takes a thread out: the others no longer wait for it.
+// `leave` takes a thread out: the others no longer wait for it. All of one round is before all that follows it; two words
+// in turn tell ThreadSanitizer so, because who is fast comes to the next round while others leave this one.
 class Barrier {
  public:
   explicit Barrier(unsigned threads) : threads_(threads) {}
-  void wait() { await(arrive()); }
-  unsigned arrive() {
-    mutex_.lock();
-    const unsigned mine = round_.load();
-    if (++here_ == threads_) release();
-    else mutex_.unlock();
-    return mine;
+  EMU_UNSEEN void wait() {
+    const unsigned mine = round_;
+    __tsan_release(&order_[mine % 2]);
+    if (++here_ == threads_) here_ = 0, ++round_;
+    else Fiber::current().step_aside(Fiber::State::other, &round_, mine);
+    __tsan_acquire(&order_[mine % 2]);
   }
-  void await(unsigned mine) { round_.wait(mine); }
-  unsigned leave() {
-    mutex_.lock();
+  EMU_UNSEEN unsigned leave() {
+    __tsan_release(&order_[round_ % 2]);
+    __tsan_acquire(&order_[round_ % 2]);
     const unsigned left = --threads_;
-    if (left == here_ && here_ > 0) release();
-    else mutex_.unlock();
+    if (left == here_ && here_ > 0) here_ = 0, ++round_;
     return left;
   }
-  unsigned waiting() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    return here_;
-  }
+  // Sleeps until so many are here, or nothing else is left to do.
+  EMU_UNSEEN void late(unsigned threads) { Fiber::current().step_aside(Fiber::State::late, &here_, threads); }
 
  private:
-  void release() {
-    here_ = 0;
-    ++round_;
-    mutex_.unlock();
-    round_.notify_all();
-    Watchdog::instance().progress();
-  }
-  std::mutex mutex_;
-  std::atomic<unsigned> round_{0};
-  unsigned threads_, here_ = 0;
+  unsigned round_ = 0, threads_, here_ = 0;
+  char order_[2] = {};
 };
 
 constexpr int kWords = 6;
@@ -129,7 +90,7 @@ struct Block {
     for (unsigned i = 0; i < threads; i += 32) warps.emplace_back(new Warp);
   }
   char* memory() { return reinterpret_cast<char*>((uintptr_t(dynamic.data()) + 127) / 128 * 128); }
-  Warp& warp() { return *warps[threadIdx.x / 32]; }
+  Warp& warp() { return *warps[self().threadIdx.x / 32]; }
 };
 
 struct Cluster {
@@ -138,17 +99,15 @@ struct Cluster {
   explicit Cluster(unsigned threads) : barrier(threads) {}
 };
 
-inline thread_local Block* block;
-inline thread_local Cluster* cluster;
-inline thread_local unsigned rank, turn;
 // Which of the faults that test_emulator.py plants is there; 0: none.
 inline const int fault = std::getenv("EMULATED_FAULT") ? std::atoi(std::getenv("EMULATED_FAULT")) : 0;
 inline int multiprocessors = 1;  // of the current device; device n has n
 
 template <class T, int id>
 T& shared() {
-  std::lock_guard<std::mutex> lock(block->mutex);
-  auto& bytes = block->fixed[id];
+  Block& block = *self().block;
+  std::lock_guard<std::mutex> lock(block.mutex);
+  auto& bytes = block.fixed[id];
   if (bytes.empty()) bytes.assign(sizeof(T), char(0xff));
   return *reinterpret_cast<T*>(bytes.data());
 }
@@ -156,69 +115,20 @@ T& shared() {
 // What every lane of the warp gave, by lane. Two slots: the next write cannot meet this read.
 template <int words>
 const uint64_t (&exchange(const uint64_t (&mine)[words]))[32][kWords] {
-  Warp& warp = block->warp();
-  auto& slots = warp.slots[turn++ & 1];
-  std::copy(mine, mine + words, slots[threadIdx.x % 32]);
+  Thread& me = self();
+  Warp& warp = me.block->warp();
+  auto& slots = warp.slots[me.turn++ & 1];
+  std::copy(mine, mine + words, slots[me.threadIdx.x % 32]);
   warp.barrier.wait();
   return slots;
 }
 
-// Threads that stay from one launch to the next.
-class Pool {
- public:
-  static Pool& instance() {
-    static Pool pool;
-    return pool;
-  }
-  void run(unsigned count, const std::function<void(unsigned)>& job) {
-    while (seats_.size() < count) {
-      seats_.emplace_back(new Seat);
-      seats_.back()->thread = std::thread([this, seat = seats_.back().get(), i = unsigned(seats_.size() - 1)] {
-        work(*seat, i);
-      });
-    }
-    job_ = &job, left_ = count;
-    call(count);
-    for (unsigned left = left_; left != 0; left = left_) left_.wait(left);
-  }
-  ~Pool() {
-    job_ = nullptr;
-    call(unsigned(seats_.size()));
-    for (auto& seat : seats_) seat->thread.join();
-  }
-
- private:
-  struct Seat {
-    std::thread thread;
-    std::atomic<unsigned> ticket{0};
-  };
-  void call(unsigned count) {
-    for (unsigned i = 0; i < count; ++i) ++seats_[i]->ticket, seats_[i]->ticket.notify_one();
-  }
-  void work(Seat& seat, unsigned index) {
-    for (unsigned seen = 0;; ++seen) {
-      seat.ticket.wait(seen);
-      if (job_ == nullptr) return;
-      (*job_)(index);
-      if (--left_ == 0) left_.notify_one();
-    }
-  }
-  std::vector<std::unique_ptr<Seat>> seats_;
-  const std::function<void(unsigned)>* job_ = nullptr;
-  std::atomic<unsigned> left_{0};
-};
-
 // Behind a barrier some warps wait until the others come no further without them: what relies on luck has none.
 inline void dawdle() {
 #ifdef __SANITIZE_THREAD__
-  static thread_local uint32_t state = 1;
-  state = (state + threadIdx.x / 32 * 0x9e3779b9u) * 1664525 + 1013904223;
-  if (state >> 28 > 1) return;
-  unsigned before = 0;
-  for (int i = 0; i < 20 && before != Watchdog::instance().count(); ++i) {
-    before = Watchdog::instance().count();
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  }
+  Thread& me = self();
+  me.luck = (me.luck + me.threadIdx.x / 32 * 0x9e3779b9u) * 1664525 + 1013904223;
+  if (me.luck >> 28 <= 1) Fiber::current().step_aside(Fiber::State::last);
 #endif
 }
 
@@ -231,14 +141,15 @@ inline void run(unsigned grid, unsigned threads, unsigned cluster_size, size_t b
       clusters.emplace_back(new Cluster(a_cluster));
       for (unsigned q = 0; q < cluster_size; ++q) clusters.back()->blocks.emplace_back(new Block(threads, bytes));
     }
-    Pool::instance().run(unsigned(clusters.size()) * a_cluster, [&](unsigned i) {
-      cluster = clusters[i / a_cluster].get(), rank = i % a_cluster / threads, turn = 0;
-      block = cluster->blocks[rank].get();
-      threadIdx = dim3(i % threads), blockIdx = dim3(first + i / threads), blockDim = dim3(threads);
-      gridDim = dim3(grid);
+    Fibers<Thread>::instance().run(unsigned(clusters.size()) * a_cluster, [&](unsigned i) {
+      Thread& me = self();
+      me.cluster = clusters[i / a_cluster].get(), me.rank = i % a_cluster / threads, me.turn = 0;
+      me.block = me.cluster->blocks[me.rank].get();
+      me.threadIdx = dim3(i % threads), me.blockIdx = dim3(first + i / threads), me.blockDim = dim3(threads);
+      me.gridDim = dim3(grid);
       kernel();
-      if (block->alive.leave() == 0) std::fill(block->dynamic.begin(), block->dynamic.end(), char(0xff));
-      cluster->barrier.leave();
+      if (me.block->alive.leave() == 0) std::fill(me.block->dynamic.begin(), me.block->dynamic.end(), char(0xff));
+      me.cluster->barrier.leave();
     });
   }
 }
@@ -246,16 +157,16 @@ inline void run(unsigned grid, unsigned threads, unsigned cluster_size, size_t b
 }  // namespace emu
 
 inline void __syncthreads() {
-  emu::block->all.wait();
+  emu::self().block->all.wait();
   emu::dawdle();
 }
-inline void __syncwarp() { emu::block->warp().barrier.wait(); }
+inline void __syncwarp() { emu::self().block->warp().barrier.wait(); }
 inline void __threadfence() {}
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int step) {
   uint64_t word[1] = {};
   std::memcpy(word, &x, sizeof x);
-  std::memcpy(&x, emu::exchange(word)[threadIdx.x % 32 ^ unsigned(step)], sizeof x);
+  std::memcpy(&x, emu::exchange(word)[emu::self().threadIdx.x % 32 ^ unsigned(step)], sizeof x);
   return x;
 }
 inline unsigned atomicAdd(unsigned* p, unsigned x) {

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #define FLR_DEVICE inline
-#define FLR_DYNAMIC_SHARED(name) char* name = emu::block->memory()
+#define FLR_DYNAMIC_SHARED(name) char* name = emu::self().block->memory()
 
 namespace flr {
 
@@ -42,7 +42,7 @@ struct Tensor16 {
   static Pair unpack(uint32_t pair) { return {widen16(uint16_t(pair), half), widen16(uint16_t(pair >> 16), half)}; }
   static void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const auto& given = emu::exchange<6>({a0, a1, a2, a3, b0, b1});
-    const int lane = threadIdx.x % 32;
+    const int lane = emu::self().threadIdx.x % 32;
     for (int j = 0; j < 4; ++j) {
       const int row = lane / 4 + j / 2 * 8, column = lane % 4 * 2 + (j & 1);
       float sum = 0;
@@ -68,32 +68,28 @@ struct alignas(16) Mbarrier {
 };
 inline void mbar_change(Mbarrier* m, int bytes, int arrivals) {
   static std::mutex mutexes[64];
-  std::unique_lock<std::mutex> lock(mutexes[uintptr_t(m) / 16 % 64]);
+  std::lock_guard<std::mutex> lock(mutexes[uintptr_t(m) / 16 % 64]);
   if (arrivals > m->pending) emu::fail("more arrivals at an mbarrier than it expects");
   m->bytes += bytes, m->pending = uint16_t(m->pending - arrivals);
   if (m->pending != 0 || m->bytes != 0) return;
   m->pending = m->arrivals;
   std::atomic_ref<uint32_t> phase(m->phase);
   phase.store(m->phase ^ 1);
-  lock.unlock();
-  phase.notify_all();
-  emu::Watchdog::instance().progress();
 }
 inline void mbar_init(Mbarrier* m, uint32_t arrivals) { *m = {0, uint16_t(arrivals), uint16_t(arrivals), 0}; }
 inline void mbar_fence() {}
 inline void mbar_expect(Mbarrier* m, uint32_t bytes) { mbar_change(m, int(bytes), 1); }
 inline void mbar_arrive(Mbarrier* m) { mbar_change(m, 0, 1); }
 inline void mbar_wait(Mbarrier* m, uint32_t parity) {
-  std::atomic_ref<uint32_t> phase(m->phase);
-  for (uint32_t now = phase.load(); now == parity; now = phase.load()) phase.wait(now);
+  emu::wait_while(m->phase, parity);
 }
 template <class T>
 T* remote(T* p, unsigned rank);
 inline void mbar_arrive_remote(Mbarrier* m, unsigned rank) { mbar_arrive(remote(m, rank)); }
 inline void mbar_wait_remote(Mbarrier* m, uint32_t parity) { mbar_wait(m, parity), emu::dawdle(); }
 
-// Copies are done by threads of their own, one for each of a block's barriers, a while later and what came last first;
-// those to global memory by another few.
+// Copies are done by fibers of their own, one for each of a block's barriers, once nothing else is left to do and what
+// came last first; those to global memory by another few.
 class CopyEngine {
  public:
   struct Copy {
@@ -114,49 +110,39 @@ class CopyEngine {
   void add(const Copy& copy) {
     std::lock_guard<std::mutex> lock(mutex_);
     copies_.push_back(copy);
-    condition_.notify_one();
-  }
-  ~CopyEngine() {
-    add({nullptr, nullptr, 0, nullptr, nullptr});
-    thread_.join();
+    helper_.wake();
   }
 
  private:
   void work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      condition_.wait(lock, [&] { return !copies_.empty(); });
-      lock.unlock();
-      std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      lock.lock();
-      std::vector<Copy> copies;
+    std::vector<Copy> copies;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
       copies.swap(copies_);
-      lock.unlock();
-      for (auto copy = copies.rbegin(); copy != copies.rend(); ++copy) {
-        if (copy->to == nullptr) return;
-        std::memcpy(copy->to, copy->from, copy->bytes);
-        if (copy->barrier != nullptr) mbar_change(copy->barrier, -int(copy->bytes), 0);
-        else --*copy->pending, copy->pending->notify_one(), emu::Watchdog::instance().progress();
-      }
+    }
+    for (auto copy = copies.rbegin(); copy != copies.rend(); ++copy) {
+      std::memcpy(copy->to, copy->from, copy->bytes);
+      if (copy->barrier != nullptr) mbar_change(copy->barrier, -int(copy->bytes), 0);
+      else --*copy->pending;
     }
   }
   std::mutex mutex_;
-  std::condition_variable condition_;
   std::vector<Copy> copies_;
-  std::thread thread_{[this] { work(); }};
+  emu::Helper helper_{[this] { work(); }};
 };
 inline void bulk_copy(void* to, const void* from, uint32_t bytes, Mbarrier* m) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
   CopyEngine::of(m).add({to, from, bytes, m, nullptr});
 }
-inline thread_local std::atomic<int> pending_stores{0};
 inline void bulk_store(void* to, const void* from, uint32_t bytes) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16 || bytes == 0) emu::fail("a bulk copy that is not aligned");
-  ++pending_stores;
-  CopyEngine::of_stores(int(threadIdx.x)).add({to, from, bytes, nullptr, &pending_stores});
+  auto& pending = emu::self().pending_stores;
+  ++pending;
+  CopyEngine::of_stores(int(emu::self().threadIdx.x)).add({to, from, bytes, nullptr, &pending});
 }
 inline void bulk_wait_read() {
-  for (int now = pending_stores; now != 0; now = pending_stores) pending_stores.wait(now);
+  auto& pending = emu::self().pending_stores;
+  for (int now = pending; now != 0; now = pending) emu::wait_while(pending, now);
 }
 inline void bulk_wait_written() { bulk_wait_read(); }
 inline void fence_async() {}
@@ -165,8 +151,8 @@ template <int id, int threads>
 void bar_sync() {
   emu::Barrier* barrier;
   {
-    std::lock_guard<std::mutex> lock(emu::block->mutex);
-    auto& named = emu::block->named[id];
+    std::lock_guard<std::mutex> lock(emu::self().block->mutex);
+    auto& named = emu::self().block->named[id];
     if (!named) named.reset(new emu::Barrier(threads));
     barrier = named.get();
   }
@@ -194,7 +180,7 @@ template <bool transposed>
 void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
   if (uintptr_t(row) % 16) emu::fail("a row for ldmatrix that is not aligned");
   const auto& rows = emu::exchange<1>({uint64_t(row)});
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
+  const int lane = emu::self().threadIdx.x % 32, g = lane / 4, t = lane % 4 * 2;
   const auto at = [&](int matrix, int i, int j) {
     return reinterpret_cast<const uint16_t*>(rows[8 * matrix + i][0])[j];
   };
@@ -207,7 +193,7 @@ void ldmatrix(uint32_t (&r)[4], const uint16_t* row) {
 template <bool transposed, int matrices = 4>
 void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
   const auto& given = emu::exchange<5>({uint64_t(row), r[0], r[1], r[2], r[3]});
-  const int lane = threadIdx.x % 32, matrix = lane / 8, i = lane % 8;
+  const int lane = emu::self().threadIdx.x % 32, matrix = lane / 8, i = lane % 8;
   if (matrix >= matrices) return;
   if (uintptr_t(row) % 16) emu::fail("a row for stmatrix that is not aligned");
   for (int j = 0; j < 8; ++j) {  // element [x, y] of a matrix is held by lane 4 x + y / 2
@@ -218,23 +204,16 @@ void stmatrix(uint16_t* row, const uint32_t (&r)[4]) {
 inline void stmatrix_2_transposed(uint16_t* row, const uint32_t (&r)[4]) { stmatrix<true, 2>(row, r); }
 
 inline unsigned cluster_rank() {
-#ifdef __SANITIZE_THREAD__  // every second block starts late: when another waits for it, or nothing has moved for a second
-  if (emu::rank % 2 == 1 && threadIdx.x == 0) {
-    unsigned before = 0;
-    for (int quiet = 0; quiet < 10 && emu::cluster->barrier.waiting() < blockDim.x; ++quiet) {
-      if (before != emu::Watchdog::instance().count()) quiet = 0;
-      before = emu::Watchdog::instance().count();
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    }
-  }
+#ifdef __SANITIZE_THREAD__  // every second block starts late: when another waits for it, or nothing else is left to do
+  if (emu::self().rank % 2 == 1 && emu::self().threadIdx.x == 0) emu::self().cluster->barrier.late(emu::self().blockDim.x);
 #endif
-  return emu::rank;
+  return emu::self().rank;
 }
-inline void cluster_sync() { emu::cluster->barrier.wait(), emu::dawdle(); }
+inline void cluster_sync() { emu::self().cluster->barrier.wait(), emu::dawdle(); }
 template <class T>
 T* remote(T* p, unsigned rank) {
-  const auto offset = reinterpret_cast<const char*>(p) - emu::block->memory();
-  return reinterpret_cast<T*>(emu::cluster->blocks[rank]->memory() + offset);
+  const auto offset = reinterpret_cast<const char*>(p) - emu::self().block->memory();
+  return reinterpret_cast<T*>(emu::self().cluster->blocks[rank]->memory() + offset);
 }
 
 template <int count> void fewer_registers() {}
