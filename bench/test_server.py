@@ -160,7 +160,7 @@ class Served:
 def running() -> Iterator[dict[str, Served]]:
     """Servers by shape: both tests ask the same ones."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(package, reason="needs flr[serve]")
+        pytest.importorskip(package)
     found: dict[str, Served] = {}
     yield found
     for both in found.values():

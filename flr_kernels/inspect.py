@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
@@ -328,7 +329,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(
             json.dumps(
-                {"variants": [{**asdict(row), "ok": row.fits(stack)} for row in rows], "ok": not bad},
+                {
+                    "triton": version("triton"),
+                    "variants": [{**asdict(row), "ok": row.fits(stack)} for row in rows],
+                    "ok": not bad,
+                },
                 indent=1,
             )
         )

@@ -38,11 +38,19 @@ def cluster(ray_nodes: TwoNodes) -> TwoNodes:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those marked slow begin, so that no worker is waited for at the end; a real model is not loaded unasked."""
+    """Those marked slow begin, so that no worker is waited for at the end; a real model is not loaded unasked.
+
+    Those marked gpu are skipped where there are fewer devices than the mark says, or none.
+    """
     if "reallm" not in config.getoption("-m"):
         real = [item for item in items if item.get_closest_marker("reallm")]
         items[:] = [item for item in items if item not in real]
         config.hook.pytest_deselected(items=real)
+    devices = torch.cuda.device_count()
+    for item in items:
+        mark = item.get_closest_marker("gpu")
+        if mark and devices < (needed := mark.args[0] if mark.args else 1):
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device{'s' * (needed > 1)}"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from flr.batch import BatchSettings, write_lists
 from tests.batch.inputs import OPTIONS, USERS, histories, read_lists, save_model, write_histories
+from tests.helpers import ray_cluster  # noqa: F401  skips where Ray is missing
 
-pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = BatchSettings(**OPTIONS)
 

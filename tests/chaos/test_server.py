@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="needs the extra serve")
+pytest.importorskip("uvicorn")
 from tests.chaos import server
 
 

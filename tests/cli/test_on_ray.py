@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 from flr.cli import main, on_ray
 from flr.train.run_folder import RUN_NAME, checkpoints
+from tests.helpers import ray_cluster  # noqa: F401  sets Ray up before it is imported, and skips where it is missing
 from tests.helpers.processes import in_processes
 from tests.train.test_restarts_distributed import OPTIONS as LAUNCHED
 
-pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
+# isort: split
 
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus

@@ -111,7 +111,9 @@ def test_every_command_takes_an_id_on_the_hub(start, tmp_path, capsys, monkeypat
     for command, extra in (("sft", ["--max_steps", "1"]), ("rl", RL)):
         assert main([command, *there, *DATA, *TRAINING, *extra, "--output_dir", command]) == 0
         assert ModelCard.load(tmp_path / command / "README.md").data.base_model == "user/name"
-    server = pytest.importorskip("flr.serve.server")
+    pytest.importorskip("uvicorn")
+    from flr.serve import server
+
     server.load(server.Settings(model="user/name", revision="v2"))
     assert set(asked) == {("user/name", "v2")}
     assert len(asked) >= 6

@@ -56,10 +56,12 @@ def test_save_and_load(dataset, tmp_path):
     assert loaded.report == dataset.report
 
 
-@pytest.mark.parametrize("name", ["title", "sid", "id"])
+@pytest.mark.parametrize(
+    ("dataset", "name"),  # amazon-cds has no semantic IDs
+    [(data, name) for data in COUNTS for name in ("title", "sid", "id") if (data, name) != ("amazon-cds", "sid")],
+    indirect=["dataset"],
+)
 def test_codecs_and_batches(dataset, name, tmp_path):
-    if name == "sid" and dataset.catalogue.sids is None:
-        pytest.skip("no semantic IDs in this set")
     processor = RecProcessor(build_tokenizer(dataset.catalogue, name), dataset.catalogue, name)
     codec = processor.item_codec
     assert find_prefix(CSR(codec.tokens, codec.offsets)) is None

@@ -407,7 +407,6 @@ def test_ends_are_captured_the_second_time_and_compared(fault, monkeypatch, capl
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_graphs_on_a_gpu(family, scoring, caplog):
@@ -426,7 +425,6 @@ def test_graphs_on_a_gpu(family, scoring, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_long_items_on_a_gpu(caplog, monkeypatch):
     """A patched model over titles of up to twenty tokens, whose ends are read without graphs."""
     model, finished = patched_model("qwen2", thought_token_id=3).eval().to("cuda"), []

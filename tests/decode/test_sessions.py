@@ -20,10 +20,11 @@ from tests.helpers.naive import naive_scores
 
 
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
-@pytest.mark.parametrize(("family", "attention"), [(f, a) for f in FAMILIES for a in ("sdpa", "eager")])
+@pytest.mark.parametrize(
+    ("family", "attention"),  # transformers refuses Gemma 2's softcap with sdpa
+    [(f, a) for f in FAMILIES for a in ("sdpa", "eager") if (f, a) != ("gemma2", "sdpa")],
+)
 def test_all_families_equal_naive(family, attention, scoring):
-    if family == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers refuses softcap with sdpa")
     model, inputs = toy_model(family, attention), toy_inputs()
     sequences = random_catalogue(seed=3)
     trie = CatalogueTrie.from_codec(codec_of(sequences))

@@ -35,7 +35,7 @@ def test_what_processes_share_is_one_copy():
 def test_every_piece_of_work_that_is_measured_runs_in_small(tmp_path):
     for name, (work, _) in scale_memory.WORK.items():
         if name == "ids and titles: open for a server":
-            pytest.importorskip("uvicorn", reason="needs the extra serve")
+            pytest.importorskip("uvicorn")
         work(tmp_path, 13_000)()
     assert {file.name for file in tmp_path.iterdir()} == {scale_memory.TRIE, scale_memory.KNN, scale_memory.CATALOGUE}
 
@@ -51,7 +51,7 @@ def test_two_processes_have_one_copy_of_a_trie(tmp_path):
 
 
 def test_the_tables_of_replicas_are_those_of_the_result():
-    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    pytest.importorskip("uvicorn")
     from scripts import serve_replicas
 
     report = read_json(serve_replicas.RESULT, 1 << 20)
@@ -59,7 +59,7 @@ def test_the_tables_of_replicas_are_those_of_the_result():
 
 
 def test_the_simulated_router_follows_the_load():
-    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    pytest.importorskip("uvicorn")
     from scripts.serve_replicas import simulate
 
     service = {"1": [0.1], "32": [1.0]}

@@ -53,10 +53,12 @@ def test_a_notebook_is_a_page_with_its_outputs():
 
 
 def test_the_picture_of_the_page_is_of_this_page():
-    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("PIL")
+    from PIL import Image
+
     from scripts.screenshot import KEY, PICTURE, digest
 
-    with image.open(PICTURE) as picture:
+    with Image.open(PICTURE) as picture:
         assert picture.info[KEY] == digest(), "run python scripts/screenshot.py --model FOLDER"
     assert PICTURE.stat().st_size < 100_000
 

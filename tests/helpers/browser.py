@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-axe = pytest.importorskip("axe_playwright_python", reason="needs axe-core")
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python")
 
+#: The system's; None where Playwright is to take the one that it fetched.
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 AXE = (Path(str(axe.__file__)).parent / "axe.min.js").read_text(encoding="utf-8")
 SCREENS = [(width, scheme) for width in (320, 375, 768, 1280) for scheme in ("light", "dark")]
 
@@ -35,7 +35,12 @@ _OUTSIDE = """() => [...document.querySelectorAll("body *")].filter((node) => {
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        except playwright.Error as error:
+            if CHROMIUM is None and "playwright install" in str(error):
+                pytest.skip("needs Chromium: playwright install chromium")
+            raise
         yield started
         started.close()
 

@@ -21,7 +21,7 @@ from flr.recommend.recommender import Recommender
 from tests.helpers.models import build_recommender
 
 for _needed in ("fastapi", "uvicorn", "prometheus_client", "httpx"):
-    pytest.importorskip(_needed, reason="needs the extra serve")
+    pytest.importorskip(_needed)
 import httpx  # noqa: E402
 
 from flr.serve import Settings, create_app  # noqa: E402

@@ -42,8 +42,6 @@ def backend(request, monkeypatch):
     """The backend's name; uninitialised memory holds NaN meanwhile."""
     if not BUILT:
         pytest.skip(f"no extension: {extension._load()}")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     monkeypatch.setenv("FLR_BACKEND", request.param)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -253,7 +251,6 @@ def _cuda_inputs(groups=64, size=8, length=16):
 
 @on_gpu
 @needs_extension
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 class TestOnTheDevice:
     @pytest.fixture(autouse=True)
     def _cuda(self, monkeypatch):
@@ -298,7 +295,7 @@ class TestOnTheDevice:
         for a, b in zip(out, expected, strict=True):
             assert torch.equal(a, b)
 
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+    @pytest.mark.gpu(2)
     def test_on_another_device_than_the_current_one(self):
         logp, mask, size = _cuda_inputs()
         out = flr_kernels.group_advantage(logp.to("cuda:1"), mask.to("cuda:1"), size, "latentr3")

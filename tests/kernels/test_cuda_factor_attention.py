@@ -169,7 +169,6 @@ def _assert_equals_float64(out, h, u, mask):
 
 @pytest.mark.gpu
 @needs_extension
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.usefixtures("backend_cuda")
 class TestOnTheDevice:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -244,7 +243,7 @@ class TestOnTheDevice:
         for a, b in zip(out, expected, strict=True):
             assert torch.equal(a, b)
 
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+    @pytest.mark.gpu(2)
     def test_on_another_device_than_the_current_one(self):
         h, u, valid = inputs(4, 100, 512, 4, device="cuda:1")
         out = flr_kernels.factor_attention(h, u, valid)

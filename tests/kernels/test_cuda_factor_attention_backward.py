@@ -90,7 +90,6 @@ def _assert_gradients(found, expected):
 
 @pytest.mark.gpu
 @needs_extension
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.usefixtures("backend_cuda")
 class TestBackwardOnADevice:
     @pytest.mark.parametrize("mask", [None, "random", "left"])

@@ -111,7 +111,6 @@ def test_what_rounding_to_16_bits_may_do_to_attention(dtype, epsilon, gain):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_device_autocast_reaches_the_tensor_cores(monkeypatch):
     """Float32 weights under bfloat16 autocast, the usual ``--bf16``."""
     seen = []

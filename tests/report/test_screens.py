@@ -7,12 +7,11 @@ import pytest
 from flr.cli import main
 from flr.cli.compare import MODES
 from flr.report.quickstart import quickstart_report
-from tests.helpers.browser import SCREENS, browser, faults, needs_chromium
+from tests.helpers.browser import SCREENS, browser, faults
 from tests.helpers.catalogues import nasty_catalogue
 from tests.helpers.models import build_recommender
 from tests.helpers.runs import run_folder
 
-pytestmark = needs_chromium
 assert browser  # a fixture
 
 

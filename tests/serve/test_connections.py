@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.serving import Process, save, serving
 
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+uvicorn = pytest.importorskip("uvicorn")
 from uvicorn.server import ServerState  # noqa: E402
 
 from flr.serve import Settings  # noqa: E402

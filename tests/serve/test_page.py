@@ -8,11 +8,10 @@ import urllib.request
 
 import pytest
 
-from tests.helpers.browser import SCREENS, browser, faults, needs_chromium
+from tests.helpers.browser import SCREENS, browser, faults
 from tests.helpers.catalogues import nasty_catalogue
 from tests.helpers.serving import save, serving
 
-pytestmark = needs_chromium
 assert browser  # a fixture
 EXAMPLES = [["item_0", "item_1", "item_2", "item_9"], ["item_5"] * 12]
 TOKEN = "a-token-of-some-length"

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
+from tests.helpers import ray_cluster  # noqa: F401  sets Ray up before it is imported, and skips where it is missing
+
+# isort: split
 
 import ray
 from ray import serve

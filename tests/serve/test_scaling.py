@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("tests.helpers.ray_cluster", reason="needs the extra ray")  # sets Ray up before it is imported
-pytest.importorskip("tests.helpers.serving", reason="needs the extra serve")
+from tests.helpers import ray_cluster  # noqa: F401  sets Ray up before it is imported, and skips where it is missing
+
+# isort: split
 
 from ray.serve import autoscaling_policy
 from ray.serve._private.autoscaling_state import DeploymentAutoscalingState

@@ -297,7 +297,6 @@ def test_training_by_replays_comes_out_equal(tmp_path, stage, replays, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("codec", "batches"), [("id", 1), ("sid", 2), ("title", 1)])
 @STAGES
 def test_on_the_device_training_comes_out_equal(tmp_path, stage, codec, batches, caplog):
@@ -312,7 +311,6 @@ def test_on_the_device_training_comes_out_equal(tmp_path, stage, codec, batches,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_device_a_capture_that_fails_leaves_everything_as_it_was(caplog):
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5)).cuda()
 
@@ -329,7 +327,6 @@ def test_on_the_device_a_capture_that_fails_leaves_everything_as_it_was(caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_device_dropout_is_drawn_anew_at_every_replay():
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Dropout(0.5)).cuda()
     graphs, x = StepGraphs(), torch.ones(8, 64, device="cuda")

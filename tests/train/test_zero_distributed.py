@@ -87,7 +87,7 @@ def runs(rank: int, world: int, path: str, stage: int) -> dict[str, dict[str, to
 @pytest.mark.parametrize("stage", [2, 3])
 def test_shards_train_as_one_process_does(tmp_path, stage):
     pytest.importorskip("peft")
-    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    pytest.importorskip("deepspeed", reason="needs deepspeed")
     one = runs(0, 1, str(tmp_path), stage)
     for found in in_processes(runs, 2, tmp_path, 2, str(tmp_path), stage):
         for name, value in found["adapters"].items():  # the bits of a run that nothing happened to
