@@ -46,10 +46,10 @@ def _about(version: str, trie: list[dict[str, Any]]) -> str:
     registers, shared, programs = ([row[field] for row in trie] for field in ("registers", "shared", "programs"))
     return (
         f"The cells are for Triton {version}: registers a thread · KB of shared memory a program · programs a"
-        " multiprocessor can hold. A cell is\nempty where dispatch does not choose the tile there. Not shown are float16,"
-        f" which differs from bfloat16 by the scaling only, and\n{len(trie)} variants of the trie's kernels"
-        f" ({min(registers)} to {max(registers)} registers, at most {max(shared) / 1024:.1f} KB, {min(programs)} programs"
-        " or more)."
+        " multiprocessor can hold. A cell is\nempty where dispatch does not choose the tile there. Not shown are"
+        f" float16, which differs from bfloat16 by the scaling only, and\n{len(trie)} variants of the trie's kernels"
+        f" ({min(registers)} to {max(registers)} registers, at most {max(shared) / 1024:.1f} KB,"
+        f" {min(programs)} programs or more)."
     )
 
 

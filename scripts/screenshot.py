@@ -1,6 +1,7 @@
 """Take the picture of the server's page that README shows: python scripts/screenshot.py --model quickstart/runs/flr-0
 
-It needs playwright and a Chromium, the system's or the one of ``playwright install chromium``. The PNG holds a digest of the page's files, by which a test tells a stale picture.
+It needs playwright and a Chromium, the system's or the one of ``playwright install chromium``. The PNG holds a digest
+of the page's files, by which a test tells a stale picture.
 """
 
 from __future__ import annotations
