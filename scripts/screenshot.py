@@ -1,6 +1,7 @@
 """Take the picture of the server's page that README shows: python scripts/screenshot.py --model quickstart/runs/flr-0
 
-It needs playwright and a Chromium. The PNG holds a digest of the page's files, by which a test tells a stale picture.
+It needs playwright and a Chromium, the system's or the one of ``playwright install chromium``. The PNG holds a digest
+of the page's files, by which a test tells a stale picture.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def taken(url: str, path: Path) -> None:
     """The page at ``url`` with its first example, as a desk shows it by day."""
     from playwright.sync_api import sync_playwright
 
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 800}, color_scheme="light")

@@ -14,7 +14,8 @@ from .catalogue import Catalogue
 from .codecs import ItemCodec, build_codec
 from .codes import read_codes
 from .collator import InteractionDataset, SFTCollator, expand_prefixes
-from .interactions import CSR, Interaction, Interactions, RecDataset
+from .csr import CSR
+from .interactions import Interaction, Interactions, RecDataset
 from .item_knn import KNN_NAME, NeighbourTable
 from .planted import planted_dataset
 from .processor import RecProcessor

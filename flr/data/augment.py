@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .interactions import CSR, Interaction, offsets_of, places_within
+from .csr import CSR, offsets_of, places_within
+from .interactions import Interaction
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR = 1, 2, 3, 4, 6, 7  # streams of random numbers of one row

@@ -27,7 +27,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from .catalogue import Catalogue
-from .interactions import CSR, numbered, places_within
+from .csr import CSR, numbered, places_within
 from .trie import CatalogueTrie
 
 CodecName = Literal["title", "sid", "id"]

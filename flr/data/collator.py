@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from flr.config import IGNORE
 
 from .augment import Augment
-from .interactions import CSR, Interaction, Interactions, numbered, places_within
+from .csr import CSR, numbered, places_within
+from .interactions import Interaction, Interactions
 from .processor import RecProcessor
 from .prompt import finish_batch, left_pad
 

@@ -11,7 +11,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from .catalogue import Catalogue
-from .interactions import Interactions, numbered
+from .csr import numbered
+from .interactions import Interactions
 from .pairs import item_pairs
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from flr.files import shown
 
 from .catalogue import Catalogue
-from .interactions import CSR, Interactions, RecDataset, offsets_of
+from .csr import CSR, offsets_of
+from .interactions import Interactions, RecDataset
 
 
 class Growth(NamedTuple):

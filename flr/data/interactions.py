@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import pyarrow as pa
 from flr.files import PathLike, atomic_folder, naming, read_json, read_parquet, sha256, shown, write_json, write_parquet
 
 from .catalogue import Catalogue
+from .csr import CSR, as_int, latest, user_bounds
 from .events import read_events
 from .frames import holds_text, pick
 from .report import ReadReport
@@ -38,48 +39,6 @@ class Interaction(NamedTuple):
     timestamp: int | None = None
     row: int = -1
     epoch: int = 0
-
-
-class CSR(NamedTuple):
-    """Rows of different lengths in two arrays: row i is ``values[offsets[i]:offsets[i + 1]]``."""
-
-    values: np.ndarray  # int32 [total]
-    offsets: np.ndarray  # int64 [rows + 1]
-
-    @classmethod
-    def from_rows(cls, rows: Iterable[Sequence[int] | np.ndarray]) -> CSR:
-        """Join rows of integers.
-
-        >>> CSR.from_rows([[3, 1], [], [2]]).offsets.tolist()
-        [0, 2, 2, 3]
-        """
-        arrays = [np.asarray(row) for row in rows]
-        for position, array in enumerate(arrays):
-            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                raise ValueError(f"rows[{position}]: expected integers [n], got {array.dtype} {list(array.shape)}")
-        filled = [array for array in arrays if array.size]
-        joined = np.concatenate(filled) if filled else np.zeros(0, np.int32)
-        return cls(_as_int("rows", joined, np.int32), offsets_of([len(array) for array in arrays]))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [rows]."""
-        return np.diff(self.offsets)
-
-    def row(self, index: int) -> np.ndarray:
-        """Row ``index``, a view."""
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    def take(self, indices: np.ndarray) -> CSR:
-        """The rows at ``indices`` (int64 [n]), in that order."""
-        return self.slice(self.offsets[indices], self.offsets[np.asarray(indices) + 1])
-
-    def slice(self, starts: np.ndarray, ends: np.ndarray) -> CSR:
-        """Rows ``values[starts[i]:ends[i]]`` copied side by side; starts, ends int64 [n]."""
-        lengths = ends - starts
-        offsets = offsets_of(lengths)
-        source = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
-        return CSR(self.values[source], offsets)
 
 
 class Interactions:
@@ -110,10 +69,10 @@ class Interactions:
         self.users: list[str] = list(users)
         csr = histories if isinstance(histories, CSR) else CSR.from_rows(histories)
         self.histories = CSR(
-            _as_int("histories.values", csr.values, np.int32), _as_int("histories.offsets", csr.offsets, np.int64)
+            as_int("histories.values", csr.values, np.int32), as_int("histories.offsets", csr.offsets, np.int64)
         )
-        self.targets: np.ndarray = _as_int("targets", targets, np.int32)
-        self.timestamps: np.ndarray | None = None if timestamps is None else _as_int("timestamps", timestamps, np.int64)
+        self.targets: np.ndarray = as_int("targets", targets, np.int32)
+        self.timestamps: np.ndarray | None = None if timestamps is None else as_int("timestamps", timestamps, np.int64)
         rows, offsets = len(self.users), self.histories.offsets
         sizes = {"targets": len(self.targets), "histories": len(offsets) - 1}
         if self.timestamps is not None:
@@ -222,7 +181,7 @@ class Interactions:
             if chosen.shape != (len(self),):
                 raise ValueError(f"indices: expected a mask of shape ({len(self)},), got {chosen.shape}")
             chosen = np.flatnonzero(chosen)
-        chosen = _as_int("indices", chosen, np.int64)
+        chosen = as_int("indices", chosen, np.int64)
         if chosen.size and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
             raise ValueError(f"indices: expected within {len(self)} rows, got {chosen.min()}..{chosen.max()}")
         chosen = np.where(chosen < 0, chosen + len(self), chosen)
@@ -341,63 +300,3 @@ class RecDataset:
         train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
         with naming(folder, "parts of one data set"):
             return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)
-
-
-def numbered(values: Iterable[Hashable]) -> np.ndarray:
-    """int64 [n]: equal values get equal numbers, 0.. in order of first appearance.
-
-    >>> numbered(["b", "a", "b"]).tolist()
-    [0, 1, 0]
-    """
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
-
-
-def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Where rows of these lengths begin and end when they stand side by side, int64 [rows + 1]."""
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-
-
-def places_within(lengths: np.ndarray) -> np.ndarray:
-    """The place in its row of every value of rows of these lengths (int64 [rows]), int64 [total].
-
-    >>> places_within(np.array([2, 0, 3])).tolist()
-    [0, 1, 0, 1, 2]
-    """
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def latest(items: np.ndarray, start: np.ndarray, chosen: np.ndarray, max_history: int) -> CSR:
-    """The latest ``max_history`` items before each ``chosen`` event, of its user, whose events begin at ``start``.
-
-    >>> latest(np.array([7, 8, 9]), np.zeros(3, np.int64), np.array([1, 2]), max_history=1).values.tolist()
-    [7, 8]
-    """
-    return CSR(items, np.zeros(1, np.int64)).slice(np.maximum(start[chosen], chosen - max_history), chosen)
-
-
-def user_bounds(users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every event its user's first event and the end of its user's events, int64 [n] each; ``users`` ascends.
-
-    >>> [bound.tolist() for bound in user_bounds(np.array([0, 0, 3]))]
-    [[0, 0, 2], [2, 2, 3]]
-    """
-    first = np.flatnonzero(np.diff(users, prepend=-1))
-    counts = np.diff(first, append=len(users))
-    start = np.repeat(first, counts)
-    return start, start + np.repeat(counts, counts)
-
-
-def _as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.ndarray:
-    """``values`` as a one-dimensional array of ``dtype``; ValueError where that would change a value."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
-    if array.size == 0:
-        return np.zeros(0, dtype)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name}: expected integers, got dtype {array.dtype}")
-    limits = np.iinfo(dtype)
-    if array.min() < limits.min or array.max() > limits.max:
-        raise ValueError(f"{name}: expected values that fit {np.dtype(dtype)}, got {array.min()}..{array.max()}")
-    return array.astype(dtype, copy=False)

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from flr.files import atomic_file, check_regular, shown
 
-from .interactions import CSR, Interactions, numbered
+from .csr import CSR, numbered
+from .interactions import Interactions
 from .pairs import item_pairs
 
 KNN_NAME = "item_knn.safetensors"

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .interactions import CSR
+from .csr import CSR
 
 Perturbation = Literal["drop", "replace", "shuffle", "truncate", "poison"]
 PERTURBATIONS: tuple[str, ...] = get_args(Perturbation)

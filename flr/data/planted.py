@@ -20,7 +20,8 @@ import numpy as np
 
 from .augment import uniforms
 from .catalogue import Catalogue
-from .interactions import Interactions, RecDataset, latest, places_within, user_bounds
+from .csr import latest, places_within, user_bounds
+from .interactions import Interactions, RecDataset
 from .report import ReadReport
 from .splits import time_cuts
 

@@ -18,8 +18,9 @@ from flr.files import PathLike
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
+from .csr import CSR, offsets_of, places_within
 from .digests import integers_digest
-from .interactions import CSR, Interactions, offsets_of, places_within
+from .interactions import Interactions
 from .item_knn import NeighbourTable
 from .processor_folder import load_processor, save_processor
 from .prompt import MAX_TEXT, HistoryViews, PromptTemplate, Segment, finish_batch, left_pad

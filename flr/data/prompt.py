@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .interactions import CSR
+from .csr import CSR
 
 _HISTORY = "{history}"
 _TEXT_PROMPT = (

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .catalogue import Catalogue
+from .csr import latest, user_bounds
 from .events import InteractionLog
-from .interactions import PARTS, Interactions, RecDataset, latest, user_bounds
+from .interactions import PARTS, Interactions, RecDataset
 from .report import ReadReport
 
 SPLITS = ("time", "leave_one_out")

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from flr.files import atomic_file, check_regular, naming
 
+from .csr import offsets_of, places_within
 from .digests import array_digest
-from .interactions import offsets_of, places_within
 from .trie_build import build
 
 _FORMAT = "flr-catalogue-trie-1"

@@ -8,9 +8,9 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from flr.data.csr import user_bounds
 from flr.data.events import read_events
 from flr.data.frames import find_column, pick
-from flr.data.interactions import user_bounds
 from flr.data.report import ReadReport
 
 

@@ -16,7 +16,7 @@ from flr.data import (
     load_dataset,
 )
 from flr.data.codecs import find_prefix
-from flr.data.interactions import CSR
+from flr.data.csr import CSR
 
 FOLDER = Path(os.environ.get("FLR_DATA") or Path(__file__).parents[3] / "shared" / "data")
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no data in {FOLDER}")

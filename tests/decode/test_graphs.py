@@ -6,7 +6,6 @@ The graphs themselves need a GPU: ``-m gpu``.
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
 import weakref
 
@@ -19,13 +18,9 @@ from flr.decode import replayed as replayed_search
 from flr.decode.kernel_search import KernelSearch
 from flr.decode.prompt_graph import PromptGraph, prompts_to_capture
 from flr.decode.replayed import padded_length
-from flr.decode.rest import read_rest
-from flr.decode.search import BeamResult
-from flr.model.backbone import fixed_shapes
-from tests.helpers.catalogues import codec_of, random_catalogue
-from tests.helpers.inputs import toy_inputs
+from tests.helpers.catalogues import LONG, codec_of, random_catalogue
+from tests.helpers.inputs import filters, toy_inputs
 from tests.helpers.models import patched_model, toy_model
-from tests.helpers.waits import HostWaits
 
 LENGTHS = ((9, 4, 6), (5, 30), (3,), (2, 8, 5, 7, 26))  # users and prompts of several padded sizes
 
@@ -55,21 +50,6 @@ def replayed(monkeypatch):
     monkeypatch.setattr(graphs, "run", run)
     monkeypatch.setattr(replayed_search, "PROMPT_STEP", 16)
     return answered
-
-
-def filters(kind: str, users: int, items: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(users)
-    mask, few = (
-        torch.rand(users, items, generator=generator) < 0.7,
-        torch.randint(-1, items, (users, 3), generator=generator),
-    )
-    return {
-        "none": {},
-        "mask": {"allowed": mask},
-        "shared": {"allowed": mask[0]},
-        "exclude": {"exclude": few},
-        "only": {"only": few},
-    }[kind]
 
 
 def test_every_level_runs_before_it_is_captured(replayed, monkeypatch):
@@ -300,110 +280,6 @@ def test_prompts_that_a_graph_does_not_take(prefills):
     assert prompts_to_capture(model, inputs) is None
     beam_search(model, inputs, trie, 4, 4)
     assert prefills[-1] is False
-
-
-@pytest.mark.parametrize("kind", ["none", "mask", "exclude"])
-@pytest.mark.parametrize("depth", [1, 2, 4, 7])
-def test_the_rest_is_read_in_one_forward(kind, depth, monkeypatch):
-    """From the end of any level; where single items are left, it takes a forward and no level more."""
-    model = toy_model("llama")
-    sequences = [(30 + a, 40 + b, *range(10, 10 + 3 + a + b)) for a in range(4) for b in range(3)]
-    trie = CatalogueTrie.from_codec(codec_of(sequences))
-    chosen = filters(kind, 3, len(sequences))
-    expected = beam_search(model, toy_inputs((9, 4, 6)), trie, 6, 6, **chosen)
-    steps = []
-
-    def run(_, search, prompts, __):
-        replayed = graphs.Replayed(search, prompts)
-        for state, _ in itertools.islice(replayed.steps(), depth):
-            ended = replayed.ended(state)
-        longest = int(ended.numbers[1])
-        if depth >= 2 and kind == "none":  # the first two tokens tell items apart
-            assert depth < longest <= max(map(len, sequences))
-        assert depth >= 2 or longest > trie.depth
-        session = replayed.session
-        step = session.step
-        session.step = lambda *args, **more: steps.append(more) or step(*args, **more)
-        best = replayed.finish(ended, depth).best
-        return BeamResult(*(x[:3] for x in best))
-
-    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
-    monkeypatch.setattr(graphs, "run", run)
-    found = beam_search(model, toy_inputs((9, 4, 6)), trie, 6, 6, **chosen)
-    assert found.items.tolist() == expected.items.tolist()
-    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-5)
-    assert len(steps) <= (1 if depth >= 2 else 2)
-
-
-LONG = [(30 + a, 40 + b, *range(10, 10 + 3 + 4 * a + b)) for a in range(5) for b in range(3)]  # two tokens tell all
-
-
-@pytest.mark.parametrize("kind", ["none", "mask", "exclude"])
-@pytest.mark.parametrize(("more", "columns"), [(0, 0), (3, 0), (5, 40)])
-def test_ends_of_fixed_size_are_those_of_growing_ones(kind, more, columns, monkeypatch):
-    """Whatever room there is for tokens, without a wait; too little of it is noticed."""
-    trie = CatalogueTrie.from_codec(codec_of(LONG))
-    chosen = filters(kind, 3, len(LONG))
-    model = toy_model("llama")
-    expected = beam_search(model, toy_inputs((9, 4, 6)), trie, 8, 8, **chosen)
-
-    def run(_, search, prompts, __):
-        replayed = graphs.Replayed(search, prompts)
-        for state, _ in itertools.islice(replayed.steps(), 2):
-            ended = replayed.ended(state)
-        longest, tokens = ended.numbers[1:].tolist()
-        assert longest - 2 <= tokens <= 8 * (longest - 2)
-        few = read_rest(search, replayed._state(ended), replayed.session, (2, longest - 2, tokens - 1))
-        assert few.overflow.any()
-        state = replayed._state(ended)
-        with fixed_shapes(), HostWaits() as waits:
-            made = read_rest(search, state, replayed.session, (2, longest - 2 + more, tokens + columns))
-        assert waits.found == {}
-        assert not made.overflow.any()
-        return BeamResult(*(x[:3] for x in made.best))
-
-    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
-    monkeypatch.setattr(graphs, "run", run)
-    found = beam_search(model, toy_inputs((9, 4, 6)), trie, 8, 8, **chosen)
-    assert found.items.tolist() == expected.items.tolist()
-    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("fault", [False, True])
-def test_ends_are_captured_the_second_time_and_compared(fault, monkeypatch, caplog):
-    """Levels and ends that run again in place of graphs, for the same prompts."""
-    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: True)
-    monkeypatch.setattr(graphs.Replayed, "record", lambda self, function: (function(), function)[1])
-    read = replayed_search.read_rest
-
-    def faulty(*args):
-        state = read(*args)
-        state.best.items.add_(1)
-        return state
-
-    if fault:
-        monkeypatch.setattr(replayed_search, "read_rest", faulty)
-    kept = []
-
-    def run(_, search, prompts, __):
-        if not kept:
-            kept.append(graphs.Replayed(search, prompts))
-            for state, _ in itertools.islice(kept[0].steps(), 2):
-                kept.append(kept[0].ended(state))
-        best = kept[0]._rest(kept[2], 2, *kept[2].numbers[1:].tolist()).best
-        return BeamResult(*(x[:3] for x in best))
-
-    model, trie = toy_model("llama"), CatalogueTrie.from_codec(codec_of(LONG))
-    expected = beam_search(model, toy_inputs((9, 4, 6)), trie, 8, 8)
-    monkeypatch.setattr(graphs, "run", run)
-    finished = []
-    finish = graphs.Replayed.finish
-    monkeypatch.setattr(graphs.Replayed, "finish", lambda *args: finished.append(0) or finish(*args))
-    for _ in range(4):
-        found = beam_search(model, toy_inputs((9, 4, 6)), trie, 8, 8)
-        assert found.items.tolist() == expected.items.tolist()
-    assert len(finished) == (4 if fault else 2)
-    assert caplog.text.count("ends of items without CUDA graphs") == int(fault)
 
 
 @pytest.mark.gpu

@@ -13,6 +13,9 @@ DATA = planted_dataset(num_items=40, num_users=60, seed=3)
 #: A title that breaks pages and plots which do not escape.
 NASTY = "<script>alert(1)</script> & \"A $5 <b>Wonder</b>\" 'x' $y$"
 
+#: Sequences of up to 23 tokens, of which the first two tell which it is.
+LONG = [(30 + a, 40 + b, *range(10, 10 + 3 + 4 * a + b)) for a in range(5) for b in range(3)]
+
 
 def named_catalogue(num_items: int = 40, seed: int = 1) -> Catalogue:
     """Items ``item_0``, ``item_1``, … with titles, semantic IDs and attributes."""

@@ -94,3 +94,19 @@ def states_and_targets(
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
     return hidden.requires_grad_(), torch.randint(0, VOCAB, (rows,), generator=generator)
+
+
+def filters(kind: str, users: int, items: int) -> dict[str, torch.Tensor]:
+    """Arguments of a search that restrict its items, of a kind."""
+    generator = torch.Generator().manual_seed(users)
+    mask, few = (
+        torch.rand(users, items, generator=generator) < 0.7,
+        torch.randint(-1, items, (users, 3), generator=generator),
+    )
+    return {
+        "none": {},
+        "mask": {"allowed": mask},
+        "shared": {"allowed": mask[0]},
+        "exclude": {"exclude": few},
+        "only": {"only": few},
+    }[kind]
