@@ -2,9 +2,9 @@
 
     git worktree add --detach ../before 6c749f6
     (cd ../before && python setup.py build_ext --inplace)      # the C++ half is enough
-    python scripts/before_after.py --before ../before          # 15 CPU minutes; --points 1 4 for some of them
-    python scripts/before_after.py --table                     # the table alone, from the results
-    python scripts/before_after.py --check                     # exit 1 where the page is stale
+    python -m scripts.before_after --before ../before          # 15 CPU minutes; --points 1 4 for some of them
+    python -m scripts.before_after --table                     # the table alone, from the results
+    python -m scripts.before_after --check                     # exit 1 where the page is stale
 
 For every point two processes work on the same inputs, one that imports the package of the worktree before and one that
 imports this one's (scripts/before_after_races.py); both run the competitors of this one. Where they must compute the
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if (root / PAGE).read_text(encoding="utf-8") == page(root):
         return 0
     if options.check:
-        sys.stderr.write(f"{PAGE}: expected what {RESULT} says; run python scripts/before_after.py --table\n")
+        sys.stderr.write(f"{PAGE}: expected what {RESULT} says; run python -m scripts.before_after --table\n")
         return 1
     (root / PAGE).write_text(page(root), encoding="utf-8")
     return 0
