@@ -42,10 +42,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _jobs(args: argparse.Namespace) -> None:
-    from .jobs import repeats, study
+    from .jobs import by_recipe, study
 
     about = (args.data, args.examples, args.extra)
-    made = study(*about) if args.seeds is None else repeats(*about, args.seeds)
+    made = study(*about) if args.part is None else by_recipe(args.part, *about, args.seeds)
     args.output.write_text(json.dumps(made, indent=1) + "\n")
     print(f"{len(made['jobs'])} jobs")
 
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     jobs.add_argument("--data", required=True, help="Folder of prepared data: instruments, amazon-cds, amazon-office.")
     jobs.add_argument("--examples", default="examples", help="Folder of the recipes.")
     jobs.add_argument("--extra", default="", help="Options for every training, e.g. '--use_cpu true'.")
-    jobs.add_argument(
-        "--seeds", type=int, nargs="+", help="Only the recipe with these, for the mixture and its controls."
-    )
+    parts = ("repeats", "changes", "others")
+    jobs.add_argument("--part", choices=parts, help="A part of the list, by the recipes alone, see scripts/study/jobs.py.")
+    jobs.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds of that part.")
     jobs.add_argument("--output", type=Path, required=True)
     jobs.set_defaults(do=_jobs)
     page = kinds.add_parser("page", help="Write the tables of docs/quality.md.")

@@ -2,8 +2,8 @@
 
 Three settings are tried for each of seven models on instruments, one seed, and chosen by NDCG@10 on valid; then four
 more seeds of what was chosen. After that other numbers of factors and refinements, no regularisers, semantic IDs, and
-the two other data sets by their recipes, three seeds each. :func:`repeats` is a shorter list for a CPU: the recipe
-alone with other seeds, for the mixture of factors and its two controls.
+the two other data sets by their recipes, three seeds each. :func:`by_recipe` has parts of it for a CPU: the recipe alone
+with other seeds for the mixture of factors and its two controls, the recipe with one change, and other data and codes.
 """
 
 from __future__ import annotations
@@ -82,23 +82,42 @@ def study(data: str, examples: str, extra: str = "") -> dict[str, Any]:
             tags = {"data": "instruments", "codec": "id"}
             options = f"{options} {_PART_OF_VALID}"
             jobs.append(job(f"{model}-best-{seed}", 20 + seed, recipe, "instruments", options, **about, tags=tags))
-    jobs += _changed(job) + _semantic_ids(job) + _other_shops(job)
+    seeds, models = range(_MORE_SEEDS), ("flr-mixture", "flr")
+    jobs += _changed(job, seeds, models, setting="best")
+    jobs += _semantic_ids(job, seeds, ("anchor", "flr", "flr-mixture", "none"))
+    jobs += _other_shops(job, seeds, ("amazon-cds", "amazon-office"))
     settings = {name: {**own, "argv": shlex.split(own["argv"])} for name, own in SETTINGS.items()}
     return {"settings": settings, "data": list(folders.values()), "jobs": jobs}
 
 
-def repeats(data: str, examples: str, extra: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The recipe of instruments with other seeds, seed by seed, for the mixture of factors and its controls."""
-    folder = f"{data}/instruments"
-    job, jobs = _maker({"instruments": folder}, examples, extra), []
-    for round_, seed in enumerate(seeds):
-        for place, model in enumerate(REPEATED):
-            recipe, options, cost = MODELS[model]
-            about = {"variant": model, "setting": "recipe", "seed": seed, "cost": cost, "beside": True}
-            about["tags"] = {"data": "instruments", "codec": "id"}
-            options, priority = f"{options} {_PART_OF_VALID}", 10 * (1 + round_) + place
-            jobs.append(job(f"{model}-recipe-{seed}", priority, recipe, "instruments", options, **about))
-    return {"settings": {"recipe": {"argv": [], "cost": 1.0}}, "data": [folder], "jobs": jobs}
+def by_recipe(part: str, data: str, examples: str, extra: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """A part of the list without any tuning, seed by seed.
+
+    ``part`` is "repeats" (the mixture of factors and its controls), "changes" (the mixture of factors with other K and
+    T, and without regularisers) or "others" (instruments by semantic IDs, and the two other shops).
+    """
+    folders = {name: f"{data}/{name}" for name in ("instruments", "amazon-cds", "amazon-office")}
+    job = _maker(folders, examples, extra)
+    if part == "others":
+        jobs = _other_shops(job, seeds, ("amazon-office",)) + _semantic_ids(job, seeds, ("anchor", "flr-mixture"))
+    elif part == "changes":
+        jobs = _changed(job, seeds, ("flr-mixture",), setting="recipe")
+    else:
+        jobs = [_repeated(job, model, seed, 10 * (1 + n)) for n, seed in enumerate(seeds) for model in REPEATED]
+    used = {one["tags"]["data"] for one in jobs}
+    return {
+        "settings": {"recipe": {"argv": [], "cost": 1.0}},
+        "data": [folders[name] for name in folders if name in used],
+        "jobs": jobs,
+    }
+
+
+def _repeated(job: Any, model: str, seed: int, priority: int) -> dict[str, Any]:
+    recipe, options, cost = MODELS[model]
+    about = {"variant": model, "setting": "recipe", "seed": seed, "cost": cost, "beside": True}
+    about["tags"] = {"data": "instruments", "codec": "id"}
+    options, priority = f"{options} {_PART_OF_VALID}", priority + REPEATED.index(model)
+    return job(f"{model}-recipe-{seed}", priority, recipe, "instruments", options, **about)
 
 
 def _maker(folders: dict[str, str], examples: str, extra: str) -> Callable[..., dict[str, Any]]:
@@ -112,14 +131,14 @@ def _maker(folders: dict[str, str], examples: str, extra: str) -> Callable[..., 
     return job
 
 
-def _changed(job: Any) -> list[dict[str, Any]]:
-    """Other K and T and no regularisers, in the setting that was chosen for K = 4 and T = 1."""
+def _changed(job: Any, seeds: Sequence[int], models: Sequence[str], setting: str) -> list[dict[str, Any]]:
+    """Other K and T and no regularisers; "best" is the setting that was chosen for K = 4 and T = 1."""
     jobs = []
     for place, (change, options) in enumerate(CHANGES.items()):
-        for model in ("flr-mixture", "flr"):
+        for model in models:
             recipe, _, cost = MODELS[model]
-            for seed in range(_MORE_SEEDS):
-                about = {"variant": model, "setting": "best", "seed": seed, "cost": cost, "beside": True}
+            for seed in seeds:
+                about = {"variant": model, "setting": setting, "seed": seed, "cost": cost, "beside": True}
                 tags = {"data": "instruments", "codec": "id", "change": change}
                 name, priority = f"{model}-{change}-{seed}", 41 + 10 * seed + place
                 about |= {"last": shlex.split(options), "tags": tags}
@@ -127,11 +146,11 @@ def _changed(job: Any) -> list[dict[str, Any]]:
     return jobs
 
 
-def _semantic_ids(job: Any) -> list[dict[str, Any]]:
+def _semantic_ids(job: Any, seeds: Sequence[int], models: Sequence[str]) -> list[dict[str, Any]]:
     """The published codes of instruments: longer prompts, a beam search, no mixture with item-kNN."""
     jobs = []
-    for seed in range(_MORE_SEEDS):
-        for model in ("anchor", "flr", "flr-mixture", "none"):
+    for seed in seeds:
+        for model in models:
             recipe, own, cost = MODELS[model]
             options = f"{own} --codec sid --normalisation catalogue --eval_max_users 2064"
             about = {"variant": model, "seed": seed, "cost": 3.0 * cost, "memory": 6.0, "after_tuning": True}
@@ -140,11 +159,11 @@ def _semantic_ids(job: Any) -> list[dict[str, Any]]:
     return jobs
 
 
-def _other_shops(job: Any) -> list[dict[str, Any]]:
+def _other_shops(job: Any, seeds: Sequence[int], shops: Sequence[str]) -> list[dict[str, Any]]:
     """Amazon CDs, one token an item, and Office, semantic IDs: by time, by their recipes."""
-    jobs = []
-    for seed in range(_MORE_SEEDS):
-        for shop, codec in (("amazon-cds", "id"), ("amazon-office", "sid")):
+    jobs, codecs = [], {"amazon-cds": "id", "amazon-office": "sid"}
+    for seed in seeds:
+        for shop, codec in ((shop, codecs[shop]) for shop in shops):
             for model, options in {**_IN_ONE_SUM, **_MIXED}.items():
                 latest = _LATEST.get(model, "") if codec == "id" else ""
                 about = {"variant": model, "seed": seed, "cost": 1.0}

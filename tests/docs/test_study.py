@@ -11,7 +11,7 @@ from flr.evaluate import evaluate, fit_neighbours
 from flr.evaluate.metrics import row_metrics
 from scripts.study import page
 from scripts.study.job import Partner, mixed_ranks, own_views
-from scripts.study.jobs import MODELS, SETTINGS, repeats, study
+from scripts.study.jobs import CHANGES, MODELS, SETTINGS, by_recipe, study
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
 from scripts.study.summary import REPEATED, chosen_settings, summary
@@ -172,8 +172,22 @@ def test_a_table_compares_models_of_as_many_trainings(tmp_path):
 def test_the_lists_of_jobs_are_of_one_form():
     trials = [job for job in study("data", "examples")["jobs"] if job.get("tune")]
     assert len(trials) == len(MODELS) * len(SETTINGS) == 21
-    made = repeats("data", "examples", "--use_cpu true", [1, 2])
+    made = by_recipe("repeats", "data", "examples", "--use_cpu true", [1, 2])
     assert [job["name"] for job in made["jobs"][:3]] == [f"{name}-recipe-1" for name in REPEATED]
     trial = next(job for job in trials if job["name"] == "flr-mixture-recipe-0")
     again = next(job for job in made["jobs"] if job["name"] == "flr-mixture-recipe-2")
     assert again["argv"] == [*trial["argv"], "--use_cpu", "true"]
+
+
+def test_parts_of_the_list_are_those_of_the_recipe():
+    """The same options as in the whole list, but for the setting, which there is chosen on the way."""
+    whole = {job["name"]: job for job in study("data", "examples")["jobs"]}
+    changed = by_recipe("changes", "data", "examples", "", [1])
+    assert [job["name"] for job in changed["jobs"]] == [f"flr-mixture-{change}-1" for change in CHANGES]
+    assert changed["data"] == ["data/instruments"]
+    others = by_recipe("others", "data", "examples", "", [0])
+    assert others["data"] == ["data/instruments", "data/amazon-office"]
+    for job in (*changed["jobs"], *others["jobs"]):
+        other = whole[job["name"]]
+        assert (job["argv"], job.get("last"), job["tags"]) == (other["argv"], other.get("last"), other["tags"])
+    assert {job["setting"] for job in changed["jobs"]} == {"recipe"}
