@@ -114,14 +114,16 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
 
 
 def recovery(root: Path, mode: str, dataset: RecDataset) -> dict[str, Any]:
-    """Agreement of the mode's factors with the planted interests."""
+    """Agreement of the mode's factors with the planted interests, by attention and (``*_scores``) by scores."""
     from flr.data import RecProcessor
     from flr.explain import factor_interest
     from flr.model.checkpoint import from_pretrained
 
     folder = root / f"{mode}-0"
     model, processor = from_pretrained(folder), RecProcessor.from_pretrained(folder)
-    return factor_interest(model, processor, dataset.test, dataset.catalogue.attributes["interest"]).to_dict()
+    known = (model, processor, dataset.test, dataset.catalogue.attributes["interest"])
+    scored = factor_interest(*known, by="scores")
+    return {**factor_interest(*known).to_dict(), "nmi_scores": scored.nmi, "chance_scores": scored.chance}
 
 
 def pictures(rows: list[dict[str, Any]], explanation: Explanation, out: Path) -> None:
@@ -158,9 +160,10 @@ def main(argv: list[str]) -> int:
 
     voice.result(_LEGEND)
     nmi = {mode: recovery(runs, mode, dataset) for mode in ("flr", "flr-plain")}
-    found = ", ".join(f"{mode} {agreement['nmi']:.3f}" for mode, agreement in nmi.items())
-    chance = max(agreement["chance"] for agreement in nmi.values())
-    voice.result(f"NMI of factors and interests: {found}; by chance {chance:.3f}.")
+    for name, what in (("nmi", "where factors look"), ("nmi_scores", "what they look for")):
+        found = ", ".join(f"{mode} {agreement[name]:.3f}" for mode, agreement in nmi.items())
+        chance = max(agreement[name.replace("nmi", "chance")] for agreement in nmi.values())
+        voice.result(f"NMI of interests and {what}: {found}; by chance {chance:.3f}.")
 
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]

@@ -22,3 +22,22 @@ def item_attention(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_i
         summed = attention.new_zeros(*attention.shape[:3], num_items + 1).scatter_add_(-1, place, attention)
         thoughts.append(summed[..., :num_items])
     return torch.stack(thoughts, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def item_scores(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_items: int) -> np.ndarray:
+    """Score of each history entry, log Σ exp(u_k · h_l) over its tokens, float64 [B, N, T, K, M]; -inf without tokens.
+
+    The logarithm of :func:`item_attention` is this less a number of the factor and the user: what is left out is how
+    much else there was to look at. Arguments as there.
+    """
+    thoughts = []
+    for step in prompts.output.steps:
+        scores = step.scores.double()  # [B, T, K, columns before the thought]
+        entry = item_positions[:, : scores.shape[-1]].to(scores.device)
+        place = torch.where(entry >= 0, entry, num_items)[:, None, None].expand_as(scores)
+        top = scores.amax(-1, keepdim=True)
+        summed = scores.new_zeros(*scores.shape[:3], num_items + 1)
+        summed = summed.scatter_add_(-1, place, (scores - top).exp()).log() + top
+        thoughts.append(summed[..., :num_items])
+    return torch.stack(thoughts, 1).cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,8 +13,11 @@ from torch import nn
 from flr.data import CSR, Interactions, RecProcessor
 from flr.model.backbone import causal_lm, evaluating
 
-from .attention import item_attention
+from .attention import item_attention, item_scores
 from .thinking import think
+
+#: What a factor's part in a history's items is told by.
+Measure = Literal["attention", "scores"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,26 @@ def assign_factors(attention: np.ndarray) -> np.ndarray:
     """
     mean = attention.mean(-1, keepdims=True)
     return np.where(mean > 0, attention / np.where(mean > 0, mean, 1), 0).argmax(-2)
+
+
+def assign_by_score(scores: list[np.ndarray]) -> list[np.ndarray]:
+    """An item's factor: the one whose score for it is furthest above the factor's mean over all items of all rows.
+
+    Attention is shared out within a row: a factor for which a row holds nothing looks at something all the same, and
+    one that looks at the latest item of its kind neglects the others of that kind. Scores know nothing of the row's
+    other items. A number added to all scores of a factor changes neither its attention nor what it is given here.
+
+    >>> assign_by_score([np.array([[5.0, 1.0], [0.0, 1.0]]), np.array([[1.0], [2.0]])])[0].tolist()
+    [0, 1]
+
+    Args:
+        scores: of every row, float [K, m] of its m items.
+
+    Returns:
+        int64 [m] of every row, 0..K-1; equal values go to the first factor.
+    """
+    mean = np.concatenate(scores, 1).mean(1, keepdims=True)
+    return [(x - mean).argmax(0) for x in scores]
 
 
 def agreement(
@@ -150,12 +173,14 @@ def factor_interest(
     thought: int = -1,
     permutations: int = 50,
     seed: int = 0,
+    by: Measure = "attention",
 ) -> FactorInterest:
     """Whether the factors recover known interests.
 
-    Every history item that the model sees is given to one factor by :func:`assign_factors`; the factors are then
-    compared with the items' interests. Histories of which the model sees one item are left out: attention over one item
-    says nothing. The targets play no part. Deterministic, and independent of batch_size up to ties by rounding.
+    Every history item that the model sees is given to one factor, by :func:`assign_factors` or by
+    :func:`assign_by_score`; the factors are then compared with the items' interests. Histories of which the model sees
+    one item are left out: attention over one item says nothing. The targets play no part. Deterministic, and
+    independent of batch_size up to ties by rounding.
 
     Args:
         model: patched, with factors. processor: its RecProcessor.
@@ -163,21 +188,21 @@ def factor_interest(
         interests: int [C], the true interest of every item (``catalogue.attributes["interest"]``).
         refinement, thought: whose attention, from the end where negative.
         permutations, seed: of the chance level.
+        by: "attention", which answers where factors look, or "scores", which answers what kinds of items they look for.
 
     Raises:
-        ValueError: a model without factors, interests of the wrong shape, no history of two items.
+        ValueError: a model without factors, interests of the wrong shape, no history of two items, another ``by``.
     """
     interests = np.asarray(interests)
     if interests.shape != (len(processor.catalogue),):
         raise ValueError(f"interests: expected shape ({len(processor.catalogue)},), got {interests.shape}")
     histories = interactions.histories if isinstance(interactions, Interactions) else interactions
-    assigned: list[tuple[np.ndarray, ...]] = []  # factors, items and row of every history
-    num_factors = 0
-    for index, seen, attention in attended(model, processor, histories, batch_size, refinement, thought):
-        num_factors = len(attention)
-        assigned.append((assign_factors(attention), seen, np.full(len(seen), index)))
-    factors, items, rows = (np.concatenate(column) for column in zip(*assigned, strict=True))
-    return agreement(factors, items, rows, interests, num_factors, permutations, seed)
+    rows = list(attended(model, processor, histories, batch_size, refinement, thought, by))
+    looked = [x for _, _, x in rows]
+    factors = [assign_factors(x) for x in looked] if by == "attention" else assign_by_score(looked)
+    index = np.repeat([row for row, _, _ in rows], [len(x) for x in factors])
+    items = np.concatenate([seen for _, seen, _ in rows])
+    return agreement(np.concatenate(factors), items, index, interests, len(looked[0]), permutations, seed)
 
 
 def attended(
@@ -187,14 +212,18 @@ def attended(
     batch_size: int,
     refinement: int = -1,
     thought: int = -1,
+    by: Measure = "attention",
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Row, the items that the model sees, int64 [m], and the factors' attention on them, float64 [K, m].
+    """Row, the items that the model sees, int64 [m], and the factors' attention or scores on them, float64 [K, m].
 
     Histories of which it sees one item are left out. Rows come by length.
 
     Raises:
-        ValueError: a model without factors that attend, a batch_size below 1, no history of two items.
+        ValueError: a model without factors that attend, a batch_size below 1, another ``by``, no history of two items.
     """
+    if by not in get_args(Measure):
+        raise ValueError(f"by: expected {' or '.join(get_args(Measure))}, got {by!r}")
+    measured = item_attention if by == "attention" else item_scores
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     filled = np.flatnonzero(histories.lengths > 1)
@@ -211,11 +240,11 @@ def attended(
                     "model: expected one with factors that attend (variant 'flr' or 'latentr3'), got one without"
                 )
             positions = inputs["item_positions"]
-            attention = item_attention(prompts, positions, int(part.lengths.max()))[:, thought, refinement]
+            looked = measured(prompts, positions, int(part.lengths.max()))[:, thought, refinement]
         for row, index in enumerate(chosen.tolist()):
             seen = np.unique(positions[row][positions[row] >= 0].numpy())
             if len(seen) > 1:
                 some = True
-                yield index, part.row(row)[seen].astype(np.int64), attention[row][:, seen]
+                yield index, part.row(row)[seen].astype(np.int64), looked[row][:, seen]
     if not some:
         raise ValueError("interactions: expected at least one row with a history of two items, got none")

@@ -59,8 +59,9 @@ class ReasonerOutput(NamedTuple):
         log_gates: log g_k of the last refinement [B, K], finite where a gate is too small for its dtype.
         contributions: g_k f_k of the last refinement [B, K, D]; they sum to ``thought``.
         user_losses: regulariser by name, averaged over refinements, [B].
-        attend: makes ``attention``.
+        attend, score: make ``attention`` and ``scores``.
         attention: [B, T, K, L], made on access from the saved queries (nothing of that size is kept), no gradient.
+        scores: u_k · h_l [B, T, K, L] of every column, masked or not, likewise: attention before it is normalised.
     """
 
     thought: Tensor
@@ -70,11 +71,17 @@ class ReasonerOutput(NamedTuple):
     contributions: Tensor
     user_losses: dict[str, Tensor]
     attend: Callable[[], Tensor]
+    score: Callable[[], Tensor]
 
     @property
     def attention(self) -> Tensor:
         with torch.no_grad():
             return self.attend()
+
+    @property
+    def scores(self) -> Tensor:
+        with torch.no_grad():
+            return self.score()
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -236,13 +243,13 @@ class FactorizedReasoner(Reasoner):
         assert logits is not None
         history = h.detach()
 
+        def scores() -> Tensor:
+            return torch.stack([(u @ history.transpose(1, 2)).to(lse.dtype) for u, lse in queries], 1)
+
         def attention() -> Tensor:
-            steps = []
-            for u, lse in queries:
-                scores = (u @ history.transpose(1, 2)).to(lse.dtype)
-                alpha = (scores - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
-                steps.append(alpha if mask is None else alpha * mask[:, None])
-            return torch.stack(steps, 1)
+            lse = torch.stack([lse for _, lse in queries], 1)
+            alpha = (scores() - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
+            return alpha if mask is None else alpha * mask[:, None, None]
 
         return ReasonerOutput(
             thought=aggregated.thought,
@@ -252,6 +259,7 @@ class FactorizedReasoner(Reasoner):
             contributions=aggregated.gates[..., None].to(f.dtype) * f,
             user_losses={name: x / config.num_refinements for name, x in totals.items()},
             attend=attention,
+            score=scores,
         )
 
     def _sparsity(self, gate_entropy: Tensor, entropy: Tensor, valid_tokens: Tensor) -> Tensor:
@@ -326,7 +334,7 @@ class LatentR3Reasoner(Reasoner):
         normalised = entropy / valid.sum(-1).clamp_min(2).to(entropy.dtype).log() if attends else zero
         if self.config.sparsity_target == "both":
             normalised = normalised / 2
-        kept = alpha.detach()
+        kept, raw = alpha.detach(), scores.detach()
         return ReasonerOutput(
             thought=thought,
             gates=torch.ones(h.shape[0], 1, 1, device=h.device, dtype=thought.dtype),
@@ -335,6 +343,7 @@ class LatentR3Reasoner(Reasoner):
             contributions=thought[:, None],
             user_losses={"orthogonality": zero, "diversity": zero, "sparsity": normalised},
             attend=lambda: kept[:, None, None],
+            score=lambda: raw[:, None, None],
         )
 
 
@@ -374,6 +383,7 @@ class OffsetReasoner(Reasoner):
                 "sparsity": uneven / math.log(factors) if factors > 1 else torch.zeros_like(uneven),
             },
             attend=lambda: f.new_zeros(batch, 1, factors, length),
+            score=lambda: f.new_zeros(batch, 1, factors, length),
         )
 
 

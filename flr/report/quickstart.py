@@ -13,7 +13,7 @@ from .html import PathLike, write_page
 from .plots import compare_panels, interval_note, metric_names, summarise
 
 _MAIN_METRICS = ("hr@10", "ndcg@10")
-_AGREEMENT = ("nmi", "chance", "chance_high", "within_user", "within_user_chance")
+_AGREEMENT = ("nmi", "chance", "chance_high", "within_user", "within_user_chance", "nmi_scores", "chance_scores")
 
 
 def quickstart_report(results: Mapping[str, Any], path: PathLike) -> None:
@@ -28,7 +28,7 @@ def quickstart_report(results: Mapping[str, Any], path: PathLike) -> None:
             differences: ``{mode: {metric: (mean, low, high)}}``, mode minus control (as ``flr compare`` gives them),
                 shown beside ``rows``
             control: str, the mode that differences are to; "anchor" when absent
-            nmi: ``FactorInterest.to_dict()`` by mode
+            nmi: ``FactorInterest.to_dict()`` by mode, with ``nmi_scores`` and ``chance_scores`` or without
             example: ``Explanation.to_dict()``
             next_steps: list of shell commands
             settings: values by name

@@ -12,9 +12,10 @@ STUDY = read_json(ROOT / "docs/results/study.json", 1 << 24)
 
 
 def test_the_tables_are_of_the_committed_results():
-    from scripts.quickstart_table import page
+    from scripts import planted_binding, quickstart_table
 
-    assert page(PAGE) == PAGE, "run python scripts/quickstart_table.py"
+    for script in (quickstart_table, planted_binding):
+        assert script.page(PAGE) == PAGE, f"run python -m {script.__name__}"
 
 
 def test_models_are_level_with_item_knn_and_ahead_beside_it():
@@ -57,6 +58,25 @@ def test_factors_are_ahead_on_generated_data_and_find_its_interests():
     assert min(ndcg["flr"]) > max(ndcg["anchor"])
     assert min(ndcg["offsets-mixture"]) > max(ndcg["flr-mixture"])
     assert all(found["nmi"] > 10 * found["chance"] for found in report["nmi"].values())
+
+
+def test_what_is_said_of_factors_and_interests_by_scores_holds():
+    """The page: most are bound by scores, untrained ones are not, and attention would hide perfect ones."""
+    rows = read_json(ROOT / "docs/results/planted_binding.json", 1 << 20)["rows"]
+    nmi = {mode: [row for row in rows if row["mode"] == mode] for mode in {row["mode"] for row in rows}}
+    assert {mode: len(found) for mode, found in nmi.items() if mode != "latest"} == dict.fromkeys(
+        ("flr", "flr-plain", "flr-mixture", "untrained"), 3
+    )
+    trained = [row["nmi_scores"] for row in (*nmi["flr"], *nmi["flr-mixture"])]
+    assert sum(value > 0.8 for value in trained) > len(trained) / 2
+    assert (
+        max(row["nmi_scores"] for row in nmi["flr-plain"])
+        < 0.6
+        < min(max(row["nmi_scores"] for row in nmi[mode]) for mode in ("flr", "flr-mixture"))
+    )
+    assert max(row["nmi_attention"] for row in rows) < 0.6
+    assert max(row["nmi_scores"] for row in nmi["untrained"]) < 0.3
+    assert nmi["latest"][0]["nmi_attention"] < 0.2
 
 
 def test_figures_that_were_measured_once_stand_in_the_log():

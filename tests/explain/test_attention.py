@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flr.explain import item_attention
+from flr.explain import item_attention, item_scores
 from flr.explain.thinking import think
 from flr.model.backbone import evaluating
 from tests.helpers.comparisons import assert_same_recommendations
@@ -56,3 +56,19 @@ def test_entries_too_far_back_are_marked():
     skipped = recommender.explain(["item_1", "nonsense"], k=1, on_unknown="skip")
     assert skipped.unknown == ["nonsense"]
     assert [item.item_id for item in skipped.history] == ["item_1"]
+
+
+@pytest.mark.parametrize("variant", ["flr", "latentr3"])
+def test_attention_is_scores_that_were_shared_out(variant):
+    recommender = build_recommender("sid", variant=variant)
+    inputs = recommender.processor([[3, 4, 5], [7, 8, 9]])
+    with evaluating(recommender.model), torch.no_grad():
+        prompts = think(recommender.model, inputs, 0)
+        attention, scores = (f(prompts, inputs["item_positions"], 4) for f in (item_attention, item_scores))
+    assert scores.shape == attention.shape
+    assert np.isneginf(scores[..., 3]).all()
+    assert not attention[..., 3].any()
+    scores, attention = scores[..., :3], attention[..., :3]
+    shared = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(shared, attention / attention.sum(-1, keepdims=True), rtol=1e-4)
+    assert np.abs(shared - 1 / 3).max() > 1e-3

@@ -11,7 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 import flr
 from flr.data import Interactions, RecProcessor, build_tokenizer, planted_dataset
-from flr.explain import agreement, assign_factors, factor_interest
+from flr.explain import agreement, assign_by_score, assign_factors, factor_interest
 from tests.helpers.models import build_recommender, tiny_model
 
 
@@ -21,6 +21,16 @@ def test_assignment_is_relative_to_a_factors_own_attention():
     assert assign_factors(attention).tolist() == [1, 0, 1]
     assert assign_factors(np.zeros((2, 3))).tolist() == [0, 0, 0]
     assert assign_factors(np.stack([attention, attention])).shape == (2, 3)
+
+
+def test_scores_know_nothing_of_a_rows_other_items():
+    """What attention cannot say: an old item of a kind, and a kind that a row does not have."""
+    scores = [np.array([[4.0, 9.0], [-4.0, -4.0]]), np.array([[-4.0, -4.0], [0.0, 5.0]])]
+    assert [x.tolist() for x in assign_by_score(scores)] == [[0, 0], [1, 1]]
+    looked = [np.exp(x - np.logaddexp.reduce(x, 1, keepdims=True)) for x in scores]
+    assert [assign_factors(x).tolist() for x in looked] == [[1, 0], [0, 1]]
+    moved = [x + np.array([[100.0], [-7.0]]) for x in scores]  # to which attention is blind
+    assert [x.tolist() for x in assign_by_score(moved)] == [[0, 0], [1, 1]]
 
 
 def test_agreement_of_perfect_and_of_random_assignments():
@@ -88,6 +98,19 @@ def test_planted_interests_are_found():
     assert result.num_items == seen[seen > 1].sum()
     assert factor_interest(model, processor, dataset.test, interests, batch_size=3, permutations=0).nmi == result.nmi
     json.dumps(result.to_dict())
+    scored = factor_interest(model, processor, dataset.test, interests, by="scores")
+    assert scored.nmi == pytest.approx(1)
+    assert (scored.confusion == result.confusion).all()
+
+
+def test_factors_that_look_at_the_latest_item_alone_are_found_by_their_scores():
+    """With a strong preference for late items attention says little of the kinds, scores say all."""
+    model, processor, dataset, interests = interested(perfect=True)
+    with torch.no_grad():
+        model.flr.key *= 50
+    by = {by: factor_interest(model, processor, dataset.test, interests, by=by).nmi for by in ("attention", "scores")}
+    assert by["attention"] < 0.9
+    assert by["scores"] == pytest.approx(1)
 
 
 def test_unrelated_factors_stay_at_chance():
@@ -110,6 +133,8 @@ def test_recovery_needs_factors_and_rows():
     recommender = build_recommender()
     with pytest.raises(ValueError, match=r"expected shape \(40,\)"):
         factor_interest(recommender.model, recommender.processor, rows, np.zeros(3, int))
+    with pytest.raises(ValueError, match="by: expected attention or scores, got 'gates'"):
+        factor_interest(recommender.model, recommender.processor, rows, np.zeros(40, int), by="gates")
     with pytest.raises(ValueError, match="history of two items"):
         factor_interest(
             recommender.model, recommender.processor, Interactions(["a", "b"], [[], [1]], [3, 3]), np.zeros(40, int)

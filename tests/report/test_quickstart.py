@@ -31,7 +31,7 @@ def rows_of(seeds):
 def test_report(tmp_path, seeds):
     recommender: Recommender = build_recommender(catalogue=nasty_catalogue())
     rows = rows_of(seeds)
-    confusion = {"nmi": 0.5, "chance": 0.1, "chance_high": None, "confusion": [[5, 1], [0, 0]]}
+    confusion = {"nmi": 0.5, "chance": 0.1, "chance_high": None, "confusion": [[5, 1], [0, 0]], "nmi_scores": 0.8123}
     quickstart_report(
         {
             "text": f"Made of {NASTY}",
@@ -51,6 +51,7 @@ def test_report(tmp_path, seeds):
     assert page.count("data:image/png") == 4  # two metrics, light, and dark for a page of that scheme
     assert page.count("<source media") == 2
     assert "NDCG@10 minus anchor" in shown
+    assert "NMI by scores 0.812" in " ".join(shown.split())
     assert ("Small orange dots" in shown) == (seeds > 1)
     assert "nan" not in shown
     quickstart_report({}, tmp_path / "empty.html")
