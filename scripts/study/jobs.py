@@ -2,8 +2,8 @@
 
 Three settings are tried for each of seven models on instruments, one seed, and chosen by NDCG@10 on valid; then four
 more seeds of what was chosen. After that other numbers of factors and refinements, no regularisers, semantic IDs, and
-the two other data sets by their recipes, three seeds each. :func:`by_recipe` has parts of it for a CPU: the recipe alone
-with other seeds for the mixture of factors and its two controls, the recipe with one change, and other data and codes.
+the two other data sets by their recipes, three seeds each. :func:`by_recipe` has parts of it for a CPU: the recipe with
+other seeds for the mixture of factors and its two controls, the recipe with one change, and other data and codes.
 """
 
 from __future__ import annotations
