@@ -60,6 +60,18 @@ def numbered(values: Iterable[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Different values [m] of ``values`` [n], ascending.
+
+    What ``numpy.unique`` gives, which hashes integers before it sorts them: six times as slow for millions of keys.
+
+    >>> distinct(np.array([3, 1, 3])).tolist()
+    [1, 3]
+    """
+    ordered = np.sort(values)
+    return ordered[np.concatenate((np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]))]
+
+
 def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """Where rows of these lengths begin and end when they stand side by side, int64 [rows + 1]."""
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))

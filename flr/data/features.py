@@ -11,7 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
 from .catalogue import Catalogue
-from .csr import numbered
+from .csr import distinct, numbered
 from .interactions import Interactions
 from .pairs import item_pairs
 
@@ -88,7 +88,7 @@ def cooccurrence(train: Interactions, num_items: int, decay: float = 0.8, backwa
         raise ValueError(f"train: expected users x items² below 2^63, got {users} users, {num_items} items")
     keys, gaps = [np.zeros(0, np.int64)], []
     for pairs in item_pairs(train):
-        keys.append(np.unique((user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later))
+        keys.append(distinct((user[pairs.row] * num_items + pairs.earlier) * num_items + pairs.later))
         gaps.append(np.full(len(keys[-1]), pairs.gap))
     found, place = np.unique(np.concatenate(keys), return_index=True)  # the first place is that of the smallest gap
     weights = decay ** (np.concatenate([np.zeros(0), *gaps])[place] - 1.0)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from flr.files import atomic_file, check_regular, shown
 
-from .csr import CSR, numbered
+from .csr import CSR, distinct, numbered
 from .interactions import Interactions
 from .pairs import item_pairs
 
@@ -262,7 +262,7 @@ def _forward(rows: _Rows, num_items: int, first: int, last: int, turned: bool = 
             at = np.flatnonzero((item >= first) & (item < last))
             pair = (user[chosen[row[at]]] - first_user) * (last - first) + item[at] - first
             keys.append((pair * num_items + other[at]) * width + gap)
-        total.add(np.unique(np.concatenate(keys)) % size)
+        total.add(distinct(np.concatenate(keys)) % size)
         start, first_user = end, last_user
     different, users = total.merged()
     values, places = users / (different % width), different // width
