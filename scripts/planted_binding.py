@@ -38,7 +38,7 @@ MODES = {
     "untrained": "mode flr before its first step",
     "latest": "no model: factors that know the interests and look at the latest item of theirs",
 }
-SEEDS = 3
+SEEDS = 6
 
 
 def measured(mode: str, seed: int, dataset: RecDataset) -> dict[str, Any]:
