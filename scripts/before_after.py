@@ -256,16 +256,24 @@ def table(report: dict[str, Any]) -> str:
     sizes = "; ".join(f"{number.split()[0]}: {text}" for number, text in given.items() if text != "the same")
     rounds = [report["points"][number]["rounds"] for number in points]
     worst = max(report["points"][number]["apart"] for number in points)
-    about, commits = report["machine"], report["commits"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "cuda")
+    runs: dict[str, list[str]] = {}
+    for number in points:
+        runs.setdefault(conditions(report["points"][number]["run"]), []).append(number.split()[0])
     lines += [
         "",
-        f"Commits {commits['before']} and {commits['after']}, {about['device']}, one thread, beside other programs,",
-        f"{versions}, {about['date']}. CPU time; medians of {min(rounds)} to {max(rounds)} rounds, least and greatest.",
+        *(f"Points {', '.join(dict.fromkeys(own))}: {text}." for text, own in runs.items()),
+        f"One thread, beside other programs. CPU time; medians of {min(rounds)} to {max(rounds)} rounds, least and greatest.",
         f"What both compute is the same within {worst:g} of the largest number, and lists of items wholly.",
         f"Sizes. {sizes}.",
     ]
     return "\n".join(lines)
+
+
+def conditions(run: dict[str, Any]) -> str:
+    """Commits, machine, versions and day of a point."""
+    about, commits = run["machine"], run["commits"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "cuda")
+    return f"commits {commits['before']} and {commits['after']}, {about['device']}, {versions}, {about['date']}"
 
 
 def page(root: Path = ROOT) -> str:
@@ -293,11 +301,11 @@ def measure(options: argparse.Namespace) -> None:
     file = options.output
     report = read_json(file) if file.exists() else {}
     about = facts()
-    report["machine"] = {"device": device_name(), "versions": about["versions"], "date": about["date"][:10]}
-    report["commits"] = commits_of(trees)
+    machine = {"device": device_name(), "versions": about["versions"], "date": about["date"][:10]}
+    run = {"machine": machine, "commits": commits_of(trees)}
     points = report.setdefault("points", {})
     for number in options.points:
-        points[number] = measured(POINTS[number], trees, options.rounds)
+        points[number] = {**measured(POINTS[number], trees, options.rounds), "run": run}
         write_json(file, report)
         print(*(line(number, row, points[number]) for row in POINTS[number].rows), sep="\n", flush=True)
 
