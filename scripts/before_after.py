@@ -254,7 +254,8 @@ def table(report: dict[str, Any]) -> str:
         lines += [line(number.split()[0], row, report["points"][number]) for row in POINTS[number].rows]
     given = {number: report["points"][number]["sizes"] for number in points}
     sizes = "; ".join(f"{number.split()[0]}: {text}" for number, text in given.items() if text != "the same")
-    rounds = [report["points"][number]["rounds"] for number in points]
+    counts = [report["points"][number]["rounds"] for number in points]
+    rounds = f"{min(counts)} to {max(counts)} rounds"
     worst = max(report["points"][number]["apart"] for number in points)
     runs: dict[str, list[str]] = {}
     for number in points:
@@ -262,7 +263,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         "",
         *(f"Points {', '.join(dict.fromkeys(own))}: {text}." for text, own in runs.items()),
-        f"One thread, beside other programs. CPU time; medians of {min(rounds)} to {max(rounds)} rounds, least and greatest.",
+        f"One thread, beside other programs. CPU time; medians of {rounds}, least and greatest.",
         f"What both compute is the same within {worst:g} of the largest number, and lists of items wholly.",
         f"Sizes. {sizes}.",
     ]

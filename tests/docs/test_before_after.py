@@ -32,13 +32,22 @@ def test_other_figures_are_found(tmp_path, capsys):
 
 def test_every_point_was_measured_at_both_commits():
     assert list(before_after.POINTS) == [name for name in before_after.POINTS if name in REPORT["points"]]
-    assert REPORT["commits"]["before"] != REPORT["commits"]["after"]
     for name, point in before_after.POINTS.items():
         result = REPORT["points"][name]
         assert result["sizes"] == point.sizes, f"{name}: measured at other sizes than the script's"
+        assert result["run"]["commits"]["before"] != result["run"]["commits"]["after"]
         for side in before_after.SIDES:
             assert {row.key for row in point.rows} <= set(result[side])
             assert {len(values) for values in result[side].values()} == {result["rounds"]}
+
+
+def test_points_that_were_measured_at_other_commits_are_told_apart():
+    report = copy.deepcopy(REPORT)
+    report["points"]["2"]["run"]["commits"]["after"] = "abc1234"
+    lines = [text for text in before_after.table(report).splitlines() if text.startswith("Points ")]
+    others = [text for text in before_after.table(REPORT).splitlines() if text.startswith("Points ")]
+    assert len(lines) == len(others) + 1
+    assert any(text.startswith("Points 2: commits 6c749f6 and abc1234, ") for text in lines)
 
 
 def test_targets_are_of_the_number_or_of_its_gain():
