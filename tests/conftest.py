@@ -37,6 +37,18 @@ def cluster(ray_nodes: TwoNodes) -> TwoNodes:
     return ray_nodes
 
 
+@pytest.fixture
+def inductor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled programs of this run alone, in one folder: Inductor compiles its headers once for all tests."""
+    from torch._inductor import config
+
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+    with config.patch(fx_graph_cache=False):  # a test compiles what it is about
+        yield
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those marked slow begin, so that no worker is waited for at the end; a real model is not loaded unasked.
 

@@ -120,8 +120,8 @@ def test_other_threads_keep_their_heads_unfolded(programs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
-def test_inductor_gives_the_same(shared, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+@pytest.mark.usefixtures("inductor")
+def test_inductor_gives_the_same(shared):
     torch._dynamo.reset()
     case = group_case("qwen2", torch.float32)
     expected, gradients = of_group(*case)

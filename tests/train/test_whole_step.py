@@ -129,7 +129,7 @@ def test_a_hooked_lm_head_is_run_outside_of_the_graph(tmp_path, monkeypatch):
 @pytest.mark.timeout(900)  # a minute or two by itself, in C++ compilers and in what writes their input
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["supervised", "tokens"])
-def test_inductor_gives_the_same(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.mark.usefixtures("inductor")
+def test_inductor_gives_the_same(tmp_path, name):
     trainer = supervised(tmp_path) if name == "supervised" else reinforced(tmp_path, **GRPO[name])
     check(trainer, torch.compile(trainer.compute_loss, fullgraph=True), BATCHES[:1])
