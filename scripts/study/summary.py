@@ -83,12 +83,17 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
     out["tables"] = []
     main = parts.get(_MAIN, [])
     for (name, codec, change), own in parts.items():
-        beside = [line for line in main if line["variant"] in {x["variant"] for x in own}] if change else []
+        beside = [line for line in main if _conditions(line) in {_conditions(x) for x in own}] if change else []
         table = _table(data / name, shared_seeds(own), beside)
         out["tables"].append({"data": name, "codec": codec, "change": change, **table})
     repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
     out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
     return out
+
+
+def _conditions(line: dict[str, Any]) -> tuple[str, ...]:
+    """What two trainings share that differ by one change."""
+    return tuple(str(line[name]) for name in ("variant", "setting", "seed", "device"))
 
 
 def _key(tags: dict[str, str]) -> tuple[str, str, str]:
@@ -154,7 +159,7 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
     out: dict[str, Any] = {"rows": len(dataset.test), "items": len(dataset.catalogue), "models": {}}
     out["device"] = sorted({line["device"] for line in lines})
     for variant, ways in values.items():
-        own = [line for line in lines if line["variant"] == variant]
+        own = sorted((line for line in lines if line["variant"] == variant), key=lambda line: line["seed"])
         entry: dict[str, Any] = {"seeds": len(own), "seconds": float(np.median([x["train_seconds"] for x in own]))}
         entry |= {"parameters": own[0]["parameters"], "setting": own[0]["setting"]}
         entry["valid"] = float(np.mean([line["metrics"]["valid"]["ndcg@10"] for line in own]))
@@ -162,9 +167,11 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
             entry[way] = {m: drawn.interval(by_metric[m]) for m in METRICS}
         if "anchor" in values and variant != "anchor":
             entry["less_anchor"] = drawn.difference(values["anchor"]["test"]["ndcg@10"], ways["test"]["ndcg@10"])
-        if beside:
-            base = _values([x for x in beside if x["variant"] == variant])[variant]
-            entry["less"] = drawn.difference(base["test"]["ndcg@10"], ways["test"]["ndcg@10"])
+        entry["each"] = [[line["seed"], float(x.mean())] for line, x in zip(own, ways["test"]["ndcg@10"], strict=True)]
+        if base := [x for x in beside if x["variant"] == variant]:
+            unchanged = _values(base)[variant]["test"]["ndcg@10"]
+            entry["unchanged"] = float(unchanged.mean())
+            entry["less"] = drawn.difference(unchanged, ways["test"]["ndcg@10"])
         out["models"][variant] = entry
     if beside:
         return out

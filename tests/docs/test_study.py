@@ -191,3 +191,23 @@ def test_parts_of_the_list_are_those_of_the_recipe():
         other = whole[job["name"]]
         assert (job["argv"], job.get("last"), job["tags"]) == (other["argv"], other.get("last"), other["tags"])
     assert {job["setting"] for job in changed["jobs"]} == {"recipe"}
+
+
+def test_a_change_is_compared_with_trainings_that_differ_by_it_alone(tmp_path):
+    """The same seed, setting and device: trainings of other seeds are not in its base."""
+    dataset = planted_dataset(num_items=20, num_users=40)
+    dataset.save(tmp_path / "instruments")
+    good, bad = [1] * len(dataset.test), [9] * len(dataset.test)
+    results = Results(tmp_path / "found")
+    for seed, ranks in ((0, bad), (1, good)):
+        results.add(*_line(results.folder, "flr-mixture", "recipe", seed, ranks, tune=seed == 0))
+    line, ranks = _line(results.folder, "flr-mixture", "recipe", 1, good)
+    line |= {"name": "changed", "tags": {**line["tags"], "change": "K=2"}}
+    results.add(line, ranks)
+    found = summary([results.folder], tmp_path)
+    own = next(t for t in found["tables"] if t["change"])["models"]["flr-mixture"]
+    assert own["each"] == [[1, 1.0]]
+    assert own["unchanged"] == 1.0
+    np.testing.assert_allclose(own["less"], 0.0, atol=1e-6)
+    row = page.changes(found).splitlines()[-1]
+    assert row.startswith("| K = 2 | 1 | 0.5000 | 1.0000 | 1.0000 | ")
