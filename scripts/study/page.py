@@ -120,7 +120,7 @@ def repeated(report: dict[str, Any]) -> str:
     heads = [f"{head}, earlier" if place < len(report["earlier"]) else head for place, head in enumerate(heads)]
     if len(found["recipe"]["test"]) > 1:
         columns.append(found["recipe"])
-        heads.append(f"recipe, mean of seeds {' and '.join(map(str, found['seeds']))}")
+        heads.append(f"recipe, mean of seeds {', '.join(map(str, found['seeds']))}")
     means = [{name: f"{value:.4f}" for name, value in one["test"].items()} for one in columns]
     rows = [[NAMES[name], *(own.get(name, "") for own in means)] for name in _order(COMPARED)]
     pairs = [{(a, b): _interval(values, "+", bold=True) for a, b, *values in one["pairs"]} for one in columns]
