@@ -40,6 +40,10 @@ def test_what_is_said_of_the_factors_mixture_holds_in_every_training():
     assert len(lows["anchor"]) >= 4
     assert min(lows["anchor"]) > 0
     assert sorted(low > 0 for low in lows["offsets-mixture"])[:2] == [False, True]
+    assert STUDY["repeated"]["seeds"] == [0, 1, 2, 3]  # README and the page: four seeds, beyond chance
+    beyond = {(name, other): low > 0 for name, other, _, low, _ in STUDY["repeated"]["recipe"]["pairs"]}
+    assert beyond["flr-mixture", "anchor"]
+    assert beyond["flr-mixture", "offsets-mixture"]
 
 
 def test_factors_help_in_histories_of_many_kinds():
