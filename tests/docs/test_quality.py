@@ -112,3 +112,13 @@ def test_what_is_said_of_updates_on_a_stream_holds():
     assert instruments["differences"]["update - scratch"][2] < 0
     for summary in (cds, instruments):
         assert summary["cpu_seconds"]["scratch"] > 2.5 * summary["cpu_seconds"]["update"]
+
+
+def test_what_is_said_of_changes_holds():
+    """The page: two factors are behind four, eight and no regularisers are level with the recipe."""
+    found = {table["change"]: table["models"]["flr-mixture"]["less"] for table in STUDY["tables"] if table["change"]}
+    mean, low, high = found["K=2"]
+    assert high < 0, (mean, low, high)
+    for change in ("K=8", "plain"):
+        mean, low, high = found[change]
+        assert low < 0 < high, change
