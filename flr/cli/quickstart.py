@@ -160,10 +160,9 @@ def main(argv: list[str]) -> int:
 
     voice.result(_LEGEND)
     nmi = {mode: recovery(runs, mode, dataset) for mode in ("flr", "flr-plain")}
-    for name, what in (("nmi", "where factors look"), ("nmi_scores", "what they look for")):
-        found = ", ".join(f"{mode} {agreement[name]:.3f}" for mode, agreement in nmi.items())
-        chance = max(agreement[name.replace("nmi", "chance")] for agreement in nmi.values())
-        voice.result(f"NMI of interests and {what}: {found}; by chance {chance:.3f}.")
+    found = ", ".join(f"{mode} {agreement['nmi']:.3f}" for mode, agreement in nmi.items())
+    chance = max(agreement["chance"] for agreement in nmi.values())
+    voice.result(f"NMI of factors and interests: {found}; by chance {chance:.3f}.")
 
     longest = max(range(len(dataset.test)), key=lambda i: len(dataset.test[i].history))
     history = [dataset.catalogue.item_ids[i] for i in dataset.test[longest].history]
