@@ -1,7 +1,7 @@
 """What factors of the quickstart's models look for, and what they look at, as a table of docs/quality.md.
 
-    python scripts/planted_binding.py --run          # trains; about 50 seconds of one core a model
-    python scripts/planted_binding.py                # docs/quality.md alone
+    python -m scripts.planted_binding --run          # trains; about 50 seconds of one core a model
+    python -m scripts.planted_binding                # docs/quality.md alone
 
 Every model is one of `flr quickstart`, which docs/results/planted_binding.json says. "untrained" is mode flr before its
 first step, with item embeddings made of the titles: what it has, training did not bring. "latest" is no model: four
@@ -27,6 +27,8 @@ from flr.data import RecDataset
 from flr.evaluate import evaluate
 from flr.explain import agreement, assign_factors, factor_interest
 from flr.files import read_json, write_json
+
+from .quickstart_table import span
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/planted_binding.json", ROOT / "docs/quality.md"
@@ -87,11 +89,7 @@ def table(report: dict[str, Any]) -> str:
     lines = ["| | what it is | seeds | NDCG@10 | NMI by attention | NMI by scores |", "|---|---|---|---|---|---|"]
     for mode, what in MODES.items():
         rows = [row for row in report["rows"] if row["mode"] == mode]
-        cells = []
-        for name in names:
-            values = [row[name] for row in rows if name in row]
-            ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{ends}" if values else "")
+        cells = [span([row[name] for row in rows if name in row]) for name in names]
         lines.append(f"| {mode} | {what} | {len(rows) if 'seed' in rows[0] else ''} | {' | '.join(cells)} |")
     chance = max(row[name] for row in report["rows"] for name in row if name.startswith("chance"))
     lines.append(f"\nThe test split: means over seeds, from the lowest to the highest. By chance {chance:.3f} at most.")

@@ -30,16 +30,18 @@ def result(report: dict[str, Any]) -> dict[str, Any]:
     return {"rows": kept, "nmi": nmi}
 
 
+def span(values: list[float]) -> str:
+    """Mean, and of several the lowest and the highest; nothing of none."""
+    ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{ends}" if values else ""
+
+
 def table(report: dict[str, Any]) -> str:
     """What ``flr quickstart`` found: means over seeds with the lowest and the highest, and NMI of the first seed."""
     lines = ["| mode | what it is | seeds | HR@10 | NDCG@10 | NMI, by chance |", "|---|---|---|---|---|---|"]
     for mode in dict.fromkeys(row["mode"] for row in report["rows"]):
         runs = [row["metrics"] for row in report["rows"] if row["mode"] == mode]
-        spans = []
-        for metric in METRICS:
-            values = [run[metric] for run in runs]
-            ends = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            spans.append(f"{np.mean(values):.3f}{ends}")
+        spans = [span([run[metric] for run in runs]) for metric in METRICS]
         found = report["nmi"].get(mode)
         agreement = f"{found['nmi']:.3f}, {found['chance']:.3f}" if found else ""
         lines.append(f"| {mode} | {NAMES[mode]} | {len(runs)} | {' | '.join(spans)} | {agreement} |")

@@ -14,14 +14,8 @@ def item_attention(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_i
 
     Tokens that belong to no item (template, earlier thoughts; -1 in item_positions [B, L + N]) count for none.
     """
-    thoughts = []
-    for step in prompts.output.steps:
-        attention = step.attention.double()  # [B, T, K, columns before the thought]
-        entry = item_positions[:, : attention.shape[-1]].to(attention.device)
-        place = torch.where(entry >= 0, entry, num_items)[:, None, None].expand_as(attention)
-        summed = attention.new_zeros(*attention.shape[:3], num_items + 1).scatter_add_(-1, place, attention)
-        thoughts.append(summed[..., :num_items])
-    return torch.stack(thoughts, 1).cpu().numpy()
+    summed = [_by_entry(step.attention.double(), item_positions, num_items) for step in prompts.output.steps]
+    return torch.stack(summed, 1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -33,11 +27,14 @@ def item_scores(prompts: ThinkingPrompts, item_positions: torch.Tensor, num_item
     """
     thoughts = []
     for step in prompts.output.steps:
-        scores = step.scores.double()  # [B, T, K, columns before the thought]
-        entry = item_positions[:, : scores.shape[-1]].to(scores.device)
-        place = torch.where(entry >= 0, entry, num_items)[:, None, None].expand_as(scores)
+        scores = step.scores.double()
         top = scores.amax(-1, keepdim=True)
-        summed = scores.new_zeros(*scores.shape[:3], num_items + 1)
-        summed = summed.scatter_add_(-1, place, (scores - top).exp()).log() + top
-        thoughts.append(summed[..., :num_items])
+        thoughts.append(_by_entry((scores - top).exp(), item_positions, num_items).log() + top)
     return torch.stack(thoughts, 1).cpu().numpy()
+
+
+def _by_entry(values: torch.Tensor, item_positions: torch.Tensor, num_items: int) -> torch.Tensor:
+    """Values [B, T, K, columns before the thought] summed over each entry's tokens, [B, T, K, M]."""
+    entry = item_positions[:, : values.shape[-1]].to(values.device)
+    place = torch.where(entry >= 0, entry, num_items)[:, None, None].expand_as(values)
+    return values.new_zeros(*values.shape[:3], num_items + 1).scatter_add_(-1, place, values)[..., :num_items]

@@ -162,26 +162,14 @@ def others(report: dict[str, Any]) -> str:
     return _lines(heads, rows)
 
 
-#: What was asked of the mixture of factors beside K = 4, T = 1 and its regularisers.
-CHANGED = {
-    "K=2": "K = 2",
-    "K=3": "K = 3",
-    "K=6": "K = 6",
-    "K=8": "K = 8",
-    "T=2": "T = 2",
-    "T=3": "T = 3",
-    "plain": "no regularisers",
-}
-
-
 def changes(report: dict[str, Any]) -> str:
     """One change of the recipe at a time, beside the recipe with the same seeds; bold where the interval excludes 0."""
     found = {table["change"]: table["models"]["flr-mixture"] for table in report["tables"] if table["change"]}
     rows = []
-    for change in (name for name in CHANGED if name in found):
-        own = found[change]
+    for change, own in sorted(found.items()):
         seeds, each = (", ".join(x) for x in zip(*((str(s), f"{x:.4f}") for s, x in own["each"]), strict=True))
-        row = [CHANGED[change], seeds, f"{own['valid']:.4f}", each, f"{own['unchanged']:.4f}"]
+        name = "no regularisers" if change == "plain" else change.replace("=", " = ")
+        row = [name, seeds, f"{own['valid']:.4f}", each, f"{own['unchanged']:.4f}"]
         rows.append([*row, _interval(own["less"], "+", bold=True), f"{own['parameters'] / 1e6:.2f}"])
     heads = [
         "K factors, mixture, with",
