@@ -134,6 +134,7 @@ def run(job: Run, dataset: RecDataset, args: argparse.Namespace) -> dict[str, An
         seed=job.seed,
         data_seed=job.seed,
         use_cpu=args.cpu,
+        bf16=True,
         disable_tqdm=True,
     )
     place = "pretrained" if job.weights == "lora" else f"random-{job.seed}"
@@ -193,7 +194,7 @@ def studies(best: dict[str, tuple[str, float]]) -> Iterator[Run]:
     order += [(cds, mode, 1, side) for mode in three for side in sides]
     order += [(sids, mode, 0, side) for mode in ("none", "flr") for side in sides]
     order += [(cds, mode, 2, side) for mode in three for side in sides]
-    order += [(sids, "anchor", 0, side) for side in sides]
+    order += [(sids, mode, 0, side) for mode in ("anchor", "latentr3") for side in sides]
     order += [(office, mode, 0, side) for mode in three for side in sides]
     order += [(cds, mode, seed, "pretrained") for mode in ("latentr3", "flr-mixture") for seed in SEEDS]
     order += [(sids, mode, seed, side) for seed in SEEDS[1:] for mode in three for side in sides]
@@ -250,7 +251,8 @@ class Queue:
         waiting = any(one.name in self.live for one in trials())
         later = [] if waiting else studies(chosen(done))
         for job in [*trials(), *later]:
-            if job.name not in self.tried and job.data in self.data:
+            wanted = job.name.startswith(self.args.only) and job.data in self.data
+            if wanted and job.name not in self.tried:
                 return job
         return None
 
@@ -304,7 +306,8 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=20)
     parser.add_argument("--valid_users", type=int, default=1000)
     parser.add_argument("--test_users", type=int, default=2000)
-    parser.add_argument("--cpu", action="store_true", help="No GPU: a trial of a few --steps.")
+    parser.add_argument("--only", default="", help="How the names of runs begin, such as amazon-office.sid.lora.")
+    parser.add_argument("--cpu", action="store_true", help="Not on a GPU.")
     parser.add_argument("--convert", action="store_true", help="Write the folders of weights, and end.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

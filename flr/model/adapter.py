@@ -86,15 +86,19 @@ def wrap(model: Any, folder: Path, is_trainable: bool) -> Any:
     except ImportError as error:
         raise ValueError(f"peft: expected the package peft, which reads the adapter in {folder}, got none") from error
     with naming(folder, "an adapter that fits its base model"):
-        return save_rows_alone(peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable))
+        return keep_rows_alone(peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable))
 
 
-def save_rows_alone(model: Any) -> Any:
-    """``model``, a ``PeftModel``: where it holds rows of chosen tokens, it saves them and not the whole table beside.
+def keep_rows_alone(model: Any) -> Any:
+    """``model``, a ``PeftModel``: where it holds rows of chosen tokens, it computes with them and saves them, alone.
 
-    PEFT adds the table wherever the vocabulary has grown, although no other row of it has changed.
+    PEFT copies the table for them at every use, and saves it wherever the vocabulary has grown, although no other row
+    of it has changed.
     """
     if getattr(model.peft_config[model.active_adapter], _TOKENS, None):
+        from .trained_rows import rows_alone
+
+        rows_alone(model)
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
     return model
 

@@ -23,7 +23,8 @@ from flr.config import IGNORE
 from flr.data.trie import CatalogueTrie
 
 from .backbone import may_look
-from .head import MAX_LOSS_LOGITS, has_rows, head, is_linear, is_unhooked, scale_logits
+from .head import MAX_LOSS_LOGITS, head, is_linear, scale_logits
+from .token_table import TokenTable, is_unhooked, table_of
 
 #: What a gathered dot product costs, in those of a matrix product (one CPU thread, D of 128 and 1024: 67 to 290).
 _GATHER_COST = 100
@@ -127,24 +128,25 @@ class CatalogueLoss:
             return self._of_all_rows(model, hidden, (parent, begin, fanout, child), smoothing)
         losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         lm_head = model.get_output_embeddings()
-        gathers = is_linear(model) and has_rows(lm_head) and is_unhooked(lm_head)
+        table = table_of(lm_head) if is_linear(model) and is_unhooked(lm_head) else None
 
         first = ((fanout > 1) & (parent == 0)).nonzero()[:, 0]
         if len(first):
-            scores = _at(model, hidden[first], tokens[1 : self._root], gathers).to(losses.dtype)
+            scores = _at(model, hidden[first], tokens[1 : self._root], table).to(losses.dtype)
             values = cross_entropy(scores, child[first] - 1, reduction="none", label_smoothing=smoothing)
             losses = losses.index_copy(0, first, values)
 
         later = ((fanout > 1) & (parent > 0)).nonzero()[:, 0]
         if len(later):
-            vocabulary = model.get_output_embeddings().weight.shape[0]
-            gathers = gathers and int(fanout[later].sum()) * _GATHER_COST <= len(later) * vocabulary
-            cost = fanout[later] * hidden.shape[1] if gathers else torch.full_like(later, vocabulary)
+            vocabulary = model.config.get_text_config(decoder=True).vocab_size
+            if int(fanout[later].sum()) * _GATHER_COST > len(later) * vocabulary:
+                table = None
+            cost = torch.full_like(later, vocabulary) if table is None else fanout[later] * hidden.shape[1]
             place = ((cost.cumsum(0) - 1) // MAX_LOSS_LOGITS).unique_consecutive(return_counts=True)[1].tolist()
             recompute = len(place) > 1 and torch.is_grad_enabled()
             parts = []
             for rows in later.split(place):
-                block = (model, hidden[rows], tokens, begin[rows], fanout[rows], child[rows], smoothing, gathers)
+                block = (model, hidden[rows], tokens, begin[rows], fanout[rows], child[rows], smoothing, table)
                 parts.append(checkpoint(_below, *block, use_reentrant=False) if recompute else _below(*block))
             losses = losses.index_copy(0, later, torch.cat(parts))
         return losses
@@ -189,14 +191,12 @@ class CatalogueLoss:
         return logits - logits[:, tokens[1 : self._root]].logsumexp(-1, keepdim=True)
 
 
-def _at(model: Any, hidden: Tensor, tokens: Tensor, gathers: bool) -> Tensor:
+def _at(model: Any, hidden: Tensor, tokens: Tensor, table: TokenTable | None) -> Tensor:
     """Logits [M, F] of ``tokens`` [F]."""
-    if not gathers:
+    if table is None:
         return head(model, hidden)[:, tokens]
-    module = model.get_output_embeddings()
-    return scale_logits(
-        model, linear(hidden, module.weight[tokens], None if module.bias is None else module.bias[tokens])
-    )
+    bias = None if table.bias is None else table.bias[tokens]
+    return scale_logits(model, linear(hidden, table.rows(tokens), bias))
 
 
 def _below(
@@ -207,17 +207,16 @@ def _below(
     fanout: Tensor,
     child: Tensor,
     smoothing: float,
-    gathers: bool,
+    table: TokenTable | None,
 ) -> Tensor:
     """Losses [n] of tokens whose node's children are ``begin .. begin + fanout - 1``: segments of one flat array."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     start = fanout.cumsum(0) - fanout
     row = torch.arange(len(fanout), device=fanout.device).repeat_interleave(fanout)  # [P]
     token = tokens[torch.arange(len(row), device=row.device) + (begin - start)[row]]
-    if gathers:
-        module = model.get_output_embeddings()
-        scores = (hidden[row].to(dtype) * module.weight[token].to(dtype)).sum(-1)
-        scores = scale_logits(model, scores if module.bias is None else scores + module.bias[token])
+    if table is not None:
+        scores = (hidden[row].to(dtype) * table.rows(token).to(dtype)).sum(-1)
+        scores = scale_logits(model, scores if table.bias is None else scores + table.bias[token])
     else:
         scores = head(model, hidden)[row, token].to(dtype)
     top = scores.detach().new_full(fanout.shape, -torch.inf).scatter_reduce(0, row, scores.detach(), "amax")

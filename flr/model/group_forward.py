@@ -29,13 +29,14 @@ from .head import MAX_LOSS_LOGITS, head_logprob, row_losses
 from .outputs import GroupInputs, GroupOutput
 from .packed_members import PackedMembers, Prompt, encode_prompts
 from .reasoner import LOSSES, ReasonerOutput
+from .token_table import embedding_width
 from .verify import traits_of
 
 
 def _check(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, group: GroupInputs) -> None:
     config = model._flr_patch.config
     batch, width = input_ids.shape
-    thoughts, hidden = config.thought_count, model.get_input_embeddings().weight.shape[-1]
+    thoughts, hidden = config.thought_count, embedding_width(model)
     if config.mixes:
         raise ValueError("aggregation: expected thought for a group forward, which perturbs one thought, got mixture")
     if not hasattr(model, "flr"):

@@ -15,6 +15,7 @@ from flr_kernels import token_logprob
 from flr_kernels.ops.log_normaliser.reference import CACHED_CELLS
 
 from .own_forward import own_logits
+from .token_table import TokenTable, is_unhooked, table_of
 
 #: Logits kept for the backward of the loss; above it, they are recomputed a block of rows at a time.
 MAX_LOSS_LOGITS = 1 << 26
@@ -76,26 +77,6 @@ def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> 
         for i in range(0, hidden.shape[0], step)
     ]
     return torch.cat(parts)
-
-
-def has_rows(module: Any) -> bool:
-    """Whether rows of the lm_head may be read from its weight: an ordinary matrix, whole in this process.
-
-    What more is asked differs on purpose. :class:`HeadRows` also compares with logits that the model itself computed,
-    so hooks do not matter. The catalogue's loss has nothing to compare with in a training step and wants no hooks
-    either. :func:`head_logprob` calls the module, hooks and all, with another ``forward``: it may be sharded, but must
-    be a matrix and nothing more, without bias, scale or softcap.
-    """
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)  # not sharded
-        and module.weight.numel() > 0  # not partitioned away
-    )
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` is its forward and nothing more."""
-    return not (module._forward_pre_hooks or module._forward_hooks)
 
 
 def is_plain(model: Any, head: nn.Module) -> bool:
@@ -170,20 +151,23 @@ def _called(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
 class HeadRows:
     """Logits of chosen tokens from hidden states, in float32, reading the chosen rows of lm_head alone.
 
-    Made by ``of``, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted).
+    Made by ``of``, which says None where the lm_head is not an ordinary matrix in memory (quantised, sharded, adapted
+    but for rows of its own).
     """
 
-    def __init__(self, lm: Any) -> None:
-        module = lm.get_output_embeddings()
-        self.lm, self.weight, self.bias = lm, module.weight, module.bias
+    def __init__(self, lm: Any, table: TokenTable | None = None) -> None:
+        table = table or table_of(lm.get_output_embeddings())
+        if table is None:
+            raise ValueError("lm: expected an lm_head whose rows can be read one by one, got another")
+        self.lm, self.table = lm, table
 
     @classmethod
     def of(cls, lm: Any, hidden: Tensor, logits: Tensor) -> HeadRows | None:
         """Rows of ``lm``, if they give the ``logits`` [B, V] that it computed itself from ``hidden`` [B, D]."""
-        module = lm.get_output_embeddings()
-        if not is_linear(lm) or not has_rows(module) or module.weight.shape != (logits.shape[-1], hidden.shape[-1]):
+        table = table_of(lm.get_output_embeddings()) if is_linear(lm) else None
+        if table is None or table.weight.shape != (logits.shape[-1], hidden.shape[-1]):
             return None
-        rows = cls(lm)
+        rows = cls(lm, table)
         count, vocabulary = logits.shape
         token = torch.arange(0, vocabulary, max(1, vocabulary // 16), device=logits.device).repeat(count)
         row = torch.arange(count, device=logits.device).repeat_interleave(len(token) // max(count, 1))
@@ -201,20 +185,20 @@ class HeadRows:
         if len(token):
             different, column = token.unique(return_inverse=True)
             if len(hidden) * len(different) < _GATHER_COST.get(hidden.device.type, 40) * len(token):
-                logits = hidden @ self.weight[different].float().T
+                logits = hidden @ self.table.rows(different).float().T
                 return self.finish(logits[row, column], token)
         cells = CACHED_CELLS if hidden.device.type == "cpu" else 1 << 26
         blocks = (x.split(max(1, cells // hidden.shape[1])) for x in (row, token))
-        parts = [(hidden[r] * self.weight[t].float()).sum(-1) for r, t in zip(*blocks, strict=True)]
+        parts = [(hidden[r] * self.table.rows(t).float()).sum(-1) for r, t in zip(*blocks, strict=True)]
         return self.finish(torch.cat(parts) if parts else hidden.new_empty(0), token)
 
     def over(self, token: Tensor) -> TokenRows:
         """The rows of the tokens int64 [U], copied once."""
-        return TokenRows(self, self.weight[token], token)
+        return TokenRows(self, self.table.rows(token), token)
 
     def finish(self, logits: Tensor, token: Tensor) -> Tensor:
-        if self.bias is not None:
-            logits = logits + self.bias[token].float()
+        if self.table.bias is not None:
+            logits = logits + self.table.bias[token].float()
         return scale_logits(self.lm, logits)
 
 

@@ -1,0 +1,84 @@
+"""PEFT's layer for chosen rows of a token table, computed without a copy of the table.
+
+PEFT (``trainable_token_indices``) writes the trained rows into a copy of the table at every use, and the backward makes
+a gradient of the whole table to take those rows from. A model of 150,000 tokens and 896 channels so moves some
+gigabytes a step, for rows that are a thousandth of them. Here the table is used as it is, and the trained rows beside
+it:
+
+    embedding   e_t = trained[place_t] where t has a place, else table[t]
+    lm_head     the table's logits, with those of the trained rows written over their own columns
+
+The values are the same; adapters are saved, loaded and merged by PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from .token_table import TokenTable, is_whole, with_trained
+
+
+class TrainedRows(TrainableTokensLayer):
+    """A ``TrainableTokensLayer`` of one active adapter on a plain table; whatever else it is asked PEFT answers."""
+
+    def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings of tokens int64 [...], or logits of states [..., D], by the kind of the layer within."""
+        if args or kwargs or (name := self._active(active_adapters)) is None:
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        trained, index, place = self._trained(name)
+        made = self.base_layer(x)
+        if isinstance(self.base_layer, nn.Linear):
+            own = linear(x, trained if torch.is_autocast_enabled(x.device.type) else trained.to(x.dtype))
+            return made.index_copy_(-1, index, own.to(made.dtype))  # no backward reads a product's result
+        scale = self._get_embed_scale()  # Gemma
+        return with_trained(made, trained if scale is None else trained * scale.to(trained.dtype), place, x)
+
+    def table(self) -> TokenTable | None:
+        """Rows by token, where the layer within is an lm_head and its logits are not left to PEFT."""
+        name = self._active(self.active_adapters)
+        if name is None or type(self.base_layer) is not nn.Linear:
+            return None
+        trained, _, place = self._trained(name)
+        return TokenTable(self.base_layer.weight, None, trained, place)
+
+    def _active(self, names: Any) -> str | None:
+        """The one adapter whose rows stand beside the table, None where PEFT's own way is to be taken."""
+        names = [names] if isinstance(names, str) else list(names or ())
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.trainable_tokens_delta:
+            return None
+        base: Any = self.base_layer
+        if isinstance(base, nn.Linear):
+            plain = base.bias is None  # PEFT leaves a bias out
+        else:
+            plain = (
+                isinstance(base, nn.Embedding)
+                and base.max_norm is None
+                and not (base.sparse or base.scale_grad_by_freq)
+                and base.padding_idx not in self.token_indices[names[0]]
+            )
+        return names[0] if plain and is_whole(base.weight) else None
+
+    def _trained(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Trained rows [N, D], their tokens int64 [N], and the place of every token among them int64 [V]."""
+        trained, indices = self.trainable_tokens_delta[name], self.token_indices[name]
+        base: Any = self.base_layer
+        rows = base.weight.shape[0]
+        kept = self.__dict__.get("_flr_places")
+        if kept is None or kept[0] is not indices or kept[1].device != trained.device or len(kept[2]) != rows:
+            index = torch.tensor(indices, device=trained.device)
+            place = torch.full((rows,), -1, device=trained.device)
+            place[index] = torch.arange(len(indices), device=trained.device)
+            kept = self.__dict__["_flr_places"] = (indices, index, place)
+        return trained, kept[1], kept[2]
+
+
+def rows_alone(model: Any) -> None:
+    """Compute the token tables of ``model``, a ``PeftModel``, by rows wherever PEFT trains some of them."""
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = TrainedRows
