@@ -29,6 +29,8 @@ KINDS = {
     "random-lora": "random, adapters",
 }
 MODES = ("none", "anchor", "latentr3", "flr", "flr-mixture")
+#: What other thoughts are compared with.
+BASES = {"none": "less that of no thought", "anchor": "less that of one more token"}
 SAMPLES = 2000
 
 
@@ -81,26 +83,29 @@ def difference(of: dict[int, Any], base: dict[int, Any], users: np.ndarray) -> s
 
 
 def tables(done: dict[str, dict[str, Any]]) -> str:
-    """All tables in Markdown, with the budget below."""
+    """All tables in Markdown, each with its budget, and what they have in common below."""
     best, lines = chosen(done), []
     columns = ("weights", "thought", "seeds", "HR@10", "NDCG@10")
     for (data, codec), group in sorted(shown(done).items()):
         knn = done[f"{data}.item-kNN"]
         users = np.asarray(knn["users"])
-        thoughts = any(mode != "none" for _, mode in group)
-        heads = [*columns, *(["less that of no thought"] if thoughts else []), "less that of random"]
+        bases = [mode for mode in BASES if any(other not in ("none", mode) for _, other in group)]
+        bases = [mode for mode in bases if any(other == mode for _, other in group)]
+        random = any(not weights.startswith("lora") for weights, _ in group)
+        heads = [*columns, *(BASES[mode] for mode in bases), *(["less that of random"] if random else [])]
         lines += [f"\n*{data}, `{codec}`*\n", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for weights, mode in sorted(group, key=lambda of: (MODES.index(of[1]), of[0])):
             seeds = group[weights, mode]
             cells = [KINDS[weights], mode, str(len(seeds)), *_measured([one["test"] for one in seeds.values()], users)]
-            base = group.get((weights, "none"), {})
-            if thoughts:
-                cells.append("" if mode == "none" else difference(seeds, base, users))
+            for base in bases:
+                cells.append("" if mode in ("none", base) else difference(seeds, group.get((weights, base), {}), users))
             other = group.get((best["random"][0], mode), {}) if "random" in best else {}
-            cells.append(difference(seeds, other, users) if weights == "lora" else "")
+            if random:
+                cells.append(difference(seeds, other, users) if weights == "lora" else "")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append(f"| item-kNN | | | {' | '.join(_measured([knn['test']], users))} |{' |' * (len(heads) - 5)}")
-    return "\n".join([*lines, "", _budget(done)]).strip()
+        lines += ["", _budget([run for seeds in group.values() for run in seeds.values()])]
+    return "\n".join([*lines, "", _in_common(done)]).strip()
 
 
 def _measured(tests: list[dict[str, Any]], users: np.ndarray) -> list[str]:
@@ -109,19 +114,29 @@ def _measured(tests: list[dict[str, Any]], users: np.ndarray) -> list[str]:
     return [f"{np.mean([one['hr@10'] for one in values]):.4f}", f"{mean:.4f} ({low:.4f} to {high:.4f})"]
 
 
-def _budget(done: dict[str, dict[str, Any]]) -> str:
-    """What the runs had in common, and the trials, in sentences."""
-    run = next(found for found in done.values() if "steps" in found)
+def _budget(runs: list[dict[str, Any]]) -> str:
+    """What a table's trainings cost, in a sentence."""
+    steps, rows, devices = (
+        sorted({str(run.get(name, "CPU core")) for run in runs}) for name in ("steps", "batch_size", "device")
+    )
+    seconds = sorted(sum(run["seconds"]) for run in runs)
+    took = " to ".join(dict.fromkeys(f"{x:.0f}" for x in (seconds[0], seconds[-1])))
+    return (
+        f"{' or '.join(steps)} steps of {' or '.join(rows)} rows; {took} seconds a run beside others on one "
+        f"{' or '.join(devices)}."
+    )
+
+
+def _in_common(done: dict[str, dict[str, Any]]) -> str:
+    """What all runs had in common, and the trials, in sentences."""
     tried = [(one, done[one.name]["valid"]) for one in trials() if "valid" in done.get(one.name, ())]
     rows = next(found["test"]["of"] for found in done.values() if found["weights"] == "item-kNN")
     valid = "; ".join(f"{KINDS[one.weights]}, {one.rate:g}: {found['ndcg@10']:.4f}" for one, found in tried)
-    seconds = [sum(found["seconds"]) for found in done.values() if "steps" in found]
-    device = f" on one {run['device']}" if "device" in run else ""
+    first = trials()[0]
     return (
-        f"Steps of {run['batch_size']} rows, {run['steps']} of them on {run['data']}; {rows:,} test rows, evenly "
-        f"spread, whole catalogue, 20 beams; bold where the interval excludes 0. A run took {min(seconds):.0f} to "
-        f"{max(seconds):.0f} seconds beside others{device}. NDCG@10 on {tried[0][1]['of']:,} rows of valid by learning "
-        f"rate, no thought, seed 0: {valid}."
+        f"{rows:,} test rows, evenly spread, whole catalogue, 20 beams; bold where the interval excludes 0. NDCG@10 on "
+        f"{tried[0][1]['of']:,} rows of valid of {first.data}, `{first.codec}`, by learning rate, no thought, seed 0: "
+        f"{valid}."
     )
 
 
