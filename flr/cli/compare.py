@@ -15,7 +15,7 @@ from flr.config import FLRConfig, option
 
 from . import voice
 from .backbone import ModelOptions
-from .options import AugmentOptions, DataOptions, advise
+from .options import AugmentOptions, DataOptions
 from .parsing import emit, parse
 from .sft import train
 from .written import write_measured
@@ -228,7 +228,6 @@ def main(argv: list[str]) -> int:
 
     classes = (CompareOptions, DataOptions, AugmentOptions, ModelOptions, FLRConfig, SFTConfig)
     *parts, rest = parse("compare", ABOUT, classes, argv)
-    advise(parts[1].codec, parts[4])
     outcome = compare(*parts)
     print_table(outcome)
 

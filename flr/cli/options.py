@@ -11,7 +11,6 @@ from flr.config import option
 from . import voice
 
 if TYPE_CHECKING:  # a command's --help waits for none of these
-    from flr.config import FLRConfig
     from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
 
 
@@ -113,18 +112,6 @@ class AugmentOptions:
             table = item_neighbours(counted, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
         return rows, Augment(**chances, neighbours=table)
-
-
-def advise(codec: str, config: FLRConfig) -> None:
-    """Warn of options that go badly together.
-
-    Where an item is one token, what follows the thought is the whole answer. Anchored in the latest item, the thought
-    starts from what the model knows without it; the thought token's embedding says nothing of the history.
-    """
-    if codec == "id" and config.variant in ("flr", "anchor") and config.anchor != "last":
-        voice.warn(
-            f"--codec id is meant for --anchor last, a thought that starts from the latest item; got {config.anchor}."
-        )
 
 
 def in_words(dataset: RecDataset) -> str:

@@ -11,7 +11,7 @@ from flr.config import FLRConfig
 from . import voice
 from .backbone import ModelOptions
 from .on_ray import RayOptions, train_on_ray
-from .options import AugmentOptions, DataOptions, advise
+from .options import AugmentOptions, DataOptions
 from .parsing import emit, parse
 from .training import summarise, training_run
 
@@ -45,8 +45,6 @@ def train(
     if model_options.model is not None:
         choose_autocast(args)
     model, processor = model_options.build(data, config, dataset, args.seed, args.use_cpu)
-    if not voice.manner.stage:  # a comparison says it once
-        advise(processor.codec, causal_lm(model)._flr_patch.config)
     rows, changes = augment.apply(dataset, processor.max_history)
     trainer = SFTTrainer(model, args, processor, rows, dataset.valid, changes)
     with training_run(trainer) as start:

@@ -51,13 +51,10 @@ def test_a_training_says_its_results_apart_from_its_course(run):
     assert "\x1b" not in out + err
 
 
-def test_generated_data_and_a_thought_far_from_the_item_are_said_first(run):
+def test_generated_data_are_said_first(run):
     lines = run[2].splitlines()
     assert lines[0].startswith("Generated data, which show")
     assert lines[1].startswith("Data 'planted': 40 items; ")
-    assert lines[2] == (
-        "Warning: --codec id is meant for --anchor last, a thought that starts from the latest item; got token."
-    )
 
 
 def test_evaluate_into_a_pipe(run, capsys, monkeypatch):
