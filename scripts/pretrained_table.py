@@ -97,8 +97,10 @@ def tables(done: dict[str, dict[str, Any]]) -> str:
         for weights, mode in sorted(group, key=lambda of: (MODES.index(of[1]), of[0])):
             seeds = group[weights, mode]
             cells = [KINDS[weights], mode, str(len(seeds)), *_measured([one["test"] for one in seeds.values()], users)]
-            for base in bases:
-                cells.append("" if mode in ("none", base) else difference(seeds, group.get((weights, base), {}), users))
+            cells += [
+                "" if mode in ("none", base) else difference(seeds, group.get((weights, base), {}), users)
+                for base in bases
+            ]
             other = group.get((best["random"][0], mode), {}) if "random" in best else {}
             if random:
                 cells.append(difference(seeds, other, users) if weights == "lora" else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, embedding, softplus
 from torch.utils.checkpoint import checkpoint
 
 from flr.config import IGNORE
@@ -79,25 +79,30 @@ def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> 
     return torch.cat(parts)
 
 
+def is_unscaled(model: Any) -> bool:
+    """Whether the model's logits are those of its lm_head, as they are."""
+    config = model.config.get_text_config(decoder=True)
+    return is_linear(model) and all(getattr(config, name, None) is None for name in _SCALES)
+
+
 def is_plain(model: Any, head: nn.Module) -> bool:
     """Whether the model's logits are exactly hidden · weightᵀ, computed by ``nn.Linear`` itself."""
-    config = model.config.get_text_config(decoder=True)
     return (
-        is_linear(model)
+        is_unscaled(model)
         and isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and "forward" not in vars(head)  # accelerate's hooks
         and head.bias is None
         and head.weight.is_floating_point()  # not a quantised store
-        and all(getattr(config, name, None) is None for name in _SCALES)
     )
 
 
 def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
     """Log-probability of ``target`` under the model's own head, without [M, V] logits in memory.
 
-    A plain linear head goes to :func:`flr_kernels.token_logprob`; a bias, a scale, a softcap, an adapter or a quantised
-    weight to the head itself, in blocks of rows that are recomputed in the backward.
+    A plain linear head goes to :func:`flr_kernels.token_logprob`, and so does one whose last rows an adapter trains; a
+    bias, a scale, a softcap, another adapter or a quantised weight to the head itself, in blocks of rows that are
+    recomputed in the backward.
 
     The computation takes the place of the head's ``forward``, so whatever hooks surround that run: FSDP2 gathers the
     weight before and reduce-scatters its gradient after, as for any layer (likewise DeepSpeed ZeRO-3, whose hooks are
@@ -124,18 +129,44 @@ def head_logprob(model: Any, hidden: Tensor, target: Tensor) -> Tensor:
     """
     head = model.get_output_embeddings()
     if not is_plain(model, head):
-        return -row_losses(model, hidden, target, 0.0)
+        table = table_of(head) if is_unscaled(model) and is_unhooked(head) else None
+        if table is None or table.trained is None or not table.at_end:
+            return -row_losses(model, hidden, target, 0.0)
+        base = table.weight[: -len(table.trained)]
+        return _in_two_parts(base, table.trained.to(base.dtype), hidden, target)
 
     def forward(x: Tensor) -> Tensor:
-        weight = head.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return token_logprob(x, weight, target)
+        return token_logprob(*_as_products(x, head.weight), target)
 
     if torch.compiler.is_compiling() and is_unhooked(head):
         return forward(hidden)
     return _called(head, forward, hidden)
+
+
+def _as_products(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of autocast, where that is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype)
+
+
+def _in_two_parts(base: Tensor, trained: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
+    """Log-probabilities [M] of tokens under the rows of base [V - N, D] and trained [N, D], one after the other.
+
+    With p_A(t) = exp(x_t - Z_A) over the rows of part A alone, and B the other part,
+
+        log p(t) = log p_A(t) - log(1 + exp(Z_B - Z_A)),   Z_A = x_t - log p_A(t) for any t of A
+    """
+    own = target >= len(base)
+    logprobs, normalisers = [], []
+    for weight, token in ((base, target.masked_fill(own, 0)), (trained, (target - len(base)).clamp_min(0))):
+        x, rows = _as_products(hidden, weight)
+        logprobs.append(token_logprob(x, rows, token))
+        logit = (hidden.to(logprobs[-1].dtype) * embedding(token, weight).to(logprobs[-1].dtype)).sum(-1)
+        normalisers.append(logit - logprobs[-1])
+    apart = normalisers[1] - normalisers[0]
+    return torch.where(own, logprobs[1] - softplus(-apart), logprobs[0] - softplus(apart))
 
 
 @torch.compiler.disable  # which does not follow a forward that comes and goes

@@ -16,6 +16,7 @@ class TokenTable(NamedTuple):
     bias: Tensor | None  # [V]
     trained: Tensor | None = None  # [N, D], which stand in the place of rows of the weight
     place: Tensor | None = None  # int64 [V], which row of trained it is, -1 where it is the weight's
+    at_end: bool = False  # whether the trained rows are the last N of the weight's, in their order
 
     def rows(self, token: Tensor) -> Tensor:
         """Rows [..., D] of the tokens int64 [...], in the weight's dtype.

@@ -13,7 +13,7 @@ The values are the same; adapters are saved, loaded and merged by PEFT.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -23,6 +23,15 @@ from torch.nn.functional import linear
 from .token_table import TokenTable, is_whole, with_trained
 
 
+class _Places(NamedTuple):
+    """Where trained rows stand, on one device."""
+
+    indices: Any  # PEFT's list of the tokens
+    tokens: Tensor  # int64 [N], the same
+    place: Tensor  # int64 [V], which trained row a token has, -1 for none
+    at_end: bool  # whether they are the last N tokens in their order
+
+
 class TrainedRows(TrainableTokensLayer):
     """A ``TrainableTokensLayer`` of one active adapter on a plain table; whatever else it is asked PEFT answers."""
 
@@ -30,21 +39,22 @@ class TrainedRows(TrainableTokensLayer):
         """Embeddings of tokens int64 [...], or logits of states [..., D], by the kind of the layer within."""
         if args or kwargs or (name := self._active(active_adapters)) is None:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
-        trained, index, place = self._trained(name)
+        trained, places = self.trainable_tokens_delta[name], self._places(name)
         made = self.base_layer(x)
         if isinstance(self.base_layer, nn.Linear):
             own = linear(x, trained if torch.is_autocast_enabled(x.device.type) else trained.to(x.dtype))
-            return made.index_copy_(-1, index, own.to(made.dtype))  # no backward reads a product's result
+            return made.index_copy_(-1, places.tokens, own.to(made.dtype))  # no backward reads a product's result
         scale = self._get_embed_scale()  # Gemma
-        return with_trained(made, trained if scale is None else trained * scale.to(trained.dtype), place, x)
+        return with_trained(made, trained if scale is None else trained * scale.to(trained.dtype), places.place, x)
 
     def table(self) -> TokenTable | None:
         """Rows by token, where the layer within is an lm_head and its logits are not left to PEFT."""
         name = self._active(self.active_adapters)
         if name is None or type(self.base_layer) is not nn.Linear:
             return None
-        trained, _, place = self._trained(name)
-        return TokenTable(self.base_layer.weight, None, trained, place)
+        places = self._places(name)
+        trained = self.trainable_tokens_delta[name]
+        return TokenTable(self.base_layer.weight, None, trained, places.place, places.at_end)
 
     def _active(self, names: Any) -> str | None:
         """The one adapter whose rows stand beside the table, None where PEFT's own way is to be taken."""
@@ -63,18 +73,23 @@ class TrainedRows(TrainableTokensLayer):
             )
         return names[0] if plain and is_whole(base.weight) else None
 
-    def _trained(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Trained rows [N, D], their tokens int64 [N], and the place of every token among them int64 [V]."""
+    def _places(self, name: str) -> _Places:
         trained, indices = self.trainable_tokens_delta[name], self.token_indices[name]
         base: Any = self.base_layer
         rows = base.weight.shape[0]
-        kept = self.__dict__.get("_flr_places")
-        if kept is None or kept[0] is not indices or kept[1].device != trained.device or len(kept[2]) != rows:
+        kept: _Places | None = self.__dict__.get("_flr_places")
+        if (
+            kept is None
+            or kept.indices is not indices
+            or kept.tokens.device != trained.device
+            or len(kept.place) != rows
+        ):
             index = torch.tensor(indices, device=trained.device)
             place = torch.full((rows,), -1, device=trained.device)
             place[index] = torch.arange(len(indices), device=trained.device)
-            kept = self.__dict__["_flr_places"] = (indices, index, place)
-        return trained, kept[1], kept[2]
+            at_end = list(indices) == list(range(rows - len(indices), rows))
+            kept = self.__dict__["_flr_places"] = _Places(indices, index, place, at_end)
+        return kept
 
 
 def rows_alone(model: Any) -> None:

@@ -9,8 +9,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 import flr
 from flr.data.trie import CatalogueTrie
+from flr.model import head
 from flr.model.catalogue_loss import CatalogueLoss
-from flr.model.head import HeadRows
+from flr.model.head import HeadRows, head_logprob
 from flr.model.token_table import embedding_width, table_of
 from flr.train.lora import LoraSettings, add_lora
 
@@ -36,10 +37,10 @@ TRIE = CatalogueTrie.from_sequences([5, 40, 5, 41, 6, 40, 7, 30], [0, 2, 4, 6, 8
 IDS = torch.tensor([[1, 5, 40, 3, THOUGHT, 5, 41], [2, 6, 40, 6, THOUGHT, 7, 30]])
 
 
-def adapted(kind):
+def adapted(kind, tokens=TOKENS):
     torch.manual_seed(0)
     model = flr.patch_model(KINDS[kind](), config=flr.FLRConfig(num_factors=2, thought_token_id=THOUGHT))
-    whole = add_lora(model, LoraSettings(rank=2, alpha=4.0, targets=("q_proj",)), TOKENS)
+    whole = add_lora(model, LoraSettings(rank=2, alpha=4.0, targets=("q_proj",)), tokens)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():
             if "trainable_tokens_delta" in name or "lora_B" in name:
@@ -130,6 +131,32 @@ def test_merged_model_answers_alike(kind):
         before = model(IDS).logits
         after = model.merge_and_unload(safe_merge=True)(IDS).logits
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_logprobs_of_rows_at_the_end_are_made_in_two_parts(kind, monkeypatch):
+    lm = adapted(kind, range(80, ROWS)).get_base_model()
+    head_of, hidden = lm.get_output_embeddings(), torch.randn(5, WIDTH, requires_grad=True)
+    target = torch.tensor([3, 80, 40, THOUGHT, 79])
+    delta = head_of.token_adapter.trainable_tokens_delta["default"]
+    expected = head_of(hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    gradients = torch.autograd.grad(expected.exp().sum(), (hidden, delta))
+    monkeypatch.setattr(head, "row_losses", None)  # all logits at once
+    got = head_logprob(lm, hidden, target)
+    torch.testing.assert_close(got, expected)
+    for mine, theirs in zip(torch.autograd.grad(got.exp().sum(), (hidden, delta)), gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(head_logprob(lm, hidden, target), expected, rtol=0, atol=3e-2)
+    with pytest.raises(IndexError, match="target: expected 0 to"):
+        head_logprob(lm, hidden, target + 5)
+
+
+def test_logprobs_of_rows_between_others_are_made_by_the_head():
+    lm = adapted("untied").get_base_model()
+    hidden, target = torch.randn(3, WIDTH), torch.tensor([3, 5, THOUGHT])
+    expected = lm.get_output_embeddings()(hidden).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(head_logprob(lm, hidden, target), expected)
 
 
 def test_rows_of_the_head_are_read_one_by_one():
