@@ -93,7 +93,7 @@ if wanted bench; then # 100, all of the budget: torch.compile 5-15 a case, a rac
   bench bench 130 100 factor_attention.py factor_aggregate.py reasoner.py group_advantage.py token_logprob.py
 fi
 if wanted steps; then # 40: RL, 28 layers, 32 rows of 273 tokens: published 100 TFLOP, 0.4 a call, ours 0.05; SFT 0.2 and 0.1; 8 calls each
-  bench steps 100 50 train_step.py shared_prompt.py
+  bench steps 100 50 train_step.py shared_prompt.py adapters.py
 fi
 if wanted decode; then # 60: Python dictionaries of up to 10⁶ items are built and walked on the host
   bench decode 90 50 decode.py group_ranks.py
