@@ -155,25 +155,25 @@ def test_the_order_of_rows_goes_by_its_own_seed(tmp_path):
     assert order(train_sampling_strategy="sequential") == [(0, i) for i in range(len(order()))]
 
 
-def lines(folder, name, make="sft", **options):
-    """The steps of the log's lines that have a value of this name."""
+def lines(folder, names, make, **options):
+    """For each name, the steps of the log's lines that have such a value."""
     train = MAKE[make](folder, **{**BASE, **options})
     train.train()
-    return [line["step"] for line in train.state.log_history if name in line]
+    return [[line["step"] for line in train.state.log_history if name in line] for name in names]
 
 
 @pytest.mark.parametrize("make", MAKE)
 def test_logs_and_evaluations_come_when_they_should(tmp_path, make):
+    names = ("loss", "eval_mrr", "num_input_tokens_seen")
     every = {"eval_strategy": "steps", "eval_steps": 1}
-    assert lines(tmp_path, "loss", make, logging_steps=2) == [2]
-    assert lines(tmp_path, "loss", make, logging_steps=2, logging_first_step=True) == [1, 2]
-    assert lines(tmp_path, "loss", make, logging_strategy="no") == []
-    assert lines(tmp_path, "eval_mrr", make, **every) == [1, 2, 3]
-    assert lines(tmp_path, "eval_mrr", make, **every | {"eval_steps": 2}) == [2, 3]
-    assert lines(tmp_path, "eval_mrr", make, **every, eval_delay=2) == [2, 3]
-    assert lines(tmp_path, "eval_mrr", make, eval_on_start=True, eval_strategy="steps", eval_steps=9)[0] == 0
-    assert lines(tmp_path, "num_input_tokens_seen", make, include_num_input_tokens_seen="all", logging_steps=3) != []
-    assert lines(tmp_path, "num_input_tokens_seen", make, logging_steps=3) == []
+    assert lines(tmp_path, names, make, logging_steps=2, **every) == [[2], [1, 2, 3], []]
+    told = {"logging_steps": 2, "logging_first_step": True, "include_num_input_tokens_seen": "all"}
+    loss, evaluated, tokens = lines(tmp_path, names, make, **told, **every | {"eval_steps": 2})
+    assert (loss, evaluated) == ([1, 2], [2, 3])
+    assert tokens
+    silent = {"logging_strategy": "no"}
+    assert lines(tmp_path, names, make, **silent, **every, eval_delay=2) == [[], [2, 3], []]
+    assert lines(tmp_path, names, make, **silent, **every | {"eval_steps": 9}, eval_on_start=True)[1][0] == 0
     with pytest.raises(ValueError, match=r"do_eval: expected an eval_strategy"):
         MAKE[make](tmp_path, do_eval=True)
 
@@ -193,16 +193,14 @@ def test_checkpoints_come_when_they_should(tmp_path):
     saved(save_strategy="steps", save_steps=3, save_only_model=True)
     assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
     best = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 9}
-    for metric in ("mrr", "seconds"):
-        for greater in (True, False):
-            train = saved(**best, load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=greater)[
-                1
-            ]
-            values = {e["step"]: e[f"eval_{metric}"] for e in train.state.log_history if f"eval_{metric}" in e}
-            step = (max if greater else min)(values, key=lambda s: (values[s], -s if greater else s))
-            assert train.state.best_global_step == step
-            kept = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
-            assert kept["state"][0]["step"] == step
+    for metric, greater in (("mrr", True), ("seconds", False)):
+        judged = {"metric_for_best_model": metric, "greater_is_better": greater}
+        train = saved(**best, **judged, load_best_model_at_end=True)[1]
+        values = {e["step"]: e[f"eval_{metric}"] for e in train.state.log_history if f"eval_{metric}" in e}
+        step = (max if greater else min)(values, key=lambda s: (values[s], -s if greater else s))
+        assert train.state.best_global_step == step
+        kept = torch.load(tmp_path / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+        assert kept["state"][0]["step"] == step
 
 
 def test_where_and_how_it_reports(tmp_path):
