@@ -26,6 +26,7 @@ from flr.decode.group import group_ranks
 from flr.decode.scoring import rank_by_scores, rank_in_list
 from flr.model.backbone import causal_lm, mixes
 from flr.model.outputs import GroupInputs, GroupOutput
+from flr.model.token_table import embedding_width
 
 from .arguments import LatentGRPOConfig
 from .base import RecTrainer
@@ -137,8 +138,7 @@ class LatentGRPOTrainer(RecTrainer):
         targets = (args.kl_target, args.noise_target)
         self.controls = Controls(args.kl_weight, args.noise_scale, *targets, self._over_processes)
         self.add_callback(self.controls)
-        hidden = lm.get_input_embeddings().weight.shape[-1]
-        self._groups = GroupCollator(processor, args.group_size, hidden, args.seed)
+        self._groups = GroupCollator(processor, args.group_size, embedding_width(lm), args.seed)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
         world = self.accelerator.num_processes
         self._block = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
