@@ -49,7 +49,7 @@ def test_lora_step(shape, normalisation, tier, race):
     pytest.importorskip("peft")
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-    from flr.model.trained_rows import TrainedRows
+    from flr.model.trained_rows import trained_rows
 
     model = adapted(shape, CODES * LEVELS + 1)
     codes = torch.cartesian_prod(*3 * [torch.arange(CODES)])[:: CODES**LEVELS // ITEMS][:ITEMS]
@@ -74,7 +74,7 @@ def test_lora_step(shape, normalisation, tier, race):
 
     def check():
         found = []
-        for kind in (TrainedRows, TrainableTokensLayer):
+        for kind in (trained_rows(), TrainableTokensLayer):
             model.zero_grad()
             value = step(kind)
             found.append([value, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
@@ -82,7 +82,7 @@ def test_lora_step(shape, normalisation, tier, race):
             if not (ours - theirs).norm() <= 5e-2 * theirs.norm() + 1e-7:
                 raise AssertionError(f"expected a relative difference up to .05, got {(ours - theirs).norm()}")
 
-    variants = {"flr": lambda: step(TrainedRows), "peft": lambda: step(TrainableTokensLayer)}
+    variants = {"flr": lambda: step(trained_rows()), "peft": lambda: step(TrainableTokensLayer)}
     race(
         f"lora step {label({**shape, 'normalisation': normalisation})}", from_nothing(model, variants),
         suite="adapters", shape=shape, check=check, rounds=5 if tier != "quick" else None,

@@ -12,6 +12,7 @@ from flr.files import naming, read_json
 
 from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_shapes
 from .gguf import GGUF_KEY
+from .trained_rows import rows_alone
 
 _PREFIX = "base_model.model."  # of names of weights that PEFT writes
 _LIMIT = 1 << 26  # bytes of an adapter_config.json, which lists the tokens whose rows are the adapter's
@@ -96,8 +97,6 @@ def keep_rows_alone(model: Any) -> Any:
     of it has changed.
     """
     if getattr(model.peft_config[model.active_adapter], _TOKENS, None):
-        from .trained_rows import rows_alone
-
         rows_alone(model)
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
     return model

@@ -13,10 +13,10 @@ The values are the same; adapters are saved, loaded and merged by PEFT.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -32,19 +32,26 @@ class _Places(NamedTuple):
     at_end: bool  # whether they are the last N tokens in their order
 
 
-class TrainedRows(TrainableTokensLayer):
-    """A ``TrainableTokensLayer`` of one active adapter on a plain table; whatever else it is asked PEFT answers."""
+class RowsBeside:
+    """What a ``TrainableTokensLayer`` of one active adapter does on a plain table; all else PEFT does."""
+
+    base_layer: Any
+    active_adapters: Any
+    disable_adapters: bool
+    merged: bool
+    trainable_tokens_delta: Any
+    token_indices: Any
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Embeddings of tokens int64 [...], or logits of states [..., D], by the kind of the layer within."""
         if args or kwargs or (name := self._active(active_adapters)) is None:
-            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)  # type: ignore[misc]
         trained, places = self.trainable_tokens_delta[name], self._places(name)
         made = self.base_layer(x)
         if isinstance(self.base_layer, nn.Linear):
             own = linear(x, trained if torch.is_autocast_enabled(x.device.type) else trained.to(x.dtype))
             return made.index_copy_(-1, places.tokens, own.to(made.dtype))  # no backward reads a product's result
-        scale = self._get_embed_scale()  # Gemma
+        scale = self._get_embed_scale()  # type: ignore[attr-defined]  # Gemma
         return with_trained(made, trained if scale is None else trained * scale.to(trained.dtype), places.place, x)
 
     def table(self) -> TokenTable | None:
@@ -61,7 +68,7 @@ class TrainedRows(TrainableTokensLayer):
         names = [names] if isinstance(names, str) else list(names or ())
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.trainable_tokens_delta:
             return None
-        base: Any = self.base_layer
+        base = self.base_layer
         if isinstance(base, nn.Linear):
             plain = base.bias is None  # PEFT leaves a bias out
         else:
@@ -75,8 +82,7 @@ class TrainedRows(TrainableTokensLayer):
 
     def _places(self, name: str) -> _Places:
         trained, indices = self.trainable_tokens_delta[name], self.token_indices[name]
-        base: Any = self.base_layer
-        rows = base.weight.shape[0]
+        rows = self.base_layer.weight.shape[0]
         kept: _Places | None = self.__dict__.get("_flr_places")
         if (
             kept is None
@@ -92,8 +98,18 @@ class TrainedRows(TrainableTokensLayer):
         return kept
 
 
+@functools.cache
+def trained_rows() -> type:
+    """PEFT's ``TrainableTokensLayer`` with :class:`RowsBeside`; made when asked for, since PEFT is an extra."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    return type("TrainedRows", (RowsBeside, TrainableTokensLayer), {"__module__": __name__})
+
+
 def rows_alone(model: Any) -> None:
     """Compute the token tables of ``model``, a ``PeftModel``, by rows wherever PEFT trains some of them."""
+    ours = trained_rows()
+    _, theirs = ours.__bases__
     for module in model.modules():
-        if type(module) is TrainableTokensLayer:
-            module.__class__ = TrainedRows
+        if type(module) is theirs:
+            module.__class__ = ours
