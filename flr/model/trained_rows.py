@@ -90,9 +90,10 @@ class RowsBeside:
             or kept.tokens.device != trained.device
             or len(kept.place) != rows
         ):
-            index = torch.tensor(indices, device=trained.device)
-            place = torch.full((rows,), -1, device=trained.device)
-            place[index] = torch.arange(len(indices), device=trained.device)
+            with torch.inference_mode(False):  # a training may follow an evaluation
+                index = torch.tensor(indices, device=trained.device)
+                place = torch.full((rows,), -1, device=trained.device)
+                place[index] = torch.arange(len(indices), device=trained.device)
             at_end = list(indices) == list(range(rows - len(indices), rows))
             kept = self.__dict__["_flr_places"] = _Places(indices, index, place, at_end)
         return kept

@@ -124,6 +124,16 @@ def test_logits_under_autocast_and_without_the_adapter(kind):
             torch.testing.assert_close(model(IDS).logits, other(IDS).logits, rtol=0, atol=0)
 
 
+def test_a_step_may_follow_an_evaluation():
+    model = adapted("untied")
+    with torch.inference_mode():
+        model(IDS)
+    for loss in (None, CatalogueLoss(TRIE)):
+        value, gradients = step(model, loss)
+        assert value.isfinite()
+        assert gradients
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_model_answers_alike(kind):
     model = adapted(kind)
