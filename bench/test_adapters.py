@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import flr
 from flr.data.trie import CatalogueTrie
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.train.lora import LoraSettings, add_lora
 
 from .harness import label
 from .machine import DEVICE
-from .test_train_step import from_nothing
+from .test_train_step import build, from_nothing
 
 CODES, LEVELS, ITEMS = 256, 3, 5000
 QWEN = {"D": 896, "layers": 24, "V": 151936}  # Qwen2.5-0.5B
@@ -25,16 +23,9 @@ QWEN = {"D": 896, "layers": 24, "V": 151936}  # Qwen2.5-0.5B
 
 def adapted(shape: dict, new: int):
     """A patched model with adapters on queries and values, and rows of the last ``new`` tokens trained."""
-    torch.manual_seed(0)
     rows, width = shape["V"] + new, shape["D"]
-    config = Qwen2Config(
-        vocab_size=rows, hidden_size=width, intermediate_size=width * 11 // 2, num_hidden_layers=shape["layers"],
-        num_attention_heads=width // 64, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    with DEVICE:
-        model = Qwen2ForCausalLM(config)
-    model = flr.patch_model(model, config=flr.FLRConfig(num_factors=4, thought_token_id=rows - 1))
-    model.to(shape.get("dtype", torch.float32))
+    kind = {"inner": width * 11 // 2, "heads": width // 64, "of_keys": 2, "tied": True}
+    model = build({**shape, "V": rows, **kind}).to(shape.get("dtype", torch.float32))
     settings = LoraSettings(rank=16, alpha=32, targets=("q_proj", "v_proj"))
     return add_lora(model, settings, range(shape["V"], rows)).train()
 

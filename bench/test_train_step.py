@@ -47,9 +47,9 @@ SMALL = {"D": 128, "layers": 4, "V": 2048}  # large enough for a ratio of produc
 def build(shape: dict):
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=shape["D"] * 11 // 4,
+        vocab_size=shape["V"], hidden_size=shape["D"], intermediate_size=shape.get("inner", shape["D"] * 11 // 4),
         num_hidden_layers=shape["layers"], num_attention_heads=shape.get("heads", 8),
-        num_key_value_heads=shape.get("of_keys", 4), tie_word_embeddings=False,
+        num_key_value_heads=shape.get("of_keys", 4), tie_word_embeddings=shape.get("tied", False),
     )  # fmt: skip
     with DEVICE:  # random numbers for 10⁹ weights take the host a minute
         model = Qwen2ForCausalLM(config)

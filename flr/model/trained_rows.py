@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .token_table import TokenTable, is_whole, with_trained
+from .token_table import TokenTable, has_rows, is_whole, with_trained
 
 
 class _Places(NamedTuple):
@@ -57,7 +57,7 @@ class RowsBeside:
     def table(self) -> TokenTable | None:
         """Rows by token, where the layer within is an lm_head and its logits are not left to PEFT."""
         name = self._active(self.active_adapters)
-        if name is None or type(self.base_layer) is not nn.Linear:
+        if name is None or not has_rows(self.base_layer):
             return None
         places = self._places(name)
         trained = self.trainable_tokens_delta[name]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_checkpoints_come_when_they_should(tmp_path):
     saved(save_strategy="steps", save_steps=3, save_only_model=True)
     assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
     best = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 9}
-    for metric, greater in (("mrr", True), ("seconds", False)):
+    for metric, greater in itertools.product(("mrr", "seconds"), (True, False)):
         judged = {"metric_for_best_model": metric, "greater_is_better": greater}
         train = saved(**best, **judged, load_best_model_at_end=True)[1]
         values = {e["step"]: e[f"eval_{metric}"] for e in train.state.log_history if f"eval_{metric}" in e}
