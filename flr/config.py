@@ -10,6 +10,7 @@ VARIANTS = ("flr", "offsets", "latentr3", "anchor", "none")
 AGGREGATIONS = ("thought", "mixture")
 ANCHORS = ("token", "last", "none")
 SPARSITY_TARGETS = ("gate", "attention", "both")
+MOST_FACTORS = 16
 _MOST, _MOST_SIZE = 1024, 1 << 16  # thoughts and refinements; the size of a factor
 
 #: What a token competes with, the vocabulary or its siblings: ``scoring`` of decoding, ``normalisation`` of training.
@@ -114,7 +115,8 @@ class FLRConfig:
         elif self.variant == "offsets":
             self.num_refinements, self.factor_size = 1, None
             self._check("sparsity_target", self.sparsity_target == "gate", "gate for offsets, which attend to nothing")
-        self._check("num_factors", isinstance(self.num_factors, int) and 1 <= self.num_factors <= 16, "1 to 16")
+        fits = isinstance(self.num_factors, int) and 1 <= self.num_factors <= MOST_FACTORS
+        self._check("num_factors", fits, f"1 to {MOST_FACTORS}")
         for name in ("num_refinements", "num_thoughts"):
             value = getattr(self, name)
             self._check(name, isinstance(value, int) and 1 <= value <= _MOST, f"an integer from 1 to {_MOST}")

@@ -11,10 +11,11 @@
     random-lora   the same adapters on random weights, frozen: what the architecture alone gives
     random        random weights, all of them trained
 
-The learning rate of each is chosen by NDCG@10 on valid rows, without a thought, on amazon-cds and with seed 0; of the
-two kinds of random weights the better one goes on. Every run has as many steps of as many rows. A run is a process
-forked from one that has imported everything, and some of them share the GPU; it adds one line to the output when it has
-ended, and whatever is cut at ``--seconds`` leaves the lines before it. A run whose line is there is not done again.
+The learning rate of each is chosen by NDCG@10 on valid rows, without a thought, on amazon-cds and with seed 0
+(``--trials`` takes the rates that earlier results have chosen); of the two kinds of random weights the better one goes
+on. Every run has as many steps of as many rows. A run is a process forked from one that has imported everything, and
+some of them share the GPU; it adds one line to the output when it has ended, and whatever is cut at ``--seconds``
+leaves the lines before it. A run whose line is there is not done again.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def run(job: Run, dataset: RecDataset, args: argparse.Namespace) -> dict[str, An
     found |= {name: summary[name] for name in ("padding", "tokens_per_second") if name in summary}
     shared = {"batch_size": 128, "num_beams": args.beams, "progress": False}
     splits = {"valid": args.valid_users, "test": args.test_users}
-    for split, users in splits.items() if job in trials() else [("test", args.test_users)]:
+    for split, users in splits.items() if not args.trials and job in trials() else [("test", args.test_users)]:
         found[split] = measured(evaluate(model, processor, getattr(dataset, split).spread(users), **shared))
     shutil.rmtree(folder, ignore_errors=True)
     if torch.cuda.is_available():
@@ -196,7 +197,9 @@ def studies(best: dict[str, tuple[str, float]]) -> Iterator[Run]:
     order += [(cds, mode, 2, side) for mode in three for side in sides]
     order += [(sids, mode, 0, side) for mode in ("anchor", "latentr3") for side in sides]
     order += [(office, mode, 0, side) for mode in three for side in sides]
-    order += [(cds, mode, seed, "pretrained") for mode in ("latentr3", "flr-mixture") for seed in SEEDS]
+    order += [(titles, "latentr3", 0, "pretrained") for titles in (cds, office)]
+    order += [(cds, "flr-mixture", seed, "pretrained") for seed in SEEDS]
+    order += [(cds, "latentr3", seed, "pretrained") for seed in SEEDS[1:]]
     order += [(sids, mode, seed, side) for seed in SEEDS[1:] for mode in three for side in sides]
     order += [(office, mode, seed, side) for seed in SEEDS[1:] for mode in three for side in sides]
     for (data, codec), mode, seed, side in order:
@@ -244,14 +247,15 @@ class Queue:
         self.begun: dict[str, float] = {}
         self.shortest = 0.0  # seconds of a run: what cannot end in time is not begun
         self.tried = {name for name, found in finished(args.output).items() if "error" not in found}
+        self.trials = [] if args.trials else trials()
 
     def next_job(self) -> Run | None:
         """The first job that nobody has begun; None while there is none, or the trials are not through."""
-        done = finished(self.args.output)
-        waiting = any(one.name in self.live for one in trials())
+        done = finished(self.args.trials or self.args.output)
+        waiting = any(one.name in self.live for one in self.trials)
         later = [] if waiting else studies(chosen(done))
-        for job in [*trials(), *later]:
-            wanted = job.name.startswith(self.args.only) and job.data in self.data
+        for job in [*self.trials, *later]:
+            wanted = job.name.startswith(tuple(self.args.only.split(","))) and job.data in self.data
             if wanted and job.name not in self.tried:
                 return job
         return None
@@ -306,7 +310,8 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=20)
     parser.add_argument("--valid_users", type=int, default=1000)
     parser.add_argument("--test_users", type=int, default=2000)
-    parser.add_argument("--only", default="", help="How the names of runs begin, such as amazon-office.sid.lora.")
+    parser.add_argument("--trials", type=Path, help="Results whose trials chose the rates; default: trials of its own.")
+    parser.add_argument("--only", default="", help="How the names of runs begin, such as a.sid.lora,a.sid.random.none.")
     parser.add_argument("--cpu", action="store_true", help="Not on a GPU.")
     parser.add_argument("--convert", action="store_true", help="Write the folders of weights, and end.")
     args = parser.parse_args()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flr.config import FLRConfig, option
+from flr.config import MOST_FACTORS, FLRConfig, option
 
 from . import voice
 from .errors import did_you_mean
@@ -39,6 +40,11 @@ class ModelOptions(LoraOptions, WeightOptions):
     revision: str | None = option(None, REVISION)
     gguf_file: str | None = option(None, "Name of the GGUF file among the model's, where one holds its weights.")
     freeze_backbone: bool = option(False, "Train the reasoner alone.")
+    infer_num_factors: bool = option(
+        False,
+        "As many factors as there are groups of items that occur together in the training rows; num_factors where "
+        "there are none.",
+    )
     init_items: str | None = option(
         None,
         "What embeddings of new tokens (items, codes) start from. Pretrained: text, the mean of the tokens of their "
@@ -110,7 +116,7 @@ class ModelOptions(LoraOptions, WeightOptions):
         else:
             loading = self._loading(folder, use_cpu)
             tokenizer = load_tokenizer(folder, gguf_file=self.gguf_file)
-        known = len(tokenizer)
+        config, known = self._with_factors(config, dataset), len(tokenizer)
         processor = RecProcessor(
             tokenizer,
             dataset.catalogue,
@@ -157,6 +163,26 @@ class ModelOptions(LoraOptions, WeightOptions):
                 parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")
         return model
 
+    def _with_factors(self, config: FLRConfig, dataset: RecDataset) -> FLRConfig:
+        """``config`` with as many factors as the training rows have groups, where that is asked for and they have."""
+        from flr.data import interest_groups
+
+        if not self.infer_num_factors or config.variant not in ("flr", "offsets"):
+            return config
+        found = interest_groups(dataset.train, len(dataset.catalogue))
+        if found.count > 1 and found.covered >= 0.5:
+            number = min(found.count, MOST_FACTORS)
+            voice.note(
+                f"num_factors: {number}, as many as groups of items that occur together; they have {found.covered:.0%} "
+                "of the items."
+            )
+            return dataclasses.replace(config, num_factors=number)
+        voice.note(
+            f"num_factors: {config.num_factors}, as without infer_num_factors, since the items do not fall into groups "
+            "of which each occurs apart from the others."
+        )
+        return config
+
     def _continued(
         self, folder: Path, data: DataOptions, config: FLRConfig, dataset: RecDataset, use_cpu: bool
     ) -> tuple[Any, RecProcessor]:
@@ -175,6 +201,10 @@ class ModelOptions(LoraOptions, WeightOptions):
                 f"0, since {self.model} is an adapter, which is trained further; flr merge makes a whole model of it"
             )
             raise ValueError(f"lora_rank: expected {wanted}, got {self.lora_rank}")
+        if self.infer_num_factors:
+            raise ValueError(
+                f"infer_num_factors: expected False with {self.model}, whose thought has its factors, got True"
+            )
         if self.init_items is not None:
             raise ValueError(
                 f"init_items: expected nothing with {self.model}, whose items it knows, got {self.init_items!r}"

@@ -16,6 +16,7 @@ from .codes import read_codes
 from .collator import InteractionDataset, SFTCollator, expand_prefixes
 from .csr import CSR
 from .interactions import Interaction, Interactions, RecDataset
+from .interest_groups import InterestGroups, interest_groups
 from .item_knn import KNN_NAME, NeighbourTable
 from .planted import planted_dataset
 from .processor import RecProcessor
@@ -39,6 +40,7 @@ __all__ = [
     "Interaction",
     "InteractionDataset",
     "Interactions",
+    "InterestGroups",
     "ItemCodec",
     "LengthGroupedSampler",
     "NeighbourTable",
@@ -52,6 +54,7 @@ __all__ = [
     "build_tokenizer",
     "expand_prefixes",
     "hold_back",
+    "interest_groups",
     "load_dataset",
     "planted_dataset",
     "read_codes",

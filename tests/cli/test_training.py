@@ -5,8 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from flr.cli import main
+from flr.cli.backbone import ModelOptions
 from flr.cli.on_ray import RayOptions
+from flr.cli.options import DataOptions
 from flr.cli.training import summarise
+from flr.config import FLRConfig
+from flr.data import planted_dataset
 from flr.train import SFTTrainer
 
 
@@ -20,7 +24,6 @@ def test_the_summary_has_length_and_speed_where_there_was_a_training():
 
 
 def test_shared_options_come_after_a_command_s_own():
-    from flr.cli.backbone import ModelOptions
     from flr.cli.rl import RLOptions
 
     assert RLOptions("runs/a").model == ModelOptions("runs/a").model == "runs/a"
@@ -52,3 +55,22 @@ def test_no_evaluation_means_none_at_the_end_either(tmp_path, monkeypatch, strat
     argv += ["--load_best_model_at_end", "false", "--save_strategy", "no", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
     assert bool(ranked) == (tmp_path / "valid").exists() == (strategy != "no")
+
+
+@pytest.mark.parametrize(
+    ("users", "config", "factors", "said"),
+    [
+        (1500, FLRConfig(), 3, "num_factors: 3, as many as groups of items that occur together; they have 100%"),
+        (1500, FLRConfig(variant="offsets"), 3, "num_factors: 3, as many"),
+        (20, FLRConfig(num_factors=5), 5, "num_factors: 5, as without infer_num_factors, since the items do not fall"),
+        (1500, FLRConfig(variant="latentr3"), 1, ""),
+    ],
+)
+def test_as_many_factors_as_groups_of_items(users, config, factors, said, capfd):
+    dataset = planted_dataset(num_items=120, num_users=users, num_interests=3)
+    options = ModelOptions(hidden_size=16, intermediate_size=16, num_attention_heads=2, infer_num_factors=True)
+    model, _ = options.build(DataOptions(codec="id"), config, dataset, seed=0, use_cpu=True)
+    assert model.config.flr["num_factors"] == factors
+    told = " ".join(capfd.readouterr().err.split())
+    assert said in told
+    assert bool(said) == ("num_factors" in told)

@@ -12,10 +12,19 @@ STUDY = read_json(ROOT / "docs/results/study.json", 1 << 24)
 
 
 def test_the_tables_are_of_the_committed_results():
-    from scripts import planted_binding, quickstart_table
+    from scripts import interest_groups, planted_binding, quickstart_table
 
-    for script in (quickstart_table, planted_binding):
+    for script in (interest_groups, quickstart_table, planted_binding):
         assert script.page(PAGE) == PAGE, f"run python -m {script.__name__}"
+
+
+def test_groups_of_items_are_the_interests_where_the_page_says_so():
+    rows = read_json(ROOT / "docs/results/interest_groups.json", 1 << 24)["counts"]
+    generated = [row for row in rows if "shops" not in row and row["items"] == 200 and row["mixed"] <= 4]
+    assert {row["interests"] for row in generated} == {2, 3, 4, 6}
+    for row in generated:
+        assert sum(n == row["interests"] for n in row["found"]) >= 0.9 * len(row["found"]), row
+    assert {len(row["shops"]): row["found"] for row in rows if "shops" in row} == {1: [0], 2: [2], 3: [3]}
 
 
 def test_models_are_level_with_item_knn_and_ahead_beside_it():
