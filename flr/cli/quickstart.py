@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
     next_steps = [
         f"flr recommend {model} {example}",
         f"flr explain {model} {example}",
-        "flr sft --data FOLDER --codec id --anchor last --output_dir runs/mine",
+        "flr sft --data FOLDER --codec id --output_dir runs/mine",
     ]
     interests = len(set(dataset.catalogue.attributes["interest"].tolist()))
     parameters = causal_lm(recommender.model).num_parameters()
