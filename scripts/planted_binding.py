@@ -4,7 +4,8 @@
     python -m scripts.planted_binding                # docs/quality.md alone
 
 Every model is one of `flr quickstart`, which docs/results/planted_binding.json says. "untrained" is mode flr before its
-first step, with item embeddings made of the titles: what it has, training did not bring. "latest" is no model: four
+first step, with item embeddings made of the titles: what it has, training did not bring. "groups" is
+``--factors_from_groups true``. "latest" is no model: four
 factors that know the interests and look at the latest item of theirs, and evenly where a history has none.
 """
 
@@ -37,7 +38,10 @@ MODES = {
     "flr": "K factors, one sum",
     "flr-plain": "K factors, one sum, regularisers off",
     "flr-mixture": "K factors, each with a thought of its own",
+    "flr-groups": "K factors, one sum, which begin with groups of items",
+    "flr-mixture-groups": "K factors, each with a thought of its own, which begin with groups of items",
     "untrained": "mode flr before its first step",
+    "untrained-groups": "mode flr-groups before its first step",
     "latest": "no model: factors that know the interests and look at the latest item of theirs",
 }
 SEEDS = 6
@@ -48,17 +52,19 @@ def measured(mode: str, seed: int, dataset: RecDataset) -> dict[str, Any]:
     interests = dataset.catalogue.attributes["interest"]
     with tempfile.TemporaryDirectory() as folder:
         _, data, augment, model_options, config, args = settings(QuickstartOptions(output_dir=folder))
-        if mode == "untrained":
+        kind = mode.removesuffix("-groups")
+        model_options = dataclasses.replace(model_options, factors_from_groups=kind != mode)
+        if kind == "untrained":
             torch.manual_seed(seed)
             model, processor = model_options.build(data, mode_config("flr", config), dataset, seed, use_cpu=True)
         else:
             args = dataclasses.replace(args, seed=seed, data_seed=seed)
-            model, processor, _ = sft.train(data, augment, model_options, mode_config(mode, config), args, dataset)
+            model, processor, _ = sft.train(data, augment, model_options, mode_config(kind, config), args, dataset)
     found = {"mode": mode, "seed": seed}
     for by in ("attention", "scores"):
         agreed = factor_interest(model, processor, dataset.test, interests, by=by)
         found |= {f"nmi_{by}": round(agreed.nmi, 4), f"chance_{by}": round(agreed.chance or 0, 4)}
-    if mode != "untrained":
+    if kind != "untrained":
         metrics = evaluate(model, processor, dataset.test, progress=False).metrics["item"]
         found["ndcg@10"] = round(metrics["ndcg@10"], 4)
     return found

@@ -16,6 +16,8 @@ from .parsing import REVISION
 from .weights import LoraOptions, WeightOptions
 
 if TYPE_CHECKING:  # a command's --help waits for none of these
+    import numpy as np
+
     from flr.data import RecDataset, RecProcessor
 
 SCRATCH_INITS, PRETRAINED_INITS = ("random", "title"), ("text", "mean")
@@ -40,10 +42,10 @@ class ModelOptions(LoraOptions, WeightOptions):
     revision: str | None = option(None, REVISION)
     gguf_file: str | None = option(None, "Name of the GGUF file among the model's, where one holds its weights.")
     freeze_backbone: bool = option(False, "Train the reasoner alone.")
-    infer_num_factors: bool = option(
+    factors_from_groups: bool = option(
         False,
-        "As many factors as there are groups of items that occur together in the training rows; num_factors where "
-        "there are none.",
+        "As many factors as there are groups of items that occur together in the training rows, each of which begins "
+        "by looking for one of them; num_factors, as without, where there are none.",
     )
     init_items: str | None = option(
         None,
@@ -104,7 +106,7 @@ class ModelOptions(LoraOptions, WeightOptions):
         from flr.model.checkpoint import holds_thought
         from flr.model.folder import local_folder
         from flr.model.patch import patch_model
-        from flr.train import init_item_embeddings, init_new_tokens
+        from flr.train import init_factors, init_item_embeddings, init_new_tokens
 
         torch.manual_seed(seed)
         tokenizer: Any
@@ -116,7 +118,10 @@ class ModelOptions(LoraOptions, WeightOptions):
         else:
             loading = self._loading(folder, use_cpu)
             tokenizer = load_tokenizer(folder, gguf_file=self.gguf_file)
-        config, known = self._with_factors(config, dataset), len(tokenizer)
+        group = self._groups(config, dataset)
+        if group is not None:
+            config = dataclasses.replace(config, num_factors=int(group.max()) + 1)
+        known = len(tokenizer)
         processor = RecProcessor(
             tokenizer,
             dataset.catalogue,
@@ -137,7 +142,10 @@ class ModelOptions(LoraOptions, WeightOptions):
             model = self._pretrained(folder, tokenizer, loading)
             for notice in init_new_tokens(model, processor, known, self.init_items or "text"):
                 voice.note(notice)
-        return self._chosen(patch_model(model, tokenizer, config), processor), processor
+        model = patch_model(model, tokenizer, config)
+        if group is not None and config.variant == "flr":
+            init_factors(model, processor, dataset.train, group)
+        return self._chosen(model, processor), processor
 
     def _loading(self, folder: Path, use_cpu: bool, adapted: bool = False) -> dict[str, Any]:
         """Arguments of the loader of a pretrained model."""
@@ -163,25 +171,27 @@ class ModelOptions(LoraOptions, WeightOptions):
                 parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")
         return model
 
-    def _with_factors(self, config: FLRConfig, dataset: RecDataset) -> FLRConfig:
-        """``config`` with as many factors as the training rows have groups, where that is asked for and they have."""
+    def _groups(self, config: FLRConfig, dataset: RecDataset) -> np.ndarray | None:
+        """The group of every item (-1: none), 16 at most, where that is asked for and items fall into groups."""
+        import numpy as np
+
         from flr.data import interest_groups
 
-        if not self.infer_num_factors or config.variant not in ("flr", "offsets"):
-            return config
+        if not self.factors_from_groups or config.variant not in ("flr", "offsets"):
+            return None
         found = interest_groups(dataset.train, len(dataset.catalogue))
-        if found.count > 1 and found.covered >= 0.5:
-            number = min(found.count, MOST_FACTORS)
+        if found.count < 2 or found.covered < 0.5:
             voice.note(
-                f"num_factors: {number}, as many as groups of items that occur together; they have {found.covered:.0%} "
-                "of the items."
+                f"num_factors: {config.num_factors}, as without factors_from_groups, since the items do not fall into "
+                "groups of which each occurs apart from the others."
             )
-            return dataclasses.replace(config, num_factors=number)
+            return None
+        number = min(found.count, MOST_FACTORS)
         voice.note(
-            f"num_factors: {config.num_factors}, as without infer_num_factors, since the items do not fall into groups "
-            "of which each occurs apart from the others."
+            f"num_factors: {number}, as many as groups of items that occur together; they have {found.covered:.0%} of "
+            "the items."
         )
-        return config
+        return np.where(found.group < number, found.group, -1)
 
     def _continued(
         self, folder: Path, data: DataOptions, config: FLRConfig, dataset: RecDataset, use_cpu: bool
@@ -201,9 +211,9 @@ class ModelOptions(LoraOptions, WeightOptions):
                 f"0, since {self.model} is an adapter, which is trained further; flr merge makes a whole model of it"
             )
             raise ValueError(f"lora_rank: expected {wanted}, got {self.lora_rank}")
-        if self.infer_num_factors:
+        if self.factors_from_groups:
             raise ValueError(
-                f"infer_num_factors: expected False with {self.model}, whose thought has its factors, got True"
+                f"factors_from_groups: expected False with {self.model}, whose thought has its factors, got True"
             )
         if self.init_items is not None:
             raise ValueError(

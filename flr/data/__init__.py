@@ -15,8 +15,8 @@ from .codecs import ItemCodec, build_codec
 from .codes import read_codes
 from .collator import InteractionDataset, SFTCollator, expand_prefixes
 from .csr import CSR
+from .groups import InterestGroups, interest_groups
 from .interactions import Interaction, Interactions, RecDataset
-from .interest_groups import InterestGroups, interest_groups
 from .item_knn import KNN_NAME, NeighbourTable
 from .planted import planted_dataset
 from .processor import RecProcessor

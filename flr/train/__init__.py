@@ -6,6 +6,7 @@ from flr.lazy import attach
 
 if TYPE_CHECKING:
     from .arguments import LatentGRPOConfig, SFTConfig, UpdateConfig
+    from .factor_start import init_factors
     from .features import init_grown_tokens, init_item_embeddings, init_new_tokens, item_features
     from .grpo import LatentGRPOTrainer
     from .neighbours import item_neighbours, with_catalogue_rows
@@ -20,6 +21,7 @@ else:  # flr sft --help reads the arguments alone
             "arguments": ["LatentGRPOConfig", "SFTConfig", "UpdateConfig"],
             "features": ["init_grown_tokens", "init_item_embeddings", "init_new_tokens", "item_features"],
             "grpo": ["LatentGRPOTrainer"],
+            "factor_start": ["init_factors"],
             "neighbours": ["item_neighbours", "with_catalogue_rows"],
             "rewards": ["RewardInputs", "Rewards"],
             "run_folder": ["last_complete_checkpoint"],
@@ -36,6 +38,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "UpdateConfig",
+    "init_factors",
     "init_grown_tokens",
     "init_item_embeddings",
     "init_new_tokens",

@@ -65,7 +65,7 @@ MISTAKES = [
     ("sft TINY --init_items text", "init_items: expected random or title from scratch, got 'text'"),
     ("sft TINY --model {run} --init_items title", "init_items: expected text or mean with a model, got 'title'"),
     ("sft TINY --model {run} --init_items mean", "init_items: expected nothing with {run}, whose items it knows, got"),
-    ("sft TINY --model {run} --infer_num_factors", "infer_num_factors: expected False with {run}, whose thought has"),
+    ("sft TINY --model {run} --factors_from_groups", "factors_from_groups: expected False with {run}, whose"),
     ("sft TINY --dtype int8", "dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
     ("sft TINY --dtype bfloat16", "dtype: expected float32 for a model from scratch, got 'bfloat16'"),
     ("sft TINY --model {run} --dtype float16", "dtype: expected float32 or bfloat16 for weights that are trained"),

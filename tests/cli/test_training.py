@@ -62,13 +62,18 @@ def test_no_evaluation_means_none_at_the_end_either(tmp_path, monkeypatch, strat
     [
         (1500, FLRConfig(), 3, "num_factors: 3, as many as groups of items that occur together; they have 100%"),
         (1500, FLRConfig(variant="offsets"), 3, "num_factors: 3, as many"),
-        (20, FLRConfig(num_factors=5), 5, "num_factors: 5, as without infer_num_factors, since the items do not fall"),
+        (
+            20,
+            FLRConfig(num_factors=5),
+            5,
+            "num_factors: 5, as without factors_from_groups, since the items do not fall",
+        ),
         (1500, FLRConfig(variant="latentr3"), 1, ""),
     ],
 )
 def test_as_many_factors_as_groups_of_items(users, config, factors, said, capfd):
     dataset = planted_dataset(num_items=120, num_users=users, num_interests=3)
-    options = ModelOptions(hidden_size=16, intermediate_size=16, num_attention_heads=2, infer_num_factors=True)
+    options = ModelOptions(hidden_size=16, intermediate_size=16, num_attention_heads=2, factors_from_groups=True)
     model, _ = options.build(DataOptions(codec="id"), config, dataset, seed=0, use_cpu=True)
     assert model.config.flr["num_factors"] == factors
     told = " ".join(capfd.readouterr().err.split())
