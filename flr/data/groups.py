@@ -15,10 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import poisson
 
-from .features import cooccurrence
 from .interactions import Interactions
 
 _MOST_ROWS = 100_000  # rows to count in: 200 MB of pairs at histories of 20
@@ -71,6 +68,10 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
         >>> found.count, found.covered
         (3, 1.0)
     """
+    from scipy.stats import poisson  # a server and a worker do without
+
+    from .features import cooccurrence
+
     if false_pairs is not None and false_pairs <= 0:
         raise ValueError(f"false_pairs: expected more than 0, got {false_pairs}")
     counts = cooccurrence(train.spread(_MOST_ROWS), num_items, decay=1.0, backward=1.0)
@@ -89,6 +90,8 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
 
 def _connected(counts: sp.coo_matrix, kept: np.ndarray) -> InterestGroups:
     """What those pairs connect that are ``kept``, bool [pairs]."""
+    from scipy.sparse.csgraph import connected_components
+
     items = counts.shape[0]
     graph = sp.coo_matrix((np.ones(kept.sum()), (counts.row[kept], counts.col[kept])), shape=counts.shape)
     _, label = connected_components(graph, directed=False)
