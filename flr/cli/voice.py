@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,9 +68,10 @@ def choose(quiet: bool, verbose: bool, json: bool) -> None:
 
 
 def _libraries(loud: bool) -> None:
-    """Bars of weights that are loaded, and what transformers thinks of it."""
+    """Bars of weights that are loaded, what transformers thinks of it, and that PEFT asks it by an old name."""
     from transformers.utils import logging as said
 
+    warnings.filterwarnings("default" if loud else "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     (said.enable_progress_bar if loud else said.disable_progress_bar)()
     (said.set_verbosity_warning if loud else said.set_verbosity_error)()
 

@@ -27,6 +27,8 @@ def own_factors(model: Any) -> FactorizedReasoner | OffsetReasoner:
     reasoner = getattr(lm, "flr", None) if is_patched(lm) else None
     if not isinstance(reasoner, (FactorizedReasoner, OffsetReasoner)):
         got = type(reasoner).__name__ if reasoner is not None else "a model without"
+        if got == "ModulesToSaveWrapper":
+            got = "those of an adapter, which flr merge makes one model with its base"
         raise ValueError(f"model: expected factors of variant flr or offsets, merged into one model, got {got}")
     return reasoner
 

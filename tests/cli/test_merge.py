@@ -100,7 +100,7 @@ def test_what_cannot_be_merged_is_refused(adapter, base, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_an_adapter_on_a_model_that_flr_trained(tmp_path, capsys):
+def test_an_adapter_on_a_model_that_flr_trained(tmp_path, capsys, recwarn):
     """The base model is a patched one, whole; another adapter is trained on what was merged."""
     shape = ["--hidden_size", "16", "--intermediate_size", "16", "--num_factors", "2", "--max_steps", "1"]
     run, adapter, whole = (str(tmp_path / name) for name in ("run", "adapter", "whole"))
@@ -110,6 +110,8 @@ def test_an_adapter_on_a_model_that_flr_trained(tmp_path, capsys):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {"q_proj", "v_proj"}
     assert config["lora_dropout"] == 0.1
+    assert main(["factors", "--models", adapter, *DATA]) == 1
+    assert "got those of an adapter, which flr merge makes one model with its base" in capsys.readouterr().err
     assert main(["merge", adapter, "--output", whole]) == 0
     assert main(["evaluate", "--model", whole, *DATA, "--baselines", "false"]) == 0
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
@@ -117,6 +119,7 @@ def test_an_adapter_on_a_model_that_flr_trained(tmp_path, capsys):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert {"model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "flr.query"} <= changed
     assert "model.layers.0.mlp.up_proj.weight" not in changed
+    assert not [w for w in recwarn if "is_gradient_checkpointing" in str(w.message)]  # PEFT's, of no use to a user
 
 
 def test_full_training_of_a_bfloat16_checkpoint_moves_its_weights(base, tmp_path, capsys):
