@@ -1,14 +1,14 @@
-"""What pretrained weights give, as a table of docs/quality.md: from the lines that ``pretrained_study.py`` has left.
+"""What pretrained weights give, as tables of docs/quality.md: from the lines that ``pretrained_study.py`` has left.
 
-    python -m scripts.pretrained_table              # docs/results/pretrained.jsonl → docs/quality.md
+    python -m scripts.pretrained_table              # docs/results/pretrained*.jsonl → docs/quality.md
 
-A trial that was not chosen on the valid rows is not shown, and its test ranks are not read. Intervals of 95 % are by a
+The first results have the trials that chose the learning rates, ``pretrained_small`` is of a smaller budget. A trial
+that was not chosen on the valid rows is not shown, and its test ranks are not read. Intervals of 95 % are by a
 bootstrap that draws users (with all their rows) and seeds, both with replacement; differences are paired by both.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from flr.evaluate.metrics import row_metrics
 from .pretrained_study import chosen, finished, trials
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT, PAGE = ROOT / "docs/results/pretrained.jsonl", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:pretrained -->\n).*?(<!-- /quality -->)", re.S)
+PAGE = ROOT / "docs/quality.md"
+RESULTS = {name: ROOT / f"docs/results/{name}.jsonl" for name in ("pretrained", "pretrained_small")}
+MARKED = re.compile(r"(<!-- quality:(pretrained\w*) -->\n).*?(<!-- /quality -->)", re.S)
 METRICS = ("hr@10", "ndcg@10")
 KINDS = {
     "lora": "SmolLM2, adapters",
@@ -59,9 +60,10 @@ def interval(values: np.ndarray, users: np.ndarray) -> list[float]:
     return [float(values.mean()), *(float(x) for x in np.quantile(means, [0.025, 0.975]))]
 
 
-def shown(done: dict[str, dict[str, Any]]) -> dict[tuple[str, str], dict[tuple[str, str], dict[int, Any]]]:
-    """Runs of the tables by (data, codec), then by (kind of weights, mode), then by seed."""
-    best = set(chosen(done).values())
+def shown(
+    done: dict[str, dict[str, Any]], best: set[tuple[str, float]]
+) -> dict[tuple[str, str], dict[tuple[str, str], dict[int, Any]]]:
+    """Runs of the tables by (data, codec), then by (kind of weights, mode), then by seed; ``best``: as chosen."""
     runs: dict[tuple[str, str], dict[tuple[str, str], dict[int, Any]]] = {}
     for found in done.values():
         if found["weights"] != "item-kNN" and "test" in found and (found["weights"], found["rate"]) in best:
@@ -82,11 +84,16 @@ def difference(of: dict[int, Any], base: dict[int, Any], users: np.ndarray) -> s
     return f"{bold}{mean:+.4f} ({low:+.4f} to {high:+.4f}){bold}{alone}"
 
 
-def tables(done: dict[str, dict[str, Any]]) -> str:
-    """All tables in Markdown, each with its budget, and what they have in common below."""
-    best, lines = chosen(done), []
+def tables(done: dict[str, dict[str, Any]], trials_done: dict[str, dict[str, Any]]) -> str:
+    """All tables in Markdown, each with its budget, and what they have in common below.
+
+    Args:
+        done: lines by name.
+        trials_done: those among which are the trials that chose the rates.
+    """
+    best, lines = chosen(trials_done), []
     columns = ("weights", "thought", "seeds", "HR@10", "NDCG@10")
-    for (data, codec), group in sorted(shown(done).items()):
+    for (data, codec), group in sorted(shown(done, set(best.values())).items()):
         knn = done[f"{data}.item-kNN"]
         users = np.asarray(knn["users"])
         bases = [mode for mode in BASES if any(other not in ("none", mode) for _, other in group)]
@@ -133,31 +140,23 @@ def _in_common(done: dict[str, dict[str, Any]]) -> str:
     """What all runs had in common, and the trials, in sentences."""
     tried = [(one, done[one.name]["valid"]) for one in trials() if "valid" in done.get(one.name, ())]
     rows = next(found["test"]["of"] for found in done.values() if found["weights"] == "item-kNN")
+    common = f"{rows:,} test rows, evenly spread, whole catalogue, 20 beams; bold where the interval excludes 0."
+    if not tried:
+        return common
     valid = "; ".join(f"{KINDS[one.weights]}, {one.rate:g}: {found['ndcg@10']:.4f}" for one, found in tried)
     first = trials()[0]
     return (
-        f"{rows:,} test rows, evenly spread, whole catalogue, 20 beams; bold where the interval excludes 0. NDCG@10 on "
-        f"{tried[0][1]['of']:,} rows of valid of {first.data}, `{first.codec}`, by learning rate, no thought, seed 0: "
-        f"{valid}."
+        f"{common} NDCG@10 on {tried[0][1]['of']:,} rows of valid of {first.data}, `{first.codec}`, by learning rate, "
+        f"no thought, seed 0: {valid}."
     )
 
 
-def page(text: str, result: Path = RESULT) -> str:
-    """``text`` of the page with the tables of the result between its markers."""
-    made = tables(finished(result))
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--print", action="store_true", help="Show the tables and change nothing.")
-    args = parser.parse_args()
-    if args.print:
-        print(tables(finished(args.result)))
-    else:
-        PAGE.write_text(page(PAGE.read_text(), args.result))
+def page(text: str, results: dict[str, Path] = RESULTS) -> str:
+    """``text`` of the page with the tables of the results between its markers."""
+    trials_done = finished(results["pretrained"])
+    made = {name: tables(finished(path), trials_done) for name, path in results.items()}
+    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(PAGE.read_text()))

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from .interactions import Interactions
 
-_MOST_ROWS = 100_000  # rows to count in: 200 MB of pairs at histories of 20
+_MOST_ROWS, _LATEST = 100_000, 20  # rows to count in, items of each of their histories: 200 MB of pairs
 _SMALLEST = 1 / 32  # share of the catalogue: half of what a group has where there are 16, the most factors
 #: Tried in turn: with few interactions an item no pair is certain, and where users have items of one shop alone none of
 #: many uncertain ones is false either.
@@ -52,7 +52,8 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
     """Groups of at least a 32nd of the items.
 
     Args:
-        train: rows to count in, each user's pairs of items once; 100,000 of them, evenly spread, where there are more.
+        train: rows to count in, each user's pairs of items once: of each the latest 20 items and the target, and
+            100,000 rows, evenly spread, where there are more.
         num_items: C.
         false_pairs: pairs that chance alone may make in the whole catalogue, > 0. One false pair joins two groups, so
             the default is the least of 0.5, 5, ... 500,000 by which two groups or more have half of the items, or 0.5
@@ -74,7 +75,7 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
 
     if false_pairs is not None and false_pairs <= 0:
         raise ValueError(f"false_pairs: expected more than 0, got {false_pairs}")
-    counts = cooccurrence(train.spread(_MOST_ROWS), num_items, decay=1.0, backward=1.0)
+    counts = cooccurrence(_bounded(train), num_items, decay=1.0, backward=1.0)
     degree = np.asarray(counts.sum(1)).ravel() - counts.diagonal()
     upper = sp.triu(counts, 1).tocoo()
     expected = degree[upper.row] * degree[upper.col] / max(degree.sum(), 1.0)
@@ -86,6 +87,14 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
         if tried[-1].count > 1 and tried[-1].covered >= 0.5:
             return tried[-1]
     return tried[0]
+
+
+def _bounded(train: Interactions) -> Interactions:
+    """So many rows, and so many items of each, that their pairs fit in memory."""
+    rows = train.spread(_MOST_ROWS)
+    ends = rows.histories.offsets[1:]
+    latest = rows.histories.slice(np.maximum(rows.histories.offsets[:-1], ends - _LATEST), ends)
+    return Interactions(rows.users, latest, rows.targets)
 
 
 def _connected(counts: sp.coo_matrix, kept: np.ndarray) -> InterestGroups:

@@ -60,6 +60,16 @@ def test_pairs_are_counted_by_user_and_chance_is_taken_off():
     assert interest_groups(Interactions(*zip(*again, strict=True)), 12).pairs == 0
 
 
+def test_of_a_long_history_the_latest_items_count():
+    rng = np.random.default_rng(3)
+    rows = _shop(100, 400, rng)
+    before = [(user, [*rng.permutation(100)[:13].tolist(), *history], target) for user, history, target in rows]
+    longer = [(user, [*rng.permutation(100)[:50].tolist(), *history], target) for user, history, target in before]
+    cut, whole = (interest_groups(Interactions(*zip(*some, strict=True)), 100) for some in (before, longer))
+    assert cut.pairs == whole.pairs > 0
+    assert np.array_equal(cut.group, whole.group)
+
+
 def test_an_empty_log_has_no_groups_and_bad_arguments_are_named():
     empty = Interactions([], [], [])
     assert interest_groups(empty, 5).group.tolist() == [-1] * 5

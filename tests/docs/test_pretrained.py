@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scripts.pretrained_study import chosen, finished, studies, trials
-from scripts.pretrained_table import PAGE, RESULT, difference, interval, page, tables
+from scripts.pretrained_table import PAGE, RESULTS, difference, interval, page, tables
 
 ROWS = 40
 
@@ -48,7 +48,7 @@ def test_a_line_that_was_cut_is_left_out(tmp_path):
 
 
 def test_tables_show_the_chosen_rates_alone(done, tmp_path):
-    text = tables(done)
+    text = tables(done, done)
     assert text.count("| SmolLM2, adapters | none | 1 | 0.0250 |") == 1
     assert text.count("| random, all weights trained | none | 1 | 0.0000 |") == 1
     assert "| item-kNN | | | 0.0500 |" in text
@@ -57,7 +57,15 @@ def test_tables_show_the_chosen_rates_alone(done, tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in done.values()))
     around = "a\n<!-- quality:pretrained -->\nold\n<!-- /quality -->\nb"
-    assert page(around, file) == f"a\n<!-- quality:pretrained -->\n\n{text}\n\n<!-- /quality -->\nb"
+    assert page(around, {"pretrained": file}) == f"a\n<!-- quality:pretrained -->\n\n{text}\n\n<!-- /quality -->\nb"
+
+
+def test_results_without_trials_take_the_rates_of_others(done):
+    jobs = [job for job in studies(chosen(done)) if job.data == "amazon-cds" and job.mode == "anchor"]
+    runs = [done["amazon-cds.item-kNN"], *(_run(job, [0, 1]) for job in jobs)]
+    text = tables({one["name"]: one for one in runs}, done)
+    assert "| SmolLM2, adapters | anchor | 3 | 0.0500 |" in text
+    assert "by learning rate" not in text
 
 
 def test_an_interval_draws_users_and_seeds():
@@ -86,6 +94,5 @@ def test_a_difference_is_paired_by_seed_and_row():
 
 def test_the_tables_are_of_the_committed_result():
     text = Path(PAGE).read_text()
-    assert RESULT.is_file() == ("<!-- quality:pretrained -->" in text)
-    if RESULT.is_file():
-        assert page(text) == text, "run python -m scripts.pretrained_table"
+    assert all(f"<!-- quality:{name} -->" in text for name in RESULTS)
+    assert page(text) == text, "run python -m scripts.pretrained_table"
