@@ -170,3 +170,26 @@ def test_an_lm_head_that_is_no_plain_matrix_gives_all_logits(caplog):
     assert [r.message for r in caplog.records if "lm_head" in r.message] == [
         "logits of the whole vocabulary are computed: the lm_head's rows cannot be used one by one"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_the_lm_head_are_used_under_the_autocast_of_a_training(dtype, caplog):
+    """Accelerate computes the logits in half precision and returns them in float32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    flr.model.backbone.warn_once.cache_clear()
+    model, plain = toy_model("llama"), toy_model("llama")
+    with torch.no_grad():
+        for head in (model.lm_head, plain.lm_head):
+            head.weight.copy_(0.1 * torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
+    trie, inputs = CatalogueTrie.from_codec(codec_of(random_catalogue(3, 40))), toy_inputs()
+    with torch.no_grad():
+        assert model(**inputs).logits.dtype == torch.float32
+    ours, theirs = (score_all_items(m, inputs, trie, "catalogue") for m in (model, plain))
+    torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.02)
+    assert "lm_head" not in caplog.text
+    hooked = model.lm_head.register_forward_hook(lambda _, inputs, out: out + 0.05 * out.abs().amax())
+    score_all_items(model, inputs, trie, "catalogue")  # its logits are not those of the rows
+    hooked.remove()
+    assert "the lm_head's rows cannot be used one by one" in caplog.text
