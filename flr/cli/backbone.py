@@ -180,7 +180,7 @@ class ModelOptions(LoraOptions, WeightOptions):
         if not self.factors_from_groups or config.variant not in ("flr", "offsets"):
             return None
         found = interest_groups(dataset.train, len(dataset.catalogue))
-        if found.count < 2 or found.covered < 0.5:
+        if not found.tell_apart:
             voice.note(
                 f"num_factors: {config.num_factors}, as without factors_from_groups, since the items do not fall into "
                 "groups of which each occurs apart from the others."

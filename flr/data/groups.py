@@ -47,6 +47,11 @@ class InterestGroups:
         """Share of the items that belong to a group."""
         return float((self.group >= 0).mean())
 
+    @property
+    def tell_apart(self) -> bool:
+        """Whether two groups or more have half of the items."""
+        return self.count > 1 and self.covered >= 0.5
+
 
 def interest_groups(train: Interactions, num_items: int, false_pairs: float | None = None) -> InterestGroups:
     """Groups of at least a 32nd of the items.
@@ -84,7 +89,7 @@ def interest_groups(train: Interactions, num_items: int, false_pairs: float | No
     tried = []
     for level in levels:
         tried.append(_connected(upper, chance < level))
-        if tried[-1].count > 1 and tried[-1].covered >= 0.5:
+        if tried[-1].tell_apart:
             return tried[-1]
     return tried[0]
 
