@@ -36,6 +36,7 @@ class EvaluateOptions(InferenceOptions):
         None, "Weight of item-kNN in the answer, 0..1, for a model with a table (flr neighbours). Default: as saved."
     )
     baselines: bool = option(True, "Show popularity and item-kNN too.")
+    linear: bool = option(False, "Show a linear item-item model too, solved in one step: up to 20,000 items.")
     card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
 
@@ -62,7 +63,7 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     from flr.data import HistoryViews
     from flr.data.growth import in_catalogue
     from flr.evaluate import evaluate, evaluate_scorer
-    from flr.evaluate.baselines import ItemKNN, Popularity
+    from flr.evaluate.baselines import ItemKNN, LinearItems, Popularity
 
     from .card import measured, model_facts, update_card
     from .report import with_popularity
@@ -91,7 +92,7 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
         with_popularity(result, dataset).save(options.output)
     if options.card and share.rank == 0:
         update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
-    kinds = (Popularity, ItemKNN) if options.baselines else ()
+    kinds = [*((Popularity, ItemKNN) if options.baselines else ()), *((LinearItems,) if options.linear else ())]
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     shared: dict[str, Any] = {"exclude_seen": options.exclude_seen, "share": share}
     return [result, *(evaluate_scorer(scorer, rows, dataset.catalogue, **shared) for scorer in scorers)]

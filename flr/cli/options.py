@@ -73,6 +73,7 @@ class AugmentOptions:
     held_back: float = option(
         0.0, "Leave this share of train out, the latest rows, for flr rl --held_back to be rewarded on."
     )
+    augment_reverse: float = option(0.0, "Probability that a row is read backwards, to an item that is drawn.")
     augment_prefix: float = option(0.0, "Probability that a row is cut at a random place.")
     augment_suffix: float = option(0.0, "Probability that only a random number of the latest items is kept.")
     augment_drop_item: float = option(0.0, "Probability that an item of a history is left out.")

@@ -18,6 +18,7 @@ from .csr import CSR
 from .groups import InterestGroups, interest_groups
 from .interactions import Interaction, Interactions, RecDataset
 from .item_knn import KNN_NAME, NeighbourTable
+from .linear_items import MOST_LINEAR_ITEMS, fit_linear
 from .planted import planted_dataset
 from .processor import RecProcessor
 from .prompt import HistoryViews, PromptTemplate
@@ -32,6 +33,7 @@ __all__ = [
     "CSR",
     "FORMATS",
     "KNN_NAME",
+    "MOST_LINEAR_ITEMS",
     "Augment",
     "BadRow",
     "Catalogue",
@@ -53,6 +55,7 @@ __all__ = [
     "build_codec",
     "build_tokenizer",
     "expand_prefixes",
+    "fit_linear",
     "hold_back",
     "interest_groups",
     "load_dataset",

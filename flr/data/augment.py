@@ -17,7 +17,15 @@ from .csr import CSR, offsets_of, places_within
 from .interactions import Interaction
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR = 1, 2, 3, 4, 6, 7  # streams of random numbers of one row
+_PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR, _REVERSE = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    7,
+    8,
+)  # streams of random numbers of one row
 
 #: User of rows that stand for an item of the catalogue: history [i], target one of its neighbours.
 CATALOGUE_USER = "<catalogue>"
@@ -35,6 +43,8 @@ class Augment:
     """What may be changed in a training row; everything is off by default. Applied in the order listed here.
 
     Attributes:
+        reverse: probability that a row is read backwards, from its target to an item of the history that is drawn: that
+            item becomes the target, and the items after it, the latest first, the history. Rows of CATALOGUE_USER stay.
         prefix: probability that a row is cut at a random place: the item there becomes the target, those before it the
             history.
         suffix: probability that only a random number of the latest items is kept.
@@ -58,6 +68,7 @@ class Augment:
         (True, [9])
     """
 
+    reverse: float = 0.0
     prefix: float = 0.0
     suffix: float = 0.0
     drop_item: float = 0.0
@@ -69,7 +80,7 @@ class Augment:
     neighbours: Neighbours | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prefix", "suffix", "drop_item", "shuffle", "single", "neighbour", "decay"):
+        for name in ("reverse", "prefix", "suffix", "drop_item", "shuffle", "single", "neighbour", "decay"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a probability in 0..1, got {value}")
@@ -81,7 +92,7 @@ class Augment:
     @property
     def enabled(self) -> bool:
         """Whether anything can change."""
-        chances = (self.prefix, self.suffix, self.drop_item, self.shuffle, self.single, self.neighbour)
+        chances = (self.reverse, self.prefix, self.suffix, self.drop_item, self.shuffle, self.single, self.neighbour)
         return max(chances) > 0 or self.neighbours is not None
 
     def __call__(self, rows: Sequence[Interaction], seed: int = 0) -> tuple[CSR, np.ndarray]:
@@ -96,6 +107,8 @@ class Augment:
         if not self.enabled or not rows:
             return histories, targets, sources
         keys = row_keys(rows, seed)
+        if self.reverse:
+            histories, targets = self._reverse(rows, histories, targets, keys)
         starts, ends = histories.offsets[:-1].copy(), histories.offsets[1:].copy()
         if self.prefix:
             coin, place = uniforms(keys, _PREFIX, 2).T
@@ -123,6 +136,26 @@ class Augment:
         if self.neighbours is not None and histories.values.size:
             targets, sources = self._neighbours(self.neighbours, rows, histories, targets, keys)
         return histories, targets, sources
+
+    def _reverse(
+        self, rows: Sequence[Interaction], histories: CSR, targets: np.ndarray, keys: np.ndarray
+    ) -> tuple[CSR, np.ndarray]:
+        coin, place = uniforms(keys, _REVERSE, 2).T
+        starts, ends, lengths = histories.offsets[:-1], histories.offsets[1:], histories.lengths
+        whole_catalogue = np.array([row.user == CATALOGUE_USER for row in rows])
+        chosen = (coin < self.reverse) & (lengths > 0) & ~whole_catalogue
+        drawn = np.where(chosen, starts + (place * lengths).astype(np.int64), starts)
+        kept = np.where(chosen, ends - drawn, lengths)  # of a chosen row the target and what came after the drawn item
+        offsets, (row, column) = offsets_of(kept), (np.repeat(np.arange(len(kept)), kept), places_within(kept))
+        if not histories.values.size:
+            return histories, targets
+        back = chosen[row]
+        source = np.where(back, ends[row] - column, starts[row] + column)
+        values = histories.values[np.minimum(source, len(histories.values) - 1)]
+        values = np.where(back & (column == 0), targets[row], values).astype(np.int32)
+        return CSR(values, offsets), np.where(
+            chosen, histories.values[np.minimum(drawn, len(histories.values) - 1)], targets
+        )
 
     def _draw(self, histories: CSR, place: np.ndarray) -> np.ndarray:
         """An index into ``histories.values`` of each row, int64 [B], with weight decay^age; an empty row's start."""

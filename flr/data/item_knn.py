@@ -31,6 +31,7 @@ from .pairs import item_pairs
 KNN_NAME = "item_knn.safetensors"
 
 _FORMAT = "flr-item-knn-1"
+_SIGNED_FORMAT = "flr-item-knn-2"  # with negative weights, which version 1 refuses
 _BLOCK = 1 << 21  # pairs of places whose users are told apart at a time
 _PAIRS = 1 << 22  # pairs of places that are counted at a time
 _TIE_BREAK = 1e-6  # share of the score that popularity decides: below any co-occurrence weight
@@ -44,7 +45,8 @@ class NeighbourTable:
     """The matrix M of item-kNN, and what scores a catalogue by it.
 
     Args:
-        similarity: M, CSR [C, C] of float32 or float64, finite and at least 0.
+        similarity: M, CSR [C, C] of float32 or float64, finite; at least 0, but for a table of
+            :func:`flr.data.fit_linear`.
         popularity: float [C], how often each item is a training target.
         history_decay: in (0, 1].
 
@@ -121,15 +123,18 @@ class NeighbourTable:
         return scores
 
     def probabilities(self, histories: CSR) -> np.ndarray:
-        """Float64 [B, C]: scores over their sum; popularity where nothing is known of a history.
+        """Float64 [B, C]: scores over their sum, those below 0 as 0; popularity where nothing is known of a history.
 
         Raises:
             ValueError: nothing is known of the catalogue either.
         """
-        scores = self.scores(histories)
+        scores = np.maximum(self.scores(histories), 0)
         total = scores.sum(1, keepdims=True)
         if not (total > 0).all():
-            raise ValueError("item-kNN: expected training rows with a target, got none")
+            if not self.popularity.any():
+                raise ValueError("item-kNN: expected training rows with a target, got none")
+            scores = np.where(total > 0, scores, self.popularity)  # every item is below 0
+            total = scores.sum(1, keepdims=True)
         return scores / total
 
     def save(self, path: PathLike) -> None:
@@ -141,7 +146,8 @@ class NeighbourTable:
             name: torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
             for (name, dtype), array in zip(_ARRAYS.items(), arrays, strict=True)
         }
-        about = {"format": _FORMAT, "history_decay": self.history_decay}
+        signed = matrix.data.min(initial=0) < 0
+        about = {"format": _SIGNED_FORMAT if signed else _FORMAT, "history_decay": self.history_decay}
         with atomic_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"flr": json.dumps(about)})
 
@@ -157,7 +163,8 @@ class NeighbourTable:
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file}: expected a table of item-kNN, got {shown(str(error))}") from None
         kinds = {name: (array.dtype, array.dim()) for name, array in arrays.items()}
-        if about.get("format") != _FORMAT or kinds != {name: (dtype, 1) for name, dtype in _ARRAYS.items()}:
+        known = about.get("format") in (_FORMAT, _SIGNED_FORMAT)
+        if not known or kinds != {name: (dtype, 1) for name, dtype in _ARRAYS.items()}:
             raise ValueError(f"{file}: expected a table of item-kNN ({_FORMAT}), got {shown(about.get('format'), 40)}")
         offsets, items, weights, popularity = (arrays[name].numpy() for name in _ARRAYS)
         sizes = len(offsets) - 1, len(popularity)
@@ -166,10 +173,11 @@ class NeighbourTable:
         sound = (
             offsets[0] == 0 and offsets[-1] == len(items) == len(weights) and (np.diff(offsets) >= 0).all()
             and items.min(initial=0) >= 0 and items.max(initial=-1) < num_items
-            and all(np.isfinite(x).all() and x.min(initial=0) >= 0 for x in (weights, popularity))
+            and all(np.isfinite(x).all() for x in (weights, popularity)) and popularity.min(initial=0) >= 0
+            and (about["format"] == _SIGNED_FORMAT or weights.min(initial=0) >= 0)
         )  # fmt: skip
         if not sound:
-            raise ValueError(f"{file}: expected rows of item indices and weights of at least 0, got damaged ones")
+            raise ValueError(f"{file}: expected rows of item indices and finite weights, got damaged ones")
         shape = (num_items, num_items)
         matrix = sp.csr_matrix((weights, items, offsets), shape=shape)  # float32 and mapped: one copy for all processes
         decay = about.get("history_decay")

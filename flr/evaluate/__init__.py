@@ -1,7 +1,7 @@
 """Whole-catalogue evaluation: ranks, metrics with intervals, baselines."""
 
 from .groups import by_trait
-from .neighbours import NeighbourFit, fit_neighbours
+from .neighbours import NeighbourFit, fit_neighbours, fit_tables
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
 from .ranks import Share, launched
 from .result import EvalResult, Level
@@ -18,6 +18,7 @@ __all__ = [
     "evaluate",
     "evaluate_scorer",
     "fit_neighbours",
+    "fit_tables",
     "launched",
     "padded_rows",
     "robustness",

@@ -1,11 +1,11 @@
-"""The weight of item-kNN beside a model, chosen on rows that neither was fitted on.
+"""The weight of item-kNN, or of another table, beside a model, chosen on rows that neither was fitted on.
 
-p(item | user) = (1 - n) p_model(item | user) + n q(item | user),   q: scores of item-kNN over their sum
+p(item | user) = (1 - n) p_model(item | user) + n q(item | user),   q: scores of the table over their sum
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,6 @@ class NeighbourFit:
     best: float
 
 
-@torch.inference_mode()
 def fit_neighbours(
     model: Any,
     processor: RecProcessor,
@@ -52,7 +51,7 @@ def fit_neighbours(
 
     Args:
         model, processor: a causal LM and its processor, whose views of the history are kept.
-        table: of item-kNN, counted in training rows only.
+        table: of item-kNN or :func:`flr.data.fit_linear`, made of training rows only.
         rows: neither the model's nor the table's training rows, e.g. ``dataset.valid``.
         weights: in 0..1. num_beams: for codecs of several tokens an item, see :class:`ViewMixture`.
         batch_size: users at a time. progress: show a bar on stderr, where that is a terminal.
@@ -60,6 +59,23 @@ def fit_neighbours(
     Raises:
         ValueError: no rows, no weights, or one out of range.
     """
+    sizes: dict[str, Any] = {"num_beams": num_beams, "batch_size": batch_size, "progress": progress}
+    return fit_tables(model, processor, {"": table}, rows, weights, **sizes)[""]
+
+
+@torch.inference_mode()
+def fit_tables(
+    model: Any,
+    processor: RecProcessor,
+    tables: Mapping[str, NeighbourTable],
+    rows: Interactions,
+    weights: Sequence[float],
+    *,
+    num_beams: int = 20,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> dict[str, NeighbourFit]:
+    """:func:`fit_neighbours` for several tables by name; the model still runs once."""
     tried = tuple(sorted(set(weights)))
     if not tried or not 0 <= tried[0] <= tried[-1] <= 1:
         raise ValueError(f"weights: expected numbers in 0..1, got {list(weights)}")
@@ -67,16 +83,23 @@ def fit_neighbours(
         raise ValueError("rows: expected at least one, got none")
     views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
     mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
-    ranks = np.zeros((len(tried), len(rows)), np.int64)
+    ranks = {name: np.zeros((len(tried), len(rows)), np.int64) for name in tables}
     with evaluating(model), progress_bar(progress, "ranking", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
-            own, others = mixture.scores(part.histories), table.probabilities(part.histories)
+            own = mixture.scores(part.histories)
             target = torch.from_numpy(part.targets.astype(np.int64))
-            for place, weight in enumerate(tried):
-                mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
-                ranks[place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
+            for name, table in tables.items():
+                others = table.probabilities(part.histories)
+                for place, weight in enumerate(tried):
+                    mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
+                    ranks[name][place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
             advance(len(part))
+    return {name: _best(tried, found) for name, found in ranks.items()}
+
+
+def _best(tried: tuple[float, ...], ranks: np.ndarray) -> NeighbourFit:
+    """By ranks int64 [weights, rows]."""
     by_weight = [row_metrics(row) for row in ranks]
     metrics = {name: np.stack([values[name] for values in by_weight]) for name in _METRICS}
     return NeighbourFit(tried, metrics, tried[int(metrics["ndcg@10"].mean(1).argmax())])

@@ -184,6 +184,9 @@ def test_neighbours_are_written_into_the_folder_and_every_command_uses_them(star
     assert (folder / "item_knn.safetensors").exists()
     views = RecProcessor.from_pretrained(folder).views
     assert (views.weight, views.neighbours) == (0.25, fit["best"])
+    tried = {method: max(one["metrics"]["ndcg@10"]) for method, one in fit["methods"].items()}
+    assert set(tried) == {"item-knn", "linear"}
+    assert fit["method"] == max(tried, key=tried.__getitem__)
     capsys.readouterr()
     evaluation = ["evaluate", *DATA, "--model", str(folder), "--split", "valid", "--json", "--baselines", "false"]
     for weight, expected in zip(fit["weights"], fit["metrics"]["ndcg@10"], strict=True):
@@ -194,9 +197,37 @@ def test_neighbours_are_written_into_the_folder_and_every_command_uses_them(star
     result = next(iter(_result(capsys).values()))
     assert result["settings"]["views"]["neighbours"] == fit["best"]
     assert main(["recommend", "--model", str(folder), "--history", "item_1", "item_2", "--k", "3"]) == 0
-    for option, value in (("weights", "0,2"), ("max_users", "0"), ("top", "0"), ("model", str(tmp_path / "none"))):
+    bad = (("weights", "0,2"), ("max_users", "0"), ("top", "0"), ("model", str(tmp_path / "none")), ("method", "x"))
+    for option, value in bad:
         assert main([*arguments, f"--{option}", value]) == 1
         assert f"{option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "decay"), [("item-knn", 0.6), ("linear", 0.8)])
+def test_neighbours_of_one_method(start, tmp_path, capsys, method, decay):
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    arguments = ["neighbours", *DATA, "--model", str(folder), "--weights", "0.5", "--method", method, "--json"]
+    assert main(arguments) == 0
+    assert set(_result(capsys)["methods"]) == {method}
+    table = RecProcessor.from_pretrained(folder).item_knn
+    assert table.history_decay == decay
+    assert (table.similarity.data.min() < 0) == (method == "linear")
+
+
+def test_a_large_catalogue_is_not_solved_for(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flr.data.MOST_LINEAR_ITEMS", 10)
+    arguments = ["neighbours", *DATA, "--model", str(start), "--weights", "0.5", "--dry_run", "--json"]
+    assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "Item-kNN alone is tried" in output.out + output.err
+    assert '"linear"' not in output.out
+
+
+def test_evaluation_shows_the_linear_model(start, capsys):
+    options = ["--max_users", "9", "--linear", "--card", "false", "--json"]
+    assert main(["evaluate", *DATA, "--model", str(start), *options]) == 0
+    assert set(_result(capsys)) == {"flr", "popularity", "item-kNN", "linear"}
 
 
 def test_robustness_writes_what_it_measured(start, tmp_path, capsys):

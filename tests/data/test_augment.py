@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from flr.data import Augment, Interaction
+from flr.data import CATALOGUE_USER, Augment, Interaction
 from tests.helpers.catalogues import DATA
 
-EVERYTHING = Augment(prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)
+EVERYTHING = Augment(reverse=0.4, prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)
 
 
 def one(history, target=99, row=0, epoch=0) -> Interaction:
@@ -43,6 +43,20 @@ def test_suffix_keeps_the_latest():
     assert abs(lengths.mean() - 4.5) < 0.2
     assert all(histories.row(row)[-1] == 7 for row in range(2000))
     assert set(targets.tolist()) == {99}
+
+
+def test_reverse_reads_a_row_backwards():
+    catalogue = one([3], row=1)._replace(user=CATALOGUE_USER)
+    histories, targets = Augment(reverse=1.0)([*many(), one([5], target=6), one([], target=4), catalogue])
+    for row in range(2000):
+        assert histories.row(row).tolist() == [99, *range(7, int(targets[row]), -1)]
+    assert np.abs(np.bincount(targets[:2000]) / 2000 - 1 / 8).max() < 0.03
+    assert [histories.row(row).tolist() for row in range(2000, 2003)] == [[6], [], [3]]
+    assert targets[2000:].tolist() == [5, 4, 99]
+    histories, targets = Augment(reverse=0.25)(many())
+    assert abs((targets != 99).mean() - 0.25) < 0.03
+    for row in np.flatnonzero(targets == 99).tolist():
+        assert histories.row(row).tolist() == list(range(8))
 
 
 def test_prefix_moves_the_target():
@@ -86,7 +100,7 @@ def test_rows_from_no_data_set_go_by_content():
     assert first.row(0).tolist() == again.row(1).tolist()
 
 
-@pytest.mark.parametrize("name", ["prefix", "suffix", "drop_item", "shuffle"])
+@pytest.mark.parametrize("name", ["reverse", "prefix", "suffix", "drop_item", "shuffle"])
 def test_augment_errors(name):
     with pytest.raises(ValueError, match=rf"{name}: expected a probability in 0\.\.1, got 1\.5"):
         Augment(**{name: 1.5})
