@@ -36,7 +36,7 @@ class EvaluateOptions(InferenceOptions):
         None, "Weight of item-kNN in the answer, 0..1, for a model with a table (flr neighbours). Default: as saved."
     )
     baselines: bool = option(True, "Show popularity and item-kNN too.")
-    linear: bool = option(False, "Show a linear item-item model too, solved in one step: up to 20,000 items.")
+    linear: bool = option(False, "Show a linear item-item model too, solved in one step: up to 25,000 items.")
     card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
 

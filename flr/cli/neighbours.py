@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ABOUT = "Mix item-kNN or a linear model into a trained one's answers, with the weight that ranks the valid split best."
 METHODS = ("item-knn", "linear")
+_LONG = 5_000  # items whose linear model takes long enough to say so
 
 
 @dataclass
@@ -30,7 +31,7 @@ class NeighbourOptions(InferenceOptions):
     )
     method: str = option(
         "auto",
-        "item-knn; linear, a ridge regression of targets on histories, of at most 20,000 items; or auto, whichever "
+        "item-knn; linear, a ridge regression of targets on histories, of at most 25,000 items; or auto, whichever "
         "ranks valid better.",
     )
     weights: str = option("0,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "Weights of the table to try, 0..1.")
@@ -68,6 +69,8 @@ class NeighbourOptions(InferenceOptions):
             linear = method == "linear"
             decay = self.history_decay if self.history_decay is not None else (0.8 if linear else 0.6)
             top = self.top if self.top is not None else (100 if linear else 500)
+            if linear and size > _LONG:
+                voice.note(f"Solving a linear model of {size:,} items; 10,000 take half a minute of one core.")
             fit = fit_linear if linear else NeighbourTable.fit
             made[method] = fit(dataset.train, size, history_decay=decay, backward=self.backward, top=top)
         return made

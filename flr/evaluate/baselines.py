@@ -91,7 +91,7 @@ class LinearItems(_Baseline):
 
     Args:
         train: rows to fit.
-        num_items: C, at most 20,000: C² float32 twice in memory.
+        num_items: C, at most 25,000: C² float32 twice in memory.
 
     >>> train = Interactions(["u", "u", "v"], [[0], [0, 1], [1]], [1, 2, 2])
     >>> int(LinearItems(train, 3).scores(CSR.from_rows([[1]])).argmax())

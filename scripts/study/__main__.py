@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs.add_argument("--data", required=True, help="Folder of prepared data: instruments, amazon-cds, amazon-office.")
     jobs.add_argument("--examples", default="examples", help="Folder of the recipes.")
     jobs.add_argument("--extra", default="", help="Options for every training, e.g. '--use_cpu true'.")
-    parts = ("repeats", "changes", "others")
+    parts = ("repeats", "reversed", "changes", "others")
     jobs.add_argument("--part", choices=parts, help="By the recipes alone a part of it, see scripts/study/jobs.py.")
     jobs.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds of that part.")
     jobs.add_argument("--output", type=Path, required=True)

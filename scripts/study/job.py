@@ -25,7 +25,7 @@ from flr.cli.evaluate import EvaluateOptions
 from flr.cli.options import AugmentOptions, DataOptions
 from flr.cli.parsing import parse
 from flr.config import FLRConfig
-from flr.data import CSR, Interactions, NeighbourTable, RecDataset, RecProcessor
+from flr.data import CSR, Interactions, NeighbourTable, RecDataset, RecProcessor, fit_linear
 from flr.decode import CatalogueTrie, rank_one_token
 from flr.decode.scoring import resolve_scoring
 from flr.evaluate import evaluate
@@ -43,7 +43,8 @@ _TOP = 500  # neighbours kept of an item
 class Partner(NamedTuple):
     """What stands beside a model: score_j = sum over history items i of decay^age(i) · M_ij, plus a trace.
 
-    Where rows of M are ``probabilities`` the weights are divided by their sum, elsewhere the scores.
+    Where rows of M are ``probabilities`` the weights are divided by their sum, elsewhere the scores, of which those
+    below 0 count as 0.
     """
 
     decay: float
@@ -53,12 +54,12 @@ class Partner(NamedTuple):
 
 
 class Shared:
-    """Data sets and tables of item-kNN, loaded once; processes that are forked later find them."""
+    """Data sets, tables of item-kNN and linear models, made once; processes that are forked later find them."""
 
     def __init__(self, folders: list[str], neighbours: bool = True) -> None:
         self.data = {folder: DataOptions(data=folder).load() for folder in folders}
-        self.tables = {f: _table(dataset) for f, dataset in self.data.items()} if neighbours else {}
-        self._dense: dict[str, Partner] = {}
+        self.tables = {f: _tables(dataset) for f, dataset in self.data.items()} if neighbours else {}
+        self._dense: dict[str, dict[str, Partner]] = {}
 
     def dataset(self, options: DataOptions) -> RecDataset:
         """What the options load."""
@@ -68,18 +69,23 @@ class Shared:
             self.data[options.data] = options.load()
         return self.data[options.data]
 
-    def neighbours(self, folder: str, dataset: RecDataset, device: torch.device) -> Partner:
-        """Item-kNN of a data set, on the device; that of a folder is kept for the next job."""
+    def partners(self, folder: str, dataset: RecDataset, device: torch.device) -> dict[str, Partner]:
+        """Item-kNN and the linear model of a data set, on the device; those of a folder are kept for the next job."""
         if folder not in self._dense:
-            table = self.tables.get(folder) or _table(dataset)
-            trace = table.scores(CSR.from_rows([[]]))[0]  # of no history
-            dense = (torch.from_numpy(x.astype(np.float32)).to(device) for x in (table.similarity.toarray(), trace))
-            self._dense = {folder: Partner(table.history_decay, *dense, False)}
+            self._dense = {folder: {}}
+            for name, table in (self.tables.get(folder) or _tables(dataset)).items():
+                trace = table.scores(CSR.from_rows([[]]))[0]  # of no history
+                dense = (torch.from_numpy(x.astype(np.float32)).to(device) for x in (table.similarity.toarray(), trace))
+                self._dense[folder][name] = Partner(table.history_decay, *dense, False)
         return self._dense[folder]
 
 
-def _table(dataset: RecDataset) -> NeighbourTable:
-    return NeighbourTable.fit(dataset.train, len(dataset.catalogue), top=_TOP)
+def _tables(dataset: RecDataset) -> dict[str, NeighbourTable]:
+    size = len(dataset.catalogue)
+    return {
+        "neighbours": NeighbourTable.fit(dataset.train, size, top=_TOP),
+        "linear": fit_linear(dataset.train, size),
+    }
 
 
 def run_job(job: dict[str, Any], shared: Shared, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -180,7 +186,7 @@ def _beside(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
     """Metrics and ranks of valid and test: the model alone, and beside each partner with the best weight of valid."""
     device = next(model.parameters()).device
-    partners = {"neighbours": shared.neighbours(folder, dataset, device), "views": own_views(model, processor)}
+    partners = {**shared.partners(folder, dataset, device), "views": own_views(model, processor)}
     valid = mixed_ranks(model, processor, dataset.valid, {name: (own, WEIGHTS) for name, own in partners.items()})
     facts: dict[str, Any] = {}
     for name, ranks in valid.items():
@@ -259,7 +265,7 @@ def _beside_scores(histories: CSR, partner: Partner) -> torch.Tensor:
         share = share / np.bincount(row, share, len(histories.lengths))[row]
     weights = torch.from_numpy(share.astype(np.float32)).to(device)
     bags = nn.functional.embedding_bag(items, partner.matrix, starts, mode="sum", per_sample_weights=weights)
-    scores = bags + partner.trace
+    scores = (bags + partner.trace).clamp_min(0)
     return scores if partner.probabilities else scores / scores.sum(1, keepdim=True)
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
 from .summary import COMPARED, COMPARED_PAIRS, summary
@@ -46,7 +47,7 @@ def page(text: str) -> str:
     """The text with its tables as the results say."""
     made = {
         "tuning": tuning, "instruments": instruments, "pairs": pairs, "repeated": repeated, "groups": groups,
-        "others": others, "changes": changes,
+        "others": others, "changes": changes, "reversed": backwards,
     }  # fmt: skip
     found = report()
     return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](found)}\n\n{match[3]}", text)
@@ -85,8 +86,7 @@ def tuning(report: dict[str, Any]) -> str:
 def instruments(report: dict[str, Any]) -> str:
     """The seven models with their chosen settings, alone and beside item-kNN."""
     table = _main(report)
-    knn = table["item-kNN"]
-    rows = [["item-kNN", "", "", f"{knn['hr@10'][0]:.4f}", _interval(knn["ndcg@10"]), "", "", "", ""]]
+    rows = [[name, "", "", *own, "", "", "", ""] for name, own in _baselines(table)]
     for name in _order(table["models"]):
         own = table["models"][name]
         row = [NAMES[name], own["setting"], str(own["seeds"]), f"{own['test']['hr@10'][0]:.4f}"]
@@ -97,6 +97,12 @@ def instruments(report: dict[str, Any]) -> str:
     about = f"{table['rows']:,} test users, {table['items']:,} items, whole catalogue, 95 % intervals over users. "
     about += f"Seconds of training are of one {_device(table['device'])} that several trainings shared."
     return f"{_lines([*heads, 'million weights', 'seconds'], rows)}\n\n{about}"
+
+
+def _baselines(table: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """HR@10 and NDCG@10 of item-kNN and of the linear model."""
+    found = [(name, table[name]) for name in (ItemKNN.name, LinearItems.name)]
+    return [(name, [f"{own['hr@10'][0]:.4f}", _interval(own["ndcg@10"])]) for name, own in found]
 
 
 def _device(names: list[str]) -> str:
@@ -150,8 +156,7 @@ def others(report: dict[str, Any]) -> str:
         if table["change"] or table is _main(report) or "flr-mixture" not in table["models"]:
             continue
         what = f"{DATA[table['data']]}, `{table['codec']}`"
-        knn = table["item-kNN"]
-        rows.append([what, "item-kNN", "", "", f"{knn['hr@10'][0]:.4f}", _interval(knn["ndcg@10"]), ""])
+        rows += [[what, name, "", "", *own, ""] for name, own in _baselines(table)]
         less = {name: own["less_anchor"] for name, own in table["models"].items() if "less_anchor" in own}
         for name in _order(table["models"]):
             own = table["models"][name]
@@ -160,6 +165,26 @@ def others(report: dict[str, Any]) -> str:
             rows.append([*row, _interval(less[name], "+", bold=True) if name in less else ""])
     heads = ["data", "", "trainings", "valid NDCG@10", "test HR@10", "NDCG@10", "less that of one more token"]
     return _lines(heads, rows)
+
+
+def backwards(report: dict[str, Any]) -> str:
+    """Trainings that read a third of the rows backwards, alone and beside the two tables, and their differences."""
+    table = report["reversed"]
+    rows = [[name, "", "", *own, "", "", "", "", ""] for name, own in _baselines(table)]
+    for name in _order(table["models"]):
+        own = table["models"][name]
+        row = [NAMES[name], ", ".join(str(seed) for seed, _ in own["each"]), f"{own['valid']:.4f}"]
+        row += [f"{own['test']['hr@10'][0]:.4f}", _interval(own["test"]["ndcg@10"])]
+        row += [f"{own['test_neighbours']['ndcg@10'][0]:.4f}", f"{own['test_linear']['hr@10'][0]:.4f}"]
+        row += [_interval(own["test_linear"]["ndcg@10"]), _interval(own["less_linear"]["test_linear"], "+", True)]
+        rows.append([*row, f"{own['seconds']:.0f}"])
+    heads = ["", "seeds", "valid NDCG@10", "test HR@10", "NDCG@10", "with item-kNN: NDCG@10", "with linear: HR@10"]
+    heads += ["NDCG@10", "less that of linear", "seconds"]
+    ways, others = {"test": "alone", "test_linear": "both with linear"}, []
+    for name, other, *found in table["pairs"]:
+        cells = {way: _interval(values, "+", bold=True) for way, *values in found}
+        others.append([NAMES[name], NAMES[other], *(cells.get(way, "") for way in ways)])
+    return f"{_lines(heads, rows)}\n\n{_lines(['NDCG@10 of', 'less that of', *ways.values()], others)}"
 
 
 def changes(report: dict[str, Any]) -> str:

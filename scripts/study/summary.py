@@ -9,7 +9,7 @@ import numpy as np
 
 from flr.data import load_dataset
 from flr.evaluate import evaluate_scorer
-from flr.evaluate.baselines import ItemKNN
+from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.evaluate.metrics import row_metrics
 
 from .groups import groups, traits
@@ -29,6 +29,7 @@ PAIRS = (
     ("anchor", "none"),
 )
 METRICS = ("hr@10", "ndcg@10")
+WAYS = ("test", "test_neighbours", "test_linear", "test_views")  # alone, and with another ranker beside
 _MAIN = ("instruments", "id", "")  # data, codec, change
 #: Less that of another, by groups of users.
 BY_GROUP = (
@@ -86,6 +87,9 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
         beside = [line for line in main if _conditions(line) in {_conditions(x) for x in own}] if change else []
         table = _table(data / name, shared_seeds(own), beside)
         out["tables"].append({"data": name, "codec": codec, "change": change, **table})
+    backwards = [line for line in lines if line["setting"] == "reversed"]
+    if backwards:
+        out["reversed"] = _table(data / _MAIN[0], shared_seeds(backwards), [])
     repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
     out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
     return out
@@ -175,17 +179,12 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
         out["models"][variant] = entry
     if beside:
         return out
-    knn = evaluate_scorer(ItemKNN(dataset.train, len(dataset.catalogue)), dataset.test, dataset.catalogue, samples=1)
-    alone = {m: row_metrics(knn.ranks["item"])[m][None] for m in METRICS}
-    out["item-kNN"] = {m: drawn.interval(alone[m]) for m in METRICS}
-    for variant, ways in values.items():
-        less = {w: drawn.difference(alone["ndcg@10"], ways[w]["ndcg@10"]) for w in ways if w != "test_views"}
-        out["models"][variant]["less_knn"] = less
+    _beside_baselines(out, values, drawn, dataset)
     out["pairs"] = []
     for name, other in PAIRS:
         if name in values and other in values:
             pair = [name, other]
-            for way in ("test", "test_neighbours", "test_views"):
+            for way in WAYS:
                 if way in values[name] and way in values[other]:
                     ndcg = (values[x][way]["ndcg@10"] for x in (other, name))
                     pair.append([way, *drawn.difference(*ndcg)])
@@ -193,6 +192,18 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
     if "anchor" in values:
         out["groups"] = _by_group(values, drawn, dataset)
     return out
+
+
+def _beside_baselines(out: dict[str, Any], values: dict[str, Any], drawn: Resampled, dataset: Any) -> None:
+    """Item-kNN and the linear model, and what models have less than each, by way of answering."""
+    for kind, less in ((ItemKNN, "less_knn"), (LinearItems, "less_linear")):
+        scorer = kind(dataset.train, len(dataset.catalogue))
+        ranks = evaluate_scorer(scorer, dataset.test, dataset.catalogue, samples=1).ranks["item"]
+        alone = {m: row_metrics(ranks)[m][None] for m in METRICS}
+        out[kind.name] = {m: drawn.interval(alone[m]) for m in METRICS}
+        for variant, ways in values.items():
+            found = {w: drawn.difference(alone["ndcg@10"], ways[w]["ndcg@10"]) for w in ways if w != "test_views"}
+            out["models"][variant][less] = found
 
 
 def _by_group(values: dict[str, Any], drawn: Resampled, dataset: Any) -> list[dict[str, Any]]:
@@ -210,7 +221,7 @@ def _by_group(values: dict[str, Any], drawn: Resampled, dataset: Any) -> list[di
 
 
 def _values(lines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """[seeds, rows] by variant, way ("test", "test_neighbours", "test_views") and metric."""
+    """[seeds, rows] by variant, way (``WAYS``) and metric."""
     found: dict[str, dict[str, dict[str, list[np.ndarray]]]] = {}
     for line in sorted(lines, key=lambda x: x["seed"]):
         for way, ranks in read_ranks(line["folder"], line).items():

@@ -82,7 +82,7 @@ def test_no_rows_and_no_histories():
     ("name", "value"),
     [
         ("num_items", 39),
-        ("num_items", 20_001),
+        ("num_items", 25_001),
         ("history_decay", 0.0),
         ("fit_decay", 1.5),
         ("backward", -1.0),

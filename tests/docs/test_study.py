@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from flr.data import HistoryViews, NeighbourTable, RecProcessor, build_tokenizer, planted_dataset
-from flr.evaluate import evaluate, fit_neighbours
+from flr.data import HistoryViews, NeighbourTable, RecProcessor, build_tokenizer, fit_linear, planted_dataset
+from flr.evaluate import evaluate, fit_tables
 from flr.evaluate.metrics import row_metrics
 from scripts.study import page
-from scripts.study.job import Partner, mixed_ranks, own_views
+from scripts.study.job import Shared, mixed_ranks, own_views
 from scripts.study.jobs import CHANGES, MODELS, SETTINGS, by_recipe, study
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
@@ -113,15 +113,16 @@ def test_ranks_beside_a_model_are_those_of_the_package():
     processor = RecProcessor(build_tokenizer(dataset.catalogue, "id"), dataset.catalogue, num_thoughts=0)
     torch.manual_seed(0)
     model = tiny_llama(len(processor.tokenizer)).eval()
-    table = NeighbourTable.fit(dataset.train, len(dataset.catalogue))
-    trace = table.scores(type(dataset.train.histories).from_rows([[]]))[0]
-    arrays = (torch.from_numpy(x.astype(np.float32)) for x in (table.similarity.toarray(), trace))
-    partners = {"knn": Partner(table.history_decay, *arrays, False), "views": own_views(model, processor)}
+    shared = Shared([])
+    partners = {**shared.partners("planted", dataset, torch.device("cpu")), "views": own_views(model, processor)}
     found = mixed_ranks(model, processor, dataset.valid, {n: (p, weights) for n, p in partners.items()}, batch_size=7)
-    expected = fit_neighbours(model, processor, table, dataset.valid, weights)
+    size = len(dataset.catalogue)
+    tables = {"neighbours": NeighbourTable.fit(dataset.train, size), "linear": fit_linear(dataset.train, size)}
+    expected = fit_tables(model, processor, tables, dataset.valid, weights)
     for place, weight in enumerate(weights):
-        ndcg = row_metrics(found["knn"][place])["ndcg@10"]
-        np.testing.assert_array_equal(ndcg, expected.metrics["ndcg@10"][place])
+        for name in tables:
+            ndcg = row_metrics(found[name][place])["ndcg@10"]
+            np.testing.assert_array_equal(ndcg, expected[name].metrics["ndcg@10"][place])
         views = HistoryViews(weight, 0.6)
         ranked = evaluate(model, processor, dataset.valid, views=views, progress=False, samples=1)
         np.testing.assert_array_equal(found["views"][place], ranked.ranks["item"])
@@ -177,6 +178,9 @@ def test_the_lists_of_jobs_are_of_one_form():
     trial = next(job for job in trials if job["name"] == "flr-mixture-recipe-0")
     again = next(job for job in made["jobs"] if job["name"] == "flr-mixture-recipe-2")
     assert again["argv"] == [*trial["argv"], "--use_cpu", "true"]
+    reversed_ = by_recipe("reversed", "data", "examples", "--use_cpu true", [2])
+    assert [job["argv"] for job in reversed_["jobs"]] == [job["argv"] for job in made["jobs"][3:]]
+    assert {job["setting"] for job in reversed_["jobs"]} <= set(reversed_["settings"])
 
 
 def test_parts_of_the_list_are_those_of_the_recipe():

@@ -1,0 +1,84 @@
+"""The linear item-item model beside item-kNN on real data, as a table of docs/quality.md.
+
+    python -m scripts.linear_items --run --data data    # two minutes of one core; data: as in scripts/study
+    python -m scripts.linear_items                      # docs/quality.md alone
+
+Both are fitted on training rows alone and have the package's defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from flr.data import Interactions, RecDataset, load_dataset
+from flr.evaluate import evaluate_scorer
+from flr.evaluate.baselines import ItemKNN, LinearItems
+from flr.evaluate.metrics import row_metrics
+from flr.files import read_json, write_json
+
+from .study.stats import Resampled
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT, PAGE = ROOT / "docs/results/linear_items.json", ROOT / "docs/quality.md"
+MARKED = re.compile(r"(<!-- quality:linear_items -->\n).*?(<!-- /quality -->)", re.S)
+SHOPS = ("instruments", "amazon-cds", "amazon-office")
+
+
+def measured(dataset: RecDataset) -> dict[str, Any]:
+    """Both on valid and test, with the difference in NDCG@10 and its interval over users."""
+    found: dict[str, Any] = {"items": len(dataset.catalogue), "rows": len(dataset.train)}
+    scorers = []
+    for kind in (ItemKNN, LinearItems):
+        started = time.process_time()
+        scorers.append(kind(dataset.train, len(dataset.catalogue)))
+        found[f"{kind.name}, CPU seconds"] = round(time.process_time() - started, 2)
+    for split in ("valid", "test"):
+        rows: Interactions = getattr(dataset, split)
+        each = []
+        for scorer in scorers:
+            result = evaluate_scorer(scorer, rows, dataset.catalogue, samples=1)
+            by_row = row_metrics(result.ranks["item"])
+            found.setdefault(scorer.name, {})[split] = [round(float(by_row[m].mean()), 6) for m in ("hr@10", "ndcg@10")]
+            each.append(by_row["ndcg@10"][None])
+        found[f"less item-kNN, {split}"] = [round(x, 6) for x in Resampled(rows.users).difference(*each)]
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """HR@10 and NDCG@10 of both, and the difference; bold where the interval excludes 0."""
+    heads = ["data", "", "valid HR@10", "NDCG@10", "test HR@10", "NDCG@10", "less that of item-kNN", "CPU seconds"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for shop in SHOPS:
+        own = found[shop]
+        mean, low, high = own["less item-kNN, test"]
+        less = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        less = f"**{less}**" if low > 0 or high < 0 else less
+        for name in (ItemKNN.name, LinearItems.name):
+            values = [f"{x:.4f}" for split in ("valid", "test") for x in own[name][split]]
+            cells = [shop, name, *values, less if name == LinearItems.name else "", own[f"{name}, CPU seconds"]]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """The page with its table as the results say."""
+    made = table(read_json(RESULT, 1 << 20))
+    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="Fit and measure.")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="Folder of instruments and the Amazon data.")
+    args = parser.parse_args()
+    if args.run:
+        write_json(RESULT, {shop: measured(load_dataset(args.data / shop)) for shop in SHOPS})
+    PAGE.write_text(page(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
