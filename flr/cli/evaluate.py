@@ -33,7 +33,8 @@ class EvaluateOptions(InferenceOptions):
     method: str = option("auto", "auto, beam or exhaustive (every item scored).")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
     neighbours_weight: float | None = option(
-        None, "Weight of item-kNN in the answer, 0..1, for a model with a table (flr neighbours). Default: as saved."
+        None,
+        "Weight of the table that flr neighbours made in the answer, 0..1. Default: as saved.",
     )
     baselines: bool = option(True, "Show popularity and item-kNN too.")
     linear: bool = option(False, "Show a linear item-item model too, solved in one step: up to 25,000 items.")

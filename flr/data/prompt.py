@@ -64,7 +64,7 @@ class HistoryViews:
     Attributes:
         weight: of the one-item views together, 0..1; the whole prompt has the rest.
         decay: weight of an item relative to the next later one, in (0, 1].
-        neighbours: weight of item-kNN beside the model, 0..1; whole prompt and one-item views share the rest.
+        neighbours: weight of item-kNN or of a linear model, 0..1; whole prompt and one-item views share the rest.
     """
 
     weight: float = 0.5

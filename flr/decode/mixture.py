@@ -6,8 +6,8 @@ are better described by a sum, in which an item needs to fit one thing that they
     p(item | user) = (1 - w) p(item | history) + w Σ_j λ_j p(item | item j alone),   λ_j ∝ decay^age_j,  Σ λ_j = 1
 
 with age 0 for the latest item. A prompt of one item is the same for every user, so its distribution is computed once
-for each item of the catalogue that occurs. Item-kNN (:mod:`flr.data.item_knn`), its scores over their sum q, may take
-part as well, in the same way: (1 - n) p + n q.
+for each item of the catalogue that occurs. Item-kNN (:mod:`flr.data.item_knn`) or a linear model in its place
+(:mod:`flr.data.linear_items`), its scores over their sum q, may take part as well, in the same way: (1 - n) p + n q.
 """
 
 from __future__ import annotations

@@ -318,7 +318,7 @@ def grow_model(model: Any, known: RecProcessor, grown: RecProcessor) -> list[str
     grow(lm, len(grown.tokenizer))
     lines = [f"{line}." for line in init_grown_tokens(lm, grown, len(known.tokenizer))]
     if grown.item_knn is not None and len(grown.catalogue) > len(known.catalogue):
-        lines.append("The table of item-kNN says nothing of the new items; flr neighbours makes another one.")
+        lines.append("The table of flr neighbours says nothing of the new items; run it again to make another one.")
     return lines
 
 

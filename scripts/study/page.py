@@ -47,7 +47,7 @@ def page(text: str) -> str:
     """The text with its tables as the results say."""
     made = {
         "tuning": tuning, "instruments": instruments, "pairs": pairs, "repeated": repeated, "groups": groups,
-        "others": others, "changes": changes, "reversed": backwards,
+        "others": others, "changes": changes, "linear": linear,
     }  # fmt: skip
     found = report()
     return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](found)}\n\n{match[3]}", text)
@@ -167,24 +167,26 @@ def others(report: dict[str, Any]) -> str:
     return _lines(heads, rows)
 
 
-def backwards(report: dict[str, Any]) -> str:
-    """Trainings that read a third of the rows backwards, alone and beside the two tables, and their differences."""
-    table = report["reversed"]
-    rows = [[name, "", "", *own, "", "", "", "", ""] for name, own in _baselines(table)]
-    for name in _order(table["models"]):
-        own = table["models"][name]
-        row = [NAMES[name], ", ".join(str(seed) for seed, _ in own["each"]), f"{own['valid']:.4f}"]
-        row += [f"{own['test']['hr@10'][0]:.4f}", _interval(own["test"]["ndcg@10"])]
-        row += [f"{own['test_neighbours']['ndcg@10'][0]:.4f}", f"{own['test_linear']['hr@10'][0]:.4f}"]
-        row += [_interval(own["test_linear"]["ndcg@10"]), _interval(own["less_linear"]["test_linear"], "+", True)]
-        rows.append([*row, f"{own['seconds']:.0f}"])
-    heads = ["", "seeds", "valid NDCG@10", "test HR@10", "NDCG@10", "with item-kNN: NDCG@10", "with linear: HR@10"]
-    heads += ["NDCG@10", "less that of linear", "seconds"]
+def linear(report: dict[str, Any]) -> str:
+    """Trainings that were mixed with the linear model, too, by setting, and their differences."""
+    tables = report["linear"]
+    rows = [[name, "", "", "", *own, "", "", "", ""] for name, own in _baselines(next(iter(tables.values())))]
+    for setting, table in tables.items():
+        for name in _order(table["models"]):
+            own = table["models"][name]
+            row = [NAMES[name], setting, ", ".join(str(seed) for seed, _ in own["each"]), f"{own['valid']:.4f}"]
+            row += [f"{own['test']['hr@10'][0]:.4f}", _interval(own["test"]["ndcg@10"])]
+            row += [f"{own['test_neighbours']['ndcg@10'][0]:.4f}", f"{own['test_linear']['hr@10'][0]:.4f}"]
+            row += [_interval(own["test_linear"]["ndcg@10"]), _interval(own["less_linear"]["test_linear"], "+", True)]
+            rows.append(row)
+    heads = ["", "setting", "seeds", "valid NDCG@10", "test HR@10", "NDCG@10", "with item-kNN: NDCG@10"]
+    heads += ["with linear: HR@10", "NDCG@10", "less that of linear"]
     ways, others = {"test": "alone", "test_linear": "both with linear"}, []
-    for name, other, *found in table["pairs"]:
-        cells = {way: _interval(values, "+", bold=True) for way, *values in found}
-        others.append([NAMES[name], NAMES[other], *(cells.get(way, "") for way in ways)])
-    return f"{_lines(heads, rows)}\n\n{_lines(['NDCG@10 of', 'less that of', *ways.values()], others)}"
+    for setting, table in tables.items():
+        for name, other, *found in table["pairs"]:
+            cells = {way: _interval(values, "+", bold=True) for way, *values in found}
+            others.append([setting, NAMES[name], NAMES[other], *(cells.get(way, "") for way in ways)])
+    return f"{_lines(heads, rows)}\n\n{_lines(['setting', 'NDCG@10 of', 'less that of', *ways.values()], others)}"
 
 
 def changes(report: dict[str, Any]) -> str:

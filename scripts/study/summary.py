@@ -87,9 +87,11 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
         beside = [line for line in main if _conditions(line) in {_conditions(x) for x in own}] if change else []
         table = _table(data / name, shared_seeds(own), beside)
         out["tables"].append({"data": name, "codec": codec, "change": change, **table})
-    backwards = [line for line in lines if line["setting"] == "reversed"]
-    if backwards:
-        out["reversed"] = _table(data / _MAIN[0], shared_seeds(backwards), [])
+    linear = [line for line in lines if "linear" in line.get("beside", {}) and _key(line["tags"]) == _MAIN]
+    out["linear"] = {}
+    for setting in sorted({line["setting"] for line in linear}):
+        own = shared_seeds([line for line in linear if line["setting"] == setting])
+        out["linear"][setting] = _table(data / _MAIN[0], own, [])
     repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
     out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
     return out
