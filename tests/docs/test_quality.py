@@ -73,7 +73,7 @@ def test_beside_the_linear_model_all_are_ahead_of_it_and_factors_not_of_their_co
             assert own["test_linear"]["hr@10"][0] > 0.129
             assert own["test_linear"]["ndcg@10"][0] > 0.097
         for name, other, *ways in table["pairs"]:
-            for way, _, low, high in ways:
+            for way, _, low, _ in ways:
                 if way == "test_linear" and name == "flr-mixture":
                     assert low < 0, other
                 if way == "test" and (name, other) == ("flr-mixture", "anchor"):
