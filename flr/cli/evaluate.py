@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[EvalResult]:
     """The model's result, then those of the baselines, the same in every process; the first one writes files."""
-    from flr.data import HistoryViews
+    from flr.data import MOST_LINEAR_ITEMS, HistoryViews
     from flr.data.growth import in_catalogue
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, LinearItems, Popularity
@@ -74,6 +74,8 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
         options.model, None, options.revision, max_prompt_tokens=data.max_prompt_tokens, **options.as_saved()
     )
     dataset = in_catalogue(dataset, processor.catalogue, options.model)
+    if options.linear and (size := len(dataset.catalogue)) > MOST_LINEAR_ITEMS:
+        raise ValueError(f"linear: expected False with more than {MOST_LINEAR_ITEMS:,} items, got True with {size:,}")
     views = data.views(processor.views)
     if options.neighbours_weight is not None:
         views = replace(views or HistoryViews(weight=0.0), neighbours=options.neighbours_weight)

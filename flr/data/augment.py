@@ -17,15 +17,8 @@ from .csr import CSR, offsets_of, places_within
 from .interactions import Interaction
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_PREFIX, _SUFFIX, _DROP, _SHUFFLE, _SINGLE, _NEIGHBOUR, _REVERSE = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    7,
-    8,
-)  # streams of random numbers of one row
+_PREFIX, _SUFFIX, _DROP, _SHUFFLE = 1, 2, 3, 4  # streams of random numbers of one row
+_SINGLE, _NEIGHBOUR, _REVERSE = 6, 7, 8
 
 #: User of rows that stand for an item of the catalogue: history [i], target one of its neighbours.
 CATALOGUE_USER = "<catalogue>"
@@ -43,8 +36,6 @@ class Augment:
     """What may be changed in a training row; everything is off by default. Applied in the order listed here.
 
     Attributes:
-        reverse: probability that a row is read backwards, from its target to an item of the history that is drawn: that
-            item becomes the target, and the items after it, the latest first, the history. Rows of CATALOGUE_USER stay.
         prefix: probability that a row is cut at a random place: the item there becomes the target, those before it the
             history.
         suffix: probability that only a random number of the latest items is kept.
@@ -57,6 +48,9 @@ class Augment:
             CATALOGUE_USER are always replaced.
         decay: of the two above, 0..1.
         neighbours: needed by ``neighbour``.
+        reverse: before all others, probability that a row is read backwards, from its target to an item of the history
+            that is drawn: that item becomes the target, and the items after it, the latest first, the history. Rows of
+            CATALOGUE_USER stay.
 
     A history never becomes empty by this. Probabilities are in 0..1.
 
@@ -68,7 +62,6 @@ class Augment:
         (True, [9])
     """
 
-    reverse: float = 0.0
     prefix: float = 0.0
     suffix: float = 0.0
     drop_item: float = 0.0
@@ -78,6 +71,7 @@ class Augment:
     neighbour: float = 0.0
     decay: float = 0.8
     neighbours: Neighbours | None = None
+    reverse: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("reverse", "prefix", "suffix", "drop_item", "shuffle", "single", "neighbour", "decay"):
@@ -153,9 +147,8 @@ class Augment:
         source = np.where(back, ends[row] - column, starts[row] + column)
         values = histories.values[np.minimum(source, len(histories.values) - 1)]
         values = np.where(back & (column == 0), targets[row], values).astype(np.int32)
-        return CSR(values, offsets), np.where(
-            chosen, histories.values[np.minimum(drawn, len(histories.values) - 1)], targets
-        )
+        earlier = histories.values[np.minimum(drawn, len(histories.values) - 1)]
+        return CSR(values, offsets), np.where(chosen, earlier, targets)
 
     def _draw(self, histories: CSR, place: np.ndarray) -> np.ndarray:
         """An index into ``histories.values`` of each row, int64 [B], with weight decay^age; an empty row's start."""

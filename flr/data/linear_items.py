@@ -63,7 +63,7 @@ def fit_linear(
         >>> table.similarity.toarray().astype(float).round(2).tolist()
         [[0.0, 0.15, 0.1], [0.0, -0.02, 0.27], [0.0, 0.0, 0.0]]
     """
-    _check(train, num_items, fit_decay, backward, ridge, top)
+    _check(train, num_items, history_decay, fit_decay, backward, ridge, top)
     popularity = np.bincount(train.targets, minlength=num_items).astype(np.float64)
     gram, forward = _products(train, num_items, fit_decay)
     gram *= 1 + backward
@@ -80,15 +80,22 @@ def fit_linear(
 
 
 def _check(
-    train: Interactions, num_items: int, fit_decay: float, backward: float, ridge: float, top: int | None
+    train: Interactions,
+    num_items: int,
+    history_decay: float,
+    fit_decay: float,
+    backward: float,
+    ridge: float,
+    top: int | None,
 ) -> None:
     if train.max_index >= num_items:
         raise ValueError(f"num_items: expected above the largest item index {train.max_index}, got {num_items}")
     if num_items > MOST_LINEAR_ITEMS:
         bound = f"at most {MOST_LINEAR_ITEMS:,}, whose square is held in memory"
         raise ValueError(f"num_items: expected {bound}, got {num_items:,}; item-kNN takes any number")
-    if not 0 < fit_decay <= 1:
-        raise ValueError(f"fit_decay: expected more than 0 and at most 1, got {fit_decay}")
+    for name, decay in (("history_decay", history_decay), ("fit_decay", fit_decay)):
+        if not 0 < decay <= 1:
+            raise ValueError(f"{name}: expected more than 0 and at most 1, got {decay}")
     if not (0 <= backward < np.inf):
         raise ValueError(f"backward: expected at least 0, got {backward}")
     if not (0 < ridge < np.inf):

@@ -224,10 +224,13 @@ def test_a_large_catalogue_is_not_solved_for(start, tmp_path, capsys, monkeypatc
     assert '"linear"' not in output.out
 
 
-def test_evaluation_shows_the_linear_model(start, capsys):
+def test_evaluation_shows_the_linear_model(start, capsys, monkeypatch):
     options = ["--max_users", "9", "--linear", "--card", "false", "--json"]
     assert main(["evaluate", *DATA, "--model", str(start), *options]) == 0
     assert set(_result(capsys)) == {"flr", "popularity", "item-kNN", "linear"}
+    monkeypatch.setattr("flr.data.MOST_LINEAR_ITEMS", 10)
+    assert main(["evaluate", *DATA, "--model", str(start), *options]) == 1
+    assert "linear: expected False with more than 10 items" in capsys.readouterr().err
 
 
 def test_robustness_writes_what_it_measured(start, tmp_path, capsys):
