@@ -102,7 +102,8 @@ def by_recipe(part: str, data: str, examples: str, extra: str, seeds: Sequence[i
     folders = {name: f"{data}/{name}" for name in ("instruments", "amazon-cds", "amazon-office")}
     job = _maker(folders, examples, extra)
     if part == "others":
-        jobs = _other_shops(job, seeds, ("amazon-office",)) + _semantic_ids(job, seeds, ("anchor", "flr-mixture"))
+        jobs = _other_shops(job, seeds, ("amazon-cds", "amazon-office"))
+        jobs += _semantic_ids(job, seeds, ("anchor", "flr-mixture"))
     elif part == "changes":
         jobs = _changed(job, seeds, ("flr-mixture",), setting="recipe")
     else:

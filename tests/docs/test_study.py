@@ -190,7 +190,7 @@ def test_parts_of_the_list_are_those_of_the_recipe():
     assert [job["name"] for job in changed["jobs"]] == [f"flr-mixture-{change}-1" for change in CHANGES]
     assert changed["data"] == ["data/instruments"]
     others = by_recipe("others", "data", "examples", "", [0])
-    assert others["data"] == ["data/instruments", "data/amazon-office"]
+    assert others["data"] == ["data/instruments", "data/amazon-cds", "data/amazon-office"]
     for job in (*changed["jobs"], *others["jobs"]):
         other = whole[job["name"]]
         assert (job["argv"], job.get("last"), job["tags"]) == (other["argv"], other.get("last"), other["tags"])
