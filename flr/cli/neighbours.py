@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flr.config import option
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ABOUT = "Mix item-kNN or a linear model into a trained one's answers, with the weight that ranks the valid split best."
 METHODS = ("item-knn", "linear")
+_NEIGHBOURS = 500  # kept of an item by item-kNN, which has no bound of its own
 _LONG = 5_000  # items whose linear model takes long enough to say so
 
 
@@ -64,16 +66,15 @@ class NeighbourOptions(InferenceOptions):
             bound = f"a linear model takes at most {MOST_LINEAR_ITEMS:,} items"
             voice.note(f"Item-kNN alone is tried: {bound}, and these are {size:,}.")
             methods = METHODS[:1]
-        made: dict[str, NeighbourTable] = {}
-        for method in methods:
-            linear = method == "linear"
-            decay = self.history_decay if self.history_decay is not None else (0.8 if linear else 0.6)
-            top = self.top if self.top is not None else (100 if linear else 500)
-            if linear and size > _LONG:
-                voice.note(f"Solving a linear model of {size:,} items; 10,000 take half a minute of one core.")
-            fit = fit_linear if linear else NeighbourTable.fit
-            made[method] = fit(dataset.train, size, history_decay=decay, backward=self.backward, top=top)
-        return made
+        if "linear" in methods and size > _LONG:
+            voice.note(f"Solving a linear model of {size:,} items; 10,000 take half a minute of one core.")
+        given: dict[str, Any] = {"history_decay": self.history_decay, "backward": self.backward, "top": self.top}
+        given = {name: value for name, value in given.items() if value is not None}
+        fits: dict[str, Callable[[], NeighbourTable]] = {
+            "item-knn": lambda: NeighbourTable.fit(dataset.train, size, **{"top": _NEIGHBOURS, **given}),
+            "linear": lambda: fit_linear(dataset.train, size, **given),
+        }
+        return {method: fits[method]() for method in methods}
 
 
 def main(argv: list[str]) -> int:

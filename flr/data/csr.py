@@ -34,6 +34,11 @@ class CSR(NamedTuple):
         """int64 [rows]."""
         return np.diff(self.offsets)
 
+    @property
+    def ages(self) -> np.ndarray:
+        """How many places before its row's end each value stands, int64: 0 for the last."""
+        return np.repeat(self.offsets[1:], self.lengths) - 1 - np.arange(len(self.values))
+
     def row(self, index: int) -> np.ndarray:
         """Row ``index``, a view."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]

@@ -115,9 +115,8 @@ class NeighbourTable:
         """Float64 [B, C], higher is better. Of M only the rows of the histories' items are read."""
         rows = len(histories.offsets) - 1
         row = np.repeat(np.arange(rows), np.diff(histories.offsets))
-        age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
         items, place = np.unique(histories.values, return_inverse=True)
-        weights = sp.csr_matrix((self.history_decay**age, (row, place)), shape=(rows, len(items)))
+        weights = sp.csr_matrix((self.history_decay**histories.ages, (row, place)), shape=(rows, len(items)))
         scores = (weights @ self.similarity[items].astype(np.float64)).toarray()
         scores += _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
         return scores

@@ -110,9 +110,8 @@ def _products(train: Interactions, num_items: int, decay: float) -> tuple[torch.
     forward = sp.csr_matrix((num_items, num_items))
     for first in range(0, len(train), _ROWS):
         rows = train.select(np.arange(first, min(first + _ROWS, len(train))))
-        offsets, items = rows.histories.offsets, rows.histories.values
-        age = np.repeat(offsets[1:], np.diff(offsets)) - 1 - np.arange(len(items))
-        inputs = sp.csr_matrix((decay**age, items, offsets), shape=(len(rows), num_items))
+        values, offsets = rows.histories.values, rows.histories.offsets
+        inputs = sp.csr_matrix((decay**rows.histories.ages, values, offsets), shape=(len(rows), num_items))
         places = np.arange(len(rows) + 1)
         outputs = sp.csr_matrix((np.ones(len(rows)), rows.targets, places), shape=(len(rows), num_items))
         product = (inputs.T @ inputs).tocoo()

@@ -130,8 +130,7 @@ class ViewMixture:
             total += (1 - weight)[:, None] * (_dense(self._probabilities(histories)) if whole is None else whole)
         if self.views.weight > 0 and len(kept.values):
             self._know(kept.values)
-            age = np.repeat(kept.offsets[1:], lengths) - 1 - np.arange(len(kept.values))
-            share = self.views.decay**age
+            share = self.views.decay**kept.ages
             row = np.repeat(np.arange(count), lengths)
             share = share / np.bincount(row, share, count)[row] * weight[row]
             mix = sp.csr_matrix((share, (row, self._row[kept.values])), shape=(count, self._table.shape[0]))

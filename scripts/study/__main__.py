@@ -34,7 +34,8 @@ def _run(args: argparse.Namespace) -> None:
     results = Results(args.output)
     plan = Plan(lists, results, args.seconds, args.tune_share * args.seconds, args.memory)
     folders = sorted({folder for one in lists for folder in one.get("data", [])})
-    shared = Shared(folders)
+    mixed = {job["argv"][job["argv"].index("--data") + 1] for job in plan.waiting if job.get("beside")}
+    shared = Shared(folders, mixed)
     with tempfile.TemporaryDirectory(prefix="flr-study-") as work, service(args.mps, Path(work), args.device) as note:
         print(f"{time.monotonic() - started:.1f} s: {len(plan.waiting)} jobs to do, {note}", flush=True)
         Pool(plan, shared, Path(work), args.output, args.processes, started, args.device).run()

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +55,14 @@ class Partner(NamedTuple):
 
 
 class Shared:
-    """Data sets, tables of item-kNN and linear models, made once; processes that are forked later find them."""
+    """Data sets, and tables of item-kNN and linear models of those whose models are mixed with them (``mixed``).
 
-    def __init__(self, folders: list[str], neighbours: bool = True) -> None:
+    They are made once; processes that are forked later find them.
+    """
+
+    def __init__(self, folders: list[str], mixed: Collection[str] = ()) -> None:
         self.data = {folder: DataOptions(data=folder).load() for folder in folders}
-        self.tables = {f: _tables(dataset) for f, dataset in self.data.items()} if neighbours else {}
+        self.tables = {folder: _tables(self.data[folder]) for folder in folders if folder in mixed}
         self._dense: dict[str, dict[str, Partner]] = {}
 
     def dataset(self, options: DataOptions) -> RecDataset:
@@ -256,11 +260,10 @@ def _beside_scores(histories: CSR, partner: Partner) -> torch.Tensor:
     """A partner's probabilities float32 [B, C]."""
     device = partner.trace.device
     row = np.repeat(np.arange(len(histories.lengths)), histories.lengths)
-    age = histories.offsets[1:][row] - 1 - np.arange(len(histories.values))
     items, starts = (
         torch.from_numpy(x.astype(np.int64)).to(device) for x in (histories.values, histories.offsets[:-1])
     )
-    share = partner.decay**age
+    share = partner.decay**histories.ages
     if partner.probabilities:
         share = share / np.bincount(row, share, len(histories.lengths))[row]
     weights = torch.from_numpy(share.astype(np.float32)).to(device)

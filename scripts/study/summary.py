@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
         out["models"][variant] = entry
     if beside:
         return out
-    _beside_baselines(out, values, drawn, dataset)
+    _beside_baselines(out, values, drawn, data)
     out["pairs"] = []
     for name, other in PAIRS:
         if name in values and other in values:
@@ -196,16 +197,23 @@ def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]
     return out
 
 
-def _beside_baselines(out: dict[str, Any], values: dict[str, Any], drawn: Resampled, dataset: Any) -> None:
+def _beside_baselines(out: dict[str, Any], values: dict[str, Any], drawn: Resampled, data: Path) -> None:
     """Item-kNN and the linear model, and what models have less than each, by way of answering."""
-    for kind, less in ((ItemKNN, "less_knn"), (LinearItems, "less_linear")):
-        scorer = kind(dataset.train, len(dataset.catalogue))
-        ranks = evaluate_scorer(scorer, dataset.test, dataset.catalogue, samples=1).ranks["item"]
+    for (name, ranks), less in zip(_baseline_ranks(data).items(), ("less_knn", "less_linear"), strict=True):
         alone = {m: row_metrics(ranks)[m][None] for m in METRICS}
-        out[kind.name] = {m: drawn.interval(alone[m]) for m in METRICS}
+        out[name] = {m: drawn.interval(alone[m]) for m in METRICS}
         for variant, ways in values.items():
             found = {w: drawn.difference(alone["ndcg@10"], ways[w]["ndcg@10"]) for w in ways if w != "test_views"}
             out["models"][variant][less] = found
+
+
+@cache
+def _baseline_ranks(data: Path) -> dict[str, np.ndarray]:
+    """Of item-kNN and the linear model on test, once for all tables of a data set."""
+    dataset = load_dataset(data)
+    scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in (ItemKNN, LinearItems)]
+    found = [evaluate_scorer(scorer, dataset.test, dataset.catalogue, samples=1) for scorer in scorers]
+    return {scorer.name: result.ranks["item"] for scorer, result in zip(scorers, found, strict=True)}
 
 
 def _by_group(values: dict[str, Any], drawn: Resampled, dataset: Any) -> list[dict[str, Any]]:
