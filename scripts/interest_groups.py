@@ -10,7 +10,6 @@ several shops are those of real data one behind the other, whose users are diffe
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,10 @@ import numpy as np
 from flr.data import CSR, Interactions, RecDataset, interest_groups, load_dataset, planted_dataset
 from flr.files import read_json, write_json
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/interest_groups.json", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:interest_groups -->\n).*?(<!-- /quality -->)", re.S)
 SEEDS = range(20, 40)
 INTERESTS = (2, 3, 4, 6)
 SIZES = ((200, 1500), (500, 2000))  # items, users
@@ -89,8 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def page(text: str) -> str:
     """The page with its tables as the results say."""
-    made = table(read_json(RESULT, 1 << 20)["rows"])
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+    return filled(text, "quality:interest_groups", table(read_json(RESULT, 1 << 20)["rows"]))
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Both are fitted on training rows alone and have the package's defaults.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.evaluate.metrics import row_metrics
 from flr.files import read_json, write_json
 
+from .marks import filled
 from .study.stats import Resampled
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/linear_items.json", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:linear_items -->\n).*?(<!-- /quality -->)", re.S)
 SHOPS = ("instruments", "amazon-cds", "amazon-office")
 
 
@@ -66,8 +65,7 @@ def table(found: dict[str, Any]) -> str:
 
 def page(text: str) -> str:
     """The page with its table as the results say."""
-    made = table(read_json(RESULT, 1 << 20))
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+    return filled(text, "quality:linear_items", table(read_json(RESULT, 1 << 20)))
 
 
 def main() -> None:

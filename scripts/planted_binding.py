@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from flr.evaluate import evaluate
 from flr.explain import agreement, assign_factors, factor_interest
 from flr.files import read_json, write_json
 
+from .marks import filled
 from .quickstart_table import span
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/planted_binding.json", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:planted_binding -->\n).*?(<!-- /quality -->)", re.S)
 MODES = {
     "flr": "K factors, one sum",
     "flr-plain": "K factors, one sum, regularisers off",
@@ -104,8 +103,7 @@ def table(report: dict[str, Any]) -> str:
 
 def page(text: str) -> str:
     """The page with its table as the results say."""
-    made = table(read_json(RESULT, 1 << 20))
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+    return filled(text, "quality:planted_binding", table(read_json(RESULT, 1 << 20)))
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from flr.files import read_json
+from scripts.marks import filled
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quality.md").read_text()
@@ -16,6 +19,13 @@ def test_the_tables_are_of_the_committed_results():
 
     for script in (interest_groups, linear_items, quickstart_table, planted_binding):
         assert script.page(PAGE) == PAGE, f"run python -m {script.__name__}"
+
+
+def test_a_page_without_the_marks_is_not_left_as_it_is_in_silence():
+    page = "a\n<!-- quality:x -->\nold\n<!-- /quality -->\nb"
+    assert filled(page, "quality:x", "new") == "a\n<!-- quality:x -->\n\nnew\n\n<!-- /quality -->\nb"
+    with pytest.raises(ValueError, match="text: expected <!-- quality:y --> and <!-- /quality -->"):
+        filled(page, "quality:y", "new")
 
 
 def test_groups_of_items_are_the_interests_where_the_page_says_so():
