@@ -11,7 +11,7 @@ from flr.config import option
 from . import voice
 
 if TYPE_CHECKING:  # a command's --help waits for none of these
-    from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor
+    from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor, Teacher
 
 
 def check_option(options: Any, expected: str, ok: bool, name: str) -> None:
@@ -80,6 +80,13 @@ class AugmentOptions:
     augment_shuffle: float = option(0.0, "Probability that a history is shuffled locally.")
     augment_single: float = option(0.0, "Probability that a history is reduced to one of its items.")
     augment_neighbour: float = option(0.0, "Probability that the target is drawn from an item's neighbours instead.")
+    teacher: str = option(
+        "none",
+        "Whose answers are a part of every target: linear or item-knn, as if they had not seen the row's user; auto: "
+        "linear up to 25,000 items, item-knn beyond; none.",
+    )
+    teacher_weight: float = option(0.5, "The teacher's share of a target, above 0 and at most 1.")
+    teacher_temperature: float = option(0.7, "Of the teacher's answers; below 1 sharpens.")
     catalogue_rows: int = option(0, "Rows added for every item of the catalogue: the item, then a drawn neighbour.")
     neighbour_content: float = option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
     neighbour_temperature: float = option(1.0, "Neighbours: below 1 sharpens.")
@@ -88,6 +95,10 @@ class AugmentOptions:
         check_option(self, "an integer >= 0", self.catalogue_rows >= 0, "catalogue_rows")
         check_option(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
         check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
+        teachers = ("none", "auto", "linear", "item-knn")
+        check_option(self, f"one of {', '.join(teachers)}", self.teacher in teachers, "teacher")
+        check_option(self, "a share, above 0 and at most 1", 0 < self.teacher_weight <= 1, "teacher_weight")
+        check_option(self, "a positive number", self.teacher_temperature > 0, "teacher_temperature")
         check_option(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
 
     def apply(
@@ -106,13 +117,25 @@ class AugmentOptions:
         train = dataset.train if learned is None else learned
         train = hold_back(train, self.held_back)[0] if self.held_back else train
         rows = all_prefixes(train, max_history=max_history) if self.expand_prefixes else train
+        counted = train if learned is None else dataset.train  # an update holds nothing back
         table = None
         if self.augment_neighbour or self.catalogue_rows:
             content, temperature = self.neighbour_content, self.neighbour_temperature
-            counted = train if learned is None else dataset.train  # an update holds nothing back
             table = item_neighbours(counted, dataset.catalogue, content=content, temperature=temperature)
             rows = with_catalogue_rows(rows, table, self.catalogue_rows)
-        return rows, Augment(**chances, neighbours=table)
+        return rows, Augment(**chances, neighbours=table, teacher=self._teacher(counted, len(dataset.catalogue)))
+
+    def _teacher(self, train: Interactions, size: int) -> Teacher | None:
+        from flr.data import MOST_LINEAR_ITEMS, Teacher
+
+        if self.teacher == "none":
+            return None
+        method = self.teacher
+        if method == "auto":
+            method = "linear" if size <= MOST_LINEAR_ITEMS else "item-knn"
+        voice.note(f"Fitting the teacher: {method}, {size:,} items.")
+        options: dict[str, Any] = {"weight": self.teacher_weight, "temperature": self.teacher_temperature}
+        return Teacher.fit(train, size, method, **options)
 
 
 def in_words(dataset: RecDataset) -> str:

@@ -26,6 +26,7 @@ from .readers import FORMATS, load_dataset
 from .report import BadRow, ReadReport
 from .sampler import EpochSampler, LengthGroupedSampler
 from .splits import hold_back
+from .teacher import Teacher
 from .tokenizers import build_tokenizer
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "RecDataset",
     "RecProcessor",
     "SFTCollator",
+    "Teacher",
     "build_codec",
     "build_tokenizer",
     "expand_prefixes",

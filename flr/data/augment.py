@@ -15,10 +15,11 @@ import numpy as np
 
 from .csr import CSR, offsets_of, places_within
 from .interactions import Interaction
+from .teacher import Taught, Teacher, draw
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PREFIX, _SUFFIX, _DROP, _SHUFFLE = 1, 2, 3, 4  # streams of random numbers of one row
-_SINGLE, _NEIGHBOUR, _REVERSE = 6, 7, 8
+_SINGLE, _NEIGHBOUR, _REVERSE, _TEACHER = 6, 7, 8, 9
 
 #: User of rows that stand for an item of the catalogue: history [i], target one of its neighbours.
 CATALOGUE_USER = "<catalogue>"
@@ -51,6 +52,8 @@ class Augment:
         reverse: before all others, probability that a row is read backwards, from its target to an item of the history
             that is drawn: that item becomes the target, and the items after it, the latest first, the history. Rows of
             CATALOGUE_USER stay.
+        teacher: after all others, whose answer to the history that is left is a part of the target
+            (:meth:`taught`); not beside ``neighbours``.
 
     A history never becomes empty by this. Probabilities are in 0..1.
 
@@ -72,6 +75,7 @@ class Augment:
     decay: float = 0.8
     neighbours: Neighbours | None = None
     reverse: float = 0.0
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         for name in ("reverse", "prefix", "suffix", "drop_item", "shuffle", "single", "neighbour", "decay"):
@@ -82,10 +86,12 @@ class Augment:
             raise ValueError(f"shuffle_window: expected at least 2, got {self.shuffle_window}")
         if self.neighbour and self.neighbours is None:
             raise ValueError("neighbours: expected a table for neighbour > 0, got None")
+        if self.teacher is not None and self.neighbours is not None:
+            raise ValueError("teacher: expected None beside neighbours, which draw targets too, got a teacher")
 
     @property
     def enabled(self) -> bool:
-        """Whether anything can change."""
+        """Whether anything can change but by a teacher."""
         chances = (self.reverse, self.prefix, self.suffix, self.drop_item, self.shuffle, self.single, self.neighbour)
         return max(chances) > 0 or self.neighbours is not None
 
@@ -130,6 +136,15 @@ class Augment:
         if self.neighbours is not None and histories.values.size:
             targets, sources = self._neighbours(self.neighbours, rows, histories, targets, keys)
         return histories, targets, sources
+
+    def taught(self, rows: Sequence[Interaction], histories: CSR) -> Taught | None:
+        """The teacher's part of the targets of ``rows``, whose histories have become these; None without one."""
+        return None if self.teacher is None else self.teacher([row.user for row in rows], histories)
+
+    @staticmethod
+    def drawn(taught: Taught, rows: Sequence[Interaction], targets: np.ndarray, seed: int = 0) -> np.ndarray:
+        """One item (int32 [B]) of the distribution of each row: soft targets one sample at a time, for any codec."""
+        return draw(taught, targets, uniforms(row_keys(rows, seed), _TEACHER, 1)[:, 0])
 
     def _reverse(
         self, rows: Sequence[Interaction], histories: CSR, targets: np.ndarray, keys: np.ndarray

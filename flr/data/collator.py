@@ -28,6 +28,7 @@ class SFTCollator:
         augment: what to change in histories, nothing by default; use none for validation.
         seed: of the augmentation; with the epoch and the number that :class:`InteractionDataset` writes into a row it
             decides how that row is changed, so a resumed run sees the same batches.
+        exact: give the whole distribution that a target is drawn from, where items are one token each; else the draw.
 
     Example:
         >>> from flr.data import Catalogue, build_tokenizer
@@ -41,19 +42,23 @@ class SFTCollator:
         [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
     """
 
-    def __init__(self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0, exact: bool = True
+    ) -> None:
         self.processor = processor
         self.augment = Augment() if augment is None else augment
         self.seed = seed
+        self._exact = exact and int(np.diff(processor.item_codec.offsets).max()) == 1
 
     def __call__(self, rows: Sequence[Interaction]) -> dict[str, torch.Tensor]:
         """A batch of ``rows``.
 
         Returns:
             What the processor returns, now [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a
-            target's token, -100 elsewhere. Where targets are drawn from neighbours and every item is one token, also
-            soft_targets int64 and soft_weights float32 [B, n]: the tokens and weights that a replaced target was drawn
-            from (weights 0 in the other rows), so that the exact expectation can stand for the draw.
+            target's token, -100 elsewhere. Where targets are drawn, from neighbours or from what a teacher says,
+            every item is one token and ``exact``, also soft_targets int64 and soft_weights float32 [B, n]: the tokens
+            and weights that a target was drawn from (weights 0 in rows whose target was not), so that the expectation
+            can stand for the draw.
         """
         if not rows:
             raise ValueError("rows: expected at least one interaction, got none")
@@ -61,6 +66,9 @@ class SFTCollator:
         codec = self.processor.item_codec
         if not (targets.min() >= 0 and targets.max() < len(codec)):
             raise ValueError(f"rows: expected targets in 0..{len(codec) - 1}, got {targets.min()}..{targets.max()}")
+        taught = self.augment.taught(rows, histories)
+        if taught is not None and not self._exact:
+            targets = self.augment.drawn(taught, rows, targets, self.seed)
         sequences = CSR(codec.tokens, codec.offsets).take(targets)
         lengths = sequences.lengths
         longest = int(lengths.max())
@@ -72,11 +80,16 @@ class SFTCollator:
         arrays["attention_mask"][row, column] = 1
         batch = finish_batch({**arrays, "labels": labels})
         table = self.augment.neighbours
-        if table is not None and longest == 1:
+        if table is not None and self._exact:
             known = np.maximum(sources, 0)
             weights = np.diff(table.cumulative[known], prepend=0.0, axis=1) * (sources >= 0)[:, None]
             batch["soft_targets"] = torch.from_numpy(codec.tokens[table.items[known]].astype(np.int64))
             batch["soft_weights"] = torch.from_numpy(weights.astype(np.float32))
+        if taught is not None and self._exact:
+            rest = 1 - taught.weights.sum(1, keepdims=True)
+            items = np.concatenate([taught.items, targets[:, None]], 1)
+            batch["soft_targets"] = torch.from_numpy(codec.tokens[items].astype(np.int64))
+            batch["soft_weights"] = torch.from_numpy(np.concatenate([taught.weights, rest], 1))
         return batch
 
 

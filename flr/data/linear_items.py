@@ -63,6 +63,19 @@ def fit_linear(
         >>> table.similarity.toarray().astype(float).round(2).tolist()
         [[0.0, 0.15, 0.1], [0.0, -0.02, 0.27], [0.0, 0.0, 0.0]]
     """
+    return solve(train, num_items, history_decay, fit_decay, backward, ridge, top)[0]
+
+
+def solve(
+    train: Interactions,
+    num_items: int,
+    history_decay: float = 0.8,
+    fit_decay: float = 0.9,
+    backward: float = 0.5,
+    ridge: float = 4.0,
+    top: int | None = 100,
+) -> tuple[NeighbourTable, np.ndarray]:
+    """The table of :func:`fit_linear`, and ((1 + backward) G + λ I)⁻¹, float32 [C, C]."""
     _check(train, num_items, history_decay, fit_decay, backward, ridge, top)
     popularity = np.bincount(train.targets, minlength=num_items).astype(np.float64)
     gram, forward = _products(train, num_items, fit_decay)
@@ -76,7 +89,7 @@ def fit_linear(
     asked = (forward + backward * forward.T).T.tocsr()  # transposed
     kept = num_items if top is None else min(top, num_items)
     parts = [_rows_of(inverse, asked, first, kept) for first in range(0, num_items, _ITEMS)]
-    return NeighbourTable(sp.vstack(parts, format="csr"), popularity, history_decay)
+    return NeighbourTable(sp.vstack(parts, format="csr"), popularity, history_decay), inverse.numpy()
 
 
 def _check(

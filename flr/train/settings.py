@@ -70,6 +70,8 @@ def of_augment(augment: Augment | None) -> dict[str, Any]:
     values = {f"augment_{f.name}": getattr(augment, f.name) for f in dataclasses.fields(augment)}
     if augment.neighbours is not None:
         values["augment_neighbours"] = digest(augment.neighbours)
+    if augment.teacher is not None:
+        values["augment_teacher"] = digest(augment.teacher)
     return values
 
 

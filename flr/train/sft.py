@@ -44,7 +44,9 @@ class SFTTrainer(RecTrainer):
         **kwargs: Any,
     ) -> None:
         processor.scoring = args.normalisation
-        self._collate = SFTCollator(processor, augment, seed=args.seed)
+        # the factors of a mixture are normalised one by one, so under the catalogue a target is drawn
+        exact = not (mixes(model) and args.normalisation == "catalogue")
+        self._collate = SFTCollator(processor, augment, args.seed, exact)
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._names: tuple[str, ...] = ()
         if (smoothing := args.label_smoothing_factor) and mixes(model):
@@ -152,11 +154,6 @@ class SFTTrainer(RecTrainer):
     def _soft_loss(model, inputs, targets, weights, num_items):
         """Rows with weights: cross-entropy against the whole distribution that their label was drawn from."""
         labels = inputs["labels"]
-        if inputs.get("catalogue_loss") is not None and mixes(model):
-            raise ValueError(
-                "normalisation: expected full for soft targets with aggregation mixture, whose factors are normalised "
-                "one by one, got catalogue"
-            )
         items = (labels != IGNORE).sum() if num_items is None else num_items
         is_soft = weights.sum(1) > 0
         # one-token targets end every row: column -2, the last of the prompt, predicts them

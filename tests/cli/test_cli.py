@@ -85,7 +85,7 @@ def test_flags_override_the_config_file(tmp_path):
 @pytest.mark.parametrize("command", ["sft", "rl"])
 def test_killed_and_resumed_reaches_the_same_weights(command, tmp_path):
     options = [*SMALL, "--num_train_epochs", "4", "--embedding_dropout", "0.2", "--dropout", "0.2",
-               "--augment_drop_item", "0.3", "--save_total_limit", "9"]  # fmt: skip
+               "--augment_drop_item", "0.3", "--teacher", "auto", "--save_total_limit", "9"]  # fmt: skip
     if command == "rl":
         start = str(tmp_path / "start")
         assert main(["sft", *SMALL, "--num_train_epochs", "1", "--output_dir", start]) == 0

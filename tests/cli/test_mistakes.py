@@ -94,6 +94,10 @@ MISTAKES = [
     ("sft TINY --data {root}/absent", "path: expected a folder or a file, got nothing at {root}/absent"),
     ("evaluate --planted_items 70 --planted_users 150 --model {run}", "data: expected the catalogue that {run} was"),
     ("sft TINY --catalogue_rows -1", "catalogue_rows: expected an integer >= 0, got -1"),
+    ("sft TINY --teacher ease", "teacher: expected one of none, auto, linear, item-knn, got 'ease'"),
+    ("sft TINY --teacher_weight 0", "teacher_weight: expected a share, above 0 and at most 1, got 0.0"),
+    ("sft TINY --teacher_temperature 0", "teacher_temperature: expected a positive number, got 0.0"),
+    ("sft TINY --teacher auto --augment_neighbour 0.1", "teacher: expected None beside neighbours"),
     ("sft TINY --neighbour_temperature 0", "neighbour_temperature: expected a positive number, got 0.0"),
     ("prepare recbole", "source: expected a file or folder, got none"),
     # choices

@@ -85,9 +85,13 @@ def test_soft_targets(tmp_path):
         weights = np.diff(table.cumulative[source], prepend=0) if source >= 0 else [1.0]
         expected = expected - sum(w * lp[tokens[i]] for i, w in zip(items, weights, strict=True))
     torch.testing.assert_close(loss, (expected / 8).to(loss.dtype), rtol=1e-5, atol=1e-6)
+    # under the catalogue each factor is normalised by itself: a target is drawn there
     other = sft_trainer(tmp_path, *trainable(aggregation="mixture"), augment, normalisation="catalogue")
-    with pytest.raises(ValueError, match="normalisation: expected full for soft targets with aggregation mixture"):
-        other.compute_loss(other.model.train(), other._batch(rows))
+    batch = other._batch(rows)
+    assert "soft_targets" not in batch
+    drawn = augment.with_sources(rows, other._collate.seed)[1]
+    assert torch.equal(batch["input_ids"][:, -1], tokens[torch.from_numpy(drawn).long()])
+    assert torch.isfinite(other.compute_loss(other.model.train(), batch, num_items_in_batch=torch.tensor(8)))
 
 
 def test_refused(tmp_path):

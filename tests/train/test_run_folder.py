@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import flr
 from flr.cli import main
-from flr.data import RecProcessor
+from flr.data import RecProcessor, Teacher
 from flr.train.run_folder import begin, checkpoints, last_complete_checkpoint, newest_whole, rotate
+from flr.train.settings import differences, of_augment
 from tests.helpers.catalogues import DATA
 from tests.helpers.kills import bound_files, in_child, kill_at, killed_inside
 from tests.helpers.models import trainable
@@ -146,6 +147,18 @@ OTHERS = {
     "model.weights": {},
     "processes": {},
 }
+
+
+def test_a_teacher_is_told_apart_by_what_it_answers():
+    def made(rows=DATA.train, **options):
+        return of_augment(flr.data.Augment(teacher=Teacher.fit(rows, len(DATA.catalogue), "item-knn", **options)))
+
+    assert made() == made()
+    fewer = DATA.train.select(list(range(len(DATA.train) - 1)))
+    others = [made(weight=0.6), made(temperature=1.0), made(top=3), made(fewer), of_augment(flr.data.Augment())]
+    for other in others:
+        (difference,) = differences(made(), other)
+        assert difference.startswith("augment_teacher was ")
 
 
 @pytest.mark.parametrize("name", OTHERS)

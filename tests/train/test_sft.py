@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from flr.data import Augment, InteractionDataset
+from flr.data import CSR, Augment, InteractionDataset, Teacher
+from flr.decode import CatalogueTrie, rank_one_token
 from flr.evaluate import evaluate
 from flr.train import SFTConfig, item_neighbours
 from tests.helpers.catalogues import DATA
@@ -37,6 +38,43 @@ def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
             expected = expected - weight * lp[tokens[item]]
     torch.testing.assert_close(loss, (expected / 16).to(loss.dtype), rtol=1e-5, atol=1e-6)
     assert loss.requires_grad
+
+
+@pytest.mark.parametrize("aggregation", ["thought", "mixture"])
+@pytest.mark.parametrize("normalisation", ["full", "catalogue"])
+def test_a_teacher_is_a_part_of_every_target(tmp_path, aggregation, normalisation):
+    plain = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
+    model, processor = trainable(aggregation=aggregation, **plain)
+    teacher = Teacher.fit(DATA.train, len(DATA.catalogue), weight=0.7)
+    rows = [InteractionDataset(DATA.train)[(0, i)] for i in range(16)]
+    train = sft_trainer(tmp_path, model, processor, Augment(teacher=teacher), normalisation=normalisation)
+    loss = train.compute_loss(model.train(), train._batch(rows), num_items_in_batch=torch.tensor(16))
+    taught = teacher([row.user for row in rows], CSR.from_rows([row.history for row in rows]))
+    tokens = torch.from_numpy(processor.item_codec.tokens.astype(np.int64))
+    logp = catalogue_logprobs(model, processor, [r.history for r in rows], normalisation)
+    own = np.array([row.target for row in rows], np.int32)
+    if aggregation == "mixture" and normalisation == "catalogue":  # one draw
+        drawn = train._collate.augment.drawn(taught, rows, own, train._collate.seed)
+        assert (drawn != own).any()
+        expected = logp[range(16), tokens[torch.from_numpy(drawn).long()]].sum()
+    else:
+        weights = torch.from_numpy(taught.weights)
+        expected = (logp.gather(1, tokens[torch.from_numpy(taught.items).long()]) * weights).sum()
+        expected = expected + (logp[range(16), tokens[torch.from_numpy(own).long()]] * (1 - weights.sum(1))).sum()
+    torch.testing.assert_close(loss, (-expected / 16).to(loss.dtype), rtol=1e-4, atol=1e-5)
+
+
+def catalogue_logprobs(model, processor, histories, normalisation):
+    """Log-probabilities [B, V] of the first token, normalised over the vocabulary or the items'."""
+    inputs = processor(histories)
+    del inputs["item_positions"]
+    logits = model(**inputs).logits[:, -1]  # of a mixture already log-probabilities over the vocabulary
+    if normalisation == "full":
+        return logits.log_softmax(-1)
+    trie = CatalogueTrie.from_codec(processor.item_codec)
+    tokens = torch.from_numpy(processor.item_codec.tokens.astype(np.int64))
+    scores = rank_one_token(model, processor(histories), trie, "catalogue")  # by item
+    return torch.full_like(logits, -torch.inf).index_copy(1, tokens, scores.to(logits.dtype))
 
 
 def test_optimizer_groups_and_dropout(tmp_path):
