@@ -82,8 +82,8 @@ class AugmentOptions:
     augment_neighbour: float = option(0.0, "Probability that the target is drawn from an item's neighbours instead.")
     teacher: str = option(
         "none",
-        "Whose answers are a part of every target: linear or item-knn, as if they had not seen the row's user; auto: "
-        "linear up to 25,000 items, item-knn beyond; none.",
+        "Whose answers are a part of every target: linear (up to 25,000 items) or item-knn, as if they had not seen "
+        "the row's user; auto, whichever ranks train better that way; or none.",
     )
     teacher_weight: float = option(0.5, "The teacher's share of a target, above 0 and at most 1.")
     teacher_temperature: float = option(0.7, "Of the teacher's answers; below 1 sharpens.")
@@ -126,16 +126,14 @@ class AugmentOptions:
         return rows, Augment(**chances, neighbours=table, teacher=self._teacher(counted, len(dataset.catalogue)))
 
     def _teacher(self, train: Interactions, size: int) -> Teacher | None:
-        from flr.data import MOST_LINEAR_ITEMS, Teacher
+        from flr.data import Teacher
 
         if self.teacher == "none":
             return None
-        method = self.teacher
-        if method == "auto":
-            method = "linear" if size <= MOST_LINEAR_ITEMS else "item-knn"
-        voice.note(f"Fitting the teacher: {method}, {size:,} items.")
-        options: dict[str, Any] = {"weight": self.teacher_weight, "temperature": self.teacher_temperature}
-        return Teacher.fit(train, size, method, **options)
+        options = {"weight": self.teacher_weight, "temperature": self.teacher_temperature}
+        teacher = Teacher.fit(train, size, self.teacher, **options)
+        voice.note(f"Teacher: {teacher.left_out.name}, {size:,} items.")
+        return teacher
 
 
 def in_words(dataset: RecDataset) -> str:

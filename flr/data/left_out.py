@@ -43,7 +43,7 @@ class LeftOut:
     """Scores of a table, user by user, as if it had not seen their rows.
 
     Args:
-        train: the rows that ``table`` was fitted on.
+        name: what kind of table it is. train: the rows that ``table`` was fitted on.
         table: as :meth:`linear` and :meth:`item_knn` make it.
         part: from a user's rows and their items int64 [n] to what stands in :class:`OwnPart`.
 
@@ -56,11 +56,12 @@ class LeftOut:
 
     def __init__(
         self,
+        name: str,
         train: Interactions,
         table: NeighbourTable,
         part: Callable[[Interactions, np.ndarray], tuple[np.ndarray | None, np.ndarray]],
     ) -> None:
-        self.table, self._part, self._train = table, part, train
+        self.name, self.table, self._part, self._train = name, table, part, train
         number = numbered(train.users)
         self._order = np.argsort(number, kind="stable")
         self._ends = np.cumsum(np.bincount(number)) if len(number) else np.zeros(0, np.int64)
@@ -82,7 +83,7 @@ class LeftOut:
             spread, taken = np.split(np.linalg.solve(left, right), 2, axis=1)
             return spread, taken
 
-        return cls(train, table, part)
+        return cls("linear", train, table, part)
 
     @classmethod
     def item_knn(cls, train: Interactions, num_items: int) -> LeftOut:
@@ -96,7 +97,7 @@ class LeftOut:
                 forward.reshape(-1)[distinct(earlier * size + later)] += 1 / pairs.gap
             return None, forward + _BACKWARD * forward.T
 
-        return cls(train, table, part)
+        return cls("item-knn", train, table, part)
 
     def scores(self, users: Sequence[str], histories: CSR) -> sp.csr_matrix:
         """Float64 [B, C], of B users and histories; sparse, and without the trace of popularity of the tables.

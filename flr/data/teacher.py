@@ -20,8 +20,10 @@ import numpy as np
 from .csr import CSR
 from .interactions import Interactions
 from .left_out import LeftOut
+from .linear_items import MOST_LINEAR_ITEMS
 
-METHODS = ("linear", "item-knn")
+METHODS = {"linear": LeftOut.linear, "item-knn": LeftOut.item_knn}
+_TRIED = 4096  # rows by which auto chooses
 
 
 class Taught(NamedTuple):
@@ -61,21 +63,26 @@ class Teacher:
         self.top = min(top, len(left_out.table))
 
     @classmethod
-    def fit(cls, train: Interactions, num_items: int, method: str = "linear", **options: Any) -> Teacher:
+    def fit(cls, train: Interactions, num_items: int, method: str = "auto", **options: Any) -> Teacher:
         """Fit who answers.
 
         Args:
             train: rows to learn from. num_items: C.
-            method: "linear" (:func:`flr.data.fit_linear`; at most ``MOST_LINEAR_ITEMS`` items) or "item-knn".
+            method: "linear" (:func:`flr.data.fit_linear`; at most ``MOST_LINEAR_ITEMS`` items), "item-knn", or "auto":
+                the one that ranks targets of ``train`` better without their users' rows; item-kNN where there are too
+                many items for the other.
             options: ``weight``, ``temperature`` and ``top``.
 
         Raises:
             ValueError: an argument out of range.
         """
-        if method not in METHODS:
-            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        made = LeftOut.linear if method == "linear" else LeftOut.item_knn
-        return cls(made(train, num_items), **options)
+        if method not in ("auto", *METHODS):
+            raise ValueError(f"method: expected auto or one of {', '.join(METHODS)}, got {method!r}")
+        methods = METHODS if num_items <= MOST_LINEAR_ITEMS else ("item-knn",)
+        found = [METHODS[name](train, num_items) for name in (methods if method == "auto" else (method,))]
+        rows = train.spread(_TRIED)
+        best = max(found, key=lambda left_out: _ndcg(left_out, rows)) if len(found) > 1 else found[0]
+        return cls(best, **options)
 
     def __iter__(self) -> Iterator[Any]:
         """What it consists of, for a digest."""
@@ -111,6 +118,18 @@ def draw(taught: Taught, targets: np.ndarray, places: np.ndarray) -> np.ndarray:
     own = column >= share.shape[1]
     drawn = taught.items[np.arange(len(targets)), np.minimum(column, share.shape[1] - 1)]
     return np.where(own, targets, drawn).astype(np.int32)
+
+
+def _ndcg(left_out: LeftOut, rows: Interactions) -> float:
+    """Mean NDCG@10 of the targets of ``rows``; ties against them, scores of 0 and below count as no answer."""
+    total = 0.0
+    scores = left_out.scores(rows.users, rows.histories)
+    for (first, last), target in zip(pairwise(scores.indptr.tolist()), rows.targets.tolist(), strict=True):
+        items, own = scores.indices[first:last], scores.data[first:last]
+        level = own[items == target]
+        if level.size and level[0] > 0 and (rank := int((own >= level[0]).sum())) <= 10:
+            total += 1 / np.log2(rank + 1)
+    return total / max(1, len(rows))
 
 
 def _largest(items: np.ndarray, scores: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:

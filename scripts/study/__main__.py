@@ -52,9 +52,11 @@ def _jobs(args: argparse.Namespace) -> None:
 
 
 def _page(args: argparse.Namespace) -> None:
-    from .page import take_over, write_page
+    from .page import take_over, take_over_setting, write_page
 
-    if args.results is not None:
+    if args.results is not None and args.setting is not None:
+        take_over_setting(args.results, args.data, args.setting)
+    elif args.results is not None:
         take_over(args.results, args.data)
     write_page()
 
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs.add_argument("--data", required=True, help="Folder of prepared data: instruments, amazon-cds, amazon-office.")
     jobs.add_argument("--examples", default="examples", help="Folder of the recipes.")
     jobs.add_argument("--extra", default="", help="Options for every training, e.g. '--use_cpu true'.")
-    parts = ("repeats", "reversed", "changes", "others")
+    parts = ("repeats", "reversed", "taught", "changes", "others")
     jobs.add_argument("--part", choices=parts, help="By the recipes alone a part of it, see scripts/study/jobs.py.")
     jobs.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds of that part.")
     jobs.add_argument("--output", type=Path, required=True)
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         "--results", type=Path, nargs="+", help="Folders of results to take over; without, the page alone."
     )
     page.add_argument("--data", type=Path, help="Folder of prepared data, for groups of users.")
+    page.add_argument("--setting", choices=("taught",), help="Take over the trainings by that setting alone.")
     page.set_defaults(do=_page)
     args = parser.parse_args(argv)
     args.do(args)

@@ -30,6 +30,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: The recipe with a third of the rows read backwards, and epochs that read as many forwards.
 REVERSED = "--augment_reverse 0.33 --num_train_epochs 8"
+#: The recipe with a linear model as teacher.
+TAUGHT = "--teacher linear"
+OPTIONS = {"recipe": ("", 1.0), "reversed": (REVERSED, 1.3), "taught": (TAUGHT, 1.3)}
+TAUGHT_MODELS = ("anchor", "flr", "offsets-mixture", "flr-mixture")
 #: name → recipe of instruments, options, relative length.
 MODELS: dict[str, tuple[str, str, float]] = {
     "none": ("instruments", "--variant none", 0.8),
@@ -95,9 +99,9 @@ def study(data: str, examples: str, extra: str = "") -> dict[str, Any]:
 def by_recipe(part: str, data: str, examples: str, extra: str, seeds: Sequence[int]) -> dict[str, Any]:
     """A part of the list without any tuning, seed by seed.
 
-    ``part`` is "repeats" (the mixture of factors and its controls), "reversed" (those with :data:`REVERSED`), "changes"
-    (the mixture of factors with other K and T, and without regularisers) or "others" (instruments by semantic IDs, and
-    the two other shops).
+    ``part`` is "repeats" (the mixture of factors and its controls), "reversed" (those with :data:`REVERSED`), "taught"
+    (those and one sum of factors, with :data:`TAUGHT`), "changes" (the mixture of factors with other K and T, and
+    without regularisers) or "others" (instruments by semantic IDs, and the two other shops).
     """
     folders = {name: f"{data}/{name}" for name in ("instruments", "amazon-cds", "amazon-office")}
     job = _maker(folders, examples, extra)
@@ -107,11 +111,11 @@ def by_recipe(part: str, data: str, examples: str, extra: str, seeds: Sequence[i
     elif part == "changes":
         jobs = _changed(job, seeds, ("flr-mixture",), setting="recipe")
     else:
-        setting = "reversed" if part == "reversed" else "recipe"
-        jobs = [_repeated(job, model, seed, 10 * n, setting) for n, seed in enumerate(seeds, 1) for model in REPEATED]
+        setting, models = part if part in OPTIONS else "recipe", TAUGHT_MODELS if part == "taught" else REPEATED
+        jobs = [_repeated(job, model, seed, 10 * n, setting) for n, seed in enumerate(seeds, 1) for model in models]
     used = {one["tags"]["data"] for one in jobs}
     return {
-        "settings": {"recipe": {"argv": [], "cost": 1.0}, "reversed": {"argv": shlex.split(REVERSED), "cost": 1.3}},
+        "settings": {name: {"argv": shlex.split(own), "cost": cost} for name, (own, cost) in OPTIONS.items()},
         "data": [folders[name] for name in folders if name in used],
         "jobs": jobs,
     }
@@ -121,7 +125,7 @@ def _repeated(job: Any, model: str, seed: int, priority: int, setting: str) -> d
     recipe, options, cost = MODELS[model]
     about = {"variant": model, "setting": setting, "seed": seed, "cost": cost, "beside": True}
     about["tags"] = {"data": "instruments", "codec": "id"}
-    options, priority = f"{options} {_PART_OF_VALID}", priority + REPEATED.index(model)
+    options, priority = f"{options} {_PART_OF_VALID}", priority + list(MODELS).index(model)
     return job(f"{model}-{setting}-{seed}", priority, recipe, "instruments", options, **about)
 
 

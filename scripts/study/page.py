@@ -9,12 +9,14 @@ from typing import Any
 from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
-from .summary import COMPARED, COMPARED_PAIRS, summary
+from .summary import COMPARED, COMPARED_PAIRS, of_setting, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
 #: Trainings by the same recipe before the study, whose ranks are not kept.
 EARLIER = ROOT / "docs/results/study_earlier.json"
+#: Trainings with a teacher, which a later study made.
+TAUGHT = ROOT / "docs/results/study_taught.json"
 MARKED = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- /study -->)", re.S)
 NAMES = {
     "none": "no thought",
@@ -33,6 +35,11 @@ def take_over(results: list[Path], data: Path) -> None:
     write_json(RESULT, summary(results, data))
 
 
+def take_over_setting(results: list[Path], data: Path, setting: str) -> None:
+    """Write docs/results/study_SETTING.json from the trainings by that setting in some folders."""
+    write_json(RESULT.with_name(f"study_{setting}.json"), of_setting(results, data, setting))
+
+
 def write_page() -> None:
     """Write the tables."""
     PAGE.write_text(page(PAGE.read_text()))
@@ -40,7 +47,8 @@ def write_page() -> None:
 
 def report() -> dict[str, Any]:
     """What the tables are made of."""
-    return {**read_json(RESULT, 1 << 24), "earlier": read_json(EARLIER, 1 << 20)["trainings"]}
+    found = {**read_json(RESULT, 1 << 24), "earlier": read_json(EARLIER, 1 << 20)["trainings"]}
+    return {**found, "taught": read_json(TAUGHT, 1 << 22)["table"]}
 
 
 def page(text: str) -> str:
@@ -48,6 +56,7 @@ def page(text: str) -> str:
     made = {
         "tuning": tuning, "instruments": instruments, "pairs": pairs, "repeated": repeated, "groups": groups,
         "others": others, "changes": changes, "linear": linear,
+        "taught": taught,
     }  # fmt: skip
     found = report()
     return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](found)}\n\n{match[3]}", text)
@@ -169,7 +178,15 @@ def others(report: dict[str, Any]) -> str:
 
 def linear(report: dict[str, Any]) -> str:
     """Trainings that were mixed with the linear model, too, by setting, and their differences."""
-    tables = report["linear"]
+    return _beside_linear(report["linear"])
+
+
+def taught(report: dict[str, Any]) -> str:
+    """The same of trainings with a teacher."""
+    return _beside_linear({"taught": report["taught"]})
+
+
+def _beside_linear(tables: dict[str, Any]) -> str:
     rows = [[name, "", "", "", *own, "", "", "", ""] for name, own in _baselines(next(iter(tables.values())))]
     for setting, table in tables.items():
         for name in _order(table["models"]):

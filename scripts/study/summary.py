@@ -98,6 +98,14 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
     return out
 
 
+def of_setting(folders: list[Path], data: Path, setting: str) -> dict[str, Any]:
+    """The table of the trainings of instruments by one setting, whose seeds every model among them has."""
+    found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
+    own = [line for line in found if "error" not in line and line["setting"] == setting]
+    own = shared_seeds([line for line in own if _key(line["tags"]) == _MAIN])
+    return {"table": _table(data / _MAIN[0], own, []), "runs": [_run(line) for line in own]}
+
+
 def _conditions(line: dict[str, Any]) -> tuple[str, ...]:
     """What two trainings share that differ by one change."""
     return tuple(str(line[name]) for name in ("variant", "setting", "seed", "device"))

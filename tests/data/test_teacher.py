@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flr.data import CSR, Augment, InteractionDataset, Interactions, SFTCollator, Teacher
+from flr.data import teacher as teacher_module
 from flr.data.left_out import LeftOut
 from flr.data.teacher import draw
 from flr.train import item_neighbours
@@ -42,6 +43,27 @@ def test_it_has_not_seen_the_rows_that_it_teaches(method):
     assert taught.items[0, taught.weights[0] > 0].tolist() == [1]
     known = teacher(["ann"], CSR.from_rows([[2]]))
     assert known.items[0, np.argmax(known.weights[0])] == 3
+
+
+def test_auto_is_whichever_ranks_train_better(monkeypatch):
+    """Without the user's rows, by definition; and item-kNN where a linear model would be too large."""
+    found = {}
+    for method in ("linear", "item-knn"):
+        teacher = Teacher.fit(DATA.train, SIZE, method)
+        scores = teacher.left_out.scores(DATA.train.users, DATA.train.histories).toarray()
+        own = scores[np.arange(len(scores)), DATA.train.targets]
+        rank = (scores >= own[:, None]).sum(1)
+        found[method] = np.where((own > 0) & (rank <= 10), 1 / np.log2(rank + 1), 0).mean()
+        assert teacher_module._ndcg(teacher.left_out, DATA.train) == pytest.approx(found[method])
+    monkeypatch.setattr(teacher_module, "_TRIED", len(DATA.train))
+    best = Teacher.fit(DATA.train, SIZE, max(found, key=found.get))
+    assert of(Teacher.fit(DATA.train, SIZE, "auto")) == of(best)
+    monkeypatch.setattr(teacher_module, "MOST_LINEAR_ITEMS", SIZE - 1)
+    assert of(Teacher.fit(DATA.train, SIZE, "auto")) == of(Teacher.fit(DATA.train, SIZE, "item-knn"))
+
+
+def of(teacher):
+    return teacher.left_out.table.similarity.toarray().tolist()
 
 
 def test_draws_follow_the_whole_distribution():
@@ -110,7 +132,7 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=wanted):
             Teacher(left_out, **arguments)
-    with pytest.raises(ValueError, match="method: expected one of linear, item-knn, got 'ease'"):
+    with pytest.raises(ValueError, match="method: expected auto or one of linear, item-knn, got 'ease'"):
         Teacher.fit(DATA.train, SIZE, "ease")
     neighbours = item_neighbours(DATA.train, DATA.catalogue, top=4)
     with pytest.raises(ValueError, match="teacher: expected None beside neighbours"):

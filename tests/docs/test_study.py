@@ -14,7 +14,7 @@ from scripts.study.job import Shared, mixed_ranks, own_views
 from scripts.study.jobs import CHANGES, MODELS, SETTINGS, by_recipe, study
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
-from scripts.study.summary import REPEATED, chosen_settings, summary
+from scripts.study.summary import REPEATED, chosen_settings, of_setting, summary
 from tests.helpers.models import tiny_llama
 
 
@@ -181,6 +181,32 @@ def test_the_lists_of_jobs_are_of_one_form():
     reversed_ = by_recipe("reversed", "data", "examples", "--use_cpu true", [2])
     assert [job["argv"] for job in reversed_["jobs"]] == [job["argv"] for job in made["jobs"][3:]]
     assert {job["setting"] for job in reversed_["jobs"]} <= set(reversed_["settings"])
+    taught = by_recipe("taught", "data", "examples", "--use_cpu true", [2])
+    assert {"--teacher"} <= set(taught["settings"]["taught"]["argv"])
+    same = [job["argv"] for job in taught["jobs"] if job["variant"] in REPEATED]
+    assert same == [job["argv"] for job in reversed_["jobs"]]
+
+
+def test_trainings_of_a_setting_make_a_table_of_their_own(tmp_path):
+    """Those of other settings, and seeds that not every model has, are not in it."""
+    dataset = planted_dataset(num_items=20, num_users=40)
+    dataset.save(tmp_path / "instruments")
+    good, bad = [1] * len(dataset.test), [9] * len(dataset.test)
+    results = Results(tmp_path / "found")
+    for variant, setting, seed, ranks in (
+        ("flr", "taught", 1, good),
+        ("anchor", "taught", 1, bad),
+        ("anchor", "taught", 2, good),
+        ("anchor", "recipe", 1, good),
+    ):
+        results.add(*_line(results.folder, variant, setting, seed, ranks))
+    found = of_setting([results.folder], tmp_path, "taught")
+    assert [(run["variant"], run["setting"], run["seed"]) for run in found["runs"]] == [
+        ("flr", "taught", 1),
+        ("anchor", "taught", 1),
+    ]
+    each = {name: own["each"] for name, own in found["table"]["models"].items()}
+    assert each == {"anchor": [[1, pytest.approx(1 / np.log2(10))]], "flr": [[1, 1.0]]}
 
 
 def test_parts_of_the_list_are_those_of_the_recipe():
