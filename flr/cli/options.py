@@ -86,7 +86,7 @@ class AugmentOptions:
         "the row's user; auto, whichever ranks train better that way; or none.",
     )
     teacher_weight: float = option(0.5, "The teacher's share of a target, above 0 and at most 1.")
-    teacher_temperature: float = option(0.7, "Of the teacher's answers; below 1 sharpens.")
+    teacher_temperature: float = option(0.5, "Of the teacher's answers; below 1 sharpens.")
     catalogue_rows: int = option(0, "Rows added for every item of the catalogue: the item, then a drawn neighbour.")
     neighbour_content: float = option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
     neighbour_temperature: float = option(1.0, "Neighbours: below 1 sharpens.")

@@ -52,7 +52,7 @@ class Teacher:
         [(1, 0.25), (2, 0.25)]
     """
 
-    def __init__(self, left_out: LeftOut, weight: float = 0.5, temperature: float = 0.7, top: int = 100) -> None:
+    def __init__(self, left_out: LeftOut, weight: float = 0.5, temperature: float = 0.5, top: int = 100) -> None:
         if not 0 < weight <= 1:
             raise ValueError(f"weight: expected more than 0 and at most 1, got {weight}")
         if not 0 < temperature < np.inf:
