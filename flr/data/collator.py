@@ -16,6 +16,7 @@ from .csr import CSR, numbered, places_within
 from .interactions import Interaction, Interactions
 from .processor import RecProcessor
 from .prompt import finish_batch, left_pad
+from .teacher import Taught
 
 
 class SFTCollator:
@@ -28,7 +29,6 @@ class SFTCollator:
         augment: what to change in histories, nothing by default; use none for validation.
         seed: of the augmentation; with the epoch and the number that :class:`InteractionDataset` writes into a row it
             decides how that row is changed, so a resumed run sees the same batches.
-        exact: give the whole distribution that a target is drawn from, where items are one token each; else the draw.
 
     Example:
         >>> from flr.data import Catalogue, build_tokenizer
@@ -42,23 +42,25 @@ class SFTCollator:
         [[-100, -100, -100, -100, 6], [-100, -100, -100, -100, 4]]
     """
 
-    def __init__(
-        self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0, exact: bool = True
-    ) -> None:
+    def __init__(self, processor: RecProcessor, augment: Augment | None = None, seed: int = 0) -> None:
         self.processor = processor
         self.augment = Augment() if augment is None else augment
         self.seed = seed
-        self._exact = exact and int(np.diff(processor.item_codec.offsets).max()) == 1
+        self._one_token = int(np.diff(processor.item_codec.offsets).max()) == 1
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether batches have soft targets."""
+        return self._one_token and (self.augment.teacher is not None or self.augment.neighbours is not None)
 
     def __call__(self, rows: Sequence[Interaction]) -> dict[str, torch.Tensor]:
         """A batch of ``rows``.
 
         Returns:
             What the processor returns, now [B, L + S], and labels int64 [B, L + S]: the token where input_ids holds a
-            target's token, -100 elsewhere. Where targets are drawn, from neighbours or from what a teacher says,
-            every item is one token and ``exact``, also soft_targets int64 and soft_weights float32 [B, n]: the tokens
-            and weights that a target was drawn from (weights 0 in rows whose target was not), so that the expectation
-            can stand for the draw.
+            target's token, -100 elsewhere. Where targets are drawn, from neighbours or from what a teacher says, and
+            every item is one token, also soft_targets int64 and soft_weights float32 [B, n]: the tokens and weights
+            that each target was drawn from, so that the expectation can stand for the draw; a row's weights sum to 1.
         """
         if not rows:
             raise ValueError("rows: expected at least one interaction, got none")
@@ -67,7 +69,7 @@ class SFTCollator:
         if not (targets.min() >= 0 and targets.max() < len(codec)):
             raise ValueError(f"rows: expected targets in 0..{len(codec) - 1}, got {targets.min()}..{targets.max()}")
         taught = self.augment.taught(rows, histories)
-        if taught is not None and not self._exact:
+        if taught is not None and not self._one_token:
             targets = self.augment.drawn(taught, rows, targets, self.seed)
         sequences = CSR(codec.tokens, codec.offsets).take(targets)
         lengths = sequences.lengths
@@ -79,18 +81,21 @@ class SFTCollator:
         arrays["input_ids"][row, column] = labels[row, column] = sequences.values
         arrays["attention_mask"][row, column] = 1
         batch = finish_batch({**arrays, "labels": labels})
-        table = self.augment.neighbours
-        if table is not None and self._exact:
-            known = np.maximum(sources, 0)
-            weights = np.diff(table.cumulative[known], prepend=0.0, axis=1) * (sources >= 0)[:, None]
-            batch["soft_targets"] = torch.from_numpy(codec.tokens[table.items[known]].astype(np.int64))
-            batch["soft_weights"] = torch.from_numpy(weights.astype(np.float32))
-        if taught is not None and self._exact:
-            rest = 1 - taught.weights.sum(1, keepdims=True)
-            items = np.concatenate([taught.items, targets[:, None]], 1)
+        if self.is_soft:
+            items, weights = self._soft(taught, sources)
+            items = np.concatenate([items, targets[:, None]], 1)
             batch["soft_targets"] = torch.from_numpy(codec.tokens[items].astype(np.int64))
-            batch["soft_weights"] = torch.from_numpy(np.concatenate([taught.weights, rest], 1))
+            rest = np.maximum(1 - weights.sum(1, keepdims=True), 0)
+            batch["soft_weights"] = torch.from_numpy(np.concatenate([weights, rest], 1).astype(np.float32))
         return batch
+
+    def _soft(self, taught: Taught | None, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Items and weights [B, n] of which targets were drawn, beside what the rows' own weigh."""
+        if taught is not None:
+            return taught.items, taught.weights
+        table, known = self.augment.neighbours, np.maximum(sources, 0)
+        assert table is not None
+        return table.items[known], np.diff(table.cumulative[known], prepend=0.0, axis=1) * (sources >= 0)[:, None]
 
 
 class InteractionDataset(Dataset[Interaction]):

@@ -185,10 +185,9 @@ class CatalogueLoss:
             own = (1 - smoothing) * own + smoothing * mean
         return torch.where(fanout > 1, total - own, 0)
 
-    def root_log_softmax(self, logits: Tensor) -> Tensor:
-        """Log-probabilities [B, V] of first tokens from logits [B, V], normalised over the root's children."""
-        tokens = self._arrays(logits.device).tokens
-        return logits - logits[:, tokens[1 : self._root]].logsumexp(-1, keepdim=True)
+    def first_tokens(self, device: torch.device) -> Tensor:
+        """int64 [F]: what a first token competes with."""
+        return self._arrays(device).tokens[1 : self._root]
 
 
 def _at(model: Any, hidden: Tensor, tokens: Tensor, table: TokenTable | None) -> Tensor:

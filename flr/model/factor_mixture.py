@@ -203,9 +203,13 @@ def _thought_column(pieces: Pieces, labels: Tensor | None) -> int:
 
 def _loss(model: Any, states: FactorStates, targets: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
     """-Σ log p of the targets [B, S] by their number, and users' shares in the regularisers (None for equal ones)."""
-    joint, counted = joint_logprobs(model, states, targets, own.catalogue_loss)
-    counts = counted.sum(1)
-    total = -(joint.logsumexp(1) * (counts > 0)).sum()
+    if own.soft_targets is not None:
+        counts = (targets != IGNORE).sum(1)
+        total = own.soft_loss(model, states.hidden[:, :, 0], states.log_gates)
+    else:
+        joint, counted = joint_logprobs(model, states, targets, own.catalogue_loss)
+        counts = counted.sum(1)
+        total = -(joint.logsumexp(1) * (counts > 0)).sum()
     if own.num_items_in_batch is None:
         return total / counts.sum().clamp_min(1), None
     return total / own.num_items_in_batch, counts / own.num_items_in_batch

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flr.config import IGNORE
@@ -177,7 +178,6 @@ def _losses(
 
 def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy over target tokens, and users' shares in the regularisers (None for equal ones)."""
-    fixed_shapes = own.thought_start is not None
     if own.thought_start is None:
         hidden = encoder.last_hidden()
     elif encoder.in_pieces:
@@ -188,12 +188,21 @@ def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> t
     next_label = labels[:, offset + 1 : offset + 1 + hidden.shape[1]]
     hidden = hidden[:, : next_label.shape[1]]
     counts = (next_label != IGNORE).sum(1)  # [B]
-    if fixed_shapes:
+    if own.soft_targets is not None:
+        place = (next_label != IGNORE).int().argmax(1)  # of a row's one label
+        total = own.soft_loss(model, hidden[torch.arange(len(place), device=place.device), place])
+    else:
+        total = _hard_loss(model, hidden, next_label, own)
+    if own.num_items_in_batch is None:
+        return total / counts.sum().clamp_min(1), None
+    return total / own.num_items_in_batch, counts / own.num_items_in_batch
+
+
+def _hard_loss(model: Any, hidden: Tensor, next_label: Tensor, own: ThoughtInputs) -> Tensor:
+    """Summed cross-entropy of labels [B, S] after hidden [B, S, D]."""
+    if own.thought_start is not None:
         hidden, target = hidden.flatten(0, 1), next_label.flatten()
     else:
         chosen = next_label != IGNORE
         hidden, target = hidden[chosen], next_label[chosen]
-    total = (own.catalogue_loss or row_losses)(model, hidden, target, own.label_smoothing).sum()
-    if own.num_items_in_batch is None:
-        return total / counts.sum().clamp_min(1), None
-    return total / own.num_items_in_batch, counts / own.num_items_in_batch
+    return (own.catalogue_loss or row_losses)(model, hidden, target, own.label_smoothing).sum()

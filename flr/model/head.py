@@ -69,12 +69,31 @@ def row_losses(model: Any, hidden: Tensor, target: Tensor, smoothing: float) -> 
         logits = head(model, h).float() if h.dtype != torch.float64 else head(model, h)
         return cross_entropy(logits, t, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
+    return _in_blocks(model, block, hidden, target)
+
+
+def several_logprobs(model: Any, hidden: Tensor, tokens: Tensor, among: Tensor | None = None) -> Tensor:
+    """Log-probabilities [M, n] of n tokens (int64 [M, n]) after hidden [M, D], over the vocabulary or ``among`` some.
+
+    In blocks of rows that are recomputed in the backward where logits are many.
+    """
+
+    def block(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(model, h)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = (logits if among is None else logits[:, among]).logsumexp(-1, keepdim=True)
+        return logits.gather(1, t) - total
+
+    return _in_blocks(model, block, hidden, tokens)
+
+
+def _in_blocks(model: Any, block: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, rows: Tensor) -> Tensor:
     vocab = model.config.get_text_config(decoder=True).vocab_size
     if hidden.shape[0] * vocab <= MAX_LOSS_LOGITS:
-        return block(hidden, target)
+        return block(hidden, rows)
     step = max(1, MAX_LOSS_LOGITS // (4 * vocab))
     parts = [
-        checkpoint(block, hidden[i : i + step], target[i : i + step], use_reentrant=False)
+        checkpoint(block, hidden[i : i + step], rows[i : i + step], use_reentrant=False)
         for i in range(0, hidden.shape[0], step)
     ]
     return torch.cat(parts)

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 from .catalogue_loss import CatalogueLoss
+from .head import several_logprobs
 from .reasoner import ReasonerOutput
 
 
@@ -68,6 +69,9 @@ class ThoughtInputs:
             tokens, so that any split of a batch gives the same sum.
         catalogue_loss: normalise target tokens over their siblings in the catalogue instead of the vocabulary;
             ``labels`` are then ``catalogue_loss.target_nodes(labels)``.
+        soft_targets, soft_weights: int64 and float32 [B, n], where every row has one label, a target's only token: the
+            loss is then the cross-entropy against these tokens with these weights, whatever the label is. Smoothing is
+            not applied to it.
         thoughts: [B, N, D], embeddings of the thought tokens instead of the reasoner's; same columns in every row.
     """
 
@@ -79,11 +83,34 @@ class ThoughtInputs:
     num_items_in_batch: Tensor | int | None = None
     catalogue_loss: CatalogueLoss | None = None
     thoughts: Tensor | None = None
+    soft_targets: Tensor | None = None
+    soft_weights: Tensor | None = None
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> ThoughtInputs:
         """Those among ``kwargs``, which loses them."""
-        return cls(**{name: kwargs.pop(name) for name in _THOUGHT_INPUTS if name in kwargs})
+        own = cls(**{name: kwargs.pop(name) for name in _THOUGHT_INPUTS if name in kwargs})
+        if (own.soft_targets is None) != (own.soft_weights is None):
+            raise ValueError("soft_weights: expected them and soft_targets, or neither, got one of the two")
+        return own
+
+    def soft_loss(self, model: Any, hidden: Tensor, log_gates: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy against ``soft_targets``.
+
+        Args:
+            hidden: states before the targets, [B, D], or [B, K, D] of factors that are mixed with ``log_gates`` [B, K].
+        """
+        assert self.soft_targets is not None
+        assert self.soft_weights is not None
+        among = None if self.catalogue_loss is None else self.catalogue_loss.first_tokens(hidden.device)
+        if log_gates is None:
+            logprobs = several_logprobs(model, hidden, self.soft_targets, among)
+        else:
+            factors = hidden.shape[1]
+            tokens = self.soft_targets.repeat_interleave(factors, 0)
+            each = several_logprobs(model, hidden.flatten(0, 1), tokens, among)
+            logprobs = (each.unflatten(0, (-1, factors)) + log_gates[..., None]).logsumexp(1)
+        return -(logprobs * self.soft_weights).sum()
 
 
 _THOUGHT_INPUTS = tuple(f.name for f in fields(ThoughtInputs))  # a compiler cannot ask a class for its fields

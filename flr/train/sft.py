@@ -44,13 +44,13 @@ class SFTTrainer(RecTrainer):
         **kwargs: Any,
     ) -> None:
         processor.scoring = args.normalisation
-        # the factors of a mixture are normalised one by one, so under the catalogue a target is drawn
-        exact = not (mixes(model) and args.normalisation == "catalogue")
-        self._collate = SFTCollator(processor, augment, args.seed, exact)
+        self._collate = SFTCollator(processor, augment, args.seed)
         self._terms: dict[str, list[torch.Tensor]] = {}
         self._names: tuple[str, ...] = ()
         if (smoothing := args.label_smoothing_factor) and mixes(model):
             raise ValueError(f"label_smoothing_factor: expected 0 with aggregation mixture, got {smoothing}")
+        if smoothing and self._collate.is_soft:
+            raise ValueError(f"label_smoothing_factor: expected 0 where targets are drawn, got {smoothing}")
         super().__init__(model, args, processor, train, valid, of_augment(augment), **kwargs)
         self.label_smoothing = args.label_smoothing_factor
         self._dropout(args.embedding_dropout, args.output_dropout)
@@ -110,13 +110,11 @@ class SFTTrainer(RecTrainer):
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
         if self.catalogue_loss is not None:
             inputs = {**inputs, "catalogue_loss": self.catalogue_loss}
-        soft = (inputs.pop("soft_targets", None), inputs.pop("soft_weights", None))
-        if soft[0] is None and self._graphs is not None and model.training and not return_outputs:
+        if not model.training:
+            inputs = {name: x for name, x in inputs.items() if name not in ("soft_targets", "soft_weights")}
+        if self._graphs is not None and model.training and not return_outputs:
             return self._graphed_loss(model, inputs, num_items_in_batch)
-        if soft[0] is None or not model.training:
-            outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        else:
-            outputs = self._soft_loss(model, inputs, *soft, num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         if model.training and outputs.flr is not None:
             self._note(outputs.flr.losses)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -149,22 +147,6 @@ class SFTTrainer(RecTrainer):
         results: Any = self._graphs(call, tensors, model, key)
         self._note(dict(zip(self._names, results[1:], strict=True)))
         return results[0]
-
-    @staticmethod
-    def _soft_loss(model, inputs, targets, weights, num_items):
-        """Rows with weights: cross-entropy against the whole distribution that their label was drawn from."""
-        labels = inputs["labels"]
-        items = (labels != IGNORE).sum() if num_items is None else num_items
-        is_soft = weights.sum(1) > 0
-        # one-token targets end every row: column -2, the last of the prompt, predicts them
-        keep = torch.tensor([labels.shape[1] - 2], device=labels.device)
-        hard = labels.masked_fill(is_soft[:, None], IGNORE)
-        inputs = {**inputs, "labels": hard, "logits_to_keep": keep, "skip_logits": False}
-        outputs = model(**inputs, num_items_in_batch=items)
-        logits, catalogue = outputs.logits[:, 0].float(), inputs.get("catalogue_loss")
-        logp = logits.log_softmax(-1) if catalogue is None else catalogue.root_log_softmax(logits)
-        outputs.loss = outputs.loss - (logp.gather(1, targets) * weights).sum() / items
-        return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._terms:

@@ -6,7 +6,7 @@ import torch
 
 from flr.cli.compare import MODES, mode_config
 from flr.config import FLRConfig
-from flr.data import Augment, InteractionDataset
+from flr.data import Augment, InteractionDataset, Teacher
 from flr.decode import CatalogueTrie, score_all_items
 from flr.evaluate import evaluate
 from flr.train import item_neighbours
@@ -85,19 +85,15 @@ def test_soft_targets(tmp_path):
         weights = np.diff(table.cumulative[source], prepend=0) if source >= 0 else [1.0]
         expected = expected - sum(w * lp[tokens[i]] for i, w in zip(items, weights, strict=True))
     torch.testing.assert_close(loss, (expected / 8).to(loss.dtype), rtol=1e-5, atol=1e-6)
-    # under the catalogue each factor is normalised by itself: a target is drawn there
-    other = sft_trainer(tmp_path, *trainable(aggregation="mixture"), augment, normalisation="catalogue")
-    batch = other._batch(rows)
-    assert "soft_targets" not in batch
-    drawn = augment.with_sources(rows, other._collate.seed)[1]
-    assert torch.equal(batch["input_ids"][:, -1], tokens[torch.from_numpy(drawn).long()])
-    assert torch.isfinite(other.compute_loss(other.model.train(), batch, num_items_in_batch=torch.tensor(8)))
 
 
 def test_refused(tmp_path):
     model, processor = trainable(aggregation="mixture")
     with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0 with aggregation mixture, got 0\.1"):
         sft_trainer(tmp_path, model, processor, label_smoothing_factor=0.1)
+    teacher = Augment(teacher=Teacher.fit(DATA.train, len(DATA.catalogue), "item-knn"))
+    with pytest.raises(ValueError, match=r"label_smoothing_factor: expected 0 where targets are drawn, got 0\.1"):
+        sft_trainer(tmp_path, *trainable(), teacher, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="aggregation: expected thought for latent GRPO"):
         grpo_trainer(tmp_path, model=model, processor=processor)
 

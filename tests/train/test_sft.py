@@ -22,7 +22,8 @@ def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
     train = sft_trainer(tmp_path, model, processor, augment, normalisation="full")
     batch = train._batch(rows)
     sources = augment.with_sources(rows, train._collate.seed)[2]
-    assert (batch["soft_weights"].sum(1) > 0).tolist() == (sources >= 0).tolist()
+    assert (batch["soft_weights"][:, :-1].sum(1) > 0).tolist() == (sources >= 0).tolist()
+    np.testing.assert_allclose(batch["soft_weights"].sum(1), 1, atol=1e-6)
     loss = train.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(16))
     inputs = processor([r.history for r in rows])
     del inputs["item_positions"]
@@ -42,7 +43,7 @@ def test_soft_loss_is_the_expectation_over_drawn_targets(tmp_path, neighbour):
 
 @pytest.mark.parametrize("aggregation", ["thought", "mixture"])
 @pytest.mark.parametrize("normalisation", ["full", "catalogue"])
-def test_a_teacher_is_a_part_of_every_target(tmp_path, aggregation, normalisation):
+def test_a_teacher_is_a_part_of_every_target(tmp_path, aggregation, normalisation, monkeypatch):
     plain = {"orthogonality_weight": 0.0, "diversity_weight": 0.0, "sparsity_weight": 0.0}
     model, processor = trainable(aggregation=aggregation, **plain)
     teacher = Teacher.fit(DATA.train, len(DATA.catalogue), weight=0.7)
@@ -53,15 +54,20 @@ def test_a_teacher_is_a_part_of_every_target(tmp_path, aggregation, normalisatio
     tokens = torch.from_numpy(processor.item_codec.tokens.astype(np.int64))
     logp = catalogue_logprobs(model, processor, [r.history for r in rows], normalisation)
     own = np.array([row.target for row in rows], np.int32)
-    if aggregation == "mixture" and normalisation == "catalogue":  # one draw
-        drawn = train._collate.augment.drawn(taught, rows, own, train._collate.seed)
-        assert (drawn != own).any()
-        expected = logp[range(16), tokens[torch.from_numpy(drawn).long()]].sum()
-    else:
-        weights = torch.from_numpy(taught.weights)
-        expected = (logp.gather(1, tokens[torch.from_numpy(taught.items).long()]) * weights).sum()
-        expected = expected + (logp[range(16), tokens[torch.from_numpy(own).long()]] * (1 - weights.sum(1))).sum()
+    weights = torch.from_numpy(taught.weights)
+    expected = (logp.gather(1, tokens[torch.from_numpy(taught.items).long()]) * weights).sum()
+    expected = expected + (logp[range(16), tokens[torch.from_numpy(own).long()]] * (1 - weights.sum(1))).sum()
     torch.testing.assert_close(loss, (-expected / 16).to(loss.dtype), rtol=1e-4, atol=1e-5)
+    # in blocks that are recomputed, and with fixed shapes, loss and gradients are the same
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    batch = train._batch(rows)
+    start = int((batch["labels"] != -100).any(0).int().argmax()) - processor.num_thoughts
+    monkeypatch.setattr("flr.model.head.MAX_LOSS_LOGITS", 8 * batch["soft_targets"].shape[1])
+    again = train.compute_loss(model, {**batch, "thought_start": start}, num_items_in_batch=torch.tensor(16))
+    torch.testing.assert_close(again, loss)
+    others = torch.autograd.grad(again, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def catalogue_logprobs(model, processor, histories, normalisation):

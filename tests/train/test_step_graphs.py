@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flr.config import IGNORE
+from flr.data import Augment, Teacher
 from flr.train import step_graphs
 from flr.train.grpo import by_graphs
 from flr.train.step_graphs import StepGraphs, padded
@@ -277,6 +278,19 @@ def trainer_of(folder, stage, codec, **options):
 def test_the_control_without_a_thought_is_captured_too(tmp_path, replays, monkeypatch, caplog):
     def of(folder):
         return sft_trainer(folder, *trainable("title", variant="none"), num_train_epochs=3)
+
+    expected = weights_after(of(tmp_path / "plain"))
+    monkeypatch.setattr("flr.train.base.usable", lambda args, model: True)
+    torch.testing.assert_close(weights_after(of(tmp_path / "graphs")), expected, rtol=1e-4, atol=1e-5)
+    assert replays
+    assert "without CUDA graphs" not in caplog.text
+
+
+@pytest.mark.parametrize("aggregation", ["thought", "mixture"])
+def test_targets_of_a_teacher_are_captured_too(tmp_path, replays, monkeypatch, caplog, aggregation):
+    def of(folder):
+        augment = Augment(teacher=Teacher.fit(DATA.train, len(DATA.catalogue), "item-knn"))
+        return sft_trainer(folder, *trainable(aggregation=aggregation), augment, max_steps=6)
 
     expected = weights_after(of(tmp_path / "plain"))
     monkeypatch.setattr("flr.train.base.usable", lambda args, model: True)
