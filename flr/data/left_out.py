@@ -73,31 +73,13 @@ class LeftOut:
     def linear(cls, train: Interactions, num_items: int) -> LeftOut:
         """Of :func:`flr.data.fit_linear`; keeps the inverse, 4 C² bytes."""
         table, inverse = solve(train, num_items, fit_decay=_FIT_DECAY, backward=_BACKWARD)
-
-        def part(rows: Interactions, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            own = inverse[np.ix_(items, items)].astype(np.float64)
-            inputs, outputs = _dense(rows, items)
-            left = np.eye(len(items)) - (1 + _BACKWARD) * own @ (inputs.T @ inputs)
-            both = inputs.T @ outputs
-            right = np.concatenate([np.eye(len(items)), own @ (both + _BACKWARD * both.T)], 1)
-            spread, taken = np.split(np.linalg.solve(left, right), 2, axis=1)
-            return spread, taken
-
-        return cls("linear", train, table, part)
+        return cls("linear", train, table, _LinearPart(inverse))
 
     @classmethod
     def item_knn(cls, train: Interactions, num_items: int) -> LeftOut:
         """Of item-kNN."""
         table = NeighbourTable.fit(train, num_items, backward=_BACKWARD, top=_NEIGHBOURS)
-
-        def part(rows: Interactions, items: np.ndarray) -> tuple[None, np.ndarray]:
-            size, forward = len(items), np.zeros((len(items), len(items)))
-            for pairs in item_pairs(rows):
-                earlier, later = (np.searchsorted(items, x) for x in (pairs.earlier, pairs.later))
-                forward.reshape(-1)[distinct(earlier * size + later)] += 1 / pairs.gap
-            return None, forward + _BACKWARD * forward.T
-
-        return cls("item-knn", train, table, part)
+        return cls("item-knn", train, table, _item_knn_part)
 
     def scores(self, users: Sequence[str], histories: CSR) -> sp.csr_matrix:
         """Float64 [B, C], of B users and histories; sparse, and without the trace of popularity of the tables.
@@ -148,6 +130,31 @@ class LeftOut:
         own = distinct(np.concatenate([rows.histories.values, rows.targets, items]).astype(np.int64))
         spread, taken = self._part(rows, own)
         return OwnPart(own, None if spread is None else spread.astype(np.float32), taken.astype(np.float32))
+
+
+class _LinearPart:
+    """T_u and what is taken off, of a linear model. (A class, since workers of a data loader may get it pickled.)"""
+
+    def __init__(self, inverse: np.ndarray) -> None:
+        self.inverse = inverse  # P, float32 [C, C]
+
+    def __call__(self, rows: Interactions, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = self.inverse[np.ix_(items, items)].astype(np.float64)
+        inputs, outputs = _dense(rows, items)
+        left = np.eye(len(items)) - (1 + _BACKWARD) * own @ (inputs.T @ inputs)
+        both = inputs.T @ outputs
+        right = np.concatenate([np.eye(len(items)), own @ (both + _BACKWARD * both.T)], 1)
+        spread, taken = np.split(np.linalg.solve(left, right), 2, axis=1)
+        return spread, taken
+
+
+def _item_knn_part(rows: Interactions, items: np.ndarray) -> tuple[None, np.ndarray]:
+    """The user's part of M."""
+    size, forward = len(items), np.zeros((len(items), len(items)))
+    for pairs in item_pairs(rows):
+        earlier, later = (np.searchsorted(items, x) for x in (pairs.earlier, pairs.later))
+        forward.reshape(-1)[distinct(earlier * size + later)] += 1 / pairs.gap
+    return None, forward + _BACKWARD * forward.T
 
 
 class _Cells:

@@ -55,6 +55,7 @@ CHANGES = {
     "T=3": "--num_refinements 3",
 }
 _SEEDS, _MORE_SEEDS = 5, 3
+_NO_TEACHER = "--teacher none"  # which the recipes of instruments have: all else of this study is without
 _KEEP_LITTLE = "--save_strategy best --save_only_model true --save_total_limit 1 --logging_steps 200"
 _PLAIN = "--cuda_graphs false"  # processes that share a GPU would each capture graphs of their own
 _PART_OF_VALID = "--eval_max_users 8257"  # a third of instruments' chooses the epoch; all of valid the setting
@@ -133,7 +134,14 @@ def _maker(folders: dict[str, str], examples: str, extra: str) -> Callable[..., 
     """What makes a job of its name, priority, recipe, data set and options."""
 
     def job(name: str, priority: int, recipe: str, shop: str, options: str, **more: Any) -> dict[str, Any]:
-        texts = (f"--config {examples}/{recipe}.yaml --data {folders[shop]}", _KEEP_LITTLE, options, _PLAIN, extra)
+        texts = (
+            f"--config {examples}/{recipe}.yaml --data {folders[shop]}",
+            _KEEP_LITTLE,
+            _NO_TEACHER,
+            options,
+            _PLAIN,
+            extra,
+        )
         argv = ["sft", *shlex.split(" ".join(texts))]
         return {"name": name, "priority": priority, "kind": "flr", "argv": argv, "evaluate": _BOTH, **more}
 

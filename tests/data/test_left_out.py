@@ -1,5 +1,7 @@
 """Scores as if a user had not been there: against tables that were fitted without each of them."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,15 @@ def test_histories_with_items_of_others_and_strangers(kind, monkeypatch):
     table = found.table
     whole = weights(CSR.from_rows(rows[-1:]), table.history_decay) @ table.similarity.toarray()
     np.testing.assert_allclose(together[-1], whole[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "item_knn"])
+def test_workers_that_get_it_pickled_answer_the_same(kind):
+    found = getattr(LeftOut, kind)(DATA.train, SIZE)
+    rows = DATA.train.select(np.arange(20))
+    before = found.scores(rows.users, rows.histories).toarray()
+    after = pickle.loads(pickle.dumps(found)).scores(rows.users, rows.histories).toarray()
+    np.testing.assert_array_equal(before, after)
 
 
 def test_nobody_and_nothing():
