@@ -30,8 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: The recipe with a third of the rows read backwards, and epochs that read as many forwards.
 REVERSED = "--augment_reverse 0.33 --num_train_epochs 8"
-#: The recipe with a linear model as teacher.
-TAUGHT = "--teacher linear"
+#: The same with a linear model as teacher, and more dropout.
+TAUGHT = f"--teacher linear {REVERSED} --embedding_dropout 0.2 --output_dropout 0.2"
 OPTIONS = {"recipe": ("", 1.0), "reversed": (REVERSED, 1.3), "taught": (TAUGHT, 1.3)}
 TAUGHT_MODELS = ("anchor", "flr", "offsets-mixture", "flr-mixture")
 #: name → recipe of instruments, options, relative length.
