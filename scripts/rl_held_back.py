@@ -1,7 +1,8 @@
 """Reinforcement on rows that supervised training has not seen, beside spending the same rows on supervised training.
 
-    flr sft --config examples/instruments.yaml --anchor last --output_dir runs/all
-    flr sft --config examples/instruments.yaml --anchor last --output_dir runs/rest --held_back 0.1
+    flr sft --config examples/instruments.yaml --teacher none --embedding_dropout 0.1 --output_dropout 0.1 \\
+        --anchor last --output_dir runs/all
+    flr sft … the same … --output_dir runs/rest --held_back 0.1
     python scripts/rl_held_back.py --data data/instruments --rest runs/rest --all runs/all
 
 Every way goes on from the model of --rest with the rows that it did not see, for the same number of epochs, at each of

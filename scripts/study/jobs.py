@@ -30,8 +30,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: The recipe with a third of the rows read backwards, and epochs that read as many forwards.
 REVERSED = "--augment_reverse 0.33 --num_train_epochs 8"
-#: The same with a linear model as teacher, and more dropout.
-TAUGHT = f"--teacher linear {REVERSED} --embedding_dropout 0.2 --output_dropout 0.2"
+#: The recipe with a linear model as teacher, and more dropout.
+TAUGHT = "--teacher linear --embedding_dropout 0.2 --output_dropout 0.2"
 OPTIONS = {"recipe": ("", 1.0), "reversed": (REVERSED, 1.3), "taught": (TAUGHT, 1.3)}
 TAUGHT_MODELS = ("anchor", "flr", "offsets-mixture", "flr-mixture")
 #: name → recipe of instruments, options, relative length.
@@ -55,7 +55,8 @@ CHANGES = {
     "T=3": "--num_refinements 3",
 }
 _SEEDS, _MORE_SEEDS = 5, 3
-_NO_TEACHER = "--teacher none"  # which the recipes of instruments have: all else of this study is without
+#: The recipes of instruments as they were before they had a teacher; "recipe" in this study is that.
+_BEFORE = "--teacher none --embedding_dropout 0.1 --output_dropout 0.1"
 _KEEP_LITTLE = "--save_strategy best --save_only_model true --save_total_limit 1 --logging_steps 200"
 _PLAIN = "--cuda_graphs false"  # processes that share a GPU would each capture graphs of their own
 _PART_OF_VALID = "--eval_max_users 8257"  # a third of instruments' chooses the epoch; all of valid the setting
@@ -137,7 +138,7 @@ def _maker(folders: dict[str, str], examples: str, extra: str) -> Callable[..., 
         texts = (
             f"--config {examples}/{recipe}.yaml --data {folders[shop]}",
             _KEEP_LITTLE,
-            _NO_TEACHER,
+            _BEFORE if shop == "instruments" else "",
             options,
             _PLAIN,
             extra,
