@@ -61,7 +61,7 @@ class LeftOut:
         table: NeighbourTable,
         part: Callable[[Interactions, np.ndarray], tuple[np.ndarray | None, np.ndarray]],
     ) -> None:
-        self.name, self.table, self._part, self._train = name, table, part, train
+        self.name, self.table, self.train, self._part = name, table, train, part
         number = numbered(train.users)
         self._order = np.argsort(number, kind="stable")
         self._ends = np.cumsum(np.bincount(number)) if len(number) else np.zeros(0, np.int64)
@@ -126,7 +126,7 @@ class LeftOut:
 
     def _made(self, number: int, items: np.ndarray) -> OwnPart:
         first = self._ends[number - 1] if number else 0
-        rows = self._train.select(self._order[first : self._ends[number]])
+        rows = self.train.select(self._order[first : self._ends[number]])
         own = distinct(np.concatenate([rows.histories.values, rows.targets, items]).astype(np.int64))
         spread, taken = self._part(rows, own)
         return OwnPart(own, None if spread is None else spread.astype(np.float32), taken.astype(np.float32))

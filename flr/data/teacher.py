@@ -85,10 +85,10 @@ class Teacher:
         return cls(best, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """What it consists of, for a digest."""
-        table = self.left_out.table
-        yield from (self.weight, self.temperature, self.top, table.history_decay)
-        yield from (table.similarity.indptr, table.similarity.indices, table.similarity.data)
+        """What its answers follow from, for a digest; not what was solved, whose last bits are a processor's."""
+        rows = self.left_out.train
+        yield from (self.left_out.name, len(self.left_out.table), self.weight, self.temperature, self.top)
+        yield from (*rows.histories, rows.targets, *rows.users)
 
     def __call__(self, users: Sequence[str], histories: CSR) -> Taught:
         """The teacher's part of the targets of rows of these users, B of each.

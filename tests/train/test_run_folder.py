@@ -149,13 +149,17 @@ OTHERS = {
 }
 
 
-def test_a_teacher_is_told_apart_by_what_it_answers():
+def test_a_teacher_is_told_apart_by_what_its_answers_follow_from():
     def made(rows=DATA.train, **options):
         return of_augment(flr.data.Augment(teacher=Teacher.fit(rows, len(DATA.catalogue), "item-knn", **options)))
 
     assert made() == made()
+    other_bits = Teacher.fit(DATA.train, len(DATA.catalogue), "item-knn")
+    other_bits.left_out.table.similarity.data *= 1 + 1e-6  # as another processor may add
+    assert of_augment(flr.data.Augment(teacher=other_bits)) == made()
     fewer = DATA.train.select(list(range(len(DATA.train) - 1)))
-    others = [made(weight=0.6), made(temperature=1.0), made(top=3), made(fewer), of_augment(flr.data.Augment())]
+    linear = of_augment(flr.data.Augment(teacher=Teacher.fit(DATA.train, len(DATA.catalogue), "linear")))
+    others = [linear, made(weight=0.6), made(temperature=1.0), made(top=3), made(fewer), of_augment(flr.data.Augment())]
     for other in others:
         (difference,) = differences(made(), other)
         assert difference.startswith("augment_teacher was ")
