@@ -248,8 +248,10 @@ class FactorizedReasoner(Reasoner):
 
         def attention() -> Tensor:
             lse = torch.stack([lse for _, lse in queries], 1)
-            alpha = (scores() - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp()
-            return alpha if mask is None else alpha * mask[:, None, None]
+            log_alpha = scores() - lse.masked_fill(lse.isneginf(), 0)[..., None]
+            if mask is not None:  # before exp, which is infinite where a masked score is far above the others
+                log_alpha = log_alpha.masked_fill(~mask[:, None, None].bool(), -math.inf)
+            return log_alpha.exp()
 
         return ReasonerOutput(
             thought=aggregated.thought,

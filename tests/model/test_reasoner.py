@@ -32,6 +32,21 @@ def test_a_fresh_patch_starts_small_and_sums_exactly():
     assert (ours - theirs).abs().max() > 0
 
 
+@pytest.mark.parametrize("variant", ["flr", "latentr3"])
+def test_attention_is_finite_where_padding_would_score_far_above_the_rest(variant):
+    """A masked column whose score lies more than 88 above the valid ones: its exponential is infinite in float32."""
+    model = patched_model(variant=variant).eval()
+    hidden = torch.randn(2, 5, HIDDEN)
+    hidden[:, 0] *= 1e4
+    mask = torch.tensor([[False, True, True, True, True]]).expand(2, -1)
+    out = model.flr(hidden, mask)
+    assert (out.scores[..., 0] - out.scores[..., 1:].amax(-1)).max() > 200
+    assert (out.attention[..., 0] == 0).all()
+    torch.testing.assert_close(out.attention.sum(-1), torch.ones_like(out.attention[..., 0]))
+    nothing = model.flr(hidden, torch.zeros(2, 5, dtype=torch.bool)).attention
+    assert (nothing == 0).all()
+
+
 def test_parameter_count_is_about_four_d_squared_whatever_k():
     for factors in (1, 2, 4, 8):
         model = patched_model(num_factors=factors).eval()
