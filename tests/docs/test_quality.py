@@ -91,7 +91,7 @@ def test_beside_the_linear_model_all_are_ahead_of_it_and_factors_not_of_their_co
 
 
 def test_what_is_said_of_a_linear_model_as_teacher_holds():
-    """README and the page: about a tenth more than without; mixtures ahead of one more token and level; none beside it."""
+    """README and the page: about a tenth more than without; mixtures ahead of one more token; none beside it."""
     table = read_json(ROOT / "docs/results/study_taught.json", 1 << 22)["table"]
     recipe = STUDY["linear"]["recipe"]["models"]
     for name, own in table["models"].items():
