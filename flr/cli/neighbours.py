@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flr.config import option
 
 from . import voice
-from .options import DataOptions, load_trained
+from .options import DataOptions, announce_linear, load_trained
 from .parsing import emit, parse
 from .weights import InferenceOptions
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 ABOUT = "Mix item-kNN or a linear model into a trained one's answers, with the weight that ranks the valid split best."
 METHODS = ("item-knn", "linear")
 _NEIGHBOURS = 500  # kept of an item by item-kNN, which has no bound of its own
-_LONG = 5_000  # items whose linear model takes long enough to say so
 
 
 @dataclass
@@ -66,8 +65,8 @@ class NeighbourOptions(InferenceOptions):
             bound = f"a linear model takes at most {MOST_LINEAR_ITEMS:,} items"
             voice.note(f"Item-kNN alone is tried: {bound}, and these are {size:,}.")
             methods = METHODS[:1]
-        if "linear" in methods and size > _LONG:
-            voice.note(f"Solving a linear model of {size:,} items; 10,000 take half a minute of one core.")
+        if "linear" in methods:
+            announce_linear(size)
         given: dict[str, Any] = {"history_decay": self.history_decay, "backward": self.backward, "top": self.top}
         given = {name: value for name, value in given.items() if value is not None}
         fits: dict[str, Callable[[], NeighbourTable]] = {

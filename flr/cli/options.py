@@ -13,6 +13,8 @@ from . import voice
 if TYPE_CHECKING:  # a command's --help waits for none of these
     from flr.data import Augment, HistoryViews, Interactions, RecDataset, RecProcessor, Teacher
 
+_LONG = 5_000  # items whose linear model takes long enough to say so
+
 
 def check_option(options: Any, expected: str, ok: bool, name: str) -> None:
     if not ok:
@@ -126,14 +128,22 @@ class AugmentOptions:
         return rows, Augment(**chances, neighbours=table, teacher=self._teacher(counted, len(dataset.catalogue)))
 
     def _teacher(self, train: Interactions, size: int) -> Teacher | None:
-        from flr.data import Teacher
+        from flr.data import MOST_LINEAR_ITEMS, Teacher
 
         if self.teacher == "none":
             return None
+        if self.teacher == "linear" or (self.teacher == "auto" and size <= MOST_LINEAR_ITEMS):
+            announce_linear(size)
         options = {"weight": self.teacher_weight, "temperature": self.teacher_temperature}
         teacher = Teacher.fit(train, size, self.teacher, **options)
         voice.note(f"Teacher: {teacher.left_out.name}, {size:,} items.")
         return teacher
+
+
+def announce_linear(size: int) -> None:
+    """Say that a linear model is solved, where it has so many items that one waits for it."""
+    if size > _LONG:
+        voice.note(f"Solving a linear model of {size:,} items; 10,000 take half a minute of one core.")
 
 
 def in_words(dataset: RecDataset) -> str:
