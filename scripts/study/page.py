@@ -182,8 +182,11 @@ def linear(report: dict[str, Any]) -> str:
 
 
 def taught(report: dict[str, Any]) -> str:
-    """The same of trainings with a teacher."""
-    return _beside_linear({"taught": report["taught"]})
+    """The same of trainings with a teacher, and what they took."""
+    table = report["taught"]
+    took = ", ".join(f"{NAMES[name]} {table['models'][name]['seconds']:,.0f}" for name in _order(table["models"]))
+    about = f"Seconds of training, {_device(table['device'])}, one core each, two trainings beside each other: {took}."
+    return f"{_beside_linear({'taught': table})}\n\n{about}"
 
 
 def _beside_linear(tables: dict[str, Any]) -> str:
