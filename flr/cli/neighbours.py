@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ABOUT = "Mix item-kNN or a linear model into a trained one's answers, with the weight that ranks the valid split best."
 METHODS = ("item-knn", "linear")
-_NEIGHBOURS = 500  # kept of an item by item-kNN, which has no bound of its own
 
 
 @dataclass
@@ -59,6 +58,7 @@ class NeighbourOptions(InferenceOptions):
     def tables(self, dataset: RecDataset) -> dict[str, NeighbourTable]:
         """The tables to try, by method."""
         from flr.data import MOST_LINEAR_ITEMS, NeighbourTable, fit_linear
+        from flr.data.item_knn import KEPT_NEIGHBOURS
 
         size, methods = len(dataset.catalogue), METHODS if self.method == "auto" else (self.method,)
         if self.method == "auto" and size > MOST_LINEAR_ITEMS:
@@ -70,7 +70,7 @@ class NeighbourOptions(InferenceOptions):
         given: dict[str, Any] = {"history_decay": self.history_decay, "backward": self.backward, "top": self.top}
         given = {name: value for name, value in given.items() if value is not None}
         fits: dict[str, Callable[[], NeighbourTable]] = {
-            "item-knn": lambda: NeighbourTable.fit(dataset.train, size, **{"top": _NEIGHBOURS, **given}),
+            "item-knn": lambda: NeighbourTable.fit(dataset.train, size, **{"top": KEPT_NEIGHBOURS, **given}),
             "linear": lambda: fit_linear(dataset.train, size, **given),
         }
         return {method: fits[method]() for method in methods}

@@ -29,6 +29,8 @@ from .interactions import Interactions
 from .pairs import item_pairs
 
 KNN_NAME = "item_knn.safetensors"
+#: Neighbours that are kept of an item where nothing else is asked for.
+KEPT_NEIGHBOURS = 500
 
 _FORMAT = "flr-item-knn-1"
 _SIGNED_FORMAT = "flr-item-knn-2"  # with negative weights, which version 1 refuses
@@ -115,11 +117,19 @@ class NeighbourTable:
         """Float64 [B, C], higher is better. Of M only the rows of the histories' items are read."""
         rows = len(histories.offsets) - 1
         row = np.repeat(np.arange(rows), np.diff(histories.offsets))
-        items, place = np.unique(histories.values, return_inverse=True)
-        weights = sp.csr_matrix((self.history_decay**histories.ages, (row, place)), shape=(rows, len(items)))
-        scores = (weights @ self.similarity[items].astype(np.float64)).toarray()
+        scores = self.weighted(rows, row, histories.values, self.history_decay**histories.ages).toarray()
         scores += _TIE_BREAK / (1 + self.popularity.max()) * self.popularity
         return scores
+
+    def weighted(self, rows: int, row: np.ndarray, items: np.ndarray, weights: np.ndarray) -> sp.csr_matrix:
+        """W M, float64 [rows, C]; of M only the rows of these items are read.
+
+        Args:
+            rows: of W. row, items, weights: int [n], int [n], float [n], its entries; those of one place add up.
+        """
+        used, place = np.unique(items, return_inverse=True)
+        narrow = sp.csr_matrix((weights, (row, place)), shape=(rows, len(used)))
+        return narrow @ self.similarity[used].astype(np.float64)
 
     def probabilities(self, histories: CSR) -> np.ndarray:
         """Float64 [B, C]: scores over their sum, those below 0 as 0; popularity where nothing is known of a history.

@@ -22,12 +22,11 @@ import scipy.sparse as sp
 
 from .csr import CSR, distinct, numbered
 from .interactions import Interactions
-from .item_knn import NeighbourTable
-from .linear_items import solve
+from .item_knn import KEPT_NEIGHBOURS, NeighbourTable
+from .linear_items import DEFAULTS, solve
 from .pairs import item_pairs
 
-_FIT_DECAY, _BACKWARD = 0.9, 0.5
-_NEIGHBOURS = 500  # kept of an item by item-kNN, which has no bound of its own
+_BACKWARD = 0.5  # of item-kNN
 _CELLS = 1 << 26  # of users' matrices that are kept
 
 
@@ -63,22 +62,22 @@ class LeftOut:
     ) -> None:
         self.name, self.table, self.train, self._part = name, table, train, part
         number = numbered(train.users)
+        self._number = dict(zip(train.users, number.tolist(), strict=True))
         self._order = np.argsort(number, kind="stable")
         self._ends = np.cumsum(np.bincount(number)) if len(number) else np.zeros(0, np.int64)
-        self._number = {user: n for n, user in enumerate(dict.fromkeys(train.users))}
         self._kept: OrderedDict[int, OwnPart] = OrderedDict()
         self._cells = 0
 
     @classmethod
     def linear(cls, train: Interactions, num_items: int) -> LeftOut:
         """Of :func:`flr.data.fit_linear`; keeps the inverse, 4 C² bytes."""
-        table, inverse = solve(train, num_items, fit_decay=_FIT_DECAY, backward=_BACKWARD)
+        table, inverse = solve(train, num_items, DEFAULTS)
         return cls("linear", train, table, _LinearPart(inverse))
 
     @classmethod
     def item_knn(cls, train: Interactions, num_items: int) -> LeftOut:
         """Of item-kNN."""
-        table = NeighbourTable.fit(train, num_items, backward=_BACKWARD, top=_NEIGHBOURS)
+        table = NeighbourTable.fit(train, num_items, backward=_BACKWARD, top=KEPT_NEIGHBOURS)
         return cls("item-knn", train, table, _item_knn_part)
 
     def scores(self, users: Sequence[str], histories: CSR) -> sp.csr_matrix:
@@ -86,26 +85,21 @@ class LeftOut:
 
         A user without rows in ``train`` gets what the whole table says.
         """
-        size = len(self.table)
-        weights, taken = _Cells(), _Cells()
+        spread, taken = [], []
         decayed = self.table.history_decay**histories.ages
         for row, user in enumerate(users):
             first, last = histories.offsets[row : row + 2]
             items, own = histories.values[first:last].astype(np.int64), decayed[first:last]
             part = self._of(user, items)
-            if part is None:
-                weights.add(row, items, own)
-                continue
-            place = np.searchsorted(part.items, items)
-            if part.spread is None:
-                weights.add(row, items, own)
-            else:
-                weights.add(row, part.items, own @ part.spread[place])
-            taken.add(row, part.items, own @ part.taken[place])
-        used, column = np.unique(weights.items, return_inverse=True)
-        spread = sp.csr_matrix((weights.values, (weights.rows, column)), shape=(len(users), len(used)))
-        less = sp.csr_matrix((taken.values, (taken.rows, taken.items)), shape=(len(users), size))
-        return (spread @ self.table.similarity[used].astype(np.float64) - less).tocsr()
+            if part is not None:
+                place = np.searchsorted(part.items, items)
+                taken.append((row, part.items, own @ part.taken[place]))
+                if part.spread is not None:
+                    items, own = part.items, own @ part.spread[place]
+            spread.append((row, items, own))
+        found = self.table.weighted(len(users), *_joined(spread))
+        row_of, items, values = _joined(taken)
+        return (found - sp.csr_matrix((values, (row_of, items)), shape=found.shape)).tocsr()
 
     def _of(self, user: str, items: np.ndarray) -> OwnPart | None:
         """The user's part, between their items and others of a history."""
@@ -141,9 +135,9 @@ class _LinearPart:
     def __call__(self, rows: Interactions, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         own = self.inverse[np.ix_(items, items)].astype(np.float64)
         inputs, outputs = _dense(rows, items)
-        left = np.eye(len(items)) - (1 + _BACKWARD) * own @ (inputs.T @ inputs)
+        left = np.eye(len(items)) - (1 + DEFAULTS.backward) * own @ (inputs.T @ inputs)
         both = inputs.T @ outputs
-        right = np.concatenate([np.eye(len(items)), own @ (both + _BACKWARD * both.T)], 1)
+        right = np.concatenate([np.eye(len(items)), own @ (both + DEFAULTS.backward * both.T)], 1)
         spread, taken = np.split(np.linalg.solve(left, right), 2, axis=1)
         return spread, taken
 
@@ -157,32 +151,17 @@ def _item_knn_part(rows: Interactions, items: np.ndarray) -> tuple[None, np.ndar
     return None, forward + _BACKWARD * forward.T
 
 
-class _Cells:
-    """Entries of a sparse matrix, row by row."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[int, np.ndarray, np.ndarray]] = []
-
-    def add(self, row: int, items: np.ndarray, values: np.ndarray) -> None:
-        self._parts.append((row, items, values))
-
-    @property
-    def rows(self) -> np.ndarray:
-        return np.repeat([row for row, _, _ in self._parts], [len(items) for _, items, _ in self._parts])
-
-    @property
-    def items(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, np.int64), *(items for _, items, _ in self._parts)])
-
-    @property
-    def values(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0), *(values for _, _, values in self._parts)])
+def _joined(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, item and value of every entry of rows with items int64 [n] and values float [n] each."""
+    row = np.repeat([row for row, _, _ in parts], [len(items) for _, items, _ in parts]).astype(np.int64)
+    items = np.concatenate([np.zeros(0, np.int64), *(items for _, items, _ in parts)])
+    return row, items, np.concatenate([np.zeros(0), *(values for _, _, values in parts)])
 
 
 def _dense(rows: Interactions, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """X_u and Y_u, float64 [rows, n]."""
     inputs, outputs = np.zeros((len(rows), len(items))), np.zeros((len(rows), len(items)))
     row = np.repeat(np.arange(len(rows)), rows.histories.lengths)
-    np.add.at(inputs, (row, np.searchsorted(items, rows.histories.values)), _FIT_DECAY**rows.histories.ages)
+    np.add.at(inputs, (row, np.searchsorted(items, rows.histories.values)), DEFAULTS.fit_decay**rows.histories.ages)
     outputs[np.arange(len(rows)), np.searchsorted(items, rows.targets)] = 1
     return inputs, outputs

@@ -15,6 +15,8 @@ what those items say of each other, hence the negative weights.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -29,14 +31,27 @@ _ROWS = 1 << 20  # training rows that are multiplied at a time
 _ITEMS = 512  # rows of M that are made at a time
 
 
+class LinearSettings(NamedTuple):
+    """What M depends on beside the rows; see :func:`fit_linear`."""
+
+    history_decay: float
+    fit_decay: float
+    backward: float
+    ridge: float
+    top: int | None
+
+
+DEFAULTS = LinearSettings(history_decay=0.8, fit_decay=0.9, backward=0.5, ridge=4.0, top=100)
+
+
 def fit_linear(
     train: Interactions,
     num_items: int,
-    history_decay: float = 0.8,
-    fit_decay: float = 0.9,
-    backward: float = 0.5,
-    ridge: float = 4.0,
-    top: int | None = 100,
+    history_decay: float = DEFAULTS.history_decay,
+    fit_decay: float = DEFAULTS.fit_decay,
+    backward: float = DEFAULTS.backward,
+    ridge: float = DEFAULTS.ridge,
+    top: int | None = DEFAULTS.top,
 ) -> NeighbourTable:
     """Solve for M.
 
@@ -63,20 +78,13 @@ def fit_linear(
         >>> table.similarity.toarray().astype(float).round(2).tolist()
         [[0.0, 0.15, 0.1], [0.0, -0.02, 0.27], [0.0, 0.0, 0.0]]
     """
-    return solve(train, num_items, history_decay, fit_decay, backward, ridge, top)[0]
+    return solve(train, num_items, LinearSettings(history_decay, fit_decay, backward, ridge, top))[0]
 
 
-def solve(
-    train: Interactions,
-    num_items: int,
-    history_decay: float = 0.8,
-    fit_decay: float = 0.9,
-    backward: float = 0.5,
-    ridge: float = 4.0,
-    top: int | None = 100,
-) -> tuple[NeighbourTable, np.ndarray]:
+def solve(train: Interactions, num_items: int, settings: LinearSettings) -> tuple[NeighbourTable, np.ndarray]:
     """The table of :func:`fit_linear`, and ((1 + backward) G + λ I)⁻¹, float32 [C, C]."""
-    _check(train, num_items, history_decay, fit_decay, backward, ridge, top)
+    _check(train, num_items, settings)
+    history_decay, fit_decay, backward, ridge, top = settings
     popularity = np.bincount(train.targets, minlength=num_items).astype(np.float64)
     gram, forward = _products(train, num_items, fit_decay)
     gram *= 1 + backward
@@ -92,15 +100,8 @@ def solve(
     return NeighbourTable(sp.vstack(parts, format="csr"), popularity, history_decay), inverse.numpy()
 
 
-def _check(
-    train: Interactions,
-    num_items: int,
-    history_decay: float,
-    fit_decay: float,
-    backward: float,
-    ridge: float,
-    top: int | None,
-) -> None:
+def _check(train: Interactions, num_items: int, settings: LinearSettings) -> None:
+    history_decay, fit_decay, backward, ridge, top = settings
     if train.max_index >= num_items:
         raise ValueError(f"num_items: expected above the largest item index {train.max_index}, got {num_items}")
     if num_items > MOST_LINEAR_ITEMS:

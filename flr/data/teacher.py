@@ -84,7 +84,7 @@ class Teacher:
         best = max(found, key=lambda left_out: _ndcg(left_out, rows)) if len(found) > 1 else found[0]
         return cls(best, **options)
 
-    def __iter__(self) -> Iterator[Any]:
+    def follows_from(self) -> Iterator[Any]:
         """What its answers follow from, for a digest; not what was solved, whose last bits are a processor's."""
         rows = self.left_out.train
         yield from (self.left_out.name, len(self.left_out.table), self.weight, self.temperature, self.top)

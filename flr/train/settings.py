@@ -71,7 +71,7 @@ def of_augment(augment: Augment | None) -> dict[str, Any]:
     if augment.neighbours is not None:
         values["augment_neighbours"] = digest(augment.neighbours)
     if augment.teacher is not None:
-        values["augment_teacher"] = digest(augment.teacher)
+        values["augment_teacher"] = digest(augment.teacher.follows_from())
     return values
 
 

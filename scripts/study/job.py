@@ -27,6 +27,7 @@ from flr.cli.options import AugmentOptions, DataOptions
 from flr.cli.parsing import parse
 from flr.config import FLRConfig
 from flr.data import CSR, Interactions, NeighbourTable, RecDataset, RecProcessor, fit_linear
+from flr.data.item_knn import KEPT_NEIGHBOURS
 from flr.decode import CatalogueTrie, rank_one_token
 from flr.decode.scoring import resolve_scoring
 from flr.evaluate import evaluate
@@ -38,7 +39,6 @@ from flr.train.precision import choose_autocast
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
 #: Weights of what stands beside a model that are tried on valid.
 WEIGHTS = tuple(round(0.1 * step, 1) for step in range(11))
-_TOP = 500  # neighbours kept of an item
 
 
 class Partner(NamedTuple):
@@ -87,7 +87,7 @@ class Shared:
 def _tables(dataset: RecDataset) -> dict[str, NeighbourTable]:
     size = len(dataset.catalogue)
     return {
-        "neighbours": NeighbourTable.fit(dataset.train, size, top=_TOP),
+        "neighbours": NeighbourTable.fit(dataset.train, size, top=KEPT_NEIGHBOURS),
         "linear": fit_linear(dataset.train, size),
     }
 

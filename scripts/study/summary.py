@@ -73,8 +73,7 @@ def shared_seeds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(folders: list[Path], data: Path) -> dict[str, Any]:
     """All tables of the results in some folders; ``data`` holds the prepared data sets by name."""
-    found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
-    lines = [line for line in found if "error" not in line]
+    lines = _lines(folders)
     chosen = chosen_settings(lines)
     out: dict[str, Any] = {"chosen": chosen, "runs": [_run(line) for line in lines]}
     parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -100,10 +99,15 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
 
 def of_setting(folders: list[Path], data: Path, setting: str) -> dict[str, Any]:
     """The table of the trainings of instruments by one setting, whose seeds every model among them has."""
-    found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
-    own = [line for line in found if "error" not in line and line["setting"] == setting]
-    own = shared_seeds([line for line in own if _key(line["tags"]) == _MAIN])
+    own = [line for line in _lines(folders) if line["setting"] == setting and _key(line["tags"]) == _MAIN]
+    own = shared_seeds(own)
     return {"table": _table(data / _MAIN[0], own, []), "runs": [_run(line) for line in own]}
+
+
+def _lines(folders: list[Path]) -> list[dict[str, Any]]:
+    """What has ended well in some folders, with its folder."""
+    found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
+    return [line for line in found if "error" not in line]
 
 
 def _conditions(line: dict[str, Any]) -> tuple[str, ...]:
