@@ -9,7 +9,7 @@ from typing import Any
 from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
-from .summary import COMPARED, COMPARED_PAIRS, of_setting, summary
+from .summary import COMPARED, COMPARED_PAIRS, keep, of_setting, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
@@ -36,8 +36,13 @@ def take_over(results: list[Path], data: Path) -> None:
 
 
 def take_over_setting(results: list[Path], data: Path, setting: str) -> None:
-    """Write docs/results/study_SETTING.json from the trainings by that setting in some folders."""
-    write_json(RESULT.with_name(f"study_{setting}.json"), of_setting(results, data, setting))
+    """Write docs/results/study_SETTING.json from the trainings by that setting, in some folders and kept before.
+
+    docs/results/study_SETTING/ keeps them, so that a table has all seeds, whenever each was trained.
+    """
+    kept = RESULT.with_name(f"study_{setting}")
+    keep(results, kept, setting)
+    write_json(kept.with_suffix(".json"), of_setting([kept], data, setting))
 
 
 def write_page() -> None:

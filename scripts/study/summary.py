@@ -14,7 +14,7 @@ from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.evaluate.metrics import row_metrics
 
 from .groups import groups, traits
-from .queue import read_ranks, read_results
+from .queue import Results, read_ranks, read_results
 from .stats import Resampled
 
 #: Differences that are asked for: of this, less that.
@@ -31,6 +31,20 @@ PAIRS = (
 )
 METRICS = ("hr@10", "ndcg@10")
 WAYS = ("test", "test_neighbours", "test_linear", "test_views")  # alone, and with another ranker beside
+#: What a result says of its training.
+_ABOUT = (
+    "name",
+    "seed",
+    "variant",
+    "setting",
+    "tags",
+    "parameters",
+    "steps",
+    "train_seconds",
+    "seconds",
+    "by_epoch",
+    "device",
+)
 _MAIN = ("instruments", "id", "")  # data, codec, change
 #: Less that of another, by groups of users.
 BY_GROUP = (
@@ -99,9 +113,31 @@ def summary(folders: list[Path], data: Path) -> dict[str, Any]:
 
 def of_setting(folders: list[Path], data: Path, setting: str) -> dict[str, Any]:
     """The table of the trainings of instruments by one setting, whose seeds every model among them has."""
-    own = [line for line in _lines(folders) if line["setting"] == setting and _key(line["tags"]) == _MAIN]
-    own = shared_seeds(own)
+    own = shared_seeds(_by_setting(folders, setting))
     return {"table": _table(data / _MAIN[0], own, []), "runs": [_run(line) for line in own]}
+
+
+def keep(folders: list[Path], kept: Path, setting: str) -> None:
+    """Add the trainings of instruments by one setting to the folder ``kept``, with test ranks up to ten alone.
+
+    Metrics at ten need no others, and a training takes 20 kB. So seeds that are trained later can be drawn together
+    with these.
+
+    Raises:
+        ValueError: If a training of that name is kept with other results.
+    """
+    known = Results(kept)
+    for line in _by_setting(folders, setting):
+        before = known.done.get(line["name"])
+        if before is not None and before["metrics"] != line["metrics"]:
+            raise ValueError(f"{kept}: expected no other results of {line['name']}; remove the folder to begin anew")
+        if before is None:
+            ranks = {way: np.where(x <= 10, x, 0) for way, x in read_ranks(line["folder"], line).items() if way in WAYS}
+            known.add({name: line[name] for name in (*_ABOUT, "metrics", "beside") if name in line}, ranks)
+
+
+def _by_setting(folders: list[Path], setting: str) -> list[dict[str, Any]]:
+    return [line for line in _lines(folders) if line["setting"] == setting and _key(line["tags"]) == _MAIN]
 
 
 def _lines(folders: list[Path]) -> list[dict[str, Any]]:
@@ -151,20 +187,7 @@ def _differences(drawn: Resampled, lines: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _run(line: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "name",
-        "seed",
-        "variant",
-        "setting",
-        "tags",
-        "parameters",
-        "steps",
-        "train_seconds",
-        "seconds",
-        "by_epoch",
-        "device",
-    )
-    kept = {name: line[name] for name in names if name in line}
+    kept = {name: line[name] for name in _ABOUT if name in line}
     kept |= {split: {m: own[m] for m in METRICS} for split, own in line["metrics"].items()}
     weights = {name: own["weight"] for name, own in line.get("beside", {}).items()}
     return {**kept, "weights": weights, "gpu_gb": line.get("gpu_gb")}

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from flr.evaluate.metrics import row_metrics
 from flr.files import read_json
 from scripts.marks import filled
+from scripts.study.queue import read_ranks, read_results
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/quality.md").read_text()
@@ -106,6 +108,14 @@ def test_what_is_said_of_a_linear_model_as_teacher_holds():
     assert lows["offsets-mixture", "anchor", "test"][0] > 0
     level = [lows[pair] for pair in lows if pair[2] == "test_linear"] + [lows["flr-mixture", "offsets-mixture", "test"]]
     assert all(low < 0 < high for low, high in level)
+
+
+def test_the_table_of_trainings_with_a_teacher_is_of_the_ranks_that_are_kept():
+    folder = ROOT / "docs/results/study_taught"
+    table = read_json(folder.with_suffix(".json"), 1 << 22)["table"]
+    for line in read_results(folder):
+        own, ranks = table["models"][line["variant"]], read_ranks(folder, line)["test"]
+        assert dict(own["each"])[line["seed"]] == pytest.approx(row_metrics(ranks)["ndcg@10"].mean())
 
 
 def test_factors_help_in_histories_of_many_kinds():

@@ -14,7 +14,7 @@ from scripts.study.job import Shared, mixed_ranks, own_views
 from scripts.study.jobs import CHANGES, MODELS, SETTINGS, by_recipe, study
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
-from scripts.study.summary import REPEATED, chosen_settings, of_setting, summary
+from scripts.study.summary import METRICS, REPEATED, chosen_settings, keep, of_setting, summary
 from tests.helpers.models import tiny_llama
 
 
@@ -207,6 +207,31 @@ def test_trainings_of_a_setting_make_a_table_of_their_own(tmp_path):
     ]
     each = {name: own["each"] for name, own in found["table"]["models"].items()}
     assert each == {"anchor": [[1, pytest.approx(1 / np.log2(10))]], "flr": [[1, 1.0]]}
+
+
+def test_what_is_kept_of_trainings_makes_the_same_table_with_those_that_follow(tmp_path):
+    """Ranks past ten are not kept, nor where a training was made; another result of the same name is refused."""
+    dataset = planted_dataset(num_items=20, num_users=40)
+    dataset.save(tmp_path / "instruments")
+    found = [Results(tmp_path / name / "cpu") for name in ("first", "second", "other")]
+    for place, (results, seed) in enumerate(((found[0], 0), (found[1], 1), (found[1], 2), (found[2], 0))):
+        for variant in ("anchor", "flr"):
+            ranks = np.random.default_rng((len(variant), place)).integers(0, 20, len(dataset.test))
+            line, by_way = _line(results.folder, variant, "taught", seed, ranks)
+            line["metrics"] = {
+                "valid": dict.fromkeys(METRICS, 0.0),
+                "test": dict.fromkeys(METRICS, float(ranks.mean())),
+            }
+            results.add({**line, "argv": ["--data", str(tmp_path)]}, by_way)
+    kept = tmp_path / "kept"
+    for results in (found[0], found[1], found[0]):  # the last adds nothing
+        keep([results.folder], kept, "taught")
+    assert of_setting([kept], tmp_path, "taught") == of_setting([x.folder for x in found[:2]], tmp_path, "taught")
+    assert [line["seed"] for line in read_results(kept)] == [0, 0, 1, 1, 2, 2]
+    assert str(tmp_path) not in (kept / "results.jsonl").read_text()
+    assert max(read_ranks(kept, line)["test"].max() for line in read_results(kept)) == 10
+    with pytest.raises(ValueError, match="expected no other results of anchor-taught-0"):
+        keep([found[2].folder], kept, "taught")
 
 
 def test_parts_of_the_list_are_those_of_the_recipe():
