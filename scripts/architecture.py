@@ -1,7 +1,7 @@
 """Which room of the package may import which: the rules, what the code does, and the picture of both.
 
-    python scripts/architecture.py           # write docs/figures/architecture.svg and the table in docs/architecture.md
-    python scripts/architecture.py --check   # exit 1 where they are stale or an import is against the rules
+    python -m scripts.architecture           # write docs/figures/architecture.svg and the table in docs/architecture.md
+    python -m scripts.architecture --check   # exit 1 where they are stale or an import is against the rules
 
 Imports are read from the source. Those in functions and under ``TYPE_CHECKING`` count like any other, and a name that
 an ``__init__.py`` passes on counts as an import of the module that defines it, too.
@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import ast
 import graphlib
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE, PAGE = "docs/figures/architecture.svg", "docs/architecture.md"
-MARKED = re.compile(r"(<!-- architecture:rules -->\n).*?(<!-- /architecture -->)", re.S)
 
 
 class Room(NamedTuple):
@@ -327,10 +327,7 @@ def outputs(code: Code, root: Path = ROOT) -> dict[Path, str]:
     page = root / PAGE
     found = {root / PICTURE: draw(code.arrows())}
     if page.exists():
-        text = page.read_text()
-        if not MARKED.search(text):
-            raise ValueError(f"{PAGE}: expected the markers architecture:rules and /architecture, got none")
-        found[page] = MARKED.sub(lambda match: f"{match[1]}\n{rules()}\n\n{match[2]}", text)
+        found[page] = filled(page.read_text(), "architecture:rules", rules())
     return found
 
 
@@ -349,7 +346,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             name = path.relative_to(root)
             if options.check:
                 messages.append(
-                    f"{name}: expected what the code gives, got something else: run python scripts/architecture.py"
+                    f"{name}: expected what the code gives, got something else: run python -m scripts.architecture"
                 )
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)

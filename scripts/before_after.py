@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -30,9 +29,10 @@ import numpy as np
 from bench.machine import device_name, facts
 from flr.files import read_json, write_json
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = "docs/results/before_after.json", "docs/benchmarks.md"
-MARKED = re.compile(r"(<!-- before-after -->\n).*?(<!-- /before-after -->)", re.S)
 SIDES = ("before", "after")
 #: Two results are alike where numbers differ by less than this part of the largest.
 ALIKE = 1e-4
@@ -279,8 +279,7 @@ def conditions(run: dict[str, Any]) -> str:
 
 def page(root: Path = ROOT) -> str:
     """What the page should hold."""
-    made, text = table(read_json(root / RESULT)), (root / PAGE).read_text(encoding="utf-8")
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+    return filled((root / PAGE).read_text(encoding="utf-8"), "before-after", table(read_json(root / RESULT)))
 
 
 def git(tree: Path, *words: str) -> str:

@@ -4,7 +4,7 @@
 #     scripts/chaos.sh                  # all parts, their full length
 #     scripts/chaos.sh training ops     # these
 #
-# Figures go to docs/results/chaos_*.json; `python scripts/reliability.py` makes the tables of docs/reliability.md of them.
+# Figures go to docs/results/chaos_*.json; `python -m scripts.reliability` makes the tables of docs/reliability.md of them.
 # Exit status 1 where a part found a fault. docs/reliability.md has what each promises.
 set -u
 cd "$(dirname "$0")/.." || exit 1

@@ -1,8 +1,8 @@
 """The table of what Triton's kernels take, in docs/kernels.md: registers, shared memory, programs, and who has a stack.
 
     python -m flr_kernels.inspect --max_stack 8 --json > inspected.json     # under each version of Triton; no GPU
-    python scripts/kernel_resources.py --add inspected.json                 # into docs/results/kernel_resources.json
-    python scripts/kernel_resources.py                                      # docs/kernels.md alone
+    python -m scripts.kernel_resources --add inspected.json                 # into docs/results/kernel_resources.json
+    python -m scripts.kernel_resources                                      # docs/kernels.md alone
 
 The table is of the newest version of Triton among the results; of the others a sentence says what they have in all.
 """
@@ -15,9 +15,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/kernel_resources.json", ROOT / "docs/kernels.md"
-MARKED = re.compile(r"(<!-- kernel:resources -->\n).*?(<!-- /kernel -->)", re.S)
 FIELDS = ("kernel", "label", "arch", "registers", "stack", "shared", "warps", "programs")
 #: Kernels of the extension, which are nvcc's.
 NOT_TRITONS = ("cuda", "advantage")
@@ -73,6 +74,11 @@ def table(found: dict[str, list[list[Any]]]) -> str:
     return "\n".join([_about(newest, trie), "", *lines, "", *(in_all(v, own) for v, own in versions.items())])
 
 
+def page(text: str) -> str:
+    """The page with its table as the results say."""
+    return filled(text, "kernel:resources", table(json.loads(RESULT.read_text())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", type=Path, nargs="*", default=[], metavar="FILE", help="reports of the inspection")
@@ -84,8 +90,7 @@ def main() -> None:
     if args.add:
         blocks = (f'"{version}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for version, rows in found.items())
         RESULT.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
-    text = table(found)
-    PAGE.write_text(MARKED.sub(lambda block: f"{block[1]}\n{text}\n\n{block[2]}", PAGE.read_text()))
+    PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Times variants of the CUDA backward of factor attention on a GPU of compute capability 9.0: tiles, copies, ablations.
 
-    python scripts/kernel_variants.py --build /tmp/variants           # compile each, side by side; needs nvcc alone
-    python scripts/kernel_variants.py --time /tmp/variants --json docs/results/attention_backward.json
-    python scripts/kernel_variants.py --table                         # docs/kernels.md alone
+    python -m scripts.kernel_variants --build /tmp/variants           # compile each, side by side; needs nvcc alone
+    python -m scripts.kernel_variants --time /tmp/variants --json docs/results/attention_backward.json
+    python -m scripts.kernel_variants --table                         # docs/kernels.md alone
 
 A variant is the sources of csrc/ with patterns replaced, compiled to a library of its own. Times are replays of a CUDA
 graph over inputs that do not fit the L2 together, with masks that hide up to an eighth of every history; bytes are
@@ -18,15 +18,15 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/attention_backward.json", ROOT / "docs/kernels.md"
-MARKED = re.compile(r"(<!-- kernel:variants -->\n).*?(<!-- /kernel -->)", re.S)
 KERNEL, LAUNCH = "factor_attention_backward.cuh", "factor_attention_backward.cu"
 NOTHING = "    if (task.p.size > 0) return;\n"
 _MULTIPLY = (KERNEL, r"(void multiply\(.*\{\n)", rf"\1{NOTHING}")
@@ -225,6 +225,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", about])
 
 
+def page(text: str) -> str:
+    """The page with its table as the results say."""
+    return filled(text, "kernel:variants", table(json.loads(RESULT.read_text())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, metavar="FOLDER")
@@ -232,7 +237,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--table", action="store_true", help="Only write the page, from the results.")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if args.build:
         with ThreadPoolExecutor(8) as pool:
             said = {name: pool.submit(build, args.build, name) for name in VARIANTS | ABLATIONS}
@@ -243,8 +247,7 @@ def main() -> None:
     elif not args.table:
         parser.error("expected --build, --time or --table")
     if args.json == RESULT and RESULT.is_file():
-        text = table(json.loads(RESULT.read_text()))
-        PAGE.write_text(MARKED.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", PAGE.read_text()))
+        PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What batches of similar length save, and what they cost in quality.
 
-    python scripts/length_grouping.py speed --data $FLR_DATA/amazon-cds   # padding and CPU time of steps on real titles
-    python scripts/length_grouping.py quality --codec title --seeds 4     # test loss and NDCG@10 on generated data
-    python scripts/length_grouping.py tables                              # docs/training.md from the results
-    python scripts/length_grouping.py tables --check                      # exit 1 where it is stale
+    python -m scripts.length_grouping speed --data $FLR_DATA/amazon-cds   # padding and CPU time of steps on real titles
+    python -m scripts.length_grouping quality --codec title --seeds 4     # test loss and NDCG@10 on generated data
+    python -m scripts.length_grouping tables                              # docs/training.md from the results
+    python -m scripts.length_grouping tables --check                      # exit 1 where it is stale
 
 ``--train_sampling_strategy`` is group_by_length against random. Results go into docs/results/length_grouping.json. A
 speed is a ratio within one process on one thread: both orders take steps on one model in turn, at batches spread evenly
@@ -13,7 +13,6 @@ over an epoch.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import tempfile
@@ -31,9 +30,10 @@ from flr.evaluate import evaluate
 from flr.files import read_json, write_json
 from flr.train import SFTConfig, SFTTrainer
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = "docs/training.md", "docs/results/length_grouping.json"
-MARKED = re.compile(r"(<!-- length_grouping:(\w+) -->\n).*?(<!-- /length_grouping -->)", re.S)
 STRATEGIES = ("random", "group_by_length")
 _TURN = 2  # steps that one order takes before the other
 
@@ -162,7 +162,9 @@ def page(root: Path = ROOT) -> str:
     """What the page should hold."""
     results = read_json(root / RESULTS)
     text = (root / PAGE).read_text(encoding="utf-8")
-    return MARKED.sub(lambda m: f"{m[1]}\n{TABLES[m[2]](results[m[2]])}\n\n{m[3]}", text)
+    for name, table in TABLES.items():
+        text = filled(text, f"length_grouping:{name}", table(results[name]))
+    return text
 
 
 def record(part: str, row: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if (root / PAGE).read_text(encoding="utf-8") == text:
             return 0
         if options.check:
-            sys.stderr.write(f"{PAGE}: expected what scripts/length_grouping.py tables writes, got other tables\n")
+            sys.stderr.write(f"{PAGE}: expected what {RESULTS} gives; run python -m scripts.length_grouping tables\n")
             return 1
         (root / PAGE).write_text(text, encoding="utf-8")
     return 0

@@ -1,20 +1,20 @@
 """The tables of docs/scale.md about costs, from ``flr plan`` and the results in bench/results.
 
-python scripts/plan_tables.py            # write them
-python scripts/plan_tables.py --check    # exit 1 where they are stale
+python -m scripts.plan_tables            # write them
+python -m scripts.plan_tables --check    # exit 1 where they are stale
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 from flr.cli.plan import PlanOptions, plan
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/scale.md"
-MARKED = re.compile(r"(<!-- scale:plan -->\n).*?(<!-- /scale:plan -->)", re.S)
 USERS, ITEMS, DEVICES = (1e6, 1e8), (1e4, 1e5, 1e6, 1e7), ("cpu", "h200")
 MODEL = {"hidden": 1536, "layers": 28, "vocabulary": 151_936}
 VARIED = (("K", {"factors": 16}), ("T", {"refinements": 4}), ("W", {"beams": 50}), ("history", {"history": 100}))
@@ -48,7 +48,7 @@ def tables() -> str:
 
 def main() -> int:
     before = PAGE.read_text()
-    after = MARKED.sub(lambda match: f"{match[1]}\n{tables()}\n\n{match[2]}", before)
+    after = filled(before, "scale:plan", tables())
     if "--check" in sys.argv[1:]:
         return int(after != before)
     PAGE.write_text(after)

@@ -9,7 +9,6 @@ bootstrap that draws users (with all their rows) and seeds, both with replacemen
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ import numpy as np
 
 from flr.evaluate.metrics import row_metrics
 
+from .marks import filled
 from .pretrained_study import chosen, finished, trials
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/quality.md"
 RESULTS = {name: ROOT / f"docs/results/{name}.jsonl" for name in ("pretrained", "pretrained_small")}
-MARKED = re.compile(r"(<!-- quality:(pretrained\w*) -->\n).*?(<!-- /quality -->)", re.S)
 METRICS = ("hr@10", "ndcg@10")
 KINDS = {
     "lora": "SmolLM2, adapters",
@@ -154,8 +153,9 @@ def _in_common(done: dict[str, dict[str, Any]]) -> str:
 def page(text: str, results: dict[str, Path] = RESULTS) -> str:
     """``text`` of the page with the tables of the results between its markers."""
     trials_done = finished(results["pretrained"])
-    made = {name: tables(finished(path), trials_done) for name, path in results.items()}
-    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
+    for name, path in results.items():
+        text = filled(text, f"quality:{name}", tables(finished(path), trials_done))
+    return text
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What keeping the prompts of a frozen backbone saves: CPU seconds of a training step with and without.
 
-    python scripts/prompt_cache.py --model FOLDER    # measure: docs/results/prompt_cache.json
-    python scripts/prompt_cache.py                   # put that into docs/training.md
-    python scripts/prompt_cache.py --check           # exit 1 where the page is stale
+    python -m scripts.prompt_cache --model FOLDER    # measure: docs/results/prompt_cache.json
+    python -m scripts.prompt_cache                   # put that into docs/training.md
+    python -m scripts.prompt_cache --check           # exit 1 where the page is stale
 
 Four rows of one length, targets of eight tokens, groups of eight, one thread; steps with and without alternate in one
 process, and the least of several counts.
@@ -11,7 +11,6 @@ process, and the least of several counts.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from pathlib import Path
@@ -26,9 +25,10 @@ from flr.files import read_json, write_json
 from flr.model.outputs import GroupInputs
 from flr.model.prompt_cache import PromptCache
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULT = "docs/training.md", "docs/results/prompt_cache.json"
-MARKED = re.compile(r"(<!-- prompt_cache -->\n).*?(<!-- /prompt_cache -->)", re.S)
 ROWS, TARGET, GROUP = 4, 8, 8
 
 
@@ -94,9 +94,7 @@ def page(root: Path = ROOT) -> str:
         plain, kept = row["plain_s"], row["kept_s"]
         cells = (names[row["step"]], row["prompt_tokens"], f"{plain:.2f}", f"{kept:.2f}", f"{plain / kept:.1f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    table = "\n".join(lines)
-    text = (root / PAGE).read_text(encoding="utf-8")
-    return MARKED.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
+    return filled((root / PAGE).read_text(encoding="utf-8"), "prompt_cache", "\n".join(lines))
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -112,7 +110,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if page(root) == (root / PAGE).read_text(encoding="utf-8"):
         return 0
     if options.check:
-        print(f"{PAGE}: expected what {RESULT} says; run python scripts/prompt_cache.py", file=sys.stderr)
+        print(f"{PAGE}: expected what {RESULT} says; run python -m scripts.prompt_cache", file=sys.stderr)
         return 1
     (root / PAGE).write_text(page(root), encoding="utf-8")
     return 0

@@ -1,13 +1,12 @@
 """What ``flr quickstart`` found, as a table of docs/quality.md.
 
-    flr quickstart --seeds 3 && python scripts/quickstart_table.py --quickstart quickstart
-    python scripts/quickstart_table.py                                             # docs/quality.md alone
+    flr quickstart --seeds 3 && python -m scripts.quickstart_table --quickstart quickstart
+    python -m scripts.quickstart_table                                             # docs/quality.md alone
 
 Results go to docs/results/quickstart.json.
 """
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import numpy as np
 from flr.cli.quickstart import NAMES
 from flr.files import read_json, write_json
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/quickstart.json", ROOT / "docs/quality.md"
-MARKED = re.compile(r"(<!-- quality:quickstart -->\n).*?(<!-- /quality -->)", re.S)
 METRICS = ("hr@10", "ndcg@10")
 
 
@@ -51,8 +51,7 @@ def table(report: dict[str, Any]) -> str:
 
 def page(text: str) -> str:
     """The page with its table as the results say."""
-    made = table(read_json(RESULT, 1 << 24))
-    return MARKED.sub(lambda match: f"{match[1]}\n{made}\n\n{match[2]}", text)
+    return filled(text, "quality:quickstart", table(read_json(RESULT, 1 << 24)))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Put the figures of docs/results/chaos_*.json into docs/reliability.md.
 
-    python scripts/reliability.py           # write the page
-    python scripts/reliability.py --check   # exit 1 where it is stale
+    python -m scripts.reliability           # write the page
+    python -m scripts.reliability --check   # exit 1 where it is stale
 
 ``chaos_<part>.json`` has an object of figures for each thing that was tried, and ``facts`` about the run. Its table
 goes between ``<!-- chaos:<part> -->`` and ``<!-- /chaos -->``.
@@ -10,16 +10,17 @@ goes between ``<!-- chaos:<part> -->`` and ``<!-- /chaos -->``.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from flr.files import read_json
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = "docs/reliability.md", "docs/results"
-MARKED = re.compile(r"(<!-- chaos:(\w+) -->\n).*?(<!-- /chaos -->)", re.S)
+PARTS = ("training", "data", "folders", "server", "ops")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -48,11 +49,10 @@ def table(result: dict[str, Any]) -> str:
 
 def page(root: Path = ROOT) -> str:
     """What the page should hold."""
-
-    def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{table(read_json(root / RESULTS / f'chaos_{match[2]}.json'))}\n\n{match[3]}"
-
-    return MARKED.sub(fill, (root / PAGE).read_text(encoding="utf-8"))
+    text = (root / PAGE).read_text(encoding="utf-8")
+    for part in PARTS:
+        text = filled(text, f"chaos:{part}", table(read_json(root / RESULTS / f"chaos_{part}.json")))
+    return text
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if (root / PAGE).read_text(encoding="utf-8") == text:
         return 0
     if options.check:
-        print(f"{PAGE}: expected what {RESULTS} gives; run python scripts/reliability.py", file=sys.stderr)
+        print(f"{PAGE}: expected what {RESULTS} gives; run python -m scripts.reliability", file=sys.stderr)
         return 1
     (root / PAGE).write_text(text, encoding="utf-8")
     print(f"wrote {PAGE}")

@@ -3,7 +3,7 @@
     flr sft --config examples/instruments.yaml --teacher none --embedding_dropout 0.1 --output_dropout 0.1 \\
         --anchor last --output_dir runs/all
     flr sft … the same … --output_dir runs/rest --held_back 0.1
-    python scripts/rl_held_back.py --data data/instruments --rest runs/rest --all runs/all
+    python -m scripts.rl_held_back --data data/instruments --rest runs/rest --all runs/all
 
 Every way goes on from the model of --rest with the rows that it did not see, for the same number of epochs, at each of
 the learning rates; the epoch and the rate are chosen by NDCG@10 on valid users (--eval_max_users), and test is looked
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -25,19 +24,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for bench
+from bench.machine import facts
+from flr.cli import rl, sft
+from flr.cli.backbone import ModelOptions
+from flr.cli.options import AugmentOptions, DataOptions
+from flr.data import RecDataset, RecProcessor, hold_back
+from flr.evaluate import evaluate
+from flr.evaluate.metrics import paired_difference, row_metrics
+from flr.files import read_json, write_json
+from flr.model.checkpoint import from_pretrained
+from flr.train import LatentGRPOConfig, SFTConfig
 
-from bench.machine import facts  # noqa: E402
-from flr.cli import rl, sft  # noqa: E402
-from flr.cli.backbone import ModelOptions  # noqa: E402
-from flr.cli.options import AugmentOptions, DataOptions  # noqa: E402
-from flr.data import RecDataset, RecProcessor, hold_back  # noqa: E402
-from flr.evaluate import evaluate  # noqa: E402
-from flr.evaluate.metrics import paired_difference, row_metrics  # noqa: E402
-from flr.files import read_json, write_json  # noqa: E402
-from flr.model.checkpoint import from_pretrained  # noqa: E402
-from flr.train import LatentGRPOConfig, SFTConfig  # noqa: E402
+from .marks import filled
 
 #: Options of latent GRPO by way; None is supervised training of all weights.
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -54,8 +52,8 @@ WAYS: dict[str, dict[str, Any] | None] = {
         "kl_target": 0.5,
     },
 }
+ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/rl_held_back.json", ROOT / "docs/rl.md"
-MARKED = re.compile(r"(<!-- rl:held_back -->\n).*?(<!-- /rl -->)", re.S)
 RATES = (1e-3, 3e-3)
 METRICS = ("hr@10", "ndcg@10")
 
@@ -141,8 +139,7 @@ def table(studies: list[dict[str, Any]]) -> str:
 
 def write_page(report: dict[str, Any]) -> None:
     """Put the table between its markers."""
-    text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report['studies'])}\n\n{match[2]}", text))
+    PAGE.write_text(filled(PAGE.read_text(), "rl:held_back", table(report["studies"])))
 
 
 def with_study(path: Path, study: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How much memory a catalogue of a million and of ten million items takes, and what processes of a machine share.
 
-    python scripts/scale_memory.py               # docs/results/scale_memory.json and the table of docs/scale.md
-    python scripts/scale_memory.py --table       # the table alone, from the result
-    python scripts/scale_memory.py --sizes 10000000 --work "item-kNN: fit"   # this alone; other figures stay
+    python -m scripts.scale_memory               # docs/results/scale_memory.json and the table of docs/scale.md
+    python -m scripts.scale_memory --table       # the table alone, from the result
+    python -m scripts.scale_memory --sizes 10000000 --work "item-kNN: fit"   # this alone; other figures stay
 
 Every piece of work runs in a process of its own, which says by how much its memory rose at most and how much of that
 stayed. Two processes then open the same files at the same time; what is shared between them the kernel tells
@@ -29,9 +29,10 @@ import numpy as np
 
 from flr.files import read_json, write_json
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/scale_memory.json", ROOT / "docs/scale.md"
-MARKED = re.compile(r"(<!-- scale:memory -->\n).*?(<!-- /scale:memory -->)", re.S)
 SIZES = (10**6, 10**7)
 CODES, LEVELS, NEIGHBOURS, USERS = 256, 4, 20, 64
 TRIE, KNN, CATALOGUE = "trie.safetensors", "item_knn.safetensors", "catalogue.parquet"
@@ -292,7 +293,7 @@ def _mb(number: int) -> str:
 
 def write_page(report: dict[str, Any]) -> None:
     """Put the table between its markers."""
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", PAGE.read_text()))
+    PAGE.write_text(filled(PAGE.read_text(), "scale:memory", table(report)))
 
 
 def main() -> None:

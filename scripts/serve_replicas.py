@@ -1,7 +1,7 @@
 """Requests a second and latencies of one process, of 1 and 2 replicas behind a front, and of 64 by simulation.
 
-    python scripts/serve_replicas.py             # measure (needs flr[serve,ray]), simulate, write docs/serving.md
-    python scripts/serve_replicas.py --table     # simulate and write from docs/results/serve_replicas.json
+    python -m scripts.serve_replicas             # measure (needs flr[serve,ray]), simulate, write docs/serving.md
+    python -m scripts.serve_replicas --table     # simulate and write from docs/results/serve_replicas.json
 
 Measured: the three servers are asked in turn, 32 requests at a time, several rounds; and the seconds of a batch of each
 size in the engine. Simulated: requests at random times (Poisson), the front gives each to the less loaded of
@@ -16,7 +16,6 @@ import asyncio
 import heapq
 import os
 import random
-import re
 import tempfile
 import time
 from collections import deque
@@ -29,9 +28,10 @@ from bench.load import closed_loop
 from flr.files import read_json, write_json
 from flr.recommend import Recommender
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/serve_replicas.json", ROOT / "docs/serving.md"
-MARKED = re.compile(r"(<!-- serving:replicas -->\n).*?(<!-- /serving:replicas -->)", re.S)
 SHAPE = {"D": 256, "layers": 4, "C": 5000, "requests": 96}
 SERVERS = {
     "one process": [],
@@ -182,8 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         write_json(RESULT, measure(args.rounds))
-    report = read_json(RESULT, 1 << 20)
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", PAGE.read_text()))
+    PAGE.write_text(filled(PAGE.read_text(), "serving:replicas", table(read_json(RESULT, 1 << 20))))
 
 
 if __name__ == "__main__":

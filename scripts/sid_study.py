@@ -1,7 +1,7 @@
 """Semantic IDs made from co-occurrence beside published ones: one model, one budget, leave-one-out, whole catalogue.
 
-    python scripts/sid_study.py --data $FLR_DATA/instruments --runs runs/sids          # all of it; goes on
-    python scripts/sid_study.py --table                                                # docs/semantic-ids.md alone
+    python -m scripts.sid_study --data $FLR_DATA/instruments --runs runs/sids          # all of it; goes on
+    python -m scripts.sid_study --table                                                # docs/semantic-ids.md alone
 
 The data: ``inter.json`` (user -> items in order of time) and ``index.json`` (item -> code tokens). A user's last item
 is tested and the one before validates; every earlier one is a target of training after its prefix. Sets of codes:
@@ -17,7 +17,6 @@ into the table of docs/semantic-ids.md.
 
 import argparse
 import json
-import re
 import time
 from pathlib import Path
 
@@ -33,9 +32,10 @@ from flr.evaluate.baselines import ItemKNN
 from flr.files import read_json, write_json
 from flr.train import SFTConfig
 
+from .marks import filled
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "docs/results/sid_study.json", ROOT / "docs/semantic-ids.md"
-MARKED = re.compile(r"(<!-- sid_study -->\n).*?(<!-- /sid_study -->)", re.S)
 SETS = ("published", "cooccurrence", "random")
 METRICS = ("hr@10", "ndcg@10")
 
@@ -132,8 +132,7 @@ def table(report: dict) -> str:
 
 def write_page(report: dict) -> None:
     """Put the table between its markers."""
-    text = PAGE.read_text()
-    PAGE.write_text(MARKED.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", text))
+    PAGE.write_text(filled(PAGE.read_text(), "sid_study", table(report)))
 
 
 def main() -> None:

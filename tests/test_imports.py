@@ -43,7 +43,7 @@ def test_the_command_line_imports_the_benchmarks_by_name_only(code):
 
 def test_picture_and_page_show_the_code(code):
     for path, text in architecture.outputs(code).items():
-        assert path.read_text() == text, f"{path.name} is stale: run python scripts/architecture.py"
+        assert path.read_text() == text, f"{path.name} is stale: run python -m scripts.architecture"
 
 
 # A small tree that keeps every rule. Each case below changes one file of it.

@@ -26,13 +26,13 @@ from flr.files import write_json
 from flr.model.backbone import cache_of
 from flr.model.export import export_prompt
 
+from ..marks import filled
 from . import __main__ as sweep
 from . import tiny
 from .check import patched, positions_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/exports.json", ROOT / "docs/engines.md"
-BLOCK = re.compile(r"(<!-- engines:exports -->\n).*?(<!-- /engines:exports -->)", re.S)
 THOUGHTS, SIZES, BOUND = 2, ((1, 1), (2, 13), (4, 6)), 1e-5
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
 _WINDOWS += ("local_attention",)
@@ -98,7 +98,7 @@ def block(found: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {reason} | {len(names)}: {', '.join(names)} |" for reason, names in rows),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _patched() -> int:
@@ -128,8 +128,7 @@ def main() -> int:
         print(f"{n}/{len(todo)} {family}: {found[family]} ({row['seconds']} s)", file=sys.stderr, flush=True)
         versions = {"transformers": transformers.__version__, "torch": torch.__version__}
         write_json(RESULT, {**versions, "families": dict(sorted(found.items()))})
-    page = PAGE.read_text()
-    PAGE.write_text(BLOCK.sub(lambda m: f"{m[1]}\n{block(found)}\n{m[2]}", page))
+    PAGE.write_text(filled(PAGE.read_text(), "engines:exports", block(found)))
     return int(any(row["outcome"] == "FAULT" for row in found.values()))
 
 

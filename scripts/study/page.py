@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
+from ..marks import filled
 from .summary import COMPARED, COMPARED_PAIRS, keep, of_setting, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +17,6 @@ RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
 EARLIER = ROOT / "docs/results/study_earlier.json"
 #: Trainings with a teacher, which a later study made.
 TAUGHT = ROOT / "docs/results/study_taught.json"
-MARKED = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- /study -->)", re.S)
 NAMES = {
     "none": "no thought",
     "anchor": "one more token",
@@ -64,7 +63,9 @@ def page(text: str) -> str:
         "taught": taught,
     }  # fmt: skip
     found = report()
-    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]](found)}\n\n{match[3]}", text)
+    for name, table in made.items():
+        text = filled(text, f"study:{name}", table(found))
+    return text
 
 
 def _interval(values: list[float], sign: str = "", bold: bool = False) -> str:

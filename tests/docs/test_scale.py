@@ -10,12 +10,12 @@ from scripts.families import exports
 
 
 def test_the_tables_of_costs_are_those_of_flr_plan():
-    assert plan_tables.tables() in plan_tables.PAGE.read_text(), "stale: run python scripts/plan_tables.py"
+    assert plan_tables.tables() in plan_tables.PAGE.read_text(), "stale: run python -m scripts.plan_tables"
 
 
 def test_the_table_of_memory_is_that_of_the_result():
     report = read_json(scale_memory.RESULT, 1 << 20)
-    assert scale_memory.table(report) in scale_memory.PAGE.read_text(), "stale: scripts/scale_memory.py --table"
+    assert scale_memory.table(report) in scale_memory.PAGE.read_text(), "stale: python -m scripts.scale_memory --table"
     assert list(report["sizes"]) == [str(size) for size in scale_memory.SIZES]
 
 
@@ -55,7 +55,8 @@ def test_the_tables_of_replicas_are_those_of_the_result():
     from scripts import serve_replicas
 
     report = read_json(serve_replicas.RESULT, 1 << 20)
-    assert serve_replicas.table(report) in serve_replicas.PAGE.read_text(), "stale: scripts/serve_replicas.py --table"
+    text = serve_replicas.PAGE.read_text()
+    assert serve_replicas.table(report) in text, "stale: python -m scripts.serve_replicas --table"
 
 
 def test_the_simulated_router_follows_the_load():
