@@ -1,8 +1,8 @@
 """Ten updates on a stream of interactions, beside doing nothing and beside retraining from scratch.
 
-    python scripts/stream_study.py --data $FLR_DATA/amazon-cds --runs runs/stream          # all of it; goes on
-    python scripts/stream_study.py --data $FLR_DATA/instruments --users 4000               # rows without times: below
-    python scripts/stream_study.py --table                                                 # docs/quality.md alone
+    python -m scripts.stream_study --data $FLR_DATA/amazon-cds --runs runs/stream          # all of it; goes on
+    python -m scripts.stream_study --data $FLR_DATA/instruments --users 4000               # rows without times: below
+    python -m scripts.stream_study --table                                                 # docs/quality.md alone
 
 The published training rows are learned first. What lies after them in time (valid and test) is cut into eleven periods
 of as many rows. Rows without times get a clock of their own: what a user did lies evenly between the beginning and the
@@ -22,7 +22,6 @@ stream_instruments.json and into the tables of docs/quality.md.
 """
 
 import argparse
-import re
 import shutil
 import time
 from pathlib import Path
@@ -42,6 +41,8 @@ from flr.evaluate.metrics import bootstrap_intervals, paired_difference, row_met
 from flr.files import read_json, write_json
 from flr.model.checkpoint import load_from
 from flr.train import SFTConfig, UpdateConfig
+
+from .marks import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/quality.md"
@@ -327,9 +328,7 @@ def _mark(part: dict[str, Any], way: str) -> str:
 
 def write_page(name: str, report: dict[str, Any]) -> None:
     """Put a data set's table between its markers."""
-    marked = re.compile(rf"(<!-- stream:{name} -->\n).*?(<!-- /stream:{name} -->)", re.S)
-    text = PAGE.read_text()
-    PAGE.write_text(marked.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", text))
+    PAGE.write_text(filled(PAGE.read_text(), f"stream:{name}", table(report)))
 
 
 def main() -> None:
