@@ -21,6 +21,7 @@ COMMANDS = {
     "update": "learn new rows and items since the last run; kept only where it is not worse",
     "evaluate": "rank a split over the whole catalogue: HR, NDCG, MRR, intervals, baselines",
     "neighbours": "mix item-kNN or a linear model into a trained one's answers, chosen on valid",
+    "views": "mix a model's answers to single items of a history into its own, chosen on valid",
     "compare": "train none / anchor / latentr3 / flr under one budget and several seeds; table and plot",
     "robustness": "ranking on damaged histories, and of cold items and users: table and plot",
     "factors": "which factors a model needs, and for what kind of item; the others pruned",

@@ -118,12 +118,16 @@ def save_item_knn(folder: PathLike, table: NeighbourTable | None) -> None:
         table.save(file)
 
 
-def save_views(folder: PathLike, views: HistoryViews, table: NeighbourTable) -> None:
-    """Change the views and the table of item-kNN of a processor that lies in ``folder``, and nothing else."""
+def save_views(folder: PathLike, views: HistoryViews, table: NeighbourTable | None = None) -> None:
+    """Change the views, and the table of item-kNN if one is given, of a processor in ``folder``, and nothing else.
+
+    Views without weight are saved as none, so that answers do not go by the longer way of a mixture.
+    """
     file = Path(folder) / CONFIG_NAME
     config = read_json(file, _MAX_CONFIG)
-    save_item_knn(folder, table)
-    write_json(file, {**config, "views": asdict(views)})
+    if table is not None:
+        save_item_knn(folder, table)
+    write_json(file, {**config, "views": asdict(views) if views.weight or views.neighbours else None})
 
 
 def _item_knn(folder: Path, views: HistoryViews | None, size: int) -> NeighbourTable | None:

@@ -1,7 +1,7 @@
 """Whole-catalogue evaluation: ranks, metrics with intervals, baselines."""
 
 from .groups import by_trait
-from .neighbours import NeighbourFit, fit_neighbours, fit_tables
+from .neighbours import NeighbourFit, fit_neighbours, fit_tables, fit_views
 from .rank import Method, Scorer, evaluate, evaluate_scorer, padded_rows
 from .ranks import Share, launched
 from .result import EvalResult, Level
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_scorer",
     "fit_neighbours",
     "fit_tables",
+    "fit_views",
     "launched",
     "padded_rows",
     "robustness",

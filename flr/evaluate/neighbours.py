@@ -1,18 +1,20 @@
-"""The weight of item-kNN, or of another table, beside a model, chosen on rows that neither was fitted on.
+"""The weight of item-kNN, of another table, or of a model's own views, chosen on rows that none was fitted on.
 
 p(item | user) = (1 - n) p_model(item | user) + n q(item | user),   q: scores of the table over their sum
+
+with p_model as in :mod:`flr.decode.mixture`, where the weight of views is w.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from flr.data import HistoryViews, Interactions, NeighbourTable, RecProcessor
+from flr.data import CSR, HistoryViews, Interactions, NeighbourTable, RecProcessor
 from flr.decode.mixture import ViewMixture
 from flr.model.backbone import evaluating
 
@@ -76,26 +78,86 @@ def fit_tables(
     progress: bool = False,
 ) -> dict[str, NeighbourFit]:
     """:func:`fit_neighbours` for several tables by name; the model still runs once."""
+    views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
+    mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
+
+    def mix(histories: CSR, weights: Sequence[float]) -> Iterator[np.ndarray]:
+        own = mixture.scores(histories)
+        for table in tables.values():
+            others = table.probabilities(histories)
+            yield from ((1 - weight) * own + weight * others for weight in weights)
+
+    tried = _tried(weights)
+    ranks = _ranked(model, rows, mix, tried, len(tables), batch_size, progress)
+    return {name: _best(tried, found) for name, found in zip(tables, ranks, strict=True)}
+
+
+@torch.inference_mode()
+def fit_views(
+    model: Any,
+    processor: RecProcessor,
+    rows: Interactions,
+    weights: Sequence[float],
+    *,
+    num_beams: int = 20,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> NeighbourFit:
+    """Rank the targets of ``rows`` with each weight of a model's own views of single items (:class:`ViewMixture`).
+
+    Args:
+        model, processor: a causal LM and its processor; the decay of its views, 0.6 where it has none, and the share of
+            its table are kept.
+        rows, weights, num_beams, batch_size, progress: as for :func:`fit_neighbours`.
+
+    Raises:
+        ValueError: no rows, no weights, or one out of range; a catalogue too large for views.
+    """
+    views = processor.views or HistoryViews(weight=0.0)
+    share, table = views.neighbours, processor.item_knn
+    sizes: dict[str, Any] = {"num_beams": num_beams, "batch_size": batch_size}
+    whole, alone = (
+        ViewMixture(model, processor, replace(views, weight=weight, neighbours=0.0), **sizes) for weight in (0.0, 1.0)
+    )
+
+    def mix(histories: CSR, weights: Sequence[float]) -> Iterator[np.ndarray]:
+        own, others = whole.scores(histories), alone.scores(histories)
+        rest = share * table.probabilities(histories) if share and table is not None else 0.0
+        yield from ((1 - share) * ((1 - weight) * own + weight * others) + rest for weight in weights)
+
+    tried = _tried(weights)
+    return _best(tried, _ranked(model, rows, mix, tried, 1, batch_size, progress)[0])
+
+
+def _tried(weights: Sequence[float]) -> tuple[float, ...]:
     tried = tuple(sorted(set(weights)))
     if not tried or not 0 <= tried[0] <= tried[-1] <= 1:
         raise ValueError(f"weights: expected numbers in 0..1, got {list(weights)}")
+    return tried
+
+
+def _ranked(
+    model: Any,
+    rows: Interactions,
+    mix: Callable[[CSR, Sequence[float]], Iterator[np.ndarray]],
+    tried: tuple[float, ...],
+    partners: int,
+    batch_size: int,
+    progress: bool,
+) -> np.ndarray:
+    """Ranks int64 [partners, weights, rows] of the targets, by what ``mix`` yields: probabilities [B, C] of each."""
     if len(rows) == 0:
         raise ValueError("rows: expected at least one, got none")
-    views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
-    mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
-    ranks = {name: np.zeros((len(tried), len(rows)), np.int64) for name in tables}
+    ranks = np.zeros((partners * len(tried), len(rows)), np.int64)
     with evaluating(model), progress_bar(progress, "ranking", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
-            own = mixture.scores(part.histories)
             target = torch.from_numpy(part.targets.astype(np.int64))
-            for name, table in tables.items():
-                others = table.probabilities(part.histories)
-                for place, weight in enumerate(tried):
-                    mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
-                    ranks[name][place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
+            for place, mixed in enumerate(mix(part.histories, tried)):
+                found = ranks_from_scores(torch.from_numpy(mixed.astype(np.float32)), target)
+                ranks[place, start : start + len(part)] = found.numpy()
             advance(len(part))
-    return {name: _best(tried, found) for name, found in ranks.items()}
+    return ranks.reshape(partners, len(tried), len(rows))
 
 
 def _best(tried: tuple[float, ...], ranks: np.ndarray) -> NeighbourFit:

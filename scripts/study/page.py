@@ -196,18 +196,19 @@ def taught(report: dict[str, Any]) -> str:
 
 
 def _beside_linear(tables: dict[str, Any]) -> str:
-    rows = [[name, "", "", "", *own, "", "", "", ""] for name, own in _baselines(next(iter(tables.values())))]
+    rows = [[name, "", "", "", *own, *[""] * 6] for name, own in _baselines(next(iter(tables.values())))]
     for setting, table in tables.items():
         for name in _order(table["models"]):
             own = table["models"][name]
             row = [NAMES[name], setting, ", ".join(str(seed) for seed, _ in own["each"]), f"{own['valid']:.4f}"]
             row += [f"{own['test']['hr@10'][0]:.4f}", _interval(own["test"]["ndcg@10"])]
+            row += [f"{own['test_views']['hr@10'][0]:.4f}", _interval(own["test_views"]["ndcg@10"])]
             row += [f"{own['test_neighbours']['ndcg@10'][0]:.4f}", f"{own['test_linear']['hr@10'][0]:.4f}"]
             row += [_interval(own["test_linear"]["ndcg@10"]), _interval(own["less_linear"]["test_linear"], "+", True)]
             rows.append(row)
-    heads = ["", "setting", "seeds", "valid NDCG@10", "test HR@10", "NDCG@10", "with item-kNN: NDCG@10"]
-    heads += ["with linear: HR@10", "NDCG@10", "less that of linear"]
-    ways, others = {"test": "alone", "test_linear": "both with linear"}, []
+    heads = ["", "setting", "seeds", "valid NDCG@10", "test HR@10", "NDCG@10", "with own views: HR@10", "NDCG@10"]
+    heads += ["with item-kNN: NDCG@10", "with linear: HR@10", "NDCG@10", "less that of linear"]
+    ways, others = {"test": "alone", "test_views": "both with own views", "test_linear": "both with linear"}, []
     for setting, table in tables.items():
         for name, other, *found in table["pairs"]:
             cells = {way: _interval(values, "+", bold=True) for way, *values in found}

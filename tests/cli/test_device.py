@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from flr.cli import evaluate, explain, factors, neighbours, recommend, robustness, weights
+from flr.cli import evaluate, explain, factors, neighbours, recommend, robustness, views, weights
 from flr.cli.options import load_trained
 from flr.recommend import Recommender
 from tests.helpers.models import build_recommender
@@ -13,6 +13,7 @@ from tests.helpers.models import build_recommender
 COMMANDS = {
     evaluate: "EvaluateOptions", explain: "ExplainOptions", factors: "FactorsOptions", neighbours: "NeighbourOptions",
     recommend: "RecommendOptions", robustness: "RobustnessOptions",
+    views: "ViewsOptions",
 }  # fmt: skip
 
 

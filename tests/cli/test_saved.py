@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,31 @@ def test_neighbours_are_written_into_the_folder_and_every_command_uses_them(star
     assert main(["recommend", "--model", str(folder), "--history", "item_1", "item_2", "--k", "3"]) == 0
     bad = (("weights", "0,2"), ("max_users", "0"), ("top", "0"), ("model", str(tmp_path / "none")), ("method", "x"))
     for option, value in bad:
+        assert main([*arguments, f"--{option}", value]) == 1
+        assert f"{option}: expected" in capsys.readouterr().err
+
+
+def test_the_weight_of_views_is_written_into_the_folder(start, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    before = RecProcessor.from_pretrained(folder).views
+    arguments = ["views", *DATA, "--model", str(folder), "--weights", "0.2,0.3,1", "--json"]
+    assert main([*arguments, "--dry_run"]) == 0
+    fit = _result(capsys)
+    assert fit["decay"] == before.decay
+    assert RecProcessor.from_pretrained(folder).views == before
+    assert main([*arguments, "--views_decay", "0.9"]) == 0
+    fit = _result(capsys)
+    assert fit["decay"] == 0.9
+    assert RecProcessor.from_pretrained(folder).views == replace(before, weight=fit["best"], decay=0.9)
+    evaluation = ["evaluate", *DATA, "--model", str(folder), "--split", "valid", "--json", "--baselines", "false"]
+    assert main(evaluation) == 0
+    result = next(iter(_result(capsys).values()))
+    assert result["metrics"]["item"]["ndcg@10"] == pytest.approx(max(fit["metrics"]["ndcg@10"]), abs=1e-6)
+    assert main(["views", *DATA, "--model", str(folder), "--weights", "0"]) == 0
+    assert RecProcessor.from_pretrained(folder).views is None
+    capsys.readouterr()
+    for option, value in (("weights", "0,2"), ("batch_size", "0"), ("model", "none"), ("views_weight", "0.5")):
         assert main([*arguments, f"--{option}", value]) == 1
         assert f"{option}: expected" in capsys.readouterr().err
 

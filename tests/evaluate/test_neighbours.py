@@ -1,4 +1,4 @@
-"""The weight of item-kNN, chosen on valid."""
+"""The weights of item-kNN and of a model's own views, chosen on valid."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from flr.data import HistoryViews, NeighbourTable
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN
-from flr.evaluate.neighbours import fit_neighbours
+from flr.evaluate.neighbours import fit_neighbours, fit_views
 from tests.helpers.catalogues import DATA
 from tests.helpers.models import trainable
 
@@ -29,6 +29,24 @@ def test_each_weight_is_what_evaluation_gives_with_it():
     assert len(np.unique(means)) == 3
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_each_weight_of_views_is_what_evaluation_gives_with_it(share):
+    """Beside a table as well, whose share stays, and with the decay that the processor has."""
+    model, processor = trainable()
+    processor.item_knn = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    processor.views = HistoryViews(0.5, decay=0.9, neighbours=share)
+    fit = fit_views(model, processor, DATA.valid, [1.0, 0.0, 0.4], batch_size=7)
+    assert fit.weights == (0.0, 0.4, 1.0)
+    means = fit.metrics["ndcg@10"].mean(1)
+    assert fit.best == fit.weights[int(means.argmax())]
+    for weight, mean in zip(fit.weights, means, strict=True):
+        views = HistoryViews(weight, decay=0.9, neighbours=share)
+        result = evaluate(model, processor, DATA.valid, progress=False, views=views)
+        assert result.metrics["item"]["ndcg@10"] == pytest.approx(mean, abs=1e-6)
+    assert len(np.unique(means)) == 3
+    assert processor.views == HistoryViews(0.5, decay=0.9, neighbours=share)
+
+
 def test_bad_arguments_name_themselves():
     model, processor = trainable()
     table = NeighbourTable.fit(DATA.train, len(processor.catalogue))
@@ -36,3 +54,7 @@ def test_bad_arguments_name_themselves():
         fit_neighbours(model, processor, table, DATA.valid, [1.5])
     with pytest.raises(ValueError, match="rows"):
         fit_neighbours(model, processor, table, DATA.valid.select([]), [0.5])
+    with pytest.raises(ValueError, match="weights"):
+        fit_views(model, processor, DATA.valid, [])
+    with pytest.raises(ValueError, match="rows"):
+        fit_views(model, processor, DATA.valid.select([]), [0.5])

@@ -1,0 +1,63 @@
+"""What ``flr neighbours`` and ``flr views`` share: weights to try on valid, and a table of what each gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flr.config import option
+
+from . import voice
+from .options import DataOptions, load_trained
+from .weights import InferenceOptions
+
+if TYPE_CHECKING:
+    from flr.data import RecDataset, RecProcessor
+    from flr.evaluate import NeighbourFit
+
+
+@dataclass
+class MixingOptions(InferenceOptions):
+    """Which model, and which weights to try."""
+
+    model: str = option("runs/sft", "Folder that flr sft or flr rl wrote; what is chosen is written into it.")
+    weights: str = option("0,0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "Weights to try, 0..1.")
+    max_users: int | None = option(None, "Choose by that many rows of valid, evenly spread. Default: all.")
+    num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
+    batch_size: int = option(128, "Users at a time; no influence on results.")
+    dry_run: bool = option(False, "Show what each weight gives, and write nothing.")
+
+    def checked(self, *counts: str) -> list[float]:
+        """The weights as numbers; ValueError where they, the folder, or one of the numbers named are unusable."""
+        try:
+            weights = [float(text) for text in self.weights.split(",")]
+        except ValueError:
+            weights = []
+        if not weights or not all(0 <= weight <= 1 for weight in weights):
+            raise ValueError(f"weights: expected numbers in 0..1 with commas between them, got {self.weights!r}")
+        for name in ("max_users", "num_beams", "batch_size", *counts):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not Path(self.model).is_dir():
+            raise ValueError(f"model: expected a folder that can be written to, got {self.model!r}")
+        return weights
+
+    def loaded(self, data: DataOptions, dataset: RecDataset) -> tuple[Any, RecProcessor]:
+        """The model and its processor, as they were saved."""
+        return load_trained(self.model, dataset, max_prompt_tokens=data.max_prompt_tokens, **self.as_saved())
+
+    def sizes(self) -> dict[str, Any]:
+        """How rows are ranked."""
+        return {"num_beams": self.num_beams, "batch_size": self.batch_size, "progress": voice.shows_progress()}
+
+
+def shown(what: str, fit: NeighbourFit, rows: int, chosen: bool = True) -> dict[str, list[float]]:
+    """Print what each weight of ``what`` gave, and return the means by weight."""
+    means = {name: values.mean(1).tolist() for name, values in fit.metrics.items()}
+    table = voice.table(f"{rows} rows of valid, by weight of {what}", "weight", "HR@10", "NDCG@10")
+    for weight, hr, ndcg in zip(fit.weights, means["hr@10"], means["ndcg@10"], strict=True):
+        mark = "  best" if chosen and weight == fit.best else ""
+        table.add_row(f"{weight:g}", f"{hr:.4f}", f"{ndcg:.4f}{mark}")
+    voice.result(table)
+    return means

@@ -1,0 +1,43 @@
+"""``flr views``: what a model says to single items of a history, in its answer with the weight that valid asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from . import voice
+from .mixing import MixingOptions, shown
+from .options import DataOptions
+from .parsing import emit, parse
+
+ABOUT = "Mix what a model says to each item of a history alone into its answer, with the weight that ranks valid best."
+
+
+@dataclass
+class ViewsOptions(MixingOptions):
+    """Which model, and which weights of views to try."""
+
+
+def main(argv: list[str]) -> int:
+    options, data, rest = parse("views", ABOUT, (ViewsOptions, DataOptions), argv)
+    weights = options.checked()
+    if data.views_weight is not None:
+        raise ValueError(f"views_weight: expected none, since --weights are tried here, got {data.views_weight:g}")
+    from flr.data import HistoryViews
+    from flr.data.processor_folder import save_views
+    from flr.evaluate.neighbours import fit_views
+
+    dataset = data.announce()
+    model, processor = options.loaded(data, dataset)
+    saved = processor.views or HistoryViews(weight=0.0)
+    if data.views_decay != DataOptions().views_decay:  # one that has its default is taken for not given
+        saved = replace(saved, decay=data.views_decay)
+    processor.views = saved
+    rows = dataset.valid.spread(options.max_users)
+    fit = fit_views(model, processor, rows, weights, **options.sizes())
+    means = shown("views", fit, len(rows))
+    if not options.dry_run:
+        save_views(options.model, replace(saved, weight=fit.best))
+        voice.note(f"{options.model} answers with views at weight {fit.best:g} from now on.")
+    found = {"weights": list(fit.weights), "best": fit.best, "decay": saved.decay, "rows": len(rows), "metrics": means}
+    emit(found, rest.json)
+    return 0
