@@ -93,20 +93,27 @@ def test_beside_the_linear_model_all_are_ahead_of_it_and_factors_not_of_their_co
 
 
 def test_what_is_said_of_a_linear_model_as_teacher_holds():
-    """README and the page: about a tenth more than without; mixtures ahead of one more token; none beside it."""
+    """README and the page: about a tenth more than without; learned vectors ahead of one more token, factors not."""
     table = read_json(ROOT / "docs/results/study_taught.json", 1 << 22)["table"]
     recipe = STUDY["linear"]["recipe"]["models"]
     for name, own in table["models"].items():
-        gain = own["test"]["ndcg@10"][0] - recipe[name]["test"]["ndcg@10"][0]
-        assert 0.008 < gain < 0.011, (name, gain)
+        if name in recipe:
+            gain = own["test"]["ndcg@10"][0] - recipe[name]["test"]["ndcg@10"][0]
+            assert 0.0075 < gain < 0.011, (name, gain)
         assert abs(own["test"]["hr@10"][0] - table["linear"]["hr@10"][0]) < 0.0025
-    factors = table["models"]["flr-mixture"]["test"]
-    assert 0.125 < factors["hr@10"][0] < 0.1275
-    assert 0.0935 < factors["ndcg@10"][0] < 0.095
-    lows = {(name, other, way): (low, high) for name, other, *ways in table["pairs"] for way, _, low, high in ways}
-    assert lows["flr-mixture", "anchor", "test"][0] > 0
-    assert lows["offsets-mixture", "anchor", "test"][0] > 0
-    level = [lows[pair] for pair in lows if pair[2] == "test_linear"] + [lows["flr-mixture", "offsets-mixture", "test"]]
+        assert 0.0003 < own["test_views"]["ndcg@10"][0] - own["test"]["ndcg@10"][0] < 0.0023
+        assert own["test_linear"]["hr@10"][0] > 0.125
+        assert own["test_linear"]["ndcg@10"][0] > 0.095
+    factors = table["models"]["flr-mixture"]
+    assert factors["seeds"] == 3
+    assert factors["test"]["hr@10"][0] > 0.125
+    assert max(factors["test_views"]["ndcg@10"][0], table["models"]["flr"]["test_views"]["ndcg@10"][0]) < 0.095
+    each = [dict(table["models"][name]["each"]) for name in ("flr-mixture", "offsets-mixture")]
+    assert all(each[0][seed] < each[1][seed] for seed in each[0])
+    found = {(name, other, way): (low, high) for name, other, *ways in table["pairs"] for way, _, low, high in ways}
+    assert found["offsets-mixture", "anchor", "test"][0] > 0
+    level = [found[pair] for pair in found if pair[2] == "test_linear"]
+    level += [found[name, "anchor", way] for name in ("flr", "flr-mixture") for way in ("test", "test_views")]
     assert all(low < 0 < high for low, high in level)
 
 
