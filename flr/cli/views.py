@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from . import voice
 from .mixing import MixingOptions, shown
@@ -12,13 +12,8 @@ from .parsing import emit, parse
 ABOUT = "Mix what a model says to each item of a history alone into its answer, with the weight that ranks valid best."
 
 
-@dataclass
-class ViewsOptions(MixingOptions):
-    """Which model, and which weights of views to try."""
-
-
 def main(argv: list[str]) -> int:
-    options, data, rest = parse("views", ABOUT, (ViewsOptions, DataOptions), argv)
+    options, data, rest = parse("views", ABOUT, (MixingOptions, DataOptions), argv)
     weights = options.checked()
     if data.views_weight is not None:
         raise ValueError(f"views_weight: expected none, since --weights are tried here, got {data.views_weight:g}")

@@ -13,7 +13,7 @@ from tests.helpers.models import build_recommender
 COMMANDS = {
     evaluate: "EvaluateOptions", explain: "ExplainOptions", factors: "FactorsOptions", neighbours: "NeighbourOptions",
     recommend: "RecommendOptions", robustness: "RobustnessOptions",
-    views: "ViewsOptions",
+    views: "MixingOptions",
 }  # fmt: skip
 
 
