@@ -7,7 +7,7 @@ with p_model as in :mod:`flr.decode.mixture`, where the weight of views is w.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,16 +80,8 @@ def fit_tables(
     """:func:`fit_neighbours` for several tables by name; the model still runs once."""
     views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
     mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
-
-    def mix(histories: CSR, weights: Sequence[float]) -> Iterator[np.ndarray]:
-        own = mixture.scores(histories)
-        for table in tables.values():
-            others = table.probabilities(histories)
-            yield from ((1 - weight) * own + weight * others for weight in weights)
-
-    tried = _tried(weights)
-    ranks = _ranked(model, rows, mix, tried, len(tables), batch_size, progress)
-    return {name: _best(tried, found) for name, found in zip(tables, ranks, strict=True)}
+    partners = {name: table.probabilities for name, table in tables.items()}
+    return _fits(model, mixture.scores, partners, rows, weights, batch_size, progress)
 
 
 @torch.inference_mode()
@@ -114,50 +106,41 @@ def fit_views(
         ValueError: no rows, no weights, or one out of range; a catalogue too large for views.
     """
     views = processor.views or HistoryViews(weight=0.0)
-    share, table = views.neighbours, processor.item_knn
-    sizes: dict[str, Any] = {"num_beams": num_beams, "batch_size": batch_size}
     whole, alone = (
-        ViewMixture(model, processor, replace(views, weight=weight, neighbours=0.0), **sizes) for weight in (0.0, 1.0)
+        ViewMixture(model, processor, replace(views, weight=weight), num_beams=num_beams, batch_size=batch_size)
+        for weight in (0.0, 1.0)
     )
-
-    def mix(histories: CSR, weights: Sequence[float]) -> Iterator[np.ndarray]:
-        own, others = whole.scores(histories), alone.scores(histories)
-        rest = share * table.probabilities(histories) if share and table is not None else 0.0
-        yield from ((1 - share) * ((1 - weight) * own + weight * others) + rest for weight in weights)
-
-    tried = _tried(weights)
-    return _best(tried, _ranked(model, rows, mix, tried, 1, batch_size, progress)[0])
+    return _fits(model, whole.scores, {"": alone.scores}, rows, weights, batch_size, progress)[""]
 
 
-def _tried(weights: Sequence[float]) -> tuple[float, ...]:
+def _fits(
+    model: Any,
+    scores: Callable[[CSR], np.ndarray],
+    partners: Mapping[str, Callable[[CSR], np.ndarray]],
+    rows: Interactions,
+    weights: Sequence[float],
+    batch_size: int,
+    progress: bool,
+) -> dict[str, NeighbourFit]:
+    """What each weight of each partner gives beside ``scores``; all are probabilities [B, C] of histories."""
     tried = tuple(sorted(set(weights)))
     if not tried or not 0 <= tried[0] <= tried[-1] <= 1:
         raise ValueError(f"weights: expected numbers in 0..1, got {list(weights)}")
-    return tried
-
-
-def _ranked(
-    model: Any,
-    rows: Interactions,
-    mix: Callable[[CSR, Sequence[float]], Iterator[np.ndarray]],
-    tried: tuple[float, ...],
-    partners: int,
-    batch_size: int,
-    progress: bool,
-) -> np.ndarray:
-    """Ranks int64 [partners, weights, rows] of the targets, by what ``mix`` yields: probabilities [B, C] of each."""
     if len(rows) == 0:
         raise ValueError("rows: expected at least one, got none")
-    ranks = np.zeros((partners * len(tried), len(rows)), np.int64)
+    ranks = {name: np.zeros((len(tried), len(rows)), np.int64) for name in partners}
     with evaluating(model), progress_bar(progress, "ranking", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
+            own = scores(part.histories)
             target = torch.from_numpy(part.targets.astype(np.int64))
-            for place, mixed in enumerate(mix(part.histories, tried)):
-                found = ranks_from_scores(torch.from_numpy(mixed.astype(np.float32)), target)
-                ranks[place, start : start + len(part)] = found.numpy()
+            for name, partner in partners.items():
+                others = partner(part.histories)
+                for place, weight in enumerate(tried):
+                    mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
+                    ranks[name][place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
             advance(len(part))
-    return ranks.reshape(partners, len(tried), len(rows))
+    return {name: _best(tried, found) for name, found in ranks.items()}
 
 
 def _best(tried: tuple[float, ...], ranks: np.ndarray) -> NeighbourFit:
