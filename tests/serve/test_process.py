@@ -76,8 +76,6 @@ def test_twice_the_capacity_loses_and_mixes_up_nothing(model, expected, tmp_path
             statuses = check(replies, expected, {200, 429, 504})
             print(f"{rate:.0f} requests/s for {SECONDS:g} s: {dict(statuses)}")
             assert statuses[429] > 0, statuses
-            # half would be served, but a shared machine may give far less a moment later; one that thrashes serves none
-            assert statuses[200] > 0.1 * len(replies), statuses
             assert statuses[504] > 0, statuses
             metrics = (await client.request("GET", "/metrics")).body.decode()
             for status in (200, 429, 504):
@@ -86,6 +84,9 @@ def test_twice_the_capacity_loses_and_mixes_up_nothing(model, expected, tmp_path
                 )
                 assert total == statuses[status] + (150 if status == 200 else 0)
             assert "flr_queue_depth 0.0" in metrics
+            # a quarter of twice what it can do; a machine that others use, too, may give less than it gave before
+            lasting = min(rate, 2 * await capacity(client))
+            assert statuses[200] > 0.25 * lasting * len(replies) / rate, (statuses, rate, lasting)
             client.close()
 
         asyncio.run(test())
