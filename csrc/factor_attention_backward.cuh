@@ -10,8 +10,7 @@
 // Beyond 2048 columns tiles have eight tokens: a second one has to fit beside the rows. Every order is fixed. The
 // formulas are in ops/factor_attention/op.py.
 #pragma once
-#include "factor_attention_backward_producer.cuh"
-#include "factor_attention_backward_weights.cuh"
+#include "factor_attention_backward_pair.cuh"
 
 namespace flr {
 
@@ -23,8 +22,9 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
   using Here = Place<GradientTask, C::kSplit>;
   using Here::task;
   using T = Bfloat16;
-  using Fragment = uint32_t[4];
-  static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips, kApart = 16 * kWorkers;
+  using Pair = StripPair<C>;
+  using Fragment = typename Pair::Fragment;
+  static constexpr int kStrips = C::kStrips, kAll = C::kChunks * kStrips, kApart = Pair::kApart;
   static constexpr bool kWide = C::kWide;
   typename C::Control& control;
   uint16_t *ring, *queries;
@@ -129,25 +129,6 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
     for (int i = 0; i < kAll; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
   }
 
-  // Products of a pair of strips and the rows: s[0] and s[1] are of the first and second eight tokens, or, with tiles of
-  // eight, of the two strips. `two`: whether the second strip has columns.
-  FLR_DEVICE void multiply(float (&s)[4][4], const uint16_t* at, const uint16_t* rows, bool two) const {
-    Fragment q, x, r, y;
-    if (kWide) {
-      ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
-      T::mma(s[0], q[0], 0, q[1], 0, x[0], x[1]);
-      if (two) T::mma(s[1], q[2], 0, q[3], 0, x[2], x[3]);
-      return;
-    }
-    ldmatrix<false>(q, rows), ldmatrix<false>(x, at);
-    if (two) ldmatrix<false>(r, rows + kApart), ldmatrix<false>(y, at + kApart);
-    T::mma(s[0], q[0], q[1], q[2], q[3], x[0], x[1]);
-    T::mma(s[1], q[0], q[1], q[2], q[3], x[2], x[3]);
-    if (!two) return;
-    T::mma(s[2], r[0], r[1], r[2], r[3], y[0], y[1]);
-    T::mma(s[3], r[0], r[1], r[2], r[3], y[2], y[3]);
-  }
-
   // Scores and dc · h of a tile, those of this lane's factor and two tokens.
   FLR_DEVICE void products(float (&s)[2], float (&dp)[2]) {
     float part[4][4] = {};
@@ -159,10 +140,10 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
       const uint16_t *at = history_rows(here), *rows = query_rows() + c * C::CHUNK;
       if ((c + 1) * C::CHUNK <= Here::size()) {
 #pragma unroll
-        for (int i = 0; i < kStrips; i += 2) multiply(part, at + i * kApart, rows + i * kApart, true);
+        for (int i = 0; i < kStrips; i += 2) Pair::multiply(part, at + i * kApart, rows + i * kApart, true);
       } else {
         for (int i = 0; i < kStrips && column(c * kStrips + i) < Here::size(); i += 2)
-          multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < Here::size());
+          Pair::multiply(part, at + i * kApart, rows + i * kApart, column(c * kStrips + i + 1) < Here::size());
       }
     }
     Quad(&all)[kWorkers][32] = control.scores[turn];
@@ -212,62 +193,6 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
     }
   }
 
-  // Gradients of two strips from their columns h and the rows' q, of which strip 1 only where `two`.
-  FLR_DEVICE void pair_of_16(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
-                             bool two) const {
-    float left[2][4] = {}, right[2][4] = {};  // columns 0 to 7 and 8 to 15
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-      if (j == 0 || two) T::mma(sums[j], h[j][0], h[j][1], h[j][2], h[j][3], w.ds[0], w.ds[1]);
-    if (task.d.dh == nullptr) return;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (j == 1 && !two) break;
-      T::mma(left[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][0], q[j][1]);
-      T::mma(right[j], w.high[0], w.high[1], w.high[2], w.high[3], q[j][2], q[j][3]);
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (j == 1 && !two) break;
-      T::mma(left[j], w.low[0], w.low[1], 0, 0, q[j][0], q[j][1]);
-      T::mma(right[j], w.low[0], w.low[1], 0, 0, q[j][2], q[j][3]);
-    }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (j == 1 && !two) break;
-      const Fragment out = {T::pack(left[j][0], left[j][1]), T::pack(right[j][0], right[j][1]),
-                            T::pack(left[j][2], left[j][3]), T::pack(right[j][2], right[j][3])};
-      stmatrix<false>(at + j * kApart, out);
-    }
-  }
-  // The same where both strips' columns of eight tokens are in one fragment: dH comes transposed.
-  FLR_DEVICE void pair_of_8(const Weights& w, float (*sums)[4], const Fragment& h, const Fragment& q, uint16_t* at,
-                            bool two) const {
-    float out[2][4] = {};
-    T::mma_8(sums[0], h[0], h[1], w.ds[0]);
-    if (two) T::mma_8(sums[1], h[2], h[3], w.ds[0]);
-    if (task.d.dh == nullptr) return;
-    T::mma_8(out[0], q[0], q[1], w.high[0]);
-    if (two) T::mma_8(out[1], q[2], q[3], w.high[0]);
-    T::mma_8(out[0], q[0], q[1], w.low[0]);
-    if (two) T::mma_8(out[1], q[2], q[3], w.low[0]);
-    const Fragment packed = {T::pack(out[0][0], out[0][1]), T::pack(out[0][2], out[0][3]),
-                             T::pack(out[1][0], out[1][1]), T::pack(out[1][2], out[1][3])};
-    if (two) stmatrix<true>(at, packed);
-    else stmatrix_2_transposed(at, packed);
-  }
-
-  FLR_DEVICE void load_pair(Fragment (&h)[2], Fragment (&q)[2], const uint16_t* at, const uint16_t* rows,
-                            bool two) const {
-    ldmatrix<true>(h[0], at), ldmatrix<true>(q[0], rows);
-    if (!kWide && two) ldmatrix<true>(h[1], at + kApart), ldmatrix<true>(q[1], rows + kApart);
-  }
-  FLR_DEVICE void use_pair(const Weights& w, float (*sums)[4], Fragment (&h)[2], Fragment (&q)[2], uint16_t* at,
-                           bool two) const {
-    if (kWide) pair_of_8(w, sums, h[0], q[0], at, two);
-    else pair_of_16(w, sums, h, q, at, two);
-  }
-
   FLR_DEVICE void gradients(const Weights& w) {
 #pragma unroll
     for (int c = 0; c < C::kChunks; ++c) {
@@ -277,12 +202,12 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
       const uint16_t* rows = query_rows() + c * C::CHUNK;
       Fragment h[2][2], q[2][2];
       if ((c + 1) * C::CHUNK <= Here::size()) {
-        load_pair(h[0], q[0], at, rows, true);
+        Pair::load(h[0], q[0], at, rows, true);
 #pragma unroll
         for (int i = 0; i < kStrips; i += 2) {
           const int now = i / 2 % 2, next = i + 2;
-          if (next < kStrips) load_pair(h[now ^ 1], q[now ^ 1], at + next * kApart, rows + next * kApart, true);
-          use_pair(w, sums + c * kStrips + i, h[now], q[now], at + i * kApart, true);
+          if (next < kStrips) Pair::load(h[now ^ 1], q[now ^ 1], at + next * kApart, rows + next * kApart, true);
+          Pair::use(w, task.d.dh != nullptr, sums + c * kStrips + i, h[now], q[now], at + i * kApart, true);
         }
       } else {
 #pragma unroll
@@ -290,8 +215,8 @@ struct GradientWorker : Place<GradientTask, C::kSplit> {
           const int first = c * kStrips + i;
           if (column(first) >= Here::size()) break;
           const bool two = column(first + 1) < Here::size();
-          load_pair(h[0], q[0], at + i * kApart, rows + i * kApart, two);
-          use_pair(w, sums + first, h[0], q[0], at + i * kApart, two);
+          Pair::load(h[0], q[0], at + i * kApart, rows + i * kApart, two);
+          Pair::use(w, task.d.dh != nullptr, sums + first, h[0], q[0], at + i * kApart, two);
         }
       }
       fence_async();  // what was written here is read by bulk copies
