@@ -13,7 +13,14 @@ from flr.config import IGNORE, FLRConfig
 from .backbone import is_checkpointing, may_look, position_limit, position_rows, reasoner_is_frozen, warn_once
 from .base import is_filled
 from .encoder import Encoder
-from .insertion import Insertion, insertion, refuse_packed_positions, remember, warn_of_labels_everywhere
+from .insertion import (
+    Insertion,
+    insertion,
+    refuse_packed_positions,
+    remember,
+    thought_tokens,
+    warn_of_labels_everywhere,
+)
 from .outputs import ThoughtInputs
 from .pieces import Pieces, inverse_columns, take_columns, thought_columns
 from .verify import traits_of
@@ -79,9 +86,9 @@ def encode(model: Any, batch: Batch, own: ThoughtInputs, kwargs: dict[str, Any],
 
 
 def thoughts_among(
-    config: FLRConfig, input_ids: Tensor | None, embeds: Tensor | None, past: Any, start: int | None
+    config: FLRConfig, input_ids: Tensor | None, embeds: Tensor | None, past: Any, start: int | None, mask: Any = None
 ) -> Tensor | None:
-    """bool [B, L], where thought tokens stand; None for a batch without any."""
+    """bool [B, L], where thought tokens stand that ``mask`` does not hide; None for a batch without any."""
     if config.thought_count == 0:
         return None
     goes_on = is_filled(past)
@@ -92,7 +99,7 @@ def thoughts_among(
         return ((columns >= start) & (columns < start + config.num_thoughts)).expand(embeds.shape[:2])
     if goes_on and input_ids.shape[1] == 1:
         return None  # a decoding step has nothing to look at
-    is_thought: Any = input_ids == config.thought_token_id
+    is_thought: Any = thought_tokens(config, input_ids, mask)
     refusal = "input_ids: expected no thought token after the prefill, got one; pass it with the prompt"
     if not may_look(input_ids) and start is not None and not goes_on:
         return is_thought
@@ -119,7 +126,14 @@ def insertion_into(
     """Where thoughts go into a batch without any; None where none are wanted, or the prompt was before it."""
     config = model._flr_patch.config
     wanted = config.insert_thought if own.insert_thought is None else own.insert_thought
-    if not wanted or config.thought_count == 0 or given is None or is_filled(past):
+    if not wanted or config.thought_count == 0 or given is None:
+        return None
+    if is_filled(past):
+        if model.training and labels is not None:  # as PEFT's prefix tuning calls it
+            raise ValueError(
+                "past_key_values: expected no tokens in the cache in training, since a thought reads the states of the "
+                "whole prompt, got some; turn insertion off with insert_thought=False to train without a thought"
+            )
         return None
     if model.training and labels is None and kwargs.get("shift_labels") is None:
         raise ValueError(

@@ -26,6 +26,7 @@ from .batch import Batch, encode, insertion_into, plain_pieces, thoughts_among, 
 from .methods import Method
 from .outputs import FLROutput, ThoughtInputs
 from .verify import traits_of
+from .vocabulary import refuse_shared_id
 
 #: Arguments of a base model that the pieces are given one by one.
 _OURS = (
@@ -52,6 +53,8 @@ class Pending:
 
 def note_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Hook before a call of the model: keep its labels if somebody replaced our forward."""
+    if not torch.compiler.is_compiling():
+        refuse_shared_id(model)
     if isinstance(model.__dict__.get("forward"), Method):
         return
     model._flr_patch.pending = Pending(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
@@ -81,7 +84,7 @@ def flr_base_forward(self: Any, *args: Any, flr_inner: bool = False, **kwargs: A
     if flr_inner or ids is None or is_filled(past):
         return original(*args, **kwargs)
     mask, positions = given.get("attention_mask"), given.get("position_ids")
-    is_thought = thoughts_among(patch.config, ids, None, past, None)
+    is_thought = thoughts_among(patch.config, ids, None, past, None, mask)
     rest = {k: v for k, v in given.items() if k not in _OURS}
     made, labels = None, None if pending is None else pending.labels
     if is_thought is None and pending is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from flr.config import FLRConfig
 from flr.files import naming
@@ -129,10 +129,20 @@ def load_saved(folder: Path, saved: SavedConfig, variant: str | None = None, **k
     _check_layers(folder, saved.base, files)
     _check_reasoner(folder, saved, weight_shapes(files, "flr."))
     model = _load_backbone(folder, "flr.", saved.base, variant=variant, **kwargs)
+    own, model.generation_config = model.generation_config, GenerationConfig()
     patch_model(model, config=options, verify=False)
+    _keep_settings(model, own)
     if hasattr(model, "flr"):
         _load_strictly(model.flr, read_weights(files, "flr."), folder)
     return model.eval()
+
+
+def _keep_settings(model: Any, own: GenerationConfig | None) -> None:
+    """Give a loaded model the generation settings that it was saved with: none of them is the base model's."""
+    model._flr_patch.generation_config = own
+    for name, value in {} if own is None else own.to_diff_dict().items():
+        if name not in ("suppress_tokens", "use_cache", "transformers_version"):  # which the patch says
+            setattr(model.generation_config, name, value)
 
 
 def _check_layers(folder: Path, base: PreTrainedConfig, files: Sequence[Path]) -> None:

@@ -73,7 +73,7 @@ def flr_forward(
         past = kwargs.pop(name)
     rows = input_ids if inputs_embeds is None else inputs_embeds
     attention_mask, position_ids = follow(past, rows, attention_mask, position_ids)
-    is_thought = thoughts_among(self._flr_patch.config, input_ids, inputs_embeds, past, thought_start)
+    is_thought = thoughts_among(self._flr_patch.config, input_ids, inputs_embeds, past, thought_start, attention_mask)
     made = None
     if is_thought is None:
         made = insertion_into(self, own, rows, past, attention_mask, position_ids, labels, kwargs)
@@ -130,6 +130,7 @@ def _result(
     name = base_cache_name(base_of(model))
     if batch.keep_cache and name is not None:
         out[name] = encoded.encoder.cache
+    out.order(name)
     return out.to_tuple() if return_dict is False else out
 
 

@@ -16,8 +16,9 @@ from transformers.generation import (
 
 from .backbone import cache_of
 from .base import is_filled
-from .insertion import Insertion, remember
+from .insertion import Insertion, remember, thought_tokens
 
+_IDS = ("pad_token_id", "eos_token_id")
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -46,8 +47,12 @@ def flr_generate(
     embeds = kwargs.get("inputs_embeds")
     call = patch.original(self, "generate")
     thinks = patch.config.thought_count > 0
-    has = ids is not None and thinks and bool((ids == patch.config.thought_token_id).any())
+    mask = kwargs.get("attention_mask")
+    has = ids is not None and thinks and bool(thought_tokens(patch.config, ids, mask).any())
     prompt = embeds if ids is None or ids.shape[1] == 0 else ids
+    if thinks:  # whatever else is suppressed
+        others = _setting(self, generation_config, kwargs, "suppress_tokens") or []
+        kwargs["suppress_tokens"] = sorted({*others, patch.config.thought_token_id})
     if thinks and not has and not insert:
         kwargs["insert_thought"] = False  # for every forward
     if not thinks or not (has or insert) or prompt is None:
@@ -55,6 +60,7 @@ def flr_generate(
     _refuse(self, generation_config, kwargs)
     if has:
         return call(ids, generation_config, **kwargs)
+    _refuse_padding_behind(self, ids, generation_config, kwargs)
     made = _Generation(self, prompt.shape[1], patch.config.thought_count)
     return made.run(call, ids, generation_config, kwargs)
 
@@ -78,6 +84,24 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "past_key_values: expected an empty cache, since a thought needs the states of the whole prompt, got one "
             "that holds tokens; pass the prompt alone"
+        )
+
+
+def _refuse_padding_behind(model: Any, ids: Tensor | None, config: Any, kwargs: dict[str, Any]) -> None:
+    """Raise where rows end in padding, behind which a thought would stand; without a mask as ``generate`` infers it."""
+    mask, pad, end = kwargs.get("attention_mask"), *(_setting(model, config, kwargs, name) for name in _IDS)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        is_padding = mask[:, -1] == 0
+    elif mask is None and ids is not None and ids.shape[1] and pad is not None:
+        ends = end if isinstance(end, list | tuple) else [end]
+        is_padding = (ids[:, -1] == pad) & (pad not in ends)
+    else:
+        return
+    if bool(is_padding.any()):
+        row = int(is_padding.int().argmax())
+        raise ValueError(
+            'attention_mask: expected padding on the left in generate (tokenizer.padding_side = "left"), got it on '
+            f"the right of row {row}"
         )
 
 

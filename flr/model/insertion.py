@@ -180,6 +180,14 @@ def follow(cache: Any, given: Tensor | None, mask: Any, positions: Tensor | None
     return mask, positions
 
 
+def thought_tokens(config: FLRConfig, ids: Tensor, mask: Any = None) -> Tensor:
+    """bool [B, L], where ``ids`` are thought tokens; what a 2-D mask (of the last L columns, at least) hides is not."""
+    found: Any = ids == config.thought_token_id
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= ids.shape[1]:
+        found = found & mask[:, mask.shape[1] - ids.shape[1] :].bool()
+    return found
+
+
 def append_thoughts(config: FLRConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """Prompts padded on the left, with thought tokens behind them if they bring none and are to have them.
 
@@ -190,7 +198,7 @@ def append_thoughts(config: FLRConfig, inputs: dict[str, Any]) -> dict[str, Any]
     ids = inputs["input_ids"]
     if not (config.insert_thought and config.thought_count) or inputs.get("thought_start") is not None:
         return inputs
-    if bool((ids == config.thought_token_id).any()):
+    if bool(thought_tokens(config, ids, inputs["attention_mask"]).any()):
         return inputs
     _refuse_packing({k: v for k, v in inputs.items() if k not in _APPENDED}, ids.shape)
     fill = {"input_ids": config.thought_token_id, "attention_mask": 1, "reasoner_mask": False}

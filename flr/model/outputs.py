@@ -44,12 +44,24 @@ class FLRCausalLMOutput(CausalLMOutputWithPast):
     """``CausalLMOutputWithPast`` plus ``flr``, None for a batch without a thought.
 
     ``aux_loss`` and ``router_logits`` are those of a mixture of experts, where they were asked for. A cache has the
-    name that the family gives it.
+    name that the family gives it. As a tuple (``return_dict=False``, ``output[1]``) it is the model's own: without
+    ``flr``, in the order of the family.
     """
 
     flr: FLROutput | None = None
     aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
+
+    def order(self, cache: str | None) -> None:
+        """Put the fields into the order of the model's own output, whose cache has the name ``cache``."""
+        names = ("loss", "aux_loss", "logits", cache, "hidden_states", "attentions", "router_logits", "flr")
+        for name in names:
+            if name in self:
+                self.move_to_end(name)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, without ``flr``."""
+        return tuple(value for name, value in self.items() if name != "flr")
 
 
 @dataclass

@@ -25,12 +25,12 @@ from .reasoner import build_reasoner
 from .saved_config import flr_save_pretrained
 from .shared_prompt import shares
 from .verify import Traits, find_traits
-from .vocabulary import Tables, grow, teach, thought_id
+from .vocabulary import Tables, flr_resize_token_embeddings, grow, teach, thought_id
 
 logger = logging.getLogger("flr")
 
 #: What a patch replaces in the instance.
-_REPLACED = ("forward", "generate", "save_pretrained")
+_REPLACED = ("forward", "generate", "save_pretrained", "resize_token_embeddings")
 
 #: Fields of a shipped generation config that survive: token ids and lengths, nothing that changes a ranking.
 _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
@@ -51,9 +51,10 @@ class Patch:
     pending: Any = None  # see flr.model.bypass
     prompt_cache: Any = None  # a PromptCache while a training uses one
     checked: bool = False  # whether the first batch that thoughts were inserted into has been looked at
+    is_named: bool = True  # whether a tokenizer or the caller said the thought's id; else it follows the tokens
 
     def original(self, model: Any, name: str = "forward") -> Callable[..., Any]:
-        """The model's own ``forward``, ``generate`` or ``save_pretrained``."""
+        """The model's own method of this name, one of those that are replaced."""
         return self.had[name] if name in self.had else partial(getattr(type(model), name), model)
 
     def base_forward(self, base: Any) -> Callable[..., Any]:
@@ -85,7 +86,8 @@ def patch_model(
     Args:
         model: any Hugging Face decoder-only causal LM. Patch before ``get_peft_model(..., modules_to_save=["flr"])``.
         tokenizer: extended in place. Without one the thought's id is ``config.thought_token_id``, or the first after
-            the model's embeddings; :func:`add_thought_token` teaches it to a tokenizer later.
+            the model's embeddings, and ``model.resize_token_embeddings(len(tokenizer))`` moves it behind tokens that
+            are added later; :func:`add_thought_token` teaches it to a tokenizer.
         config: defaults to ``FLRConfig()``. A copy is kept, as ``model.config.flr`` too.
         verify: run eight tokens through the model to check that hidden states and lm_head compose to its logits and
             to scale the thought to ``config.init_scale`` of the input embeddings; skipped on the meta device.
@@ -138,8 +140,9 @@ def patch_model(
 
 def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRConfig, verify: bool) -> None:
     """The steps of :func:`patch_model`; any may raise."""
-    old_size, own_vocab_size = None, "vocab_size" in model.__dict__
+    old_size, own_vocab_size, is_named = None, "vocab_size" in model.__dict__, True
     if config.thought_count:
+        is_named = tokenizer is not None or config.thought_token_id is not None
         config.thought_token_id = thought_id(model, config, tokenizer)
         tokens = 0 if tokenizer is None else len(tokenizer)
         old_size = grow(model, max(config.thought_token_id + 1, tokens))
@@ -159,11 +162,13 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
         vocab_size=old_size,
         own_vocab_size=own_vocab_size,
         hooks=add_hooks(model, note_call, finish_call),
+        is_named=is_named,
     )
     model.__dict__["_flr_patch"] = patch
     model.forward = Method(flr_forward, model)
     model.generate = Method(flr_generate, model)
     model.save_pretrained = Method(flr_save_pretrained, model)
+    model.resize_token_embeddings = Method(flr_resize_token_embeddings, model)
     base.forward = Method(flr_base_forward, base, like=type(base).forward)
     base.__dict__["_flr_owner"] = model  # not as a submodule
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.
@@ -207,7 +212,8 @@ class _Before:
 def unpatch_model(model: Any) -> Any:
     """Undo :func:`patch_model`: forward, embeddings' size, config and generation config are what they were.
 
-    The tokenizer keeps its thought token. Weights trained meanwhile stay trained.
+    The tokenizer keeps its thought token. Weights trained meanwhile stay trained, and embeddings that the caller
+    resized meanwhile keep the rows of the caller's tokens.
 
     Raises:
         ValueError: the model is not patched.

@@ -12,6 +12,9 @@ from flr.config import FLRConfig
 
 from .backbone import is_patched
 
+#: Tokens of a model's settings whose ids nothing else may have.
+_SPECIAL = ("pad_token_id", "eos_token_id", "bos_token_id")
+
 
 def thought_id(model: Any, config: FLRConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The thought token's id: the tokenizer's, the next one it will give, the config's, or the first after the table.
@@ -105,6 +108,65 @@ class Tables:
         self.model.__dict__.update(self.own)
 
 
+def refuse_shared_id(model: Any) -> None:
+    """Raise where another special token of the model has the thought's id: rows that contain it would look as if they
+    brought thoughts of their own."""
+    own = model._flr_patch.config.thought_token_id
+    for settings in (model.config.get_text_config(decoder=True), model.generation_config):
+        for name in _SPECIAL:
+            value = getattr(settings, name, None)
+            if own is not None and (value == own or (isinstance(value, list) and own in value)):
+                raise ValueError(
+                    f"{name}: expected another id than the thought's, {own}, got the same; add tokens before "
+                    "flr.patch_model, or give it the tokenizer"
+                )
+
+
+def renumber(model: Any, token_id: int) -> None:
+    """Say everywhere that the thought token of a patched model has another id."""
+    config: FLRConfig = model._flr_patch.config
+    old, config.thought_token_id = config.thought_token_id, token_id
+    model.config.flr = config.to_dict()
+    generation = model.generation_config
+    if generation is not None and generation.suppress_tokens is not None:
+        generation.suppress_tokens = [token_id if token == old else token for token in generation.suppress_tokens]
+
+
+@torch.no_grad()
+def flr_resize_token_embeddings(
+    self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> Any:
+    """``resize_token_embeddings`` of a patched model: that of the model it was, and the thought keeps a row.
+
+    A thought whose id no tokenizer knows stands behind the tokens, whose number is ``new_num_tokens``, so the table
+    gets a row more. One that a tokenizer knows keeps its id.
+
+    Raises:
+        ValueError: fewer rows than a thought with a fixed id needs.
+    """
+    patch = self._flr_patch
+    token_id, resize = patch.config.thought_token_id, patch.original(self, "resize_token_embeddings")
+    if token_id is None or new_num_tokens is None:
+        found = resize(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        patch.vocab_size = patch.vocab_size if pad_to_multiple_of is None else None
+        return found
+    if patch.is_named and new_num_tokens <= token_id:
+        raise ValueError(
+            f"new_num_tokens: expected at least {token_id + 1}, since the thought of this model has the id {token_id}, "
+            f"got {new_num_tokens}"
+        )
+    if patch.is_named:
+        patch.vocab_size = None  # the rows are the caller's
+        return resize(new_num_tokens, pad_to_multiple_of, mean_resizing)
+    thoughts = [module.weight[token_id].clone() for module in _tables(self)]
+    found = resize(new_num_tokens + 1, pad_to_multiple_of, mean_resizing)
+    for module, thought in zip(_tables(self), thoughts, strict=True):
+        module.weight[new_num_tokens] = thought
+    renumber(self, new_num_tokens)
+    patch.vocab_size = new_num_tokens if rows(self) == new_num_tokens + 1 else None
+    return found
+
+
 @torch.no_grad()
 def add_thought_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Teach ``tokenizer`` the thought token of a model that was patched without one.
@@ -147,12 +209,9 @@ def add_thought_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     if new != old:
         for module in _tables(model):
             module.weight[new] = module.weight[old]
-        config.thought_token_id = new
-        model.config.flr = config.to_dict()
-        generation = model.generation_config
-        if generation is not None and generation.suppress_tokens == [old]:
-            generation.suppress_tokens = [new]
+        renumber(model, new)
     teach(tokenizer, config)
+    model._flr_patch.is_named = True
     return new
 
 

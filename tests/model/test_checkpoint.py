@@ -1,6 +1,7 @@
 """Patched models saved and loaded: whole, sharded, from the Hub, as adapters; and checkpoints of LatentR3."""
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -347,3 +348,16 @@ def test_latentr3_checkpoint(tmp_path):
         embeds = backbone.get_input_embeddings()(ids)
         embeds[0, len(prompt)] = expected
         torch.testing.assert_close(out.logits[0, 3:], backbone(inputs_embeds=embeds).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_settings_of_generation_are_saved_and_loaded(tmp_path, caplog):
+    """Those that were set on the patched model are its own: only a base model's are set aside."""
+    model = patched_model()
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.5
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+        with caplog.at_level(logging.WARNING, logger="flr"):
+            model = flr.from_pretrained(tmp_path / name)
+        assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.5)
+        assert model.generation_config.suppress_tokens == [THOUGHT]
+    assert not caplog.records

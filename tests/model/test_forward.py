@@ -210,3 +210,21 @@ def test_bfloat16_backbone_keeps_the_reasoner_in_float32():
     assert all(torch.isfinite(g).all() for g in gradients_of(model, out.loss).values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.isfinite(model(**supervised_batch("left")).loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"labels": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tuple_is_the_models_own(family, options):
+    """Scripts that take outputs apart by number get what they got before."""
+    model, ids = tiny_model(family).eval(), torch.tensor([[5, 6, 7, 8]])
+    options = {**options, "use_cache": True}
+    if options.pop("labels", None):
+        options["labels"] = torch.tensor([[-100, -100, 7, 8]])
+    before = model(ids, **options)
+    flr.patch_model(model)
+    after = model(ids, **options)
+    assert [name for name in after if name != "flr"] == list(before)
+    assert list(after)[-1] == "flr"
+    kinds = [type(value) for value in before.to_tuple()]
+    assert [type(value) for value in model(ids, **options, return_dict=False)] == kinds
+    assert [type(after[n]) for n in range(len(kinds))] == kinds

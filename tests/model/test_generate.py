@@ -172,3 +172,22 @@ def test_peft_and_the_pipeline_go_through_it():
     expected = model.generate(**inputs, **OPTIONS)
     lora = peft.LoraConfig(target_modules="all-linear", modules_to_save=["flr"], r=4, task_type="CAUSAL_LM")
     assert torch.equal(peft.get_peft_model(model, lora).eval().generate(**inputs, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_behind_a_prompt_is_refused(model, masked):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = {"attention_mask": (ids != 0).long()} if masked else {}
+    with pytest.raises(ValueError, match=r"attention_mask: expected padding on the left .* right of row 1"):
+        model.generate(ids, **mask, **OPTIONS)
+    model.generate(ids, **mask, **OPTIONS, insert_thought=False)  # as it was
+
+
+@pytest.mark.parametrize("where", ["keyword", "config"])
+def test_tokens_that_the_caller_suppresses_leave_the_thought_suppressed(model, where):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB] = 50 * model.get_output_embeddings().weight[7]
+    given = {"suppress_tokens": [7]}
+    given = given if where == "keyword" else {"generation_config": GenerationConfig(**given)}
+    out = model.generate(**left_padded(), max_new_tokens=20, do_sample=True, eos_token_id=None, **given)
+    assert not torch.isin(out[:, 4:], torch.tensor([7, VOCAB])).any()

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import flr
-from tests.helpers.models import tiny_llama
+from tests.helpers.models import tiny_llama, tiny_model
 
 WORDS = ["red", "green", "blue", "cup", "plate", "bowl", "likes", "then"]
 #: What comes next in a history: a colour decides the dish. Easy to learn, and the same for every script.
@@ -152,3 +152,15 @@ def test_trl_s_packing_is_refused(tokenizer, tmp_path):
     model = model_for(tokenizer, True)
     with pytest.raises(ValueError, match="packed"):
         with_trl(model, tokenizer, tmp_path, packing=True, max_length=32, padding_free=True)
+
+
+def test_prefix_tuning_says_that_there_would_be_no_thought():
+    """PEFT fills the cache before the prompt, whose states nobody has then."""
+    peft = pytest.importorskip("peft")
+    lm = flr.patch_model(tiny_model())
+    model = peft.get_peft_model(lm, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[-100, -100, 7, 8]])}
+    with pytest.raises(ValueError, match="past_key_values: expected no tokens in the cache in training"):
+        model(**batch)
+    assert model(**batch, insert_thought=False).loss.isfinite()
