@@ -106,6 +106,7 @@ class Numbers:
 #: Ranges that many options have.
 NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE = Numbers(0), Numbers(0, ends="(]"), Numbers(0, 1), Numbers(0, 1, "[)")
 COUNT, COUNT_FROM_ZERO = Numbers(1, whole=True), Numbers(0, whole=True)
+SEED = Numbers(0, 2**32 - 1, whole=True)  # what numpy takes
 
 
 def check_numbers(options: Any, table: Mapping[str, Numbers]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flr.config import COUNT, COUNT_FROM_ZERO, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Numbers, check_numbers
+from flr.config import COUNT, COUNT_FROM_ZERO, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, SHARE, Numbers, check_numbers
 from flr.evaluate.metrics import COVERAGE_CUTOFF, HR_CUTOFFS, NDCG_CUTOFFS
 
 #: Numbers by argument, of all classes of arguments; one with another meaning in a subclass has the same range there.
@@ -31,7 +31,7 @@ NUMBERS: dict[str, Numbers] = {
     "save_steps": NOT_NEGATIVE,
     "eval_delay": NOT_NEGATIVE,
     "save_total_limit": COUNT_FROM_ZERO.or_none,
-    "seed": Numbers(0, 2**32 - 1, whole=True),  # numpy's range
+    "seed": SEED,
     "data_seed": Numbers(whole=True).or_none,
     "dataloader_num_workers": COUNT_FROM_ZERO,
     "dataloader_prefetch_factor": COUNT.or_none,
