@@ -121,6 +121,7 @@ MISTAKES = [
     ("FLR_BACKEND=triton sft TINY", "triton backend: needs a CUDA tensor, got one on cpu"),
     ("FLR_BACKEND=best sft TINY", "FLR_BACKEND: expected auto, reference, triton"),
     ("sft TINY --output_dir {file}", "{file}: File exists"),
+    ("bench compare {root}/a {root}/b --threshold nan", "threshold: expected a positive number, got nan"),
     ("bench compare {root}/absent.json {root}/absent.json", "{root}/absent.json: No such file or directory"),
 ]  # fmt: skip
 
