@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -46,6 +49,83 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Which numbers an option takes: finite ones in a range. As text it is what an error says was expected.
+
+    Attributes:
+        low, high: bounds of the range.
+        ends: as a range is written, with ``(`` or ``)`` where a bound is not in it itself; without a bound above ``(``
+            is for positive numbers alone.
+        whole: integers alone.
+        also: values beside the range; None for an option that may be left out.
+
+    Example:
+        >>> share = Numbers(0, 1, "[)")
+        >>> [share.takes(value) for value in (0, 1, float("nan"), None, True)], str(share)
+        ([True, False, False, False, False], 'a number in [0, 1)')
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"
+    whole: bool = False
+    also: tuple[Any, ...] = ()
+
+    @property
+    def or_none(self) -> Numbers:
+        """The same, or None."""
+        return dataclasses.replace(self, also=(*self.also, None))
+
+    def takes(self, value: Any) -> bool:
+        """Whether ``value`` is one of them."""
+        is_number = isinstance(value, numbers.Integral if self.whole else numbers.Real) and not isinstance(value, bool)
+        if not is_number:
+            return value is None and None in self.also
+        if value in self.also:
+            return True
+        above = self.low < value if self.ends[0] == "(" else self.low <= value
+        below = value < self.high if self.ends[1] == ")" else value <= self.high
+        return above and below and abs(value) < math.inf  # true of no NaN
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        if self.whole and self.low > -math.inf and self.high < math.inf:
+            text = f"{kind} from {self.low} to {self.high}"
+        elif self.high < math.inf:
+            text = f"{kind} in {self.ends[0]}{self.low:.10g}, {self.high:.10g}{self.ends[1]}"
+        elif self.low == -math.inf:
+            text = kind if self.whole else "a finite number"
+        else:
+            text = f"{kind} >= {self.low:.10g}" if self.ends[0] == "[" else "a positive number"
+        return " or ".join([*map(str, self.also), text])
+
+
+#: Ranges that many options have.
+NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE = Numbers(0), Numbers(0, ends="(]"), Numbers(0, 1), Numbers(0, 1, "[)")
+COUNT, COUNT_FROM_ZERO = Numbers(1, whole=True), Numbers(0, whole=True)
+SEED = Numbers(0, 2**32 - 1, whole=True)  # what numpy takes
+
+
+def check_numbers(options: Any, table: Mapping[str, Numbers]) -> None:
+    """ValueError that names the first option in ``table`` whose value is none of its numbers."""
+    for name, taken in table.items():
+        if not taken.takes(value := getattr(options, name)):
+            raise ValueError(f"{name}: expected {taken}, got {value!r}")
+
+
+#: Of :class:`FLRConfig`, beside its counts.
+FLR_NUMBERS = {
+    "input_scale": POSITIVE.or_none,
+    "gate_temperature": POSITIVE,
+    "dropout": SHARE,
+    "init_scale": NOT_NEGATIVE,
+    "orthogonality_weight": NOT_NEGATIVE,
+    "diversity_weight": NOT_NEGATIVE,
+    "sparsity_weight": NOT_NEGATIVE,
+}
 
 
 @dataclass
@@ -124,12 +204,7 @@ class FLRConfig:
         fits = size is None or (isinstance(size, int) and 1 <= size <= _MOST_SIZE)
         self._check("factor_size", fits, f"None or an integer from 1 to {_MOST_SIZE}")
         self._check("thought_token_id", token is None or (isinstance(token, int) and token >= 0), "None or an id >= 0")
-        self._check("input_scale", self.input_scale is None or self.input_scale > 0, "None or a positive number")
-        self._check("gate_temperature", self.gate_temperature > 0, "a positive number")
-        self._check("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
-        self._check("init_scale", self.init_scale >= 0, "a number >= 0")
-        for name in ("orthogonality_weight", "diversity_weight", "sparsity_weight"):
-            self._check(name, getattr(self, name) >= 0, "a number >= 0")
+        check_numbers(self, FLR_NUMBERS)
         self._check("insert_thought", isinstance(self.insert_thought, bool), "True or False")
         self._check("thought_token", bool(self.thought_token), "a token's text")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import MOST_FACTORS, FLRConfig, option
+from flr.config import COUNT, MOST_FACTORS, NOT_NEGATIVE, POSITIVE, SHARE, FLRConfig, Numbers, option
 
 from . import voice
 from .errors import did_you_mean
@@ -63,16 +64,21 @@ class ModelOptions(LoraOptions, WeightOptions):
     embedding_scale: float | None = option(None, "From scratch: RMS of item embeddings. Default: initializer_range.")
     title_power: float = option(0.5, "init_items title: weight of words that many titles share, see item_features.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        **LoraOptions.numbers,
+        "hidden_size": COUNT,
+        "intermediate_size": COUNT,
+        "num_hidden_layers": COUNT,
+        "num_attention_heads": COUNT,
+        "attention_dropout": SHARE,
+        "initializer_range": POSITIVE,
+        "embedding_scale": POSITIVE.or_none,
+        "title_power": NOT_NEGATIVE,
+    }
+
     def __post_init__(self) -> None:
         WeightOptions.__post_init__(self)
         LoraOptions.__post_init__(self)
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            check_option(self, "an integer >= 1", getattr(self, name) >= 1, name)
-        check_option(self, "a number in [0, 1)", 0 <= self.attention_dropout < 1, "attention_dropout")
-        check_option(self, "a positive number", self.initializer_range > 0, "initializer_range")
-        scale = self.embedding_scale
-        check_option(self, "a positive number", scale is None or scale > 0, "embedding_scale")
-        check_option(self, "a number >= 0", self.title_power >= 0, "title_power")
         check_option(self, f"one of {', '.join(INITS)}", self.init_items in (None, *INITS), "init_items")
         inits = SCRATCH_INITS if self.model is None else PRETRAINED_INITS
         where = "from scratch" if self.model is None else "with a model"

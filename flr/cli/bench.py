@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import flr
+from flr.config import POSITIVE, check_numbers
 
 from . import voice
 from .parsing import add_voice, emit
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> int:
         voice.result(f"Wrote {options.output}: {len(document['baseline'])} steady ratios.")
         emit({"output": str(options.output), "ratios": len(document["baseline"])}, options.json)
         return 0
+    check_numbers(options, {"threshold": POSITIVE})
     a, b = results.load(options.a), results.load(options.b)
     changes, missing, new = results.compare(a, b, options.threshold)
     _print_changes(changes)

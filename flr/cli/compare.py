@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from flr.config import FLRConfig, option
+from flr.config import COUNT, FLRConfig, Numbers, check_numbers, option
 
 from . import voice
 from .backbone import ModelOptions
@@ -53,16 +53,15 @@ class CompareOptions:
     max_users: int | None = option(None, "Report on that many rows of the split, evenly spread. Default: all.")
     keep: bool = option(False, "Keep the checkpoints of every run.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {"seeds": COUNT, "max_users": COUNT.or_none}
+
     def __post_init__(self) -> None:
+        check_numbers(self, self.numbers)
         modes = self.mode_list()
         if self.split not in ("valid", "test"):
             raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not modes or set(modes) - set(MODES):
             raise ValueError(f"modes: expected some of {', '.join(MODES)}, got {self.modes!r}")
-        if self.max_users is not None and self.max_users < 1:
-            raise ValueError(f"max_users: expected at least 1, got {self.max_users}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
 
     def mode_list(self) -> list[str]:
         """The modes by name."""

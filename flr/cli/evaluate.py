@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, PROBABILITY, Numbers, check_numbers, option
 
 from . import voice
 from .options import DataOptions, load_trained
@@ -40,13 +41,22 @@ class EvaluateOptions(InferenceOptions):
     linear: bool = option(False, "Show a linear item-item model too, solved in one step: up to 25,000 items.")
     card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "max_users": COUNT.or_none,
+        "batch_size": COUNT,
+        "num_beams": COUNT,
+        "neighbours_weight": PROBABILITY.or_none,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, self.numbers)
+
 
 def main(argv: list[str]) -> int:
     options, data, rest = parse("evaluate", ABOUT, (EvaluateOptions, DataOptions), argv)
     if options.split not in ("train", "valid", "test"):
         raise ValueError(f"split: expected train, valid or test, got {options.split!r}")
-    if options.max_users is not None and options.max_users < 1:
-        raise ValueError(f"max_users: expected at least 1, got {options.max_users}")
     from flr.evaluate import launched
 
     with launched() as share:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from flr.config import option
+from flr.config import MAX_K, Numbers, check_numbers, option
 
 from . import voice
 from .parsing import REVISION, emit, parse
@@ -27,6 +28,12 @@ class ExplainOptions(InferenceOptions):
     k: int = option(5, "Recommendations that are explained.")
     png: str | None = option(None, "Heat map to write.")
     html: str | None = option(None, "Self-contained page to write.")
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {"k": Numbers(1, MAX_K, whole=True)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, self.numbers)
 
 
 def say_effects(explanation: Explanation) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from flr.config import option
+from flr.config import COUNT, Numbers, check_numbers, option
 
 from . import voice
 from .parsing import REVISION, emit, parse
@@ -25,6 +27,12 @@ class ExportOptions(InferenceOptions):
     max_length: int | None = option(
         None, "Tokens of the longest prompt. Default: what the model has positions for, at most 4096."
     )
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {"max_length": COUNT.or_none}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, self.numbers)
 
 
 def export(options: ExportOptions) -> dict[str, object]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, Numbers, check_numbers, option
 
 from . import voice
 from .options import DataOptions, load_trained
@@ -44,13 +44,13 @@ class FactorsOptions(InferenceOptions):
     prune: str | None = option(None, "Folder to write the pruned model to, new or empty.")
     output: str | None = option(None, "Folder for factors_needed.json and its picture. Default: the first model's.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {"max_users": COUNT.or_none, "batch_size": COUNT, "keep": COUNT.or_none}
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, self.numbers)
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split: expected train, valid or test, got {self.split!r}")
-        for name in ("max_users", "batch_size", "keep"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.keep is not None and self.prune is None:
             raise ValueError(f"keep: expected --prune FOLDER beside it, got {self.keep} alone")
         if not self.folders():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, Numbers, check_numbers, option
 
 from . import voice
 from .options import DataOptions, load_trained
@@ -28,17 +29,20 @@ class MixingOptions(InferenceOptions):
     batch_size: int = option(128, "Users at a time; no influence on results.")
     dry_run: bool = option(False, "Show what each weight gives, and write nothing.")
 
-    def checked(self, *counts: str) -> list[float]:
-        """The weights as numbers; ValueError where they, the folder, or one of the numbers named are unusable."""
+    numbers: ClassVar[Mapping[str, Numbers]] = {"max_users": COUNT.or_none, "num_beams": COUNT, "batch_size": COUNT}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, self.numbers)
+
+    def checked(self) -> list[float]:
+        """The weights as numbers; ValueError where they or the folder are unusable."""
         try:
             weights = [float(text) for text in self.weights.split(",")]
         except ValueError:
             weights = []
         if not weights or not all(0 <= weight <= 1 for weight in weights):
             raise ValueError(f"weights: expected numbers in 0..1 with commas between them, got {self.weights!r}")
-        for name in ("max_users", "num_beams", "batch_size", *counts):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not Path(self.model).is_dir():
             raise ValueError(f"model: expected a folder that can be written to, got {self.model!r}")
         return weights

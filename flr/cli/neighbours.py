@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, NOT_NEGATIVE, Numbers, option
 
 from . import voice
 from .mixing import MixingOptions, shown
@@ -35,6 +35,13 @@ class NeighbourOptions(MixingOptions):
     backward: float = option(0.5, "Weight of what came before an item against what followed it.")
     top: int | None = option(None, "Neighbours kept an item. Default: 500 for item-kNN, 100 for linear.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        **MixingOptions.numbers,
+        "history_decay": Numbers(0, 1, "(]").or_none,
+        "backward": NOT_NEGATIVE,
+        "top": COUNT.or_none,
+    }
+
     def tables(self, dataset: RecDataset) -> dict[str, NeighbourTable]:
         """The tables to try, by method."""
         from flr.data import MOST_LINEAR_ITEMS, NeighbourTable, fit_linear
@@ -58,7 +65,7 @@ class NeighbourOptions(MixingOptions):
 
 def main(argv: list[str]) -> int:
     options, data, rest = parse("neighbours", ABOUT, (NeighbourOptions, DataOptions), argv)
-    weights = options.checked("top")
+    weights = options.checked()
     if options.method not in ("auto", *METHODS):
         raise ValueError(f"method: expected auto or one of {', '.join(METHODS)}, got {options.method!r}")
     from flr.data import HistoryViews

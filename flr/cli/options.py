@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import (
+    COUNT,
+    COUNT_FROM_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SHARE,
+    Numbers,
+    check_numbers,
+    option,
+)
 
 from . import voice
 
@@ -42,6 +53,20 @@ class DataOptions:
     vocab_size: int = option(8192, "Codec title: size of the tokenizer trained from scratch.")
     planted_items: int = option(500, "Generated data: items.")
     planted_users: int = option(2000, "Generated data: users.")
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "max_history": COUNT,
+        "max_prompt_tokens": COUNT.or_none,
+        "views_weight": PROBABILITY.or_none,
+        "views_decay": Numbers(0, 1, "(]"),
+        "max_title_tokens": COUNT.or_none,
+        "vocab_size": COUNT,
+        "planted_items": Numbers(8, whole=True),  # two of each of four interests
+        "planted_users": Numbers(10, whole=True),
+    }
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.numbers)
 
     def views(self, saved: HistoryViews | None = None) -> HistoryViews | None:
         """The views that are asked for; those that a model was ``saved`` with where none are."""
@@ -93,15 +118,26 @@ class AugmentOptions:
     neighbour_content: float = option(1.0, "Neighbours: weight of title similarity beside co-occurrence.")
     neighbour_temperature: float = option(1.0, "Neighbours: below 1 sharpens.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "held_back": SHARE,
+        "augment_reverse": PROBABILITY,
+        "augment_prefix": PROBABILITY,
+        "augment_suffix": PROBABILITY,
+        "augment_drop_item": PROBABILITY,
+        "augment_shuffle": PROBABILITY,
+        "augment_single": PROBABILITY,
+        "augment_neighbour": PROBABILITY,
+        "teacher_weight": Numbers(0, 1, "(]"),
+        "teacher_temperature": POSITIVE,
+        "catalogue_rows": COUNT_FROM_ZERO,
+        "neighbour_content": NOT_NEGATIVE,
+        "neighbour_temperature": POSITIVE,
+    }
+
     def __post_init__(self) -> None:
-        check_option(self, "an integer >= 0", self.catalogue_rows >= 0, "catalogue_rows")
-        check_option(self, "a positive number", self.neighbour_temperature > 0, "neighbour_temperature")
-        check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
+        check_numbers(self, self.numbers)
         teachers = ("none", "auto", "linear", "item-knn")
         check_option(self, f"one of {', '.join(teachers)}", self.teacher in teachers, "teacher")
-        check_option(self, "a share, above 0 and at most 1", 0 < self.teacher_weight <= 1, "teacher_weight")
-        check_option(self, "a positive number", self.teacher_temperature > 0, "teacher_temperature")
-        check_option(self, "a number >= 0", self.neighbour_content >= 0, "neighbour_content")
 
     def apply(
         self, dataset: RecDataset, max_history: int, learned: Interactions | None = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, COUNT_FROM_ZERO, PROBABILITY, Numbers, check_numbers, option
 
 from . import voice
 from .parsing import emit, parse
@@ -44,6 +44,15 @@ class PrepareOptions:
     since: str | None = option(None, "Keep events from this ISO date, or number of seconds since 1970, on.")
     until: str | None = option(None, "Keep events before this ISO date, or number of seconds since 1970.")
     max_bad_share: float | None = option(None, "Share of malformed rows above which to refuse. Default: 0.01.")
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "max_history": COUNT.or_none,
+        "min_interactions": COUNT_FROM_ZERO.or_none,
+        "max_bad_share": PROBABILITY.or_none,
+    }
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.numbers)
 
 
 def main(argv: list[str]) -> int:

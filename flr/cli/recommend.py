@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from flr.config import option
+from flr.config import MAX_BEAMS, MAX_K, Numbers, check_numbers, option
 
 from . import voice
 from .parsing import REVISION, emit, parse
@@ -26,6 +28,15 @@ class RecommendOptions(InferenceOptions):
     exclude_seen: bool = option(False, "Never recommend an item of the history.")
     on_unknown: str = option("raise", "raise or skip items that the catalogue lacks.")
     shares: bool | None = option(None, "Compute each factor's share. None: for --history, not for histories on stdin.")
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "k": Numbers(1, MAX_K, whole=True),
+        "num_beams": Numbers(1, MAX_BEAMS, whole=True),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, self.numbers)
 
 
 def main(argv: list[str]) -> int:

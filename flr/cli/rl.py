@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import SHARE, Numbers, check_numbers, option
 
 from . import voice
 from .on_ray import RayOptions, train_on_ray
-from .options import DataOptions, check_option, load_trained
+from .options import DataOptions, load_trained
 from .parsing import REVISION, emit, parse
 from .training import summarise, training_run
 from .weights import WeightOptions
@@ -33,9 +34,11 @@ class RLOptions(WeightOptions):
         "Reinforce on this share of train alone, the latest rows, which flr sft --held_back left out.",
     )
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {"held_back": SHARE}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_option(self, "a share, at least 0 and below 1", 0 <= self.held_back < 1, "held_back")
+        check_numbers(self, self.numbers)
 
 
 def train(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, COUNT_FROM_ZERO, Numbers, check_numbers, option
 
 from . import voice
 from .options import DataOptions, load_trained
@@ -40,15 +41,20 @@ class RobustnessOptions(InferenceOptions):
     damage_seed: int = option(0, "Seed of the damage, which is the same for all models.")
     output: str = option("robustness", "Folder for robustness.json and robustness.png.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "max_users": COUNT.or_none,
+        "num_beams": COUNT,
+        "batch_size": COUNT,
+        "damage_seed": COUNT_FROM_ZERO,
+    }
+
     def __post_init__(self) -> None:
         InferenceOptions.__post_init__(self)
+        check_numbers(self, self.numbers)
         if self.split not in ("valid", "test"):
             raise ValueError(f"split: expected valid or test, got {self.split!r}")
         if not self.kind_list() or set(self.kind_list()) - set(KINDS):
             raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {self.kinds!r}")
-        for name in ("max_users", "num_beams", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.severity_list()
         self.model_folders()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from flr.config import option
+from flr.config import COUNT, SEED, Numbers, check_numbers, option
 
 from . import voice
 from .parsing import REVISION, emit, parse
@@ -48,6 +49,22 @@ class SidsOptions:
     codes_from: str | None = option(
         None, "Take codes from a file instead: .index.json, or integers [levels, items] as .npy or .safetensors."
     )
+
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "embed_size": COUNT,
+        "embed_batch_size": COUNT,
+        "embed_max_tokens": COUNT,
+        "levels": Numbers(1, 26, whole=True),
+        "codes": Numbers(2, whole=True),
+        "balance": Numbers(1, also=(0,)),
+        "iterations": COUNT,
+        "epochs": COUNT,
+        "latent_size": COUNT,
+        "seed": SEED,
+    }
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.numbers)
 
 
 def main(argv: list[str]) -> int:

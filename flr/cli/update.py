@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import option
+from flr.config import SHARE, Numbers, check_numbers, option
 
 from . import voice
 from .options import AugmentOptions, check_option, in_words
@@ -47,9 +47,11 @@ class UpdateOptions(WeightOptions):
     replay_share: float = option(0.5, "Share of old rows among those that are learned, where there are so many.")
     card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {"replay_share": SHARE}
+
     def __post_init__(self) -> None:
         WeightOptions.__post_init__(self)
-        check_option(self, "a number in [0, 1)", 0 <= self.replay_share < 1, "replay_share")
+        check_numbers(self, self.numbers)
         check_option(self, "a prepared folder", bool(self.data), "data")
 
     def loading(self, use_cpu: bool) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import ALL_LINEAR, ATTENTION, DTYPES, option
+from flr.config import ALL_LINEAR, ATTENTION, COUNT_FROM_ZERO, DTYPES, POSITIVE, SHARE, Numbers, check_numbers, option
 
 from .options import check_option
 
@@ -90,10 +91,14 @@ class LoraOptions:
     )
     load_in_4bit: bool = option(False, "LoRA: hold the backbone in four bits (QLoRA, by bitsandbytes).")
 
+    numbers: ClassVar[Mapping[str, Numbers]] = {
+        "lora_rank": COUNT_FROM_ZERO,
+        "lora_alpha": POSITIVE.or_none,
+        "lora_dropout": SHARE,
+    }
+
     def __post_init__(self) -> None:
-        check_option(self, "an integer >= 0", self.lora_rank >= 0, "lora_rank")
-        check_option(self, "a positive number", self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha")
-        check_option(self, "a number in [0, 1)", 0 <= self.lora_dropout < 1, "lora_dropout")
+        check_numbers(self, self.numbers)
         check_option(self, "names of layers", all(self._names()), "lora_targets")
         if not self.lora_rank:
             for name in ("lora_alpha", "lora_dropout", "lora_targets"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
@@ -13,6 +13,7 @@ from transformers.integrations import is_tensorboard_available
 from flr.config import check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
 
+from .limits import METRICS, check_limits
 from .prompts import check_prompt_cache
 from .rewards import Rewards
 from .zero import load_whole, zero_settings
@@ -128,7 +129,12 @@ class RecTrainingArguments(TrainingArguments):
     greater_is_better: bool | None = option(True, "Whether a larger metric is better.")
     report_to: None | str | list[str] = option("none", _LOGGERS)  # noqa: RUF036 - HfArgumentParser expects None first
 
+    #: What ``metric_for_best_model`` may name.
+    metrics: ClassVar[tuple[str, ...]] = METRICS
+
     def __post_init__(self) -> None:
+        check_limits(self, self.metrics)
+        self._check_own()
         _check_flags(self, REFUSED)
         if self.train_sampling_strategy not in SAMPLING:
             wanted = f"one of {', '.join(SAMPLING)}"
@@ -144,6 +150,9 @@ class RecTrainingArguments(TrainingArguments):
             raise ValueError("fsdp: expected GPUs, got processes on the CPU, where accelerate would do DDP in silence")
         if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
+
+    def _check_own(self) -> None:
+        """ValueError for options of a subclass that are unusable; numbers have been looked at before."""
 
 
 @dataclass
@@ -167,14 +176,8 @@ class SFTConfig(RecTrainingArguments):
     output_dropout: float = option(0.0, "Dropout on the lm_head's input, in [0, 1).")
     logging_steps: float = option(50, "Steps between two lines of the log.")
 
-    def __post_init__(self) -> None:
+    def _check_own(self) -> None:
         check_normalisation("normalisation", self.normalisation)
-        for name in ("embedding_dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
-        super().__post_init__()
-        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
-            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
 
 
 #: What an update refuses beside what training refuses.
@@ -212,19 +215,10 @@ class UpdateConfig(SFTConfig):
         0.2, "λ in [0, 1] of their objective: λ times the target's likelihood and 1 - λ times the reward's policy."
     )
 
-    def __post_init__(self) -> None:
+    def _check_own(self) -> None:
         _check_flags(self, REFUSED_BY_UPDATE)
-        checks = (
-            ("rl_steps", "an integer >= 0", self.rl_steps >= 0),
-            ("rl_learning_rate", "a positive number", self.rl_learning_rate > 0),
-            ("rl_group_size", "an integer >= 2", self.rl_group_size >= 2),
-            ("rl_likelihood_weight", "a number in [0, 1]", 0 <= self.rl_likelihood_weight <= 1),
-        )
-        for name, expected, ok in checks:
-            if not ok:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
-        Rewards.parse(self.rl_reward)
-        super().__post_init__()
+        Rewards.parse(self.rl_reward, "rl_reward")
+        super()._check_own()
 
 
 @dataclass
@@ -278,19 +272,18 @@ class LatentGRPOConfig(RecTrainingArguments):
     )
     logging_steps: float = option(10, "Steps between two lines of the log.")
 
-    def __post_init__(self) -> None:
+    metrics: ClassVar[tuple[str, ...]] = (*METRICS, "target_logprob")
+
+    def _check_own(self) -> None:
         for name, allowed in (("policy", POLICIES), ("advantage", KINDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("group_size", "num_iterations", "reward_beams"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        if self.noise_scale <= 0:
-            raise ValueError(f"noise_scale: expected a positive number, got {self.noise_scale}")
-        for name in ("epsilon_low", "epsilon_high", "kl_weight", "advantage_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        self._check_hybrid()
+        if self.kl_target and not self.kl_weight:
+            wanted = "a positive number to begin from with kl_target"
+            raise ValueError(f"kl_weight: expected {wanted}, got {self.kl_weight}")
+        if self.is_hybrid and self.num_iterations > 1:
+            wanted = "1 with a likelihood beside the policy"
+            raise ValueError(f"num_iterations: expected {wanted}, got {self.num_iterations}")
         if self.train_backbone and (self.policy == "thoughts" or self.kl_weight):
             raise ValueError(
                 "train_backbone: expected policy tokens and kl_weight 0, since thoughts reach the reasoner alone, got "
@@ -302,21 +295,6 @@ class LatentGRPOConfig(RecTrainingArguments):
         if saves and steps is not None and steps % self.num_iterations:
             raise ValueError(f"{saves}: expected a multiple of num_iterations = {self.num_iterations}, got {steps}")
         Rewards.parse(self.reward)
-        super().__post_init__()
-        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
-            raise ValueError("report_to: expected an installed logger, got tensorboard; pip install 'flr[tensorboard]'")
-
-    def _check_hybrid(self) -> None:
-        checks = (
-            ("likelihood_weight", "a number in [0, 1]", 0 <= self.likelihood_weight <= 1),
-            ("kl_target", "None or a positive number", self.kl_target is None or self.kl_target > 0),
-            ("kl_weight", "a positive number to begin from with kl_target", not self.kl_target or self.kl_weight > 0),
-            ("noise_target", "None or a share between 0 and 1", self.noise_target is None or 0 < self.noise_target < 1),
-            ("num_iterations", "1 with a likelihood beside the policy", self.num_iterations == 1 or not self.is_hybrid),
-        )
-        for name, expected, ok in checks:
-            if not ok:
-                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
     @property
     def is_hybrid(self) -> bool:

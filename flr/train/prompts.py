@@ -18,8 +18,6 @@ def check_prompt_cache(args: Any) -> None:
         raise ValueError(f"prompt_cache: expected one of {', '.join(PLACES)}, got {args.prompt_cache!r}")
     if args.prompt_cache == "none":
         return
-    if not args.prompt_cache_gb > 0:
-        raise ValueError(f"prompt_cache_gb: expected a positive number, got {args.prompt_cache_gb}")
     for name in _EXCLUDED:
         if value := getattr(args, name, None):
             raise ValueError(f"prompt_cache: expected none with {name} {value}, got {args.prompt_cache!r}")

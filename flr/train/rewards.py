@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,21 +52,27 @@ class Rewards:
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("reward: expected at least one, got none")
-        for name in self.terms:
+        for name, weight in self.terms.items():
             if isinstance(name, str):
                 _check_name(name)
+            if not math.isfinite(weight):
+                raise ValueError(f"reward: expected a finite number as weight of {name}, got {weight}")
 
     @classmethod
-    def parse(cls, text: str) -> Rewards:
-        """From names with weights, ``"log_likelihood=1,ndcg@10=0.5"``."""
+    def parse(cls, text: str, option: str = "reward") -> Rewards:
+        """From names with weights, ``"log_likelihood=1,ndcg@10=0.5"``; ``option`` is what errors call the text."""
         terms: dict[str | RewardFunction, float] = {}
         for part in text.split(","):
             name, _, weight = part.strip().partition("=")
-            _check_name(name)
+            _check_name(name, option)
+            if name in terms:
+                raise ValueError(f"{option}: expected every reward once, got {name} again in {text!r}")
             try:
                 terms[name] = float(weight or 1)
             except ValueError:
-                raise ValueError(f"reward: expected a number as weight of {name}, got {weight!r}") from None
+                terms[name] = math.nan
+            if not math.isfinite(terms[name]):
+                raise ValueError(f"{option}: expected a finite number as weight of {name}, got {weight!r}")
         return cls(terms)
 
     @property
@@ -128,11 +135,11 @@ class Rewards:
         return result._replace(rewards=total, mean=total.mean(1))
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, option: str = "reward") -> None:
     metric, _, cutoff = name.partition("@")
     ranking = (metric in ("hit", "ndcg") and cutoff.isdigit() and int(cutoff) > 0) or name == "mrr"
     if name not in LIKELIHOODS and not ranking:
-        raise ValueError(f"reward: expected {', '.join(LIKELIHOODS)}, mrr, hit@k or ndcg@k (=weight), got {name!r}")
+        raise ValueError(f"{option}: expected {', '.join(LIKELIHOODS)}, mrr, hit@k or ndcg@k (=weight), got {name!r}")
 
 
 def ranking_reward(ranks: Tensor, name: str) -> Tensor:

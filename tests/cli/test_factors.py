@@ -61,7 +61,7 @@ def test_it_measures_compares_prunes_and_training_goes_on(runs, tmp_path, capsys
         (["--kinds", "colour"], "kinds: expected one of sid, interest, series, volume, successor, got 'colour'"),
         (["--keep", "1"], "keep: expected --prune FOLDER beside it, got 1 alone"),
         (["--split", "all"], "split: expected train, valid or test, got 'all'"),
-        (["--max_users", "0"], "max_users: expected at least 1, got 0"),
+        (["--max_users", "0"], "max_users: expected None or an integer >= 1, got 0"),
     ],
 )
 def test_mistakes(runs, capsys, options, message):

@@ -95,10 +95,16 @@ MISTAKES = [
     ("evaluate --planted_items 70 --planted_users 150 --model {run}", "data: expected the catalogue that {run} was"),
     ("sft TINY --catalogue_rows -1", "catalogue_rows: expected an integer >= 0, got -1"),
     ("sft TINY --teacher ease", "teacher: expected one of none, auto, linear, item-knn, got 'ease'"),
-    ("sft TINY --teacher_weight 0", "teacher_weight: expected a share, above 0 and at most 1, got 0.0"),
+    ("sft TINY --teacher_weight 0", "teacher_weight: expected a number in (0, 1], got 0.0"),
     ("sft TINY --teacher_temperature 0", "teacher_temperature: expected a positive number, got 0.0"),
     ("sft TINY --teacher auto --augment_neighbour 0.1", "teacher: expected None beside neighbours"),
     ("sft TINY --neighbour_temperature 0", "neighbour_temperature: expected a positive number, got 0.0"),
+    ("sft TINY --views_weight 1.2", "views_weight: expected None or a number in [0, 1], got 1.2"),
+    ("sft TINY --augment_drop_item nan", "augment_drop_item: expected a number in [0, 1], got nan"),
+    ("sft TINY --orthogonality_weight nan", "orthogonality_weight: expected a number >= 0, got nan"),
+    ("sft TINY --weight_decay -3", "weight_decay: expected a number >= 0, got -3.0"),
+    ("evaluate DATA --model {run} --neighbours_weight 2", "neighbours_weight: expected None or a number in [0, 1]"),
+    ("sids --data {root} --embed tfidf --embed_size 0", "embed_size: expected an integer >= 1, got 0"),
     ("prepare recbole", "source: expected a file or folder, got none"),
     # choices
     ("evaluate DATA --model {run} --split last", "split: expected train, valid or test, got 'last'"),
@@ -115,6 +121,7 @@ MISTAKES = [
     ("FLR_BACKEND=triton sft TINY", "triton backend: needs a CUDA tensor, got one on cpu"),
     ("FLR_BACKEND=best sft TINY", "FLR_BACKEND: expected auto, reference, triton"),
     ("sft TINY --output_dir {file}", "{file}: File exists"),
+    ("bench compare {root}/a {root}/b --threshold nan", "threshold: expected a positive number, got nan"),
     ("bench compare {root}/absent.json {root}/absent.json", "{root}/absent.json: No such file or directory"),
 ]  # fmt: skip
 

@@ -98,7 +98,7 @@ def _set(folder, *path, value):
     ("path", "value", "message"),
     [
         (("flr", "num_factors"), 99, r"config\.json: flr: num_factors: expected 1 to 16, got 99"),
-        (("flr", "dropout"), "much", r"config\.json: flr: .*'str'"),
+        (("flr", "dropout"), "much", r"config\.json: flr: dropout: expected a number in \[0, 1\), got 'much'"),
         (("flr", "odd"), 1, r"config\.json: flr: values: expected options of FLRConfig, got odd"),
         (("flr", "factor_size"), 1 << 40, r"config\.json: flr: factor_size: expected None or an integer from 1 to"),
         (("flr", "factor_size"), 1 << 15, "expected weights that fit the reasoner"),

@@ -152,7 +152,7 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
         ({"likelihood_weight": 1.5}, r"likelihood_weight: expected a number in \[0, 1\], got 1.5"),
         ({"kl_target": 0.0, "kl_weight": 1.0}, "kl_target: expected None or a positive number, got 0.0"),
         ({"kl_target": 0.1}, "kl_weight: expected a positive number to begin from with kl_target, got 0.0"),
-        ({"noise_target": 1.0}, "noise_target: expected None or a share between 0 and 1, got 1.0"),
+        ({"noise_target": 1.0}, "noise_target: expected None or a number in \\(0, 1\\), got 1.0"),
         ({"likelihood_weight": 0.5, "num_iterations": 2}, "num_iterations: expected 1 with a likelihood beside"),
     ],
 )
