@@ -32,7 +32,7 @@ from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, placed,
 from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
-from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
+from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, check_flag, exclusions
 from .results import Explanation, HistoryItem, Recommendation, Recommendations
 
 logger = logging.getLogger("flr")
@@ -210,6 +210,7 @@ class Recommender(QueryBuilder):
             FloatingPointError: the model gave NaN.
         """
         self.check(k, num_beams, scoring)
+        check_flag("shares", shares)
         resolved, unknown = self.resolve(histories, on_unknown)
         allowed, denied, unknown_filters = self.selection(allow, deny, where, on_unknown)
         skipped = sum(map(len, [*unknown, unknown_filters]))
