@@ -127,7 +127,7 @@ def save_views(folder: PathLike, views: HistoryViews, table: NeighbourTable | No
     config = read_json(file, _MAX_CONFIG)
     if table is not None:
         save_item_knn(folder, table)
-    write_json(file, {**config, "views": asdict(views) if views.weight or views.neighbours else None})
+    write_json(file, {**config, "views": asdict(views) if views.mixes else None})
 
 
 def _item_knn(folder: Path, views: HistoryViews | None, size: int) -> NeighbourTable | None:

@@ -79,6 +79,11 @@ class HistoryViews:
         if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
             raise ValueError(f"decay: expected a number in (0, 1], got {self.decay!r:.80}")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether anything takes part beside the whole prompt."""
+        return self.weight > 0 or self.neighbours > 0
+
 
 @dataclass(frozen=True)
 class Segment:

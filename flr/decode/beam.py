@@ -63,6 +63,7 @@ def beam_search(
     categories: torch.Tensor | None = None,
     wanted: torch.Tensor | int | None = None,
     prompts: Prompts | None = None,
+    renormalise: bool = True,
 ) -> BeamResult:
     """The k best items for each user's prompt.
 
@@ -81,6 +82,8 @@ def beam_search(
         length_penalty: scores are divided by (tokens of the item) ** length_penalty.
         prompts: of these inputs where they are encoded already, with hidden states wanted for "catalogue" (see
             ``prefill``). The search uses them up.
+        renormalise: False: under "catalogue", probabilities are those among the whole catalogue, though allowed items
+            alone are given. Under "full" they always are.
 
     Returns:
         BeamResult of items int64 [B, k] and scores float32 [B, k] (log-probabilities when length_penalty is 0). An item
@@ -106,16 +109,23 @@ def beam_search(
     count = num_prompts(inputs) if prompts is None else len(prompts.states)
     trie = trie.to(next(causal_lm(model).parameters()).device if prompts is None else prompts.states.device)
     allows = item_filter(trie, count, allowed, exclude, only, categories, wanted)
+    struck = allows if scoring == "catalogue" and not renormalise and not allows.all else None
+    allows = allows if struck is None else item_filter(trie, count)
     arguments = (trie, allows, num_beams, k, scoring, length_penalty)
     with evaluating(model):
         log_weights, given = None, inputs if prompts is None else None
         if prompts is None:
-            if (found := graphs.answer(model, inputs, lambda rows: KernelSearch(*arguments, rows))) is not None:
+            if (
+                struck is None
+                and (found := graphs.answer(model, inputs, lambda rows: KernelSearch(*arguments, rows))) is not None
+            ):
                 return found
             log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
         if log_weights is not None:
-            return MixedSearch(log_weights, *arguments, prompts.head_rows).run(prompts)
+            return MixedSearch(log_weights, *arguments, prompts.head_rows, struck).run(prompts)
+        if struck is not None:
+            return Search(*arguments, prompts.head_rows, struck).run(prompts)
         kind = KernelSearch if runs_as_kernel(prompts.states, max(num_beams, k)) else Search
         search = kind(*arguments, prompts.head_rows)
         return graphs.run(model, search, prompts, given) or search.run(prompts)

@@ -51,6 +51,7 @@ class MixedSearch(Search):
             if node.shape[1] == width * ways:
                 node, ends = node[:, ::ways], None if ends is None else ends[:, ::ways]
             score = score.sub_(norm[..., None]).unflatten(1, (width, ways)).add_(weights[..., None]).logsumexp(2)
+            score = self.strike(score, node)
             if complete_width:
                 complete = best_of(complete, self.pick(score, node, complete_width), complete_width)
             if num_beams:

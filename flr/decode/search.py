@@ -73,7 +73,8 @@ class Plan(NamedTuple):
 class Search:
     """What a search asks of trie, filter and model, a level at a time.
 
-    ``allows`` shrinks to the users that are not finished. This is the search in PyTorch; on a GPU
+    ``allows`` and ``struck`` shrink to the users that are not finished. What ``struck`` does not allow is not given but
+    keeps its part of what ``catalogue`` normalises over. This is the search in PyTorch; on a GPU
     :class:`flr.decode.kernel_search.KernelSearch` makes the same choices.
     """
 
@@ -86,8 +87,9 @@ class Search:
         scoring: Scoring,
         length_penalty: float,
         head_rows: HeadRows | None,
+        struck: ItemFilter | None = None,
     ) -> None:
-        self.trie, self.allows, self.num_beams, self.k = trie, allows, num_beams, k
+        self.trie, self.allows, self.struck, self.num_beams, self.k = trie, allows, struck, num_beams, k
         self.scoring, self.length_penalty, self.head_rows = scoring, length_penalty, head_rows
         self.skips_forced = scoring == "catalogue"  # tokens without alternative
 
@@ -97,6 +99,7 @@ class Search:
         root = torch.zeros(count, 1, dtype=torch.int64, device=device)
         items = self.allows.count(root, torch.full_like(root, self.trie.num_items))
         score = torch.zeros_like(root, dtype=torch.float32).masked_fill(items == 0, -torch.inf)
+        score = self.strike(score, root)
         best, no = nothing_found(count, self.k, device), torch.zeros(count, dtype=torch.bool, device=device)
         if self.skips_forced:
             single = items == 1  # nothing to choose
@@ -162,6 +165,14 @@ class Search:
     def select(self, users: torch.Tensor) -> None:
         """Go on with the users of these rows alone."""
         self.allows = self.allows.select(users)
+        self.struck = None if self.struck is None else self.struck.select(users)
+
+    def strike(self, score: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+        """``score`` [B, …], -inf at nodes (int64, of a shape that expands to it) below which all items are struck."""
+        if self.struck is None:
+            return score
+        begin, end = (x[node].long().expand(score.shape) for x in (self.trie.leaf_begin, self.trie.leaf_end))
+        return score.masked_fill(self.struck.count(begin, end) == 0, -torch.inf)
 
     def numbers(self, state: State, plan: Plan | None) -> torch.Tensor:
         """int64 [3]: the most live hypotheses of a user, users with one, the most tokens a user has to read next."""
@@ -249,6 +260,7 @@ class Search:
         for start in candidates.starts:
             node, ends, score = candidates.block(start) if start else first_block
             score = score.sub_(shift).add_(running.score[..., None])  # token_logits made it for us alone
+            score = self.strike(score, node)
             if complete_width:  # picked among all, then the unfinished struck out
                 complete = best_of(complete, self.pick(score, node, complete_width), complete_width)
             if num_beams:

@@ -18,7 +18,7 @@ from flr.data import CSR, HistoryViews, Interactions, NeighbourTable, RecProcess
 from flr.decode.mixture import ViewMixture
 from flr.model.backbone import evaluating
 
-from .metrics import ranks_from_scores, row_metrics
+from .metrics import ranks_from_scores, row_metrics, within_memory
 from .rank import progress_bar
 
 _METRICS = ("hr@10", "ndcg@10")
@@ -56,7 +56,8 @@ def fit_neighbours(
         table: of item-kNN or :func:`flr.data.fit_linear`, made of training rows only.
         rows: neither the model's nor the table's training rows, e.g. ``dataset.valid``.
         weights: in 0..1. num_beams: for codecs of several tokens an item, see :class:`ViewMixture`.
-        batch_size: users at a time. progress: show a bar on stderr, where that is a terminal.
+        batch_size: users at a time, fewer in a large catalogue.
+        progress: show a bar on stderr, where that is a terminal.
 
     Raises:
         ValueError: no rows, no weights, or one out of range.
@@ -78,9 +79,10 @@ def fit_tables(
     progress: bool = False,
 ) -> dict[str, NeighbourFit]:
     """:func:`fit_neighbours` for several tables by name; the model still runs once."""
+    batch_size = within_memory(batch_size, len(processor.catalogue))
     views = replace(processor.views or HistoryViews(weight=0.0), neighbours=0.0)
     mixture = ViewMixture(model, processor, views, num_beams=num_beams, batch_size=batch_size)
-    partners = {name: table.probabilities for name, table in tables.items()}
+    partners = {name: _logarithm(table.probabilities) for name, table in tables.items()}
     return _fits(model, mixture.scores, partners, rows, weights, batch_size, progress)
 
 
@@ -105,6 +107,7 @@ def fit_views(
     Raises:
         ValueError: no rows, no weights, or one out of range; a catalogue too large for views.
     """
+    batch_size = within_memory(batch_size, len(processor.catalogue))
     views = processor.views or HistoryViews(weight=0.0)
     whole, alone = (
         ViewMixture(model, processor, replace(views, weight=weight), num_beams=num_beams, batch_size=batch_size)
@@ -122,7 +125,7 @@ def _fits(
     batch_size: int,
     progress: bool,
 ) -> dict[str, NeighbourFit]:
-    """What each weight of each partner gives beside ``scores``; all are probabilities [B, C] of histories."""
+    """What each weight of each partner gives beside ``scores``; all are log-probabilities [B, C] of histories."""
     tried = tuple(sorted(set(weights)))
     if not tried or not 0 <= tried[0] <= tried[-1] <= 1:
         raise ValueError(f"weights: expected numbers in 0..1, got {list(weights)}")
@@ -132,15 +135,24 @@ def _fits(
     with evaluating(model), progress_bar(progress, "ranking", len(rows)) as advance:
         for start in range(0, len(rows), batch_size):
             part = rows.select(np.arange(start, min(start + batch_size, len(rows))))
-            own = scores(part.histories)
+            own = torch.from_numpy(scores(part.histories))
             target = torch.from_numpy(part.targets.astype(np.int64))
             for name, partner in partners.items():
-                others = partner(part.histories)
+                others = torch.from_numpy(partner(part.histories))
                 for place, weight in enumerate(tried):
-                    mixed = torch.from_numpy(((1 - weight) * own + weight * others).astype(np.float32))
+                    log_weights = torch.tensor([1 - weight, weight], dtype=torch.float64).log()
+                    mixed = torch.logaddexp(own + log_weights[0], others + log_weights[1])
                     ranks[name][place, start : start + len(part)] = ranks_from_scores(mixed, target).numpy()
             advance(len(part))
     return {name: _best(tried, found) for name, found in ranks.items()}
+
+
+def _logarithm(probabilities: Callable[[CSR], np.ndarray]) -> Callable[[CSR], np.ndarray]:
+    def logarithm(histories: CSR) -> np.ndarray:
+        with np.errstate(divide="ignore"):  # an item may have none
+            return np.log(probabilities(histories))
+
+    return logarithm
 
 
 def _best(tried: tuple[float, ...], ranks: np.ndarray) -> NeighbourFit:

@@ -28,9 +28,10 @@ from torch import nn
 
 from flr.data import CSR, Catalogue, HistoryViews, Interactions, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search, rank_one_token, score_all_items
+from flr.decode.memory import users_at_once
 from flr.decode.mixture import ViewMixture
 from flr.decode.scoring import resolve_scoring
-from flr.model.backbone import causal_lm, evaluating, mixes, position_limit
+from flr.model.backbone import causal_lm, position_limit
 
 from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items, within_memory
 from .parts import Ranked, fingerprint, in_parts
@@ -38,8 +39,6 @@ from .ranks import Share
 from .result import EvalResult
 
 Method = Literal["auto", "beam", "exhaustive"]
-
-_MAX_LOGITS = 1 << 27  # of one step: users a batch are cut so that B·W·V stays below (512 MiB in float32)
 
 
 class Scorer(Protocol):
@@ -78,8 +77,8 @@ def evaluate(
 
     Args:
         model: patched or plain causal LM. processor: its RecProcessor. interactions: the rows, e.g. ``dataset.test``.
-        batch_size: users at a time, fewer where B·W·V logits would take more than 512 MiB, or B·C scores of all items
-            more than 256 MiB; results stay the same.
+        batch_size: users at a time, fewer where B·W·V logits would take more than 256 MiB, or B·C scores of all items
+            more than that; results stay the same.
         num_beams: W of the beam search.
         scoring: "full" or "catalogue", see :mod:`flr.decode`; "auto" takes the processor's, that of training.
         method: "exhaustive" scores every item, so every target has its exact rank; "beam" ranks what a beam search
@@ -92,7 +91,8 @@ def evaluate(
         name: of the result, for tables.
         trie: of the processor's codec on the model's device, if the caller keeps one; else built here.
         views: rank by a mixture over views of the history (:mod:`flr.decode.mixture`; not resumed); default: the
-            processor's, if it has any.
+            processor's, if it has any. Under "beam" an item that no beam gave is not given, and targets have their
+            ranks among all that were.
         samples, seed: of the bootstrap.
         share: ``Share.own()`` shares the rows among the processes of ``torch.distributed``. Every process calls this,
             with the same model and rows, and gets the whole result; the first one writes.
@@ -114,31 +114,31 @@ def evaluate(
     if trie.num_items != len(processor.catalogue):
         raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {trie.num_items}")
     views = processor.views if views is None else views
-    shared: dict[str, Any] = {"samples": samples, "seed": seed, "progress": progress, "share": share}
-    if views is not None:
-        num_beams = max(num_beams, top_k)
-        mixture = ViewMixture(
-            model, processor, views, num_beams=num_beams, batch_size=batch_size, scoring=scoring, trie=trie, name=name
-        )
-        return _by_mixture(mixture, interactions, output_dir, exclude_seen=exclude_seen, top_k=top_k, **shared)
+    views = views if views is not None and views.mixes else None
     if method == "auto":
         method = "exhaustive" if trie.depth == 1 else "beam"
-    vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", 0) or trie.max_token + 1)
-    beams = num_beams if method == "beam" else None
-    ways = causal_lm(model)._flr_patch.config.num_factors if mixes(model) else 1
-    batch_size = max(1, min(batch_size, _MAX_LOGITS // ((beams or 1) * vocabulary * ways)))
-    if beams is None:
+    beams = None if method == "exhaustive" else num_beams if views is None else max(num_beams, top_k)
+    batch_size = users_at_once(model, trie, beams or 1, batch_size)
+    if beams is None or views is not None:
         batch_size = within_memory(batch_size, trie.num_items)
     settings: dict[str, Any] = {"method": method, "scoring": scoring, "num_beams": beams, "exclude_seen": exclude_seen}
     settings |= {"top_k": top_k, "codec": processor.codec}
-    rank = _ranker(model, processor, interactions, trie, settings)
+    mixture = None
+    if views is not None:
+        settings["views"] = asdict(views)
+        mixture = ViewMixture(
+            model, processor, views, num_beams=beams, batch_size=batch_size, scoring=scoring, trie=trie
+        )
+    rank = _ranker(model, processor, interactions, trie, settings, mixture)
     prompts = processor.prompts(interactions.histories).tokens
     order = _longest_first(prompts.lengths)
     folder = None
-    if output_dir is not None:
+    if output_dir is not None and mixture is None:
         folder = Path(output_dir) / "parts" / fingerprint(settings, model, processor, prompts, interactions, order)
-    shared |= {"name": name, "batch_size": batch_size, "order": order, "folder": folder}
-    result = _result(rank, interactions, len(processor.catalogue), settings, **shared)
+    result = _result(
+        rank, interactions, len(processor.catalogue), settings, name=name, batch_size=batch_size, order=order,
+        folder=folder, samples=samples, seed=seed, progress=progress, share=share,
+    )  # fmt: skip
     if output_dir is not None and share.rank == 0:
         result.save(output_dir)
         shutil.rmtree(Path(output_dir) / "parts", ignore_errors=True)
@@ -146,17 +146,24 @@ def evaluate(
 
 
 def _ranker(
-    model: nn.Module, processor: RecProcessor, interactions: Interactions, trie: CatalogueTrie, settings: dict[str, Any]
+    model: nn.Module,
+    processor: RecProcessor,
+    interactions: Interactions,
+    trie: CatalogueTrie,
+    settings: dict[str, Any],
+    mixture: ViewMixture | None,
 ) -> Callable[[np.ndarray], Ranked]:
-    """What ranks rows as the settings say: by beam search or, without ``num_beams``, by every item's score."""
+    """What ranks rows as the settings say: a mixture, a beam search or, without ``num_beams``, every item's score."""
     scoring, num_beams, top_k = settings["scoring"], settings["num_beams"], settings["top_k"]
     groups = group_ids(processor.catalogue.titles)
-    groups_on_device = torch.from_numpy(groups).to(trie.children.device)
 
     def rank(rows: np.ndarray) -> Ranked:
         part = interactions.select(rows)
-        inputs = processor(part)
         exclude = padded_rows(part.histories) if settings["exclude_seen"] else None
+        if mixture is not None:
+            scores = torch.from_numpy(mixture.scores(part.histories, exclude, least=top_k))
+            return _from_scores(scores, part.targets, groups, top_k)
+        inputs = processor(part)
         if num_beams is not None:
             best = beam_search(model, inputs, trie, num_beams, top_k, scoring, exclude=exclude)
             lists = best.items.cpu().numpy(), best.scores.cpu().numpy()
@@ -164,24 +171,9 @@ def _ranker(
             return Ranked(by_item, by_title, *lists)
         score = rank_one_token if trie.depth == 1 else score_all_items
         scores = score(model, inputs, trie, scoring, exclude=exclude)
-        return _from_scores(scores, part.targets, groups_on_device, top_k)
+        return _from_scores(scores, part.targets, groups, top_k)
 
     return rank
-
-
-def _by_mixture(
-    mixture: ViewMixture, interactions: Interactions, output_dir: str | Path | None, **options: Any
-) -> EvalResult:
-    """:func:`evaluate` with views; ``options`` are those of :func:`evaluate_scorer`."""
-    processor = mixture.processor
-    with evaluating(mixture.model):
-        order = _longest_first(processor.prompt_lengths(interactions.histories))
-        result = evaluate_scorer(mixture, interactions, processor.catalogue, order=order, **options)
-    result.settings |= {"scoring": mixture.scoring, "num_beams": mixture.num_beams, "codec": processor.codec}
-    result.settings["views"] = asdict(mixture.views)
-    if output_dir is not None and options["share"].rank == 0:
-        result.save(output_dir)
-    return result
 
 
 def evaluate_scorer(
@@ -203,7 +195,7 @@ def evaluate_scorer(
     ``order`` is a permutation of the rows, int64 [n], by which they are worked off; the result has them as they are.
     """
     _check_rows(interactions, len(catalogue))
-    groups = torch.from_numpy(group_ids(catalogue.titles))
+    groups = group_ids(catalogue.titles)
 
     def rank(rows: np.ndarray) -> Ranked:
         part = interactions.select(rows)
@@ -241,14 +233,15 @@ def _check_rows(interactions: Interactions, num_items: int) -> None:
         raise ValueError(f"interactions: expected item indices below {num_items}, got {interactions.max_index}")
 
 
-def _from_scores(scores: torch.Tensor, targets: np.ndarray, groups: torch.Tensor, top_k: int) -> Ranked:
+def _from_scores(scores: torch.Tensor, targets: np.ndarray, groups: np.ndarray, top_k: int) -> Ranked:
     best, items = top_items(scores, top_k)
     items = items.masked_fill(best == -torch.inf, -1)
     missing = top_k - items.shape[1]
     items = nn.functional.pad(items, (0, missing), value=-1)
     best = nn.functional.pad(best, (0, missing), value=-torch.inf)
     own = torch.from_numpy(targets.astype(np.int64)).to(scores.device)
-    ranked = ranks_from_scores(scores, own), ranks_from_scores(scores, own, groups), items, best
+    by_title = ranks_from_scores(scores, own, torch.from_numpy(groups).to(scores.device))
+    ranked = ranks_from_scores(scores, own), by_title, items, best
     return Ranked(*(x.cpu().numpy() for x in ranked))
 
 

@@ -85,7 +85,7 @@ class QueryBuilder:
         if on_unknown not in ("raise", "skip"):
             raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
         catalogue, size = self.processor.catalogue, len(self.processor.catalogue)
-        if isinstance(history, str) or not isinstance(history, (Sequence, np.ndarray)):
+        if isinstance(history, str) or not isinstance(history, (Sequence, np.ndarray)) or _is_one(history):
             raise ValueError(f"{name}: expected a sequence of item ids or titles, got {_typed(history)}")
         if len(history) > MAX_ENTRIES:
             raise ValueError(f"{name}: expected at most {MAX_ENTRIES} entries, got {len(history)}")
@@ -124,6 +124,8 @@ class QueryBuilder:
         Arguments and errors are those of :meth:`resolve`; an attribute that the catalogue lacks, or values of another
         type, raise ValueError.
         """
+        if where is not None and not isinstance(where, Mapping):
+            raise ValueError(f"where: expected attributes with lists of values (a dict), got {_typed(where)}")
         denied, unknown = self.names("deny", deny, on_unknown, every=True, suggest=suggest)
         allowed = None
         if allow is not None:
@@ -143,12 +145,14 @@ class QueryBuilder:
         if column is None:
             known = ", ".join(map(repr, attributes)) or "none"
             raise ValueError(f"where: expected attributes of the catalogue ({known}), got {name!r}")
-        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable) or _is_one(values):
             raise ValueError(f"where[{name!r}]: expected a list of values, got {values!r:.80}")
         wanted = list(values)
         if len(wanted) > MAX_ENTRIES:
             raise ValueError(f"where[{name!r}]: expected at most {MAX_ENTRIES} values, got {len(wanted)}")
-        types: tuple[type, ...] = {"U": (str,), "b": (bool, np.bool_)}.get(column.dtype.kind, (int, float, np.number))
+        types: tuple[type, ...] = {"U": (str,), "b": (bool, np.bool_)}.get(
+            column.dtype.kind, (int, float, np.integer, np.floating)
+        )
         for value in wanted:
             if not isinstance(value, types) or (isinstance(value, bool) and column.dtype.kind != "b"):
                 raise ValueError(f"where[{name!r}]: expected values of type {types[0].__name__}, got {value!r:.80}")
@@ -165,6 +169,7 @@ class QueryBuilder:
         denied: np.ndarray | None = None,
     ) -> Query:
         """A query from what :meth:`resolve` and :meth:`selection` gave."""
+        check_flag("exclude_seen", exclude_seen)
         parts = [part for part in (denied, history if exclude_seen else None) if part is not None]
         return Query(history, k, np.concatenate([np.zeros(0, np.int64), *parts]), allowed)
 
@@ -174,6 +179,17 @@ class QueryBuilder:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= limit:
                 raise ValueError(f"{name}: expected an integer from 1 to {limit}, got {value!r}")
         resolve_scoring(scoring, self.processor.scoring)
+
+
+def check_flag(name: str, value: object) -> None:
+    """ValueError unless it is True or False: "no" would count as yes."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: expected True or False, got {value!r:.80}")
+
+
+def _is_one(values: object) -> bool:
+    """Whether it is an array without dimensions."""
+    return isinstance(values, np.ndarray) and values.ndim == 0
 
 
 def _typed(value: object) -> str:

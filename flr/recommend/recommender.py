@@ -19,8 +19,9 @@ import torch
 from huggingface_hub import HfApi
 from torch import nn
 
-from flr.data import CSR, RecProcessor
+from flr.data import CSR, HistoryViews, RecProcessor
 from flr.decode import CatalogueTrie, Scoring, beam_search
+from flr.decode.memory import users_at_once
 from flr.decode.mixture import ViewMixture
 from flr.decode.prompts import prefill
 from flr.decode.scoring import resolve_scoring
@@ -31,13 +32,13 @@ from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, placed,
 from flr.model.checkpoint import load_from
 
 from .histories import UserHistories
-from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, exclusions
+from .query import History, OnUnknown, Query, QueryBuilder, Where, allowances, check_flag, exclusions
 from .results import Explanation, HistoryItem, Recommendation, Recommendations
 
 logger = logging.getLogger("flr")
 
-_MAX_LOGITS = 1 << 26  # of a beam step: users a part are cut so that B·W·V stays below (256 MiB in float32)
 _MAX_USERS = 64  # a part
+_MAX_SCORES = 1 << 25  # of a mixture: users a part are cut so that B·C stays below (256 MiB in float64, and 4 such)
 _MAX_MASKS = 1 << 27  # of filters: users a part are cut so that B·C stays below (640 MiB with their prefix sums)
 
 
@@ -87,7 +88,7 @@ class Recommender(QueryBuilder):
         if config is not None and count and token != config.thought_token_id:
             raise ValueError(f"processor: expected the thought token {config.thought_token_id}, got {token}")
         self.device = next(lm.parameters()).device
-        self._vocabulary = size = int(lm.config.get_text_config(decoder=True).vocab_size)
+        size = int(lm.config.get_text_config(decoder=True).vocab_size)
         self.trie = (CatalogueTrie.from_codec(processor.item_codec) if trie is None else trie).to(self.device)
         if self.trie.num_items != len(processor.catalogue):
             raise ValueError(f"trie: expected {len(processor.catalogue)} items, got {self.trie.num_items}")
@@ -209,6 +210,7 @@ class Recommender(QueryBuilder):
             FloatingPointError: the model gave NaN.
         """
         self.check(k, num_beams, scoring)
+        check_flag("shares", shares)
         resolved, unknown = self.resolve(histories, on_unknown)
         allowed, denied, unknown_filters = self.selection(allow, deny, where, on_unknown)
         skipped = sum(map(len, [*unknown, unknown_filters]))
@@ -244,10 +246,8 @@ class Recommender(QueryBuilder):
 
     def rows_at_once(self, num_beams: int) -> int:
         """How many queries :meth:`ranked` may be given, so that logits and filters stay within bounds; at least 1."""
-        part = min(_MAX_USERS, _MAX_LOGITS // (num_beams * self._vocabulary), _MAX_MASKS // self.trie.num_items)
-        if self.processor.views is not None:
-            part = min(part, _MAX_LOGITS // self.trie.num_items)
-        return max(1, part)
+        most = _MAX_MASKS if self._views is None else min(_MAX_MASKS, _MAX_SCORES)
+        return users_at_once(self.model, self.trie, num_beams, min(_MAX_USERS, most // self.trie.num_items))
 
     def explain(
         self,
@@ -267,6 +267,12 @@ class Recommender(QueryBuilder):
         resolved = self.resolve([history], on_unknown)
         query = self.query(resolved.histories[0], k, exclude_seen)
         return self.explained([query], resolved.unknown, max(num_beams, k), scoring)[0]
+
+    @property
+    def _views(self) -> HistoryViews | None:
+        """The processor's, where anything takes part beside the whole prompt."""
+        views = self.processor.views
+        return views if views is not None and views.mixes else None
 
     @property
     def variant(self) -> str:
@@ -303,16 +309,17 @@ class Recommender(QueryBuilder):
         with self._lock, torch.inference_mode(), evaluating(self.model):
             inputs, depth = self.processor(histories), self.trie.depth
             mixed_with = encoded = None
-            if self.processor.views is None and not mixes(self.model):
+            views = self._views
+            if views is None and not mixes(self.model):
                 encoded = prefill(self.model, inputs, reserve=depth, want_hidden=scoring == "catalogue")
             prompts = think(self.model, inputs, depth, encoded) if shares else None
-            if self.processor.views is None:
+            if views is None:
                 best = beam_search(
                     self.model, inputs, self.trie, num_beams, k, scoring, allowed, exclude=exclude, prompts=encoded
                 )
                 items, scores = best.items.cpu().numpy(), best.scores.cpu().numpy()
             else:
-                mixture = self._mixture_of(num_beams, scoring)
+                mixture = self._mixture_of(views, num_beams, scoring)
                 items, scores, mixed_with = mixture.best(CSR.from_rows(histories), k, exclude, allowed)
                 exclude = allowed = None  # struck out of the mixture, which is not normalised again
             own_k = np.array([[query.k] for query in queries])
@@ -364,12 +371,12 @@ class Recommender(QueryBuilder):
             explanations.append(Explanation(*about, aggregation="mixture" if mixes(self.model) else "thought"))
         return explanations
 
-    def _mixture_of(self, num_beams: int, scoring: Scoring) -> ViewMixture:
-        """The mixture over the processor's views; the last one is kept, since its table may be large."""
-        views, old = self.processor.views, self._mixture
-        if old is None or (old.views, old.num_beams, old.scoring) != (views, num_beams, scoring):
+    def _mixture_of(self, views: HistoryViews, num_beams: int, scoring: Scoring) -> ViewMixture:
+        """The mixture over ``views``; the last one is kept, since its table may be large."""
+        old, beams = self._mixture, None if self.trie.depth == 1 else num_beams
+        if old is None or (old.views, old.num_beams, old.scoring) != (views, beams, scoring):
             self._mixture = None
-            options: dict[str, Any] = {"num_beams": num_beams, "scoring": scoring, "trie": self.trie}
+            options: dict[str, Any] = {"num_beams": beams, "scoring": scoring, "trie": self.trie}
             self._mixture = ViewMixture(self.model, self.processor, views, **options)
         assert self._mixture is not None
         return self._mixture

@@ -126,13 +126,18 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening address; OSError where it is taken."""
+    """A listening address; OSError where it is taken.
+
+    Who connects before requests are taken up waits for it: two sockets may be bound to an address until one listens, so
+    a second server would load its model before it learned that the address is taken.
+    """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     # with the protocol, asyncio knows it for TCP and turns Nagle's algorithm off: 40 ms a request on a kept connection
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(_BACKLOG)
     except OSError as error:
         bound.close()
         raise OSError(f"cannot bind to {host}:{port}: {error.strerror}") from None

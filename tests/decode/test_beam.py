@@ -60,11 +60,15 @@ def test_enough_beams_equal_brute_force(model, sequences, scoring, data):
         hit = (exclude[:, :, None] == torch.arange(count)).any(1)
         allowed, arguments = allowed & ~hit, {**arguments, "exclude": exclude}
     expected = naive_scores(model, inputs, sequences, scoring, allowed)
+    scored = expected
+    if not (renormalise := data.draw(st.booleans())):
+        scored = naive_scores(model, inputs, sequences, scoring, torch.ones_like(allowed))
+        scored = scored.masked_fill(~allowed, -torch.inf)
     k = data.draw(st.integers(1, count + 2))
     kernel = data.draw(st.booleans())  # the steps that a GPU takes
     with mock.patch.object(flr.decode.beam, "runs_as_kernel", return_value=kernel):
-        found = beam_search(model, inputs, trie, max(count, 1), k, scoring, **arguments)
-    assert_ranked(found, expected, k)
+        found = beam_search(model, inputs, trie, max(count, 1), k, scoring, **arguments, renormalise=renormalise)
+    assert_ranked(found, scored, k)
     chunk = data.draw(st.integers(1, 30))
     scores = score_all_items(model, inputs, trie, scoring, chunk, **arguments)
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)

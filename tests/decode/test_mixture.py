@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from flr.data import CSR, HistoryViews, NeighbourTable, RecProcessor
+from flr.data import CSR, Catalogue, HistoryViews, NeighbourTable, RecProcessor, build_tokenizer
 from flr.decode import score_all_items
 from flr.decode.mixture import ViewMixture
-from flr.evaluate import evaluate
+from flr.evaluate import evaluate, fit_views
 from flr.model.folder import BESIDE
 from tests.helpers.catalogues import DATA
-from tests.helpers.models import trainable
+from tests.helpers.models import tiny_llama, trainable
 
 
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
@@ -21,8 +21,8 @@ def test_views_are_a_mixture_of_probabilities(codec, weight):
     model.eval()
     histories = [[1, 2, 3], [7], [], [5, 5, 9, 30], list(range(12))]
     mixture = ViewMixture(model, processor, num_beams=40, batch_size=2)
-    scores = mixture.scores(CSR.from_rows(histories))
-    again = ViewMixture(model, processor, num_beams=40).scores(CSR.from_rows(histories[::-1]))[::-1]
+    scores = np.exp(mixture.scores(CSR.from_rows(histories)))
+    again = np.exp(ViewMixture(model, processor, num_beams=None).scores(CSR.from_rows(histories[::-1]))[::-1])
     np.testing.assert_allclose(scores, again, rtol=1e-3, atol=1e-6)
 
     def probabilities(history):
@@ -47,7 +47,9 @@ def test_views_are_saved_and_used_by_evaluation(tmp_path):
     mixed = evaluate(model, loaded, DATA.test, progress=False)
     whole = evaluate(model, loaded, DATA.test, progress=False, views=HistoryViews(0.0))
     loaded.views = None
-    assert whole.metrics == evaluate(model, loaded, DATA.test, progress=False).metrics
+    alone = evaluate(model, loaded, DATA.test, progress=False)
+    assert whole.metrics == alone.metrics
+    np.testing.assert_array_equal(whole.scores, alone.scores)
     assert mixed.metrics != whole.metrics
     assert mixed.settings["views"] == {"weight": 0.7, "decay": 0.5, "neighbours": 0.0}
     for wrong in ({"weight": 1.5}, {"decay": 0.0}):
@@ -57,24 +59,124 @@ def test_views_are_saved_and_used_by_evaluation(tmp_path):
         ViewMixture(model, loaded)
 
 
+@pytest.fixture(scope="module")
+def unlikely():
+    """Forty items of so many tokens that float32 holds the probability of none, and a model that was not trained."""
+    rng = np.random.default_rng(0)
+    titles = [" ".join(rng.choice(["kaban", "lorel", "mivin", "nator"], 30)) + f" {i}" for i in range(40)]
+    catalogue = Catalogue([f"item_{i}" for i in range(40)], titles)
+    processor = RecProcessor(build_tokenizer(catalogue, "title", vocab_size=400), catalogue, "title")
+    model = tiny_llama(len(processor.tokenizer), num_hidden_layers=1).eval()
+    return model, processor
+
+
+@pytest.mark.parametrize("views", [HistoryViews(0.3), HistoryViews(1.0), HistoryViews(0.3, neighbours=0.4)])
+def test_items_that_no_float_holds_are_ranked_and_listed(unlikely, views):
+    model, processor = unlikely
+    processor.item_knn = NeighbourTable.fit(DATA.train.select([0]), 40)
+    histories = CSR.from_rows([[1, 2], []])
+    best = ViewMixture(model, processor, views, num_beams=40).best(histories, 40)
+    assert (np.sort(best.items) == np.arange(40)).all()
+    assert best.scores.min() < -104
+    logs = np.logaddexp(best.parts[0] + _whole(model, processor, histories, best.items), best.parts[1])
+    np.testing.assert_allclose(logs, best.scores, rtol=1e-5)
+    fit = fit_views(model, processor, DATA.valid.select(np.arange(5)), [0.5], num_beams=40)
+    found = evaluate(
+        model, processor, DATA.valid.select(np.arange(5)), method="exhaustive", progress=False, samples=2,
+        views=HistoryViews(0.5),
+    )  # fmt: skip
+    np.testing.assert_allclose(fit.metrics["ndcg@10"].mean(), found.metrics["item"]["ndcg@10"])
+    assert (found.ranks["item"] > 0).all()
+    assert len(np.unique(found.ranks["item"])) > 1
+
+
+def _whole(model, processor, histories, items):
+    """log p(item | history)."""
+    prompts = processor(histories)
+    with torch.inference_mode():
+        return score_all_items(model, prompts, processor.item_codec).gather(1, torch.from_numpy(items)).numpy()
+
+
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+@pytest.mark.parametrize("views", [HistoryViews(0.3), HistoryViews(1.0), HistoryViews(0.0, neighbours=0.4)])
+@pytest.mark.parametrize("options", [{}, {"aggregation": "mixture", "num_factors": 2}])
+def test_filters_make_no_list_shorter_and_change_no_score(scoring, views, options):
+    model, processor = trainable("title", views, **options)
+    model.eval()
+    processor.item_knn = NeighbourTable.fit(DATA.train.select([0]), 40)
+    histories = CSR.from_rows([[1, 2, 3], [7], []])
+    every = ViewMixture(model, processor, num_beams=None, scoring=scoring).scores(histories)
+    mixture = ViewMixture(model, processor, num_beams=5, scoring=scoring)
+    first = mixture.best(histories, 5)
+    few = torch.zeros(3, 40, dtype=torch.bool)
+    few[0, 30:34] = few[1, 12:20] = few[2, [4]] = True
+    for exclude, allowed, counts in (
+        (torch.from_numpy(first.items), None, (5, 5, 5)),
+        (None, few, (4, 5, 1)),
+        (None, few[1], (5, 5, 5)),
+        (torch.tensor([[30, 31], [-1, -1], [4, -1]]), few, (2, 5, 0)),
+    ):
+        best = mixture.best(histories, 5, exclude, allowed)
+        assert tuple((best.items >= 0).sum(1)) == counts
+        logs = mixture.scores(histories, exclude, allowed, least=5)
+        assert tuple((logs > -np.inf).sum(1)) >= counts
+        for row, (items, scores) in enumerate(zip(best.items, best.scores, strict=True)):
+            given = items[items >= 0]
+            assert allowed is None or few[row if allowed.dim() == 2 else 1][given].all()
+            assert exclude is None or not set(given) & set(exclude[row].tolist())
+            assert (scores[: len(given)] <= every[row, given] + 1e-4).all()  # some views may not have found it
+        alone = mixture.best(CSR.from_rows([[]]), 5, None if exclude is None else exclude[2:], few[1])
+        np.testing.assert_allclose(alone.scores[0, :1], every[2, alone.items[0, :1]], atol=1e-4)
+    np.testing.assert_array_equal(mixture.best(histories, 5).items, first.items)
+
+
+def test_evaluation_scores_every_item_where_it_is_asked_to():
+    model, processor = trainable("title", HistoryViews(0.4))
+    shared = {"progress": False, "samples": 2, "num_beams": 20}
+    exact = evaluate(model, processor, DATA.test, method="exhaustive", **shared)
+    assert (exact.settings["method"], exact.settings["num_beams"]) == ("exhaustive", None)
+    every = ViewMixture(model, processor, num_beams=None).scores(DATA.test.histories)
+    own = every[np.arange(len(DATA.test)), DATA.test.targets]
+    np.testing.assert_array_equal(exact.ranks["item"], (every >= own[:, None]).sum(1))
+    found = evaluate(model, processor, DATA.test, **shared)
+    assert (found.settings["method"], found.settings["num_beams"]) == ("beam", 20)
+    given = ViewMixture(model, processor, num_beams=20).scores(DATA.test.histories) > -np.inf
+    given = given[np.arange(len(DATA.test)), DATA.test.targets]
+    assert 0 < given.sum() < len(given)
+    np.testing.assert_array_equal(found.ranks["item"] > 0, given)
+    assert (found.scores[found.items >= 0] > -np.inf).all()
+
+
+def test_prompts_of_views_are_cut_so_that_logits_fit(monkeypatch):
+    model, processor = trainable("title", HistoryViews(0.4))
+    sizes, vocabulary = [], model.config.vocab_size
+    handle = model.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
+    monkeypatch.setattr("flr.decode.memory._MAX_LOGITS", 3 * 5 * vocabulary)
+    ViewMixture(model, processor, num_beams=5).scores(CSR.from_rows([[i, i + 1] for i in range(7)]))
+    handle.remove()
+    assert max(sizes) == 3
+    mixing, processor = trainable("title", HistoryViews(0.4), aggregation="mixture", num_factors=3)
+    assert ViewMixture(mixing, processor, num_beams=5).batch_size == 1
+
+
 @pytest.mark.parametrize("codec", ["id", "sid"])
 def test_item_knn_takes_part_with_its_weight(codec):
     model, processor = trainable(codec, HistoryViews(0.3, 0.6))
     model.eval()
     histories = CSR.from_rows([[1, 2, 3], [7], []])
-    alone = ViewMixture(model, processor, num_beams=40).scores(histories)
+    alone = np.exp(ViewMixture(model, processor, num_beams=40).scores(histories))
     processor.item_knn = NeighbourTable.fit(DATA.train, len(processor.catalogue))
     processor.views = HistoryViews(0.3, 0.6, neighbours=0.4)
     mixture = ViewMixture(model, processor, num_beams=40)
     expected = 0.6 * alone + 0.4 * processor.item_knn.probabilities(histories)
-    np.testing.assert_allclose(mixture.scores(histories), expected, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(np.exp(mixture.scores(histories)), expected, rtol=1e-4, atol=1e-7)
     best = mixture.best(histories, 5)
     np.testing.assert_array_equal(best.items, np.argsort(-expected, axis=1, kind="stable")[:, :5])
     whole, rest = (np.exp(part) for part in best.parts)
     prompts = np.take_along_axis(
         ViewMixture(model, processor, HistoryViews(0.0), num_beams=40).scores(histories), best.items, 1
     )
-    np.testing.assert_allclose(whole * prompts + rest, np.exp(best.scores), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(whole * np.exp(prompts) + rest, np.exp(best.scores), rtol=1e-3, atol=1e-7)
 
 
 def test_a_weight_of_item_knn_without_a_table_is_refused(tmp_path):

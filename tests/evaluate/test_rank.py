@@ -182,7 +182,7 @@ def test_more_rows_than_a_part_and_few_logits(monkeypatch):
     model, processor = make_model("sid")
     expected = evaluate(model, processor, make_rows(), progress=False)
     monkeypatch.setattr(flr.evaluate.parts, "_PART_ROWS", 7)
-    monkeypatch.setattr(flr.evaluate.rank, "_MAX_LOGITS", 1)
+    monkeypatch.setattr("flr.decode.memory._MAX_LOGITS", 1)
     sizes = []
     handle = model.register_forward_hook(lambda m, a, k, o: sizes.append(len(k["input_ids"])), with_kwargs=True)
     result = evaluate(model, processor, make_rows(), progress=False)

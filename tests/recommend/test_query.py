@@ -139,6 +139,15 @@ def test_a_title_in_a_filter_means_all_its_items():
         ({"where": {"interest": ["red"]}}, r"where\['interest'\]: expected values of type int, got 'red'"),
         ({"where": {"interest": [True]}}, r"expected values of type int, got True"),
         ({"where": {"interest": 3}}, r"expected a list of values, got 3"),
+        ({"where": {"interest": np.array(3)}}, r"where\['interest'\]: expected a list of values, got array\(3\)"),
+        ({"where": {"interest": {3: 4}}}, r"where\['interest'\]: expected a list of values, got {3: 4}"),
+        ({"where": {"interest": [np.complex64(1)]}}, r"expected values of type int, got np.complex64"),
+        ({"where": ["interest"]}, r"where: expected attributes with lists of values \(a dict\), got list"),
+        ({"where": "interest"}, r"where: expected attributes with lists of values \(a dict\), got str 'interest'"),
+        ({"where": 0}, r"where: expected attributes with lists of values \(a dict\), got int 0"),
+        ({"allow": np.array("item_1")}, "allow: expected a sequence of item ids or titles, got ndarray"),
+        ({"exclude_seen": "no"}, "exclude_seen: expected True or False, got 'no'"),
+        ({"shares": "no"}, "shares: expected True or False, got 'no'"),
     ],
 )
 def test_bad_filters(recommender, arguments, message):

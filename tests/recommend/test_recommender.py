@@ -97,7 +97,7 @@ def test_views_rank_as_they_are_evaluated_and_contributions_add_up(codec):
         assert [r.index for r in found] == np.argsort(-row, kind="stable")[:5].tolist()
         assert_same_recommendations(recommender.recommend([history], k=5, num_beams=40, shares=True)[0], found)
         for r in found:
-            np.testing.assert_allclose(np.exp(r.score), row[r.index], rtol=1e-4)
+            np.testing.assert_allclose(r.score, row[r.index], atol=1e-4)
             np.testing.assert_allclose(r.base_score + sum(r.contributions), r.score, atol=1e-4)
     assert [r.score for r in mixed[0]] != [r.score for r in plain[0]]
     for a, b in zip(mixed[2], plain[2], strict=True):  # an empty history has its prompt alone
@@ -272,3 +272,26 @@ def test_parts_are_cut_so_that_masks_over_the_catalogue_fit(recommender, monkeyp
     assert recommender.rows_at_once(10) == 2
     monkeypatch.setattr("flr.recommend.recommender._MAX_MASKS", items - 1)
     assert recommender.rows_at_once(10) == 1
+
+
+def test_parts_are_cut_by_the_logits_of_every_thought(monkeypatch):
+    one, three = build_recommender(), build_recommender(aggregation="mixture")
+    vocabulary = one.model.config.vocab_size
+    monkeypatch.setattr("flr.decode.memory._MAX_LOGITS", 6 * 10 * vocabulary)
+    assert (one.rows_at_once(10), three.rows_at_once(10)) == (6, 2)
+
+
+def test_views_of_one_token_items_keep_their_table_whatever_the_beams():
+    recommender = build_recommender()
+    recommender.processor.views = HistoryViews(0.5)
+    recommender.recommend([["item_1"]], k=3)
+    kept = recommender._mixture
+    recommender.recommend([["item_1"]], k=30)
+    assert recommender._mixture is kept
+
+
+def test_views_without_weight_are_the_model_alone():
+    recommender = build_recommender("title")
+    expected = recommender.recommend(HISTORIES, k=5, exclude_seen=True, scoring="catalogue")
+    recommender.processor.views = HistoryViews(0.0)
+    assert recommender.recommend(HISTORIES, k=5, exclude_seen=True, scoring="catalogue") == expected

@@ -16,6 +16,7 @@ import pytest
 from bench.load import Client, closed_loop, open_loop
 from flr.cli import main
 from flr.recommend.recommender import Recommender
+from flr.serve.server import bind
 from tests.helpers.catalogues import named_catalogue
 from tests.helpers.serving import Process, assert_same_items, mixed_requests, offline, save, serving
 
@@ -295,6 +296,16 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(server):
         return sorted(reply.seconds for reply in replies)[20]
 
     assert asyncio.run(test()) < 0.03  # Nagle's algorithm and delayed acknowledgements would make it 40 ms
+
+
+def test_an_address_is_taken_before_the_model_is_loaded():
+    with bind("127.0.0.1", 0) as first:
+        host, port = first.getsockname()
+        with pytest.raises(OSError, match=f"cannot bind to {host}:{port}"):
+            bind(host, port)
+        early = socket.create_connection((host, port), timeout=10)
+    with early, pytest.raises(ConnectionResetError):  # no model came: who waited for it is told
+        early.recv(1)
 
 
 def test_a_taken_port_and_a_missing_model_are_clear_errors(server, tmp_path, monkeypatch, capsys):
