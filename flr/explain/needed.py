@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flr.data import InteractionDataset, Interactions, RecProcessor, SFTCollator
-from flr.data.csr import numbered
+from flr.data.csr import distinct_texts, numbered
 from flr.decode import CatalogueTrie
 from flr.model.backbone import evaluating
 from flr.model.catalogue_loss import CatalogueLoss
@@ -168,17 +168,15 @@ def factors_needed(
     error = (total.high - total.low) / 2 / _Z
     enough = next(n for n in range(len(path), 0, -1) if path[n - 1][1].mean <= error)
     more = [x - whole for _, x in sorted(alone.items())]
-    every, kind = np.array(["all"]), np.zeros(len(rows), np.int64)
-    if kinds is not None:
-        every, labels = np.unique(np.array(list(kinds)), return_inverse=True)
-        kind = labels[rows.targets]
+    every, labels = (["all"], np.zeros(catalogue, np.int64)) if kinds is None else distinct_texts(kinds)
+    kind = labels[rows.targets]
     shown = np.unique(kind)
     return FactorsNeeded(
         loss=total.mean,
         error=error,
         gates=(gates / gates.sum()).tolist(),
         without=[measured.change(np.zeros_like(whole), x) for x in more],
-        kinds=[str(every[n]) for n in shown],
+        kinds=[every[n] for n in shown],
         rows=[int((kind == n).sum()) for n in shown],
         by_kind=[[float(x[kind == n].mean()) for n in shown] for x in more],
         path=path,
