@@ -89,57 +89,84 @@ def _values(options: Any) -> dict[str, str]:
     return {f.name: str(getattr(options, f.name)) for f in dataclasses.fields(options) if f.name not in skipped}
 
 
-def run_row(mode: str, seed: int, result: EvalResult, started: float) -> dict[str, Any]:
-    """What the tables show of one run that began at ``started``."""
+def contents(options: ModelOptions, dataset: RecDataset) -> dict[str, str]:
+    """What the rows, the items and the model that runs start from are, wherever they lie: digests by name."""
+    from flr.data.interactions import PARTS
+    from flr.model.fingerprint import model_fingerprint
+    from flr.model.folder import local_folder
+    from flr.train.settings import rows_digest
+
+    found = {f"data.{name}": rows_digest(getattr(dataset, name)) for name in PARTS}
+    found["data.items"] = dataset.catalogue.digest()[:16]
+    if options.model is not None:
+        folder = local_folder(options.model, None, options.gguf_file, revision=options.revision)
+        found["model.files"] = model_fingerprint(folder)[:16]
+    return found
+
+
+def run_row(mode: str, seed: int, result: EvalResult, seconds: float) -> dict[str, Any]:
+    """What the tables show of one run that took so many seconds."""
     row = {"mode": mode, "seed": seed, "metrics": result.metrics["item"]}
     row["intervals"] = {name: list(interval) for name, interval in result.intervals["item"].items()}
-    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+    return {**row, "seconds": round(seconds, 1)}
 
 
-def run(
-    options: CompareOptions, mode: str, seed: int, parts: Parts, dataset: RecDataset
-) -> tuple[dict[str, Any], EvalResult]:
-    """Train and evaluate one mode with one seed; a finished run of the same settings is read from its folder instead.
-
-    Raises:
-        ValueError: the folder holds a run of other settings, which would be passed off as this one.
-    """
-    from flr.evaluate import EvalResult, evaluate
+def _check_same_run(folder: Path, settings: dict[str, dict[str, str]]) -> None:
+    """Keep the settings of the run in ``folder``; ValueError where it holds one of others."""
     from flr.files import write_json
     from flr.train.settings import differences
 
-    data, augment, model_options, config, args = parts
-    folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
-    if args.overwrite_output_dir:
-        shutil.rmtree(folder, ignore_errors=True)
-    result_folder, config = folder / options.split, mode_config(mode, config)
-    summary_file, settings_file = folder / "run.json", folder / "settings.json"
-    settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}
-    if options.max_users is not None:
-        settings["CompareOptions"] = {"max_users": str(options.max_users)}
-    if settings_file.is_file() and (known := json.loads(settings_file.read_text())) != settings:
+    file = folder / "settings.json"
+    if file.is_file() and (known := json.loads(file.read_text())) != settings:
         wanted = "a folder without a run of other settings"
         before, now = ({k: v for part in each.values() for k, v in part.items()} for each in (known, settings))
         changes = "; ".join(differences(before, now)[:4])
         raise ValueError(
             f"output_dir: expected {wanted}, got {folder} ({changes}); delete it or choose another output_dir"
         )
-    write_json(settings_file, settings)
-    if (result_folder / "metrics.json").is_file() and summary_file.is_file():
-        return json.loads(summary_file.read_text()), EvalResult.load(result_folder)
+    write_json(file, settings)
+
+
+def run(
+    options: CompareOptions, mode: str, seed: int, parts: Parts, dataset: RecDataset, inputs: dict[str, str]
+) -> tuple[dict[str, Any], EvalResult]:
+    """Train and evaluate one mode with one seed; what its folder holds of it, of the same ``inputs``, is read instead.
+
+    Raises:
+        ValueError: the folder holds a run of other settings or inputs, which would be passed off as this one.
+    """
+    from flr.evaluate import EvalResult, evaluate
+    from flr.files import read_json, write_json
+
+    data, augment, model_options, config, args = parts
+    folder = Path(str(args.output_dir)) / f"{mode}-{seed}"
+    if args.overwrite_output_dir:
+        shutil.rmtree(folder, ignore_errors=True)
+    config = mode_config(mode, config)
+    settings = {type(p).__name__: _values(p) for p in (data, augment, model_options, config, args)}
+    if options.max_users is not None:
+        settings["CompareOptions"] = {"max_users": str(options.max_users)}
+    _check_same_run(folder, {**settings, "contents": inputs})
+    summary_file, result_folder = folder / "run.json", folder / options.split
+    known = read_json(summary_file) if summary_file.is_file() else {}
+    # the folder of valid has a result from training on, of which this command says nothing
+    if options.split in known.get("splits", ()) and (result_folder / "metrics.json").is_file():
+        result = EvalResult.load(result_folder)
+        return {**run_row(mode, seed, result, known["seconds"]), **known["facts"]}, result
     started = time.perf_counter()
     run_args = dataclasses.replace(args, output_dir=str(folder), seed=seed, data_seed=seed)
-    model, processor, summary = train(data, augment, model_options, config, run_args, dataset)
+    model, processor, summary = train(data, augment, model_options, config, run_args, dataset)  # read, if it is done
     rows, beams = getattr(dataset, options.split).spread(options.max_users), args.eval_num_beams
     shown = voice.shows_progress()
     result = evaluate(model, processor, rows, num_beams=beams, output_dir=result_folder, name=mode, progress=shown)
-    row = run_row(mode, seed, result, started)
-    row |= {"parameters": sum(p.numel() for p in model.parameters()), "valid": summary["best_valid"]}
-    write_json(summary_file, row)
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "valid": summary["best_valid"]}
+    seconds = known.get("seconds", time.perf_counter() - started)
+    splits = sorted({*known.get("splits", ()), options.split})
+    write_json(summary_file, {"seconds": seconds, "facts": facts, "splits": splits})
     if not options.keep:
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    return row, result
+    return {**run_row(mode, seed, result, seconds), **facts}, result
 
 
 def compare(
@@ -157,6 +184,7 @@ def compare(
     ``dataset`` is what ``data`` loads, where that has been done; ``say`` says the line of a run that has ended.
     """
     dataset = data.announce() if dataset is None else dataset
+    inputs = contents(model_options, dataset)
     rows: list[dict[str, Any]] = []
     results: dict[str, list[EvalResult]] = {}
     modes = options.mode_list()
@@ -164,7 +192,7 @@ def compare(
         for seed in range(options.seeds):
             place = f"{len(rows) + 1} of {len(modes) * options.seeds}"
             with voice.stage(f"{place}, {run_name(mode, seed, options.seeds)}"):
-                row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset)
+                row, result = run(options, mode, seed, (data, augment, model_options, config, args), dataset, inputs)
             rows.append(row)
             note_run(row, options.split, MODES[mode], say)
             results.setdefault(mode, []).append(result)

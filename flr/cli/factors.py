@@ -39,7 +39,7 @@ class FactorsOptions(InferenceOptions):
         None,
         "An attribute of the catalogue, or sid (an item's first code), to tell items apart by. Default: sid, if any.",
     )
-    batch_size: int = option(16, "Rows at a time.")
+    batch_size: int = option(16, "Rows at a time; no influence on results.")
     keep: int | None = option(None, "With --prune: how many factors. Default: as many as are enough.")
     prune: str | None = option(None, "Folder to write the pruned model to, new or empty.")
     output: str | None = option(None, "Folder for factors_needed.json and its picture. Default: the first model's.")

@@ -107,7 +107,7 @@ def reinforce(options: QuickstartOptions, data: DataOptions, root: Path, dataset
             shown: dict[str, Any] = {"name": REINFORCED, "progress": voice.shows_progress()}
             result = evaluate(model, processor, dataset.test, output_dir=folder / "test", **shown)
         results.append(result)
-        outcome["rows"].append(run_row(REINFORCED, seed, result, started))
+        outcome["rows"].append(run_row(REINFORCED, seed, result, time.perf_counter() - started))
         note_run(outcome["rows"][-1], "test", NAMES[REINFORCED], voice.passing)
     control = [EvalResult.load(root / f"anchor-{seed}" / outcome["split"]) for seed in range(options.seeds)]
     outcome["differences"][REINFORCED] = {m: list(seed_difference(control, results, m)) for m in METRICS}

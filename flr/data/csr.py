@@ -65,6 +65,21 @@ def numbered(values: Iterable[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
 
 
+def distinct_texts(values: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """Different values, ascending, and the place among them of each one, int64 [n].
+
+    What ``numpy.unique`` gives, whose array has for every text the room of the longest one.
+
+    >>> names, places = distinct_texts(["b", "a", "b"])
+    >>> names, places.tolist()
+    (['a', 'b'], [1, 0, 1])
+    """
+    values = list(values)
+    names = sorted(set(values))
+    place = {name: number for number, name in enumerate(names)}
+    return names, np.fromiter(map(place.__getitem__, values), np.int64, len(values))
+
+
 def distinct(values: np.ndarray) -> np.ndarray:
     """Different values [m] of ``values`` [n], ascending.
 

@@ -36,7 +36,7 @@ def by_trait(
     inner = np.unique(np.quantile(values, np.arange(1, parts) / parts, method="lower"))
     group = np.searchsorted(inner, values, side="left")
     each = {name: row_metrics(result.ranks["item"])[name] for name in metrics}
-    users, found = np.asarray(result.users), []
+    users, found = np.array(result.users, dtype=object), []  # not as wide as the longest
     for index in np.unique(group):
         rows = group == index
         own = {name: value[rows] for name, value in each.items()}

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from flr.data.csr import numbered
+from flr.data.csr import distinct_texts, numbered
 
 HR_CUTOFFS = (1, 5, 10, 20)
 NDCG_CUTOFFS = (5, 10, 20)
@@ -250,7 +250,7 @@ def _resampled_means(
     if clusters is not None:
         if len(clusters) != len(matrix):
             raise ValueError(f"clusters: expected one a row ({len(matrix)}), got {len(clusters)}")
-        _, index = np.unique(np.asarray(clusters), return_inverse=True)
+        _, index = distinct_texts(clusters)
         sizes = np.bincount(index).astype(np.float64)
         matrix = np.stack([np.bincount(index, column) for column in matrix.T], axis=1)
     means = [counts @ matrix / (counts @ sizes)[:, None] for counts in _draws(len(matrix), samples, seed)]

@@ -45,7 +45,7 @@ def in_parts(
         rank: of some rows.
         order: int64 [n], a permutation.
         batch_size: rows at a time, the same for any number of processes.
-        folder: keeps parts that are finished.
+        folder: keeps parts that are finished, with their rows.
         advance: is told how many rows are done.
         share: of this process. Batches are dealt out in turn, so that all have long and short rows, and every process
             gets all results.
@@ -57,8 +57,8 @@ def in_parts(
         some = own[start : start + many]
         name = f"{start * batch_size:09d}" + (f"-{share.rank}-of-{share.of}" if share.of > 1 else "")
         file = None if folder is None else folder / f"{name}.npz"
-        size = sum(map(len, some))
-        part = None if file is None else _read_part(file, size)
+        rows = np.concatenate(some)
+        part = None if file is None else _read_part(file, rows)
         if part is None:
             ranked = []
             for batch in some:
@@ -67,13 +67,13 @@ def in_parts(
             part = _joined(ranked)
             if file is not None:
                 with atomic_file(file) as temporary, temporary.open("wb") as stream:
-                    np.savez(stream, **part._asdict())
+                    np.savez(stream, rows=rows, **part._asdict())
         else:
-            advance(size)
+            advance(len(rows))
         parts.append(part)
     found = share.gathered(parts)
-    rows = [batch for number in range(share.of) for batch in Share(number, share.of).dealt(batches)]
-    back = np.argsort(np.concatenate(rows))
+    dealt = [batch for number in range(share.of) for batch in Share(number, share.of).dealt(batches)]
+    back = np.argsort(np.concatenate(dealt))
     return Ranked(*(x[back] for x in _joined([part for parts in found for part in parts])))
 
 
@@ -81,14 +81,17 @@ def _joined(parts: list[Ranked]) -> Ranked:
     return Ranked(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
-def _read_part(file: Path, rows: int) -> Ranked | None:
-    """A finished part; None where it is absent or was cut short."""
+def _read_part(file: Path, rows: np.ndarray) -> Ranked | None:
+    """A finished part of these ``rows``; None where it is absent, was cut short or is of others.
+
+    Which rows stand behind a name depends on the size of a batch, if there are several processes.
+    """
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            part = Ranked(*(arrays[name] for name in Ranked._fields))
+            known, part = arrays["rows"], Ranked(*(arrays[name] for name in Ranked._fields))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return part if all(len(x) == rows for x in part) else None
+    return part if np.array_equal(known, rows) and all(len(x) == len(rows) for x in part) else None
 
 
 def _state_checksums(model: nn.Module) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from flr.data import InteractionDataset, Interactions, RecProcessor, SFTCollator
+from flr.data.csr import distinct_texts, numbered
 from flr.decode import CatalogueTrie
 from flr.model.backbone import evaluating
 from flr.model.catalogue_loss import CatalogueLoss
@@ -75,33 +76,22 @@ class FactorsNeeded:
 
 
 class _Rows:
-    """Rows in batches, and a model's loss on them.
+    """Rows in batches, the longest histories together, and a model's loss on each of them."""
 
-    Without kinds batches are drawn at random, so that their sums say how far the mean may be off; with kinds a batch is
-    of one kind, and the longest histories are together.
-    """
-
-    def __init__(
-        self, model: Any, processor: RecProcessor, rows: Interactions, size: int, kinds: np.ndarray | None = None
-    ) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: Any, processor: RecProcessor, rows: Interactions, size: int) -> None:
+        self.model = model
         self.loss = None
         if processor.scoring == "catalogue":
             self.loss = CatalogueLoss(CatalogueTrie.from_codec(processor.item_codec))
-        if kinds is None:
-            whole = [np.random.default_rng(0).permutation(len(rows))]
-        else:
-            order = np.lexsort((rows.histories.lengths, kinds))
-            whole = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
-        parts = [part for each in whole for part in np.split(each, range(size, len(each), size))]
+        self.order = np.argsort(-rows.histories.lengths, kind="stable")
         collate, data = SFTCollator(processor), InteractionDataset(rows)
+        parts = np.split(self.order, range(size, len(rows), size))
         self.batches = [collate([data[row] for row in part.tolist()]) for part in parts]
-        self.users = np.array([len(part) for part in parts])
-        self.kind = np.array([0 if kinds is None else kinds[part[0]] for part in parts])
+        self.users = numbered(rows.users)
 
     @torch.no_grad()
     def losses(self) -> np.ndarray:
-        """Sum of every batch's losses, float64 [batches]."""
+        """-log p(target) of every row, float64 [rows]."""
         found, device = [], next(self.model.parameters()).device
         with evaluating(self.model):
             for batch in self.batches:
@@ -109,17 +99,18 @@ class _Rows:
                 if self.loss is not None:
                     inputs["labels"] = self.loss.target_nodes(inputs["labels"])
                 inputs = {name: x.to(device) for name, x in inputs.items()}
-                out = self.model(**inputs, catalogue_loss=self.loss, num_items_in_batch=1, skip_logits=True)
-                found.append(out.loss.double() - out.flr.loss.double())
-        return torch.stack(found).cpu().numpy()
+                out = self.model(**inputs, catalogue_loss=self.loss, row_losses=True, skip_logits=True)
+                found.append(out.loss.double())
+        losses = np.empty(len(self.order))
+        losses[self.order] = torch.cat(found).cpu().numpy()
+        return losses
 
     def change(self, before: np.ndarray, after: np.ndarray) -> Change:
-        """Mean difference of a user, with the interval of a ratio of sums over batches."""
-        users, each = self.users.sum(), after - before
-        mean = each.sum() / users
-        batches = len(self.users)
-        spread = ((each - mean * self.users) ** 2).sum() * batches / max(batches - 1, 1)
-        half = _Z * np.sqrt(spread) / users
+        """Mean difference of a row, with the interval of a ratio of sums over users, whose rows go together."""
+        each, sizes = np.bincount(self.users, after - before), np.bincount(self.users)
+        rows, users = sizes.sum(), len(sizes)
+        mean = each.sum() / rows
+        half = _Z * np.sqrt(((each - mean * sizes) ** 2).sum() * users / (users - 1)) / rows
         return Change(float(mean), float(mean - half), float(mean + half))
 
 
@@ -135,13 +126,13 @@ def factors_needed(
 
     Args:
         model: patched, variant "flr" or "offsets", merged. processor: its own.
-        rows: what to measure on, e.g. a thousand of valid; K (K + 1) / 2 forwards of each, and K + 1 more with kinds.
+        rows: what to measure on, e.g. a thousand of valid, of two users or more; K (K + 1) / 2 forwards of each.
         kinds: of every item of the catalogue, [C]; rows are told apart by that of their target.
-        batch_size: rows at a time.
+        batch_size: rows at a time; no influence on results.
         note: is told what is being measured.
 
     Raises:
-        ValueError: no factors to take away, no rows, kinds of another number of items.
+        ValueError: no factors to take away, no rows or those of one user, kinds of another number of items.
     """
     catalogue = len(processor.catalogue)
     if kinds is not None and len(kinds) != catalogue:
@@ -149,14 +140,16 @@ def factors_needed(
     if len(rows) == 0 or batch_size < 1:
         name, got = ("rows", "none") if len(rows) == 0 else ("batch_size", batch_size)
         raise ValueError(f"{name}: expected at least 1, got {got}")
+    if len(set(rows.users)) < 2:
+        raise ValueError("rows: expected those of two users or more, between whom losses vary, got one user's")
     count = own_factors(model).config.num_factors
     if count == 1:
         raise ValueError("model: expected two factors or more, got 1, without which there is no thought")
     measured = _Rows(model, processor, rows, batch_size)
 
-    def without(left: list[int], of: _Rows = measured) -> np.ndarray:
+    def without(left: list[int]) -> np.ndarray:
         with only_factors(model, left):
-            return of.losses()
+            return measured.losses()
 
     note(f"all {count} factors")
     left = list(range(count))
@@ -174,28 +167,18 @@ def factors_needed(
     total = measured.change(np.zeros_like(whole), whole)
     error = (total.high - total.low) / 2 / _Z
     enough = next(n for n in range(len(path), 0, -1) if path[n - 1][1].mean <= error)
-    changes = [measured.change(whole, x) for _, x in sorted(alone.items())]
-    names, users, by_kind = ["all"], [len(rows)], [[change.mean] for change in changes]
-    if kinds is not None:
-        note("by kind of item")
-        every, labels = np.unique(np.array(list(kinds)), return_inverse=True)
-        apart = _Rows(model, processor, rows, batch_size, labels[rows.targets])
-        shown = np.unique(apart.kind)
-        names = [str(every[n]) for n in shown]
-        before = apart.losses()
-        users = [int(apart.users[apart.kind == n].sum()) for n in shown]
-        by_kind = []
-        for gone in range(count):
-            more = without([k for k in range(count) if k != gone], apart) - before
-            by_kind.append([float(more[apart.kind == n].sum()) / size for n, size in zip(shown, users, strict=True)])
+    more = [x - whole for _, x in sorted(alone.items())]
+    every, labels = (["all"], np.zeros(catalogue, np.int64)) if kinds is None else distinct_texts(kinds)
+    kind = labels[rows.targets]
+    shown = np.unique(kind)
     return FactorsNeeded(
         loss=total.mean,
         error=error,
         gates=(gates / gates.sum()).tolist(),
-        without=changes,
-        kinds=names,
-        rows=users,
-        by_kind=by_kind,
+        without=[measured.change(np.zeros_like(whole), x) for x in more],
+        kinds=[every[n] for n in shown],
+        rows=[int((kind == n).sum()) for n in shown],
+        by_kind=[[float(x[kind == n].mean()) for n in shown] for x in more],
         path=path,
         enough=count - enough + 1,
     )

@@ -167,7 +167,9 @@ def mixture_forward(
         if batch.made is not None:
             inverse = batch.made.inverse() if inverse is None else inverse.gather(1, batch.made.inverse())
         logits = _logits(model, states, pieces, _chosen(pieces, inverse, logits_to_keep))
-    out = FLRCausalLMOutput(loss=None if loss is None else loss + thoughts.loss, logits=logits, flr=thoughts)
+    if loss is not None and not own.row_losses:
+        loss = loss + thoughts.loss
+    out = FLRCausalLMOutput(loss=loss, logits=logits, flr=thoughts)
     return out.to_tuple() if return_dict is False else out
 
 
@@ -202,14 +204,20 @@ def _thought_column(pieces: Pieces, labels: Tensor | None) -> int:
 
 
 def _loss(model: Any, states: FactorStates, targets: Tensor, own: ThoughtInputs) -> tuple[Tensor, Tensor | None]:
-    """-Σ log p of the targets [B, S] by their number, and users' shares in the regularisers (None for equal ones)."""
+    """-Σ log p of the targets [B, S] by their number, and users' shares in the regularisers (None for equal ones).
+
+    With ``row_losses`` -log p of each row, [B].
+    """
     if own.soft_targets is not None:
         counts = (targets != IGNORE).sum(1)
         total = own.soft_loss(model, states.hidden[:, :, 0], states.log_gates)
     else:
         joint, counted = joint_logprobs(model, states, targets, own.catalogue_loss)
         counts = counted.sum(1)
-        total = -(joint.logsumexp(1) * (counts > 0)).sum()
+        losses = -joint.logsumexp(1) * (counts > 0)
+        total = losses if own.row_losses else losses.sum()
+    if own.row_losses:
+        return total, None
     if own.num_items_in_batch is None:
         return total / counts.sum().clamp_min(1), None
     return total / own.num_items_in_batch, counts / own.num_items_in_batch

@@ -169,6 +169,8 @@ def _losses(
     if targets is not None:
         loss, weights = _loss(model, encoder, targets, own)
     made, routers = encoder.output(weights), encoder.all_routers()
+    if own.row_losses:
+        return loss, made, None
     if loss is not None and made is not None:
         loss = loss + made.loss
     if loss is not None and routers is not None:
@@ -194,16 +196,19 @@ def _loss(model: Any, encoder: Encoder, labels: Tensor, own: ThoughtInputs) -> t
         total = own.soft_loss(model, hidden[torch.arange(len(place), device=place.device), place])
     else:
         total = _hard_loss(model, hidden, next_label, own)
+    if own.row_losses:
+        return total, None
     if own.num_items_in_batch is None:
         return total / counts.sum().clamp_min(1), None
     return total / own.num_items_in_batch, counts / own.num_items_in_batch
 
 
 def _hard_loss(model: Any, hidden: Tensor, next_label: Tensor, own: ThoughtInputs) -> Tensor:
-    """Summed cross-entropy of labels [B, S] after hidden [B, S, D]."""
-    if own.thought_start is not None:
+    """Cross-entropy of labels [B, S] after hidden [B, S, D], summed; with ``row_losses`` that of each row, [B]."""
+    if own.thought_start is not None or own.row_losses:
         hidden, target = hidden.flatten(0, 1), next_label.flatten()
     else:
         chosen = next_label != IGNORE
         hidden, target = hidden[chosen], next_label[chosen]
-    return (own.catalogue_loss or row_losses)(model, hidden, target, own.label_smoothing).sum()
+    losses = (own.catalogue_loss or row_losses)(model, hidden, target, own.label_smoothing)
+    return losses.view(next_label.shape).sum(1) if own.row_losses else losses.sum()

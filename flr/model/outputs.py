@@ -85,6 +85,8 @@ class ThoughtInputs:
             loss is then the cross-entropy against these tokens with these weights, whatever the label is. Smoothing is
             not applied to it.
         thoughts: [B, N, D], embeddings of the thought tokens instead of the reasoner's; same columns in every row.
+        row_losses: the loss is that of every row, [B]: the summed cross-entropy of its target tokens, undivided, and
+            nothing of regularisers and routers.
     """
 
     reasoner_mask: Tensor | None = None
@@ -97,6 +99,7 @@ class ThoughtInputs:
     thoughts: Tensor | None = None
     soft_targets: Tensor | None = None
     soft_weights: Tensor | None = None
+    row_losses: bool = False
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> ThoughtInputs:
@@ -107,7 +110,7 @@ class ThoughtInputs:
         return own
 
     def soft_loss(self, model: Any, hidden: Tensor, log_gates: Tensor | None = None) -> Tensor:
-        """Summed cross-entropy against ``soft_targets``.
+        """Cross-entropy against ``soft_targets``, summed; with ``row_losses`` that of each row, [B].
 
         Args:
             hidden: states before the targets, [B, D], or [B, K, D] of factors that are mixed with ``log_gates`` [B, K].
@@ -122,7 +125,8 @@ class ThoughtInputs:
             tokens = self.soft_targets.repeat_interleave(factors, 0)
             each = several_logprobs(model, hidden.flatten(0, 1), tokens, among)
             logprobs = (each.unflatten(0, (-1, factors)) + log_gates[..., None]).logsumexp(1)
-        return -(logprobs * self.soft_weights).sum()
+        losses = logprobs * self.soft_weights
+        return -(losses.sum(1) if self.row_losses else losses.sum())
 
 
 _THOUGHT_INPUTS = tuple(f.name for f in fields(ThoughtInputs))  # a compiler cannot ask a class for its fields

@@ -137,7 +137,7 @@ def decide(before: EvalResult | None, after: EvalResult, known: np.ndarray) -> t
     differences: dict[str, Difference] = {}
     for name, rows in (("all", np.ones(len(known), bool)), ("known", known), ("new", ~known)):
         if rows.any():
-            users = np.asarray(after.users)[rows]
+            users = np.array(after.users, dtype=object)[rows]  # not as wide as the longest
             differences[name] = paired_difference(old[rows], values[rows], users, 1000)
             means = {"before": float(old[rows].mean()), "after": float(values[rows].mean())}
             figures[name] = {"rows": int(rows.sum()), **means, "difference": list(differences[name])}

@@ -1,5 +1,7 @@
 """Metrics by user group."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -50,3 +52,14 @@ def test_intervals_are_those_of_the_group_s_own_users():
 def test_traits_are_saved(tmp_path):
     result_of([1, 0, 2], [4, 5, 6]).save(tmp_path)
     assert EvalResult.load(tmp_path).traits["history_length"].tolist() == [4, 5, 6]
+
+
+def test_a_long_name_of_one_user_takes_no_room_in_the_others():
+    result = result_of([1, 0, 2] * 100, [4, 5, 6] * 100)
+    result.users[299] += "x" * 100_000
+    tracemalloc.start()
+    try:
+        assert len(by_trait(result, "history_length")) == 3
+        assert tracemalloc.get_traced_memory()[1] < 10e6, "an array of such texts has 120 MB"
+    finally:
+        tracemalloc.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -144,3 +145,16 @@ def test_paired_difference_sees_what_two_intervals_do_not():
     assert difference.p_value < 0.01
     nothing = paired_difference(a, a)
     assert (nothing.mean, nothing.low, nothing.high, nothing.p_value) == (0, 0, 0, 1)
+
+
+def test_a_long_name_of_one_user_takes_no_room_in_the_others():
+    """Intervals depend on the order of names alone, and texts are never an array as wide as the longest."""
+    values, users = np.random.default_rng(0).random(300), [f"u{n % 100:02d}" for n in range(300)]
+    short = bootstrap_intervals({"x": values}, users)
+    long = [f"{user}{'x' * 100_000}" if user == "u07" else user for user in users]
+    tracemalloc.start()
+    try:
+        assert bootstrap_intervals({"x": values}, long, samples=1000) == short
+        assert tracemalloc.get_traced_memory()[1] < 10e6, "an array of such texts has 120 MB"
+    finally:
+        tracemalloc.stop()

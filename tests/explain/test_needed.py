@@ -20,6 +20,11 @@ def awake(codec="id", **config):
     return model.eval(), processor
 
 
+def one_a_user(count: int):
+    """Rows of as many users."""
+    return DATA.train.select(np.unique(DATA.train.users, return_index=True)[1]).spread(count)
+
+
 def plain_losses(model, processor, rows) -> np.ndarray:
     """-log p(target) of each row by itself, from the logits."""
     data, collate, found = InteractionDataset(rows), SFTCollator(processor), []
@@ -39,8 +44,8 @@ def plain_losses(model, processor, rows) -> np.ndarray:
 def test_losses_and_intervals_are_those_of_the_definition(codec, aggregation):
     weights = {"orthogonality_weight": 0.5, "diversity_weight": 0.5}  # regularisers are not a part of the loss
     model, processor = awake(codec, aggregation=aggregation, **weights)
-    rows = DATA.valid.spread(12)
-    found = factors_needed(model, processor, rows, batch_size=1)
+    rows = one_a_user(12)
+    found = factors_needed(model, processor, rows, batch_size=5)
     whole = plain_losses(model, processor, rows)
     assert found.loss == pytest.approx(whole.mean(), rel=1e-4)
     assert found.error == pytest.approx(whole.std(ddof=1) / np.sqrt(len(rows)), rel=1e-3)
@@ -61,13 +66,22 @@ def test_kinds_share_out_the_loss_and_batches_do_not_matter():
     assert sum(found.rows) == len(rows)
     for change, row in zip(found.without, found.by_kind, strict=True):
         assert np.average(row, weights=found.rows) == pytest.approx(change.mean, abs=1e-5)
-    assert (
-        found.error == factors_needed(model, processor, rows, batch_size=5).error
-    )  # not of kinds, which are no sample
     again = factors_needed(model, processor, rows, batch_size=24)
     assert again.loss == pytest.approx(found.loss, rel=1e-5)
+    assert again.error == pytest.approx(found.error, rel=1e-4), "of users, however many a batch has"
+    assert again.error > 0
     assert again.kinds == ["all"]
-    assert [left for left, _ in again.path] == [left for left, _ in found.path]
+    for (left, change), (others, other) in zip(again.path, found.path, strict=True):
+        assert left == others
+        assert change == pytest.approx(other, abs=1e-5)
+
+
+def test_the_rows_of_a_user_vary_together():
+    model, processor = awake()
+    rows = one_a_user(12)
+    twice = rows.select(np.tile(np.arange(len(rows)), 2))
+    once, both = (factors_needed(model, processor, x, batch_size=8) for x in (rows, twice))
+    assert (both.loss, both.error) == pytest.approx((once.loss, once.error), rel=1e-5), "no more is known than before"
 
 
 def test_a_catalogue_loss_is_measured_as_it_was_trained():
@@ -81,7 +95,7 @@ def test_a_catalogue_loss_is_measured_as_it_was_trained():
 def test_the_least_missed_goes_first_until_more_than_an_error_is_lost(monkeypatch):
     """Losses by the factors that are left: 1 is not missed at all, 0 hardly, and one of 2 and 3 is needed."""
     model, processor = trainable(num_factors=4)
-    rows, left = DATA.valid.spread(16), [list(range(4))]
+    rows, left = one_a_user(16), [list(range(4))]
     noise = np.random.default_rng(0).normal(0, 1, 16)
     noise = (noise - noise.mean()) / noise.std(ddof=1)  # standard error 0.25
     cost = {0: 0.2, 1: 0.0, 2: 1.0, 3: 1.1}
@@ -127,6 +141,7 @@ def test_runs_that_divide_alike():
     ("change", "message"),
     [
         ({"rows": DATA.valid.select(np.zeros(0, np.int64))}, "rows: expected at least 1, got none"),
+        ({"rows": DATA.valid.spread(1)}, "rows: expected those of two users or more, .* got one user's"),
         ({"kinds": ["a"]}, r"kinds: expected \d+, one an item, got 1"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],
