@@ -98,6 +98,11 @@ class ViewMixture:
             raise ValueError(f"views: expected {most}, got {size}")
         self._row = np.full(size, -1, np.int64)  # item -> row of the table
         self._table: _Given | None = None  # after prompts of one item
+        self._expected = np.zeros(0, np.int32)  # items to come
+
+    def expect(self, histories: CSR) -> None:
+        """Make the table of all their items at the first use: in the same batches, to the last bit, in any process."""
+        self._expected = np.unique(self._kept(histories).values)
 
     def scores(
         self,
@@ -143,10 +148,7 @@ class ViewMixture:
         """Whole prompts' log-probabilities [B, C], their log weights [B, 1], and the rest with its weights [B, C]."""
         count, size = len(histories.offsets) - 1, len(self.processor.catalogue)
         views, users = self.views, np.arange(count)
-        kept = histories.slice(
-            np.maximum(histories.offsets[:-1], histories.offsets[1:] - self.processor.max_history),
-            histories.offsets[1:],
-        )
+        kept = self._kept(histories)
         own = np.where(kept.lengths > 0, 1.0 - views.weight, 1.0) * (1.0 - views.neighbours)
         whole = _nothing(count, size)
         if own.any():  # an empty history has its prompt alone
@@ -168,6 +170,11 @@ class ViewMixture:
         if may is not None:
             whole, rest = (x.masked_fill(~may, -torch.inf) for x in (whole, rest))
         return whole, weight, rest
+
+    def _kept(self, histories: CSR) -> CSR:
+        """The items that take part, the latest ones."""
+        ends = histories.offsets[1:]
+        return histories.slice(np.maximum(histories.offsets[:-1], ends - self.processor.max_history), ends)
 
     def _neighbours(self, histories: CSR) -> torch.Tensor | None:
         """Log-probabilities [B, C] of the table of item-kNN with its weight, where it takes part."""
@@ -203,6 +210,7 @@ class ViewMixture:
         """The table, with a row for each of ``items``."""
         new = np.unique(items[self._row[items] < 0])
         if len(new):
+            new, self._expected = np.union1d(new, self._expected), self._expected[:0]
             given, before = self._given(_alone(new)), self._table
             self._row[new] = np.arange(len(new)) + (0 if before is None else len(before.logs))
             self._table = given if before is None else _joined([before, given])

@@ -129,6 +129,7 @@ def evaluate(
         mixture = ViewMixture(
             model, processor, views, num_beams=beams, batch_size=batch_size, scoring=scoring, trie=trie
         )
+        mixture.expect(interactions.histories)
     rank = _ranker(model, processor, interactions, trie, settings, mixture)
     prompts = processor.prompts(interactions.histories).tokens
     order = _longest_first(prompts.lengths)
