@@ -45,7 +45,7 @@ class MixingOptions(InferenceOptions):
 
     def loaded(self, data: DataOptions, dataset: RecDataset) -> tuple[Any, RecProcessor]:
         """The model and its processor, as they were saved."""
-        return load_trained(self.model, dataset, max_prompt_tokens=data.max_prompt_tokens, **self.as_saved())
+        return load_trained(self.model, dataset, data=data, **self.as_saved())
 
     def sizes(self) -> dict[str, Any]:
         """How rows are ranked."""

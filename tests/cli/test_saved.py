@@ -271,3 +271,40 @@ def test_robustness_writes_what_it_measured(start, tmp_path, capsys):
     for option, value in bad:
         assert main([*arguments, "--output", str(tmp_path), f"--{option}", value]) in (1, 2)
         assert f"{option}: expected" in capsys.readouterr().err
+
+
+_OTHERS = [
+    ("max_history", "2", "expected 5"),
+    ("codec", "sid", "expected 'id'"),
+    ("template", "After {history}:", "expected '"),
+    ("max_title_tokens", "3", "expected None"),
+    ("vocab_size", "300", "expected 4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("evaluate", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight beside it, got 0.1 alone"),
+                      ("method", "beam", "expected auto for answers of views or a table, got 'beam'")]),
+        ("robustness", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("factors", [*_OTHERS[:2], ("views_weight", "0.5", "expected none")]),
+        ("neighbours", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("views", _OTHERS[:2]),
+        ("rl", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("sft", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight")]),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_model_would_not_follow_is_refused(start, tmp_path, capsys, command, options):
+    name = "--models" if command in ("robustness", "factors") else "--model"
+    line = [command, *DATA, name, str(start)]
+    line += [*TRAINING, "--output_dir", str(tmp_path)] if command in ("rl", "sft") else []
+    for option, value, expected in options:
+        capsys.readouterr()
+        assert main([*line, f"--{option}", value]) == 1
+        assert f"{option}: {expected}" in capsys.readouterr().err
+
+
+def test_options_that_the_model_says_too_are_taken(start, capsys):
+    same = ["--max_history", "5", "--codec", "id", "--template", RecProcessor.from_pretrained(start).template.text]
+    assert main(["evaluate", *DATA, "--model", str(start), "--max_users", "9", "--card", "false", *same]) == 0
