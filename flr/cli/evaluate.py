@@ -94,7 +94,11 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     if options.output and share.rank == 0:
         with_popularity(result, dataset).save(options.output)
     if options.card and share.rank == 0:
-        update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
+        given = {"views": views != processor.views, "max_prompt_tokens": data.max_prompt_tokens is not None}
+        if changed := [name for name, other in given.items() if other]:
+            voice.note(f"The model card stays as it is: these are not figures of the saved {' and '.join(changed)}.")
+        else:
+            update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = [*((Popularity, ItemKNN) if options.baselines else ()), *((LinearItems,) if options.linear else ())]
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     shared: dict[str, Any] = {"exclude_seen": options.exclude_seen, "share": share}
