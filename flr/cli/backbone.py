@@ -12,7 +12,7 @@ from flr.config import COUNT, MOST_FACTORS, NOT_NEGATIVE, POSITIVE, SHARE, FLRCo
 
 from . import voice
 from .errors import did_you_mean
-from .options import DataOptions, check_option, load_trained
+from .options import DataOptions, check_as_saved, check_option, load_trained
 from .parsing import REVISION
 from .weights import LoraOptions, WeightOptions
 
@@ -225,15 +225,10 @@ class ModelOptions(LoraOptions, WeightOptions):
             raise ValueError(
                 f"init_items: expected nothing with {self.model}, whose items it knows, got {self.init_items!r}"
             )
-        limit, loading = data.max_prompt_tokens, self._loading(folder, use_cpu, adapted)
-        model, processor = load_trained(self.model, dataset, self.revision, True, limit, **loading)
-        thought, prompts = causal_lm(model)._flr_patch.config.to_dict(), ("codec", "max_history", "max_title_tokens")
-        saved = {**thought, **{name: getattr(processor, name) for name in prompts}, "template": processor.template.text}
-        given = {**vars(data), **config.to_dict()}
-        default = {**vars(DataOptions()), **FLRConfig().to_dict()}
-        for name, own in saved.items():
-            if given[name] not in (default[name], own):
-                raise ValueError(f"{name}: expected {own!r}, that of {self.model}, or nothing, got {given[name]!r}")
+        loading = self._loading(folder, use_cpu, adapted)
+        model, processor = load_trained(self.model, dataset, self.revision, True, data, **loading)
+        thought = causal_lm(model)._flr_patch.config.to_dict()
+        check_as_saved(self.model, thought, config.to_dict(), FLRConfig().to_dict())
         processor.views = data.views(processor.views)
         return raise_trained(self._chosen(model, processor)) if adapted else self._chosen(model, processor), processor
 

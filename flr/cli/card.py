@@ -18,7 +18,7 @@ from flr.data import RecDataset, RecProcessor
 from flr.data.interactions import PARTS
 from flr.evaluate import EvalResult
 from flr.model.backbone import causal_lm, is_patched
-from flr.report.model_card import Evaluation, Measured, ModelFacts, has_model_part, write_card
+from flr.report.model_card import Evaluation, Measured, ModelFacts, drop_metrics, has_model_part, write_card
 from flr.train.zero import count_parameters
 
 from . import voice
@@ -99,8 +99,11 @@ def measured(dataset: RecDataset, split: str, result: EvalResult | None) -> Eval
         return None
     metrics, intervals = result.metrics["item"], result.intervals["item"]
     values = [Measured(name, metrics[name], intervals[name].low, intervals[name].high) for name in _METRICS]
-    names = ("method", "num_beams", "scoring", "exclude_seen")
-    how = {name: result.settings[name] for name in names if result.settings.get(name) is not None}
+    told = ("method", "num_beams", "scoring", "exclude_seen")
+    how = {name: result.settings[name] for name in told if result.settings.get(name) is not None}
+    if (views := result.settings.get("views")) is not None:
+        names = {"views_weight": "weight", "views_decay": "decay", "neighbours_weight": "neighbours"}
+        how |= {name: views[field] for name, field in names.items()}
     return Evaluation(data_name(dataset), split, values, {**how, "rows": len(result)})
 
 
@@ -114,6 +117,15 @@ def update_card(folder: str, facts: ModelFacts, evaluation: Evaluation | None, t
     """Bring metrics into the card in ``folder``; ``facts`` where it was ``trained`` or does not say what it is."""
     if Path(folder).is_dir():  # else a model on the Hub, whose card is its owner's
         _written(folder, facts, evaluation, trained)
+
+
+def drop_measured(folder: str) -> None:
+    """Take the metrics out of the card in ``folder``, whose model answers otherwise from now on; says so."""
+    try:
+        if drop_metrics(folder):
+            voice.note("The model card has no metrics any more, which were of other answers; flr evaluate adds some.")
+    except (OSError, ValueError) as error:
+        voice.warn(f"the model card stays as it is, with metrics of other answers: {error}")
 
 
 def _written(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trained: bool) -> None:

@@ -80,15 +80,15 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     from .report import with_popularity
 
     dataset = data.announce()
-    model, processor = load_trained(
-        options.model, None, options.revision, max_prompt_tokens=data.max_prompt_tokens, **options.as_saved()
-    )
+    model, processor = load_trained(options.model, None, options.revision, data=data, **options.as_saved())
     dataset = in_catalogue(dataset, processor.catalogue, options.model)
     if options.linear and (size := len(dataset.catalogue)) > MOST_LINEAR_ITEMS:
         raise ValueError(f"linear: expected False with more than {MOST_LINEAR_ITEMS:,} items, got True with {size:,}")
     views = data.views(processor.views)
     if options.neighbours_weight is not None:
         views = replace(views or HistoryViews(weight=0.0), neighbours=options.neighbours_weight)
+    if views is not None and options.method != "auto":
+        raise ValueError(f"method: expected auto for answers of views or a table, got {options.method!r}")
     rows = getattr(dataset, options.split).spread(options.max_users)
     result = evaluate(
         model,
@@ -104,7 +104,11 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     if options.output and share.rank == 0:
         with_popularity(result, dataset).save(options.output)
     if options.card and share.rank == 0:
-        update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
+        given = {"views": views != processor.views, "max_prompt_tokens": data.max_prompt_tokens is not None}
+        if changed := [name for name, other in given.items() if other]:
+            voice.note(f"The model card stays as it is: these are not figures of the saved {' and '.join(changed)}.")
+        else:
+            update_card(options.model, model_facts(model, processor, dataset), measured(dataset, options.split, result))
     kinds = [*((Popularity, ItemKNN) if options.baselines else ()), *((LinearItems,) if options.linear else ())]
     scorers = [kind(dataset.train, len(dataset.catalogue)) for kind in kinds]
     shared: dict[str, Any] = {"exclude_seen": options.exclude_seen, "share": share}

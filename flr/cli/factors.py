@@ -126,10 +126,11 @@ def main(argv: list[str]) -> int:
     options, data, rest = parse("factors", ABOUT, (FactorsOptions, DataOptions), argv)
     from flr.explain import factor_stability, factors_needed
 
+    if data.views() is not None:
+        raise ValueError(f"views_weight: expected none, since losses are of whole histories, got {data.views_weight:g}")
     place = None if options.prune is None else new_folder("prune", options.prune)
     dataset = data.announce()
-    loading: dict[str, Any] = {"max_prompt_tokens": data.max_prompt_tokens, **options.as_saved()}
-    loaded = [load_trained(folder, dataset, **loading) for folder in options.folders()]
+    loaded = [load_trained(folder, dataset, data=data, **options.as_saved()) for folder in options.folders()]
     model, processor = loaded[0]
     rows = getattr(dataset, options.split).spread(options.max_users)
     kinds = item_kinds(dataset.catalogue, options.kinds)

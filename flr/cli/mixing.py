@@ -14,7 +14,7 @@ from .options import DataOptions, load_trained
 from .weights import InferenceOptions
 
 if TYPE_CHECKING:
-    from flr.data import RecDataset, RecProcessor
+    from flr.data import HistoryViews, NeighbourTable, RecDataset, RecProcessor
     from flr.evaluate import NeighbourFit
 
 
@@ -49,7 +49,17 @@ class MixingOptions(InferenceOptions):
 
     def loaded(self, data: DataOptions, dataset: RecDataset) -> tuple[Any, RecProcessor]:
         """The model and its processor, as they were saved."""
-        return load_trained(self.model, dataset, max_prompt_tokens=data.max_prompt_tokens, **self.as_saved())
+        return load_trained(self.model, dataset, data=data, **self.as_saved())
+
+    def save(self, before: HistoryViews | None, views: HistoryViews, table: NeighbourTable | None = None) -> None:
+        """Let the model answer with these from now on; metrics of what it answered ``before`` leave its card."""
+        from flr.data.processor_folder import save_views
+
+        from .card import drop_measured
+
+        save_views(self.model, views, table)
+        if table is not None or views != before:
+            drop_measured(self.model)
 
     def sizes(self) -> dict[str, Any]:
         """How rows are ranked."""

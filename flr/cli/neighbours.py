@@ -69,7 +69,6 @@ def main(argv: list[str]) -> int:
     if options.method not in ("auto", *METHODS):
         raise ValueError(f"method: expected auto or one of {', '.join(METHODS)}, got {options.method!r}")
     from flr.data import HistoryViews
-    from flr.data.processor_folder import save_views
     from flr.evaluate.neighbours import fit_tables
 
     dataset = data.announce()
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> int:
     best = fits[chosen].best
     if not options.dry_run:
         views = replace(processor.views or HistoryViews(weight=0.0), neighbours=best)
-        save_views(options.model, views, tables[chosen])
+        options.save(processor.views, views, tables[chosen])
         voice.note(f"{options.model} answers with {chosen} at weight {best:g} from now on.")
     found = {"weights": list(fits[chosen].weights), "best": best, "rows": len(rows), "metrics": means[chosen]}
     tried = {method: {"best": fit.best, "metrics": means[method]} for method, fit in fits.items()}

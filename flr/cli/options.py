@@ -32,6 +32,16 @@ def check_option(options: Any, expected: str, ok: bool, name: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {getattr(options, name)!r}")
 
 
+def check_as_saved(model: str, saved: Mapping[str, Any], given: Mapping[str, Any], default: Mapping[str, Any]) -> None:
+    """ValueError that names an option that says otherwise than the saved ``model``, and would have no effect.
+
+    One that has its default is taken for not given.
+    """
+    for name, own in saved.items():
+        if given[name] not in (default[name], own):
+            raise ValueError(f"{name}: expected {own!r}, that of {model}, or nothing, got {given[name]!r}")
+
+
 @dataclass
 class DataOptions:
     """What to learn from."""
@@ -69,12 +79,24 @@ class DataOptions:
         check_numbers(self, self.numbers)
 
     def views(self, saved: HistoryViews | None = None) -> HistoryViews | None:
-        """The views that are asked for; those that a model was ``saved`` with where none are."""
+        """The views that are asked for; those that a model was ``saved`` with where none are.
+
+        Raises:
+            ValueError: a decay alone, which would have no effect.
+        """
         from flr.data import HistoryViews
 
         if self.views_weight is None:
+            if self.views_decay not in (DataOptions.views_decay, None if saved is None else saved.decay):
+                raise ValueError(f"views_decay: expected a views_weight beside it, got {self.views_decay:g} alone")
             return saved
         return HistoryViews(self.views_weight, self.views_decay, 0.0 if saved is None else saved.neighbours)
+
+    def check_model(self, model: str, processor: RecProcessor) -> None:
+        """ValueError where an option says otherwise than the processor of a saved ``model``."""
+        saved = {name: getattr(processor, name) for name in ("codec", "max_history", "max_title_tokens")}
+        saved |= {"template": processor.template.text, "vocab_size": processor.tokenizer.vocab_size}
+        check_as_saved(model, saved, vars(self), vars(DataOptions()))
 
     def load(self) -> RecDataset:
         from flr.data import load_dataset, planted_dataset
@@ -193,14 +215,18 @@ def load_trained(
     dataset: RecDataset | None,
     revision: str | None = None,
     is_trainable: bool = False,
-    max_prompt_tokens: int | None = None,
+    data: DataOptions | None = None,
     device: str | None = None,
     **loading: Any,
 ) -> tuple[Any, RecProcessor]:
-    """Model and processor in a folder or on the Hub; ValueError where ``dataset`` has another catalogue.
+    """Model and processor in a folder or on the Hub.
 
-    ``device``: as for :func:`flr.model.backbone.placed`. ``loading``: dtype, attn_implementation and others of
+    ``data``: options of a command, of which ``max_prompt_tokens`` bounds prompts. ``device``: as for
+    :func:`flr.model.backbone.placed`. ``loading``: dtype, attn_implementation and others of
     :func:`flr.from_pretrained`.
+
+    Raises:
+        ValueError: ``dataset`` has another catalogue, or ``data`` says otherwise than the model.
     """
     from flr.data import RecProcessor
     from flr.model.backbone import placed
@@ -209,8 +235,10 @@ def load_trained(
     model, folder = load_from(name, revision=revision, is_trainable=is_trainable, **loading)
     placed(model, device)
     processor = RecProcessor.from_pretrained(folder)
-    if max_prompt_tokens is not None:
-        processor.bound_prompts(max_prompt_tokens)
     if dataset is not None and processor.catalogue.item_ids != dataset.catalogue.item_ids:
         raise ValueError(f"data: expected the catalogue that {name} was trained on, got another one")
+    if data is not None:
+        data.check_model(name, processor)
+        if data.max_prompt_tokens is not None:
+            processor.bound_prompts(data.max_prompt_tokens)
     return model, processor

@@ -63,8 +63,7 @@ def train(
     choose_autocast(args)
     adapted = is_adapter(local_folder(options.model, revision=options.revision))
     loading = options.to_train(args.train_backbone and not adapted, args.use_cpu)
-    limit = data.max_prompt_tokens
-    model, processor = load_trained(options.model, dataset, options.revision, True, limit, **loading)
+    model, processor = load_trained(options.model, dataset, options.revision, True, data, **loading)
     processor.views = data.views(processor.views)
     rows = hold_back(dataset.train, options.held_back)[1] if options.held_back else dataset.train
     trainer = LatentGRPOTrainer(model, args, processor, rows, dataset.valid)

@@ -89,7 +89,7 @@ def rankers(options: RobustnessOptions, data: DataOptions, dataset: RecDataset) 
     made: dict[str, Ranker] = {}
     longest = 0
     for name, folder in options.model_folders().items():
-        model, processor = load_trained(folder, dataset, max_prompt_tokens=data.max_prompt_tokens, **options.as_saved())
+        model, processor = load_trained(folder, dataset, data=data, **options.as_saved())
         longest = max(longest, processor.max_history)
         shared: dict[str, Any] = {"batch_size": options.batch_size, "num_beams": options.num_beams, "name": name}
         shared |= {"progress": voice.shows_progress(), "samples": 1, "views": data.views(processor.views)}

@@ -18,12 +18,11 @@ def main(argv: list[str]) -> int:
     if data.views_weight is not None:
         raise ValueError(f"views_weight: expected none, since --weights are tried here, got {data.views_weight:g}")
     from flr.data import HistoryViews
-    from flr.data.processor_folder import save_views
     from flr.evaluate.neighbours import fit_views
 
     dataset = data.announce()
     model, processor = options.loaded(data, dataset)
-    saved = processor.views or HistoryViews(weight=0.0)
+    saved = before = processor.views or HistoryViews(weight=0.0)
     if data.views_decay != DataOptions().views_decay:  # one that has its default is taken for not given
         saved = replace(saved, decay=data.views_decay)
     processor.views = saved
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     fit = fit_views(model, processor, rows, weights, **options.sizes())
     means = shown("views", fit, len(rows))
     if not options.dry_run:
-        save_views(options.model, replace(saved, weight=fit.best))
+        options.save(before, replace(saved, weight=fit.best))
         voice.note(f"{options.model} answers with views at weight {fit.best:g} from now on.")
     found = {"weights": list(fit.weights), "best": fit.best, "decay": saved.decay, "rows": len(rows), "metrics": means}
     emit(found, rest.json)

@@ -114,6 +114,31 @@ def write_card(folder: str | Path, facts: ModelFacts | None = None, evaluation: 
         data.eval_results = [*others, *map(_result, [evaluation] * len(evaluation.metrics), evaluation.metrics)]
     if data.eval_results:
         card.text = _placed(card.text, "metrics", _metrics_part(data.eval_results))
+    _save(card, file)
+
+
+def drop_metrics(folder: str | Path) -> bool:
+    """Take what :func:`write_card` wrote of metrics out of the card in ``folder``; whether there were any.
+
+    Raises:
+        ValueError: as :func:`write_card`.
+    """
+    file = Path(folder) / FILE
+    card = _card(file)
+    results = card.data.eval_results or []
+    others = [result for result in results if result.task_type != _TASK]
+    if len(others) == len(results):
+        return False
+    card.data.eval_results = others or None
+    first, last = _marks("metrics")
+    before, found, rest = card.text.partition(first)
+    if found and last in rest:
+        card.text = f"{before.rstrip()}\n\n{rest.partition(last)[2].lstrip()}"
+    _save(card, file)
+    return True
+
+
+def _save(card: Any, file: Path) -> None:
     with atomic_file(file) as temporary:
         temporary.write_text(str(card).strip() + "\n", encoding="utf-8")
 

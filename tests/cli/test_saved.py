@@ -162,6 +162,39 @@ def test_evaluate_brings_the_metrics_up_to_date(start, tmp_path, capsys):
     assert "the model card stays as it is" in capsys.readouterr().err
 
 
+def test_the_card_has_figures_of_the_saved_answers_alone(start, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    evaluation = ["evaluate", "--model", str(folder), *DATA, "--baselines", "false"]
+    assert main(evaluation) == 0
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    assert {r.dataset_split for r in results} == {"valid", "test"}
+    assert results[0].dataset_args.items() >= {"views_weight": 0.25, "views_decay": 0.6, "neighbours_weight": 0}.items()
+    text = (folder / "README.md").read_text()
+    assert "views_weight 0.25" in text
+    for option, value in (("views_weight", "0.9"), ("neighbours_weight", "0"), ("max_prompt_tokens", "5")):
+        capsys.readouterr()
+        assert main([*evaluation, f"--{option}", value]) == 0
+        same = option == "neighbours_weight"  # has no table, and these views are the saved ones
+        assert ("The model card stays as it is" in capsys.readouterr().err) != same
+        assert (folder / "README.md").read_text() == text
+    for command in ("views", "neighbours"):
+        assert main([command, *DATA, "--model", str(folder), "--weights", "0.5", "--dry_run"]) == 0
+        assert (folder / "README.md").read_text() == text
+    views = ["views", *DATA, "--model", str(folder), "--weights"]
+    assert main([*views, "0.25"]) == 0
+    assert (folder / "README.md").read_text() == text, "answers are as before"
+    capsys.readouterr()
+    assert main([*views, "0.5"]) == 0
+    assert "The model card has no metrics any more" in capsys.readouterr().err
+    assert not ModelCard.load(folder / "README.md").data.eval_results
+    assert "views_weight 0.25" not in (folder / "README.md").read_text()
+    assert main(evaluation) == 0
+    assert "views_weight 0.5" in (folder / "README.md").read_text()
+    assert main(["neighbours", *DATA, "--model", str(folder), "--weights", "0.5"]) == 0
+    assert not ModelCard.load(folder / "README.md").data.eval_results
+
+
 def test_settings_leave_out_paths_and_names(tmp_path):
     data, args = (
         DataOptions(data=str(tmp_path), max_history=3),
@@ -271,3 +304,40 @@ def test_robustness_writes_what_it_measured(start, tmp_path, capsys):
     for option, value in bad:
         assert main([*arguments, "--output", str(tmp_path), f"--{option}", value]) in (1, 2)
         assert f"{option}: expected" in capsys.readouterr().err
+
+
+_OTHERS = [
+    ("max_history", "2", "expected 5"),
+    ("codec", "sid", "expected 'id'"),
+    ("template", "After {history}:", "expected '"),
+    ("max_title_tokens", "3", "expected None"),
+    ("vocab_size", "300", "expected 4"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("evaluate", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight beside it, got 0.1 alone"),
+                      ("method", "beam", "expected auto for answers of views or a table, got 'beam'")]),
+        ("robustness", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("factors", [*_OTHERS[:2], ("views_weight", "0.5", "expected none")]),
+        ("neighbours", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("views", _OTHERS[:2]),
+        ("rl", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
+        ("sft", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight")]),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_model_would_not_follow_is_refused(start, tmp_path, capsys, command, options):
+    name = "--models" if command in ("robustness", "factors") else "--model"
+    line = [command, *DATA, name, str(start)]
+    line += [*TRAINING, "--output_dir", str(tmp_path)] if command in ("rl", "sft") else []
+    for option, value, expected in options:
+        capsys.readouterr()
+        assert main([*line, f"--{option}", value]) == 1
+        assert f"{option}: {expected}" in capsys.readouterr().err
+
+
+def test_options_that_the_model_says_too_are_taken(start, capsys):
+    same = ["--max_history", "5", "--codec", "id", "--template", RecProcessor.from_pretrained(start).template.text]
+    assert main(["evaluate", *DATA, "--model", str(start), "--max_users", "9", "--card", "false", *same]) == 0

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from flr.report.model_card import FILE, Evaluation, Measured, ModelFacts, has_model_part, write_card
+from flr.report.model_card import FILE, Evaluation, Measured, ModelFacts, drop_metrics, has_model_part, write_card
 
 FACTS = ModelFacts(
     "A recommender",
@@ -83,6 +83,25 @@ def test_metrics_of_others_stay_in_the_metadata(tmp_path):
     assert data.model_name == "theirs"
     assert {r.metric_type for r in data.eval_results} == {"bleu", "ndcg", "mrr"}
     assert "bleu" not in text_of(tmp_path).split("---", 2)[2]
+
+
+def test_metrics_are_taken_out_and_nothing_else(tmp_path):
+    assert not drop_metrics(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    other = (
+        "  - task: {type: text-generation}\n    dataset: {name: x, type: x}\n    metrics: [{type: bleu, value: 9}]\n"
+    )
+    (tmp_path / FILE).write_text(f"---\nmodel-index:\n- name: theirs\n  results:\n{other}---\nwords\n")
+    write_card(tmp_path, FACTS, VALID)
+    (tmp_path / FILE).write_text(f"{text_of(tmp_path)}below\n")
+    assert drop_metrics(tmp_path)
+    text = text_of(tmp_path)
+    assert [r.metric_type for r in ModelCard.load(tmp_path / FILE).data.eval_results] == ["bleu"]
+    assert "ndcg" not in text
+    assert text.index("words") < text.index("# A recommender") < text.index("below")
+    assert not drop_metrics(tmp_path)
+    write_card(tmp_path, evaluation=VALID)
+    assert "| cds | valid | ndcg@10 |" in text_of(tmp_path)
 
 
 def test_text_from_data_is_text(tmp_path):
