@@ -73,7 +73,7 @@ def test_sequences_keep_everyone(tmp_path):
         ("csv --source {published} --metadata x", "metadata: expected none for {published} (csv; its rows"),
         ("csv --source {log} --since soon", "since: expected an ISO date or seconds since 1970, got 'soon'"),
         ("csv --source {log} --split random", "split: expected one of ('time', 'leave_one_out'), got 'random'"),
-        ("csv --source {log} --max_bad_share 2", "max_bad_share: expected 0..1, got 2.0"),
+        ("csv --source {log} --max_bad_share 2", "max_bad_share: expected None or a number in [0, 1], got 2.0"),
         ("csv --source {log} --time noon", "{log}: expected a column noon (time=), got ['user_id', 'item_id', 'times"),
         ("yelp --source {log}", "{log}: expected columns user_id, business_id, date, got ['user_id', 'item_id', 'time"),
         ("movielens --source {seq}", "path: expected a file u.data or ratings.dat or ratings.csv in {seq}, got []"),
