@@ -87,8 +87,6 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     views = data.views(processor.views)
     if options.neighbours_weight is not None:
         views = replace(views or HistoryViews(weight=0.0), neighbours=options.neighbours_weight)
-    if views is not None and options.method != "auto":
-        raise ValueError(f"method: expected auto for answers of views or a table, got {options.method!r}")
     rows = getattr(dataset, options.split).spread(options.max_users)
     result = evaluate(
         model,

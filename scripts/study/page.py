@@ -191,7 +191,7 @@ def taught(report: dict[str, Any]) -> str:
     """The same of trainings with a teacher, and what they took."""
     table = report["taught"]
     took = ", ".join(f"{NAMES[name]} {table['models'][name]['seconds']:,.0f}" for name in _order(table["models"]))
-    about = f"Seconds of training, {_device(table['device'])}, one core each, two trainings beside each other: {took}."
+    about = f"Seconds of training, {_device(table['device'])}, one core each, beside a second training or more: {took}."
     return f"{_beside_linear({'taught': table})}\n\n{about}"
 
 

@@ -318,8 +318,7 @@ _OTHERS = [
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("evaluate", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight beside it, got 0.1 alone"),
-                      ("method", "beam", "expected auto for answers of views or a table, got 'beam'")]),
+        ("evaluate", [*_OTHERS, ("views_decay", "0.1", "expected a views_weight beside it, got 0.1 alone")]),
         ("robustness", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),
         ("factors", [*_OTHERS[:2], ("views_weight", "0.5", "expected none")]),
         ("neighbours", [*_OTHERS[:2], ("views_decay", "0.1", "expected a views_weight")]),

@@ -93,7 +93,7 @@ def test_beside_the_linear_model_all_are_ahead_of_it_and_factors_not_of_their_co
 
 
 def test_what_is_said_of_a_linear_model_as_teacher_holds():
-    """README and the page: about a tenth more than without; learned vectors ahead of one more token, factors not."""
+    """README and the page: about a tenth more than without; no lead over one more token, nor of one mixture."""
     table = read_json(ROOT / "docs/results/study_taught.json", 1 << 22)["table"]
     recipe = STUDY["linear"]["recipe"]["models"]
     for name, own in table["models"].items():
@@ -105,15 +105,12 @@ def test_what_is_said_of_a_linear_model_as_teacher_holds():
         assert own["test_linear"]["hr@10"][0] > 0.125
         assert own["test_linear"]["ndcg@10"][0] > 0.095
     factors = table["models"]["flr-mixture"]
-    assert factors["seeds"] == 3
+    assert factors["seeds"] == 5
     assert factors["test"]["hr@10"][0] > 0.125
     assert max(factors["test_views"]["ndcg@10"][0], table["models"]["flr"]["test_views"]["ndcg@10"][0]) < 0.095
-    each = [dict(table["models"][name]["each"]) for name in ("flr-mixture", "offsets-mixture")]
-    assert all(each[0][seed] < each[1][seed] for seed in each[0])
     found = {(name, other, way): (low, high) for name, other, *ways in table["pairs"] for way, _, low, high in ways}
-    assert found["offsets-mixture", "anchor", "test"][0] > 0
-    level = [found[pair] for pair in found if pair[2] == "test_linear"]
-    level += [found[name, "anchor", way] for name in ("flr", "flr-mixture") for way in ("test", "test_views")]
+    assert found["flr-mixture", "flr", "test"][0] > 0
+    level = [found[pair] for pair in found if pair != ("flr-mixture", "flr", "test")]
     assert all(low < 0 < high for low, high in level)
 
 
