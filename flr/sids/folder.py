@@ -21,16 +21,15 @@ import numpy as np
 
 from flr.data import Catalogue, RecDataset
 from flr.data.codes import read_codes
+from flr.data.prepared_folder import ABOUT, BOOKS, INDEX, ITEMS, META, SIDS
 from flr.files import PathLike, atomic_folder, read_json, sha256, temporary_folder, write_json
 
 from .codebooks import Codebooks, code_names, code_report
 from .embed import FITTED, Embedded, embed_items
 from .quantize import check_sizes, fit_codes
 
-SIDS, ABOUT, INDEX, BOOKS = "sids", "sids.json", "sid.index.json", "codebooks.safetensors"
 _FORMAT, _VERSION = "flr-sids", 1
 _AGREEMENT = 0.99  # of known items: the rest is rounding of a language model on another machine or in other batches
-_ITEMS, _META = "items.parquet", "meta.json"
 
 
 def make_codes(
@@ -199,7 +198,7 @@ def _load(folder: PathLike, overwrite: bool) -> RecDataset:
     if not path.exists() and path.parent.is_dir():
         with temporary_folder(path):  # puts back what a writer that was killed had moved aside
             pass
-    if not (path / _META).is_file():
+    if not (path / META).is_file():
         raise ValueError(f"data: expected a folder that flr prepare wrote, got {folder}")
     dataset = RecDataset.load(folder)
     if dataset.catalogue.sids is not None and not overwrite:
@@ -222,11 +221,11 @@ def _write(
             dirs_exist_ok=True,
             ignore=lambda where, _: {SIDS} if Path(where) == root else set(),
         )
-        catalogue.save(new / _ITEMS)
-        meta = read_json(new / _META)
+        catalogue.save(new / ITEMS)
+        meta = read_json(new / META)
         if isinstance(meta.get("sha256"), dict):
-            meta["sha256"][_ITEMS] = sha256(new / _ITEMS)
-        write_json(new / _META, meta)
+            meta["sha256"][ITEMS] = sha256(new / ITEMS)
+        write_json(new / META, meta)
         beside = new / SIDS
         write_json(beside / INDEX, {item_id: list(sid) for item_id, sid in zip(old.item_ids, sids, strict=True)})
         if books is not None:

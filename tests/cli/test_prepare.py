@@ -7,6 +7,7 @@ import pytest
 from flr.cli import main
 from flr.cli.prepare import KINDS
 from flr.data import FORMATS, load_dataset
+from tests.helpers.catalogues import small_dataset
 
 EVENTS = [(f"u{u}", f"i{(u + t) % 7}", 1_400_000_000 + 86400 * t + u) for u in range(12) for t in range(6)]
 
@@ -73,7 +74,7 @@ def test_sequences_keep_everyone(tmp_path):
         ("csv --source {published} --metadata x", "metadata: expected none for {published} (csv; its rows"),
         ("csv --source {log} --since soon", "since: expected an ISO date or seconds since 1970, got 'soon'"),
         ("csv --source {log} --split random", "split: expected one of ('time', 'leave_one_out'), got 'random'"),
-        ("csv --source {log} --max_bad_share 2", "max_bad_share: expected 0..1, got 2.0"),
+        ("csv --source {log} --max_bad_share 2", "max_bad_share: expected None or a number in [0, 1], got 2.0"),
         ("csv --source {log} --time noon", "{log}: expected a column noon (time=), got ['user_id', 'item_id', 'times"),
         ("yelp --source {log}", "{log}: expected columns user_id, business_id, date, got ['user_id', 'item_id', 'time"),
         ("movielens --source {seq}", "path: expected a file u.data or ratings.dat or ratings.csv in {seq}, got []"),
@@ -91,3 +92,26 @@ def test_what_means_nothing_is_refused(tmp_path, capsys, words, expected):
     assert prepare(*(word.format(**places) for word in words.split()), "--output", out) == 1
     assert f"flr prepare: {expected.format(**places)}" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--source {logs}/log.csv --output {logs}", "output: expected a new or an empty folder, or one that flr"),
+        ("--source {logs}/log.csv --output {logs}/log.csv", "output: expected a new or an empty folder, or one that"),
+        ("--source {own}/items.parquet --output {own}", "source: expected a place outside of {own}, which is replaced"),
+        ("--source {own} --output {own}", "source: expected a place outside of {own}, which is replaced, got {own}"),
+        ("--source {log} --metadata {link}/meta.json --output {own}", "metadata: expected a place outside of {own}"),
+    ],
+)
+def test_a_bad_output_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch, words, expected):
+    places = {name: tmp_path / name for name in ("logs", "own", "link")}
+    places["logs"].mkdir()
+    places["log"] = csv_log(tmp_path / "logs" / "log.csv")
+    small_dataset().save(places["own"])
+    places["link"].symlink_to("own")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("flr.data.load_dataset", lambda *_, **__: pytest.fail("it was read"))
+    assert prepare("csv", *(word.format(**places) for word in words.split())) == 1
+    assert f"flr prepare: {expected.format(**places)}" in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
