@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flr.config import COUNT, COUNT_FROM_ZERO, PROBABILITY, Numbers, check_numbers, option
@@ -27,7 +28,9 @@ class PrepareOptions:
 
     source: str | None = option(None, "File, folder or, for public data sets, zip archive.")
     metadata: str | None = option(None, "File that describes the items: titles, or for sequences their codes.")
-    output: str = option("data/prepared", "Folder to write.")
+    output: str = option(
+        "data/prepared", "Folder to write: new, empty, or one that flr prepare wrote, which is replaced."
+    )
     user: str | None = option(None, "Column of users; sequences: none, where a line holds items alone.")
     item: str | None = option(None, "Column of items.")
     time: str | None = option(None, "Column of times.")
@@ -63,10 +66,16 @@ def main(argv: list[str]) -> int:
     if options.source is None:
         raise ValueError("source: expected a file or folder, got none")
     from flr.data import load_dataset
+    from flr.data.prepared_folder import check_output
     from flr.data.readers import options_of
 
     from .options import in_words
 
+    output = check_output(options.output)
+    for name in ("source", "metadata"):
+        path = getattr(options, name)
+        if path is not None and Path(path).resolve().is_relative_to(output):
+            raise ValueError(f"{name}: expected a place outside of {options.output}, which is replaced, got {path}")
     given: dict[str, Any] = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)

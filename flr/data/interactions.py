@@ -18,11 +18,9 @@ from .catalogue import Catalogue
 from .csr import CSR, as_int, latest, user_bounds
 from .events import read_events
 from .frames import holds_text, pick
+from .prepared_folder import FILES, FORMAT, ITEMS, META, PARTS, check_output
 from .report import ReadReport
 
-PARTS = ("train", "valid", "test")
-_FILES = ("items.parquet", *(f"{part}.parquet" for part in PARTS))
-_FORMAT = "flr-dataset"
 _VERSION = 1
 
 
@@ -271,32 +269,37 @@ class RecDataset:
         return f"RecDataset({self.name!r}: {len(self.catalogue)} items; {rows})"
 
     def save(self, path: PathLike) -> None:
-        """Write a prepared folder (items, train, valid, test as Parquet; meta.json), whole or not at all."""
-        with atomic_folder(path) as folder:
-            self.catalogue.save(folder / "items.parquet")
+        """Write a prepared folder (items, train, valid, test as Parquet; meta.json), whole or not at all.
+
+        Raises:
+            ValueError: ``path`` is a folder that holds anything else, which would be lost: what may be replaced is
+                what this method and ``flr sids`` wrote.
+        """
+        with atomic_folder(check_output(path)) as folder:
+            self.catalogue.save(folder / ITEMS)
             for part in PARTS:
                 getattr(self, part).save(folder / f"{part}.parquet")
-            files = {file: sha256(folder / file) for file in _FILES}
-            meta = {"format": _FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
-            write_json(folder / "meta.json", {**meta, "sha256": files})
+            files = {file: sha256(folder / file) for file in FILES}
+            meta = {"format": FORMAT, "version": _VERSION, "name": self.name, "report": self.report.to_dict()}
+            write_json(folder / META, {**meta, "sha256": files})
 
     @classmethod
     def load(cls, path: PathLike) -> RecDataset:
         """Read a prepared folder; ValueError where a file is missing or was not written by :meth:`save`."""
         folder = Path(path)
-        meta = read_json(folder / "meta.json")
-        if meta.get("format") != _FORMAT or meta.get("version") != _VERSION:
+        meta = read_json(folder / META)
+        if meta.get("format") != FORMAT or meta.get("version") != _VERSION:
             got = f"{shown(meta.get('format'))} version {shown(meta.get('version'))}"
-            raise ValueError(f"{folder / 'meta.json'}: expected format {_FORMAT!r} version {_VERSION}, got {got}")
+            raise ValueError(f"{folder / META}: expected format {FORMAT!r} version {_VERSION}, got {got}")
         expected = meta.get("sha256", {})  # absent in older folders
-        for file in _FILES if expected else ():
+        for file in FILES if expected else ():
             if (folder / file).is_file() and (
                 not isinstance(expected, dict) or expected.get(file) != sha256(folder / file)
             ):
                 raise ValueError(f"{folder / file}: expected the file that was saved with meta.json, got another one")
-        with naming(folder / "meta.json", "the report of a reading"):
+        with naming(folder / META, "the report of a reading"):
             report = ReadReport.from_dict(meta.get("report", {}))
-        catalogue = Catalogue.load(folder / "items.parquet")
+        catalogue = Catalogue.load(folder / ITEMS)
         train, valid, test = (Interactions.load(folder / f"{part}.parquet") for part in PARTS)
         with naming(folder, "parts of one data set"):
             return cls(catalogue, train, valid, test, str(meta.get("name", "")), report)

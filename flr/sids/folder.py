@@ -21,16 +21,15 @@ import numpy as np
 
 from flr.data import Catalogue, RecDataset
 from flr.data.codes import read_codes
+from flr.data.prepared_folder import ABOUT, BOOKS, INDEX, ITEMS, META, SIDS
 from flr.files import PathLike, atomic_folder, read_json, sha256, temporary_folder, write_json
 
 from .codebooks import Codebooks, code_names, code_report
 from .embed import FITTED, Embedded, embed_items
 from .quantize import check_sizes, fit_codes
 
-SIDS, ABOUT, INDEX, BOOKS = "sids", "sids.json", "sid.index.json", "codebooks.safetensors"
 _FORMAT, _VERSION = "flr-sids", 1
 _AGREEMENT = 0.99  # of known items: the rest is rounding of a language model on another machine or in other batches
-_ITEMS, _META = "items.parquet", "meta.json"
 
 
 def make_codes(
@@ -63,7 +62,7 @@ def make_codes(
     Returns:
         What ``sids.json`` holds.
     """
-    dataset = _load(folder, overwrite)
+    dataset, read = _load(folder, overwrite)
     counts = {"iterations": iterations, "epochs": epochs, "latent_size": latent_size}
     check_sizes(len(dataset.catalogue), method, levels, codes, balance, **counts)
     embedded = embed_items(dataset, source, seed=seed, device=device, progress=progress, **embedding)
@@ -74,15 +73,15 @@ def make_codes(
     sids = code_names(found)
     report = code_report(sids, codes) | {"relative_error": books.relative_errors(embedded.values, found)}
     about = {**sizes, "source": embedded.source, "report": report | {"unknown_items": embedded.empty}}
-    return _write(folder, dataset, sids, about, books)
+    return _write(folder, read, dataset, sids, about, books)
 
 
 def import_codes(folder: PathLike, path: PathLike, *, overwrite: bool = False) -> dict[str, Any]:
     """Write IDs that others made (see :func:`flr.data.codes.read_codes`) into a folder; what ``sids.json`` holds."""
-    dataset = _load(folder, overwrite)
+    dataset, read = _load(folder, overwrite)
     sids = read_codes(path, dataset.catalogue.item_ids)
     source = {"kind": "codes", "name": Path(path).name, "sha256": sha256(path)}
-    return _write(folder, dataset, sids, {"method": "file", "source": source, "report": code_report(sids)}, None)
+    return _write(folder, read, dataset, sids, {"method": "file", "source": source, "report": code_report(sids)}, None)
 
 
 def update_codes(
@@ -120,7 +119,7 @@ def update_codes(
         if kind == "file":
             raise ValueError("embed: expected the .npy file with rows for the new items too, got none")
         source = str(stored.about["source"].get("name"))
-    dataset = _load(folder, overwrite=True)
+    dataset, read = _load(folder, overwrite=True)
     old = [stored.codes.get(item_id) for item_id in dataset.catalogue.item_ids]
     known = np.array([codes is not None for codes in old])
     _check_own(dataset.catalogue, old, overwrite)
@@ -142,7 +141,7 @@ def update_codes(
     report |= {"relative_error": stored.books.relative_errors(embedded.values, found)}
     report |= {"unknown_items": embedded.empty, "new_items": int((~known).sum())}
     about = {name: value for name, value in stored.about.items() if name not in ("sha256", "catalogue")}
-    return _write(folder, dataset, final, about | {"source": embedded.source, "report": report}, stored.books)
+    return _write(folder, read, dataset, final, about | {"source": embedded.source, "report": report}, stored.books)
 
 
 @dataclass(frozen=True)
@@ -194,27 +193,25 @@ def _check_source(stored: dict[str, Any], embedded: Embedded, books: Codebooks) 
         raise ValueError(f"embed: expected embeddings of {books.width} numbers, got {embedded.values.shape[1]}")
 
 
-def _load(folder: PathLike, overwrite: bool) -> RecDataset:
+def _load(folder: PathLike, overwrite: bool) -> tuple[RecDataset, str]:
+    """The data set in a folder, and the digest of its ``meta.json``, which seals all of it."""
     path = Path(folder).resolve()
     if not path.exists() and path.parent.is_dir():
         with temporary_folder(path):  # puts back what a writer that was killed had moved aside
             pass
-    if not (path / _META).is_file():
+    if not (path / META).is_file():
         raise ValueError(f"data: expected a folder that flr prepare wrote, got {folder}")
-    dataset = RecDataset.load(folder)
+    read = sha256(path / META)
+    dataset = RecDataset.load(path)
     if dataset.catalogue.sids is not None and not overwrite:
         raise ValueError(f"overwrite: expected true to replace the semantic IDs of {folder}, got false")
-    return dataset
+    return dataset, read
 
 
-def _write(
-    folder: PathLike, dataset: RecDataset, sids: list[tuple[str, ...]], about: dict[str, Any], books: Codebooks | None
-) -> dict[str, Any]:
-    """The folder with these IDs in place of what it had: everything else is copied, and all of it appears at once."""
-    old = dataset.catalogue
-    catalogue = Catalogue(old.item_ids, old.titles, sids, old.attributes)
-    root = Path(folder).resolve()  # where a link leads, the folder is replaced and not the link
-    with atomic_folder(root) as new:
+def _copy(root: Path, new: Path, read: str) -> None:
+    """Everything but the IDs; ValueError where the folder is no longer the one whose ``meta.json`` was ``read``."""
+    fault = None
+    try:
         shutil.copytree(
             root,
             new,
@@ -222,11 +219,33 @@ def _write(
             dirs_exist_ok=True,
             ignore=lambda where, _: {SIDS} if Path(where) == root else set(),
         )
-        catalogue.save(new / _ITEMS)
-        meta = read_json(new / _META)
+    except OSError as error:  # as it comes where another writer takes the folder away
+        fault = error
+    if not (root / META).is_file() or sha256(root / META) != read:  # after the copy, which takes its time
+        raise ValueError("data: expected the folder that was read, got one that changed meanwhile") from fault
+    if fault is not None:
+        raise fault
+
+
+def _write(
+    folder: PathLike,
+    read: str,
+    dataset: RecDataset,
+    sids: list[tuple[str, ...]],
+    about: dict[str, Any],
+    books: Codebooks | None,
+) -> dict[str, Any]:
+    """The folder with these IDs in place of what it had: everything else is copied, and all of it appears at once."""
+    old = dataset.catalogue
+    catalogue = Catalogue(old.item_ids, old.titles, sids, old.attributes)
+    root = Path(folder).resolve()  # where a link leads, the folder is replaced and not the link
+    with atomic_folder(root) as new:
+        _copy(root, new, read)
+        catalogue.save(new / ITEMS)
+        meta = read_json(new / META)
         if isinstance(meta.get("sha256"), dict):
-            meta["sha256"][_ITEMS] = sha256(new / _ITEMS)
-        write_json(new / _META, meta)
+            meta["sha256"][ITEMS] = sha256(new / ITEMS)
+        write_json(new / META, meta)
         beside = new / SIDS
         write_json(beside / INDEX, {item_id: list(sid) for item_id, sid in zip(old.item_ids, sids, strict=True)})
         if books is not None:

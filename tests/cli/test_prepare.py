@@ -7,6 +7,7 @@ import pytest
 from flr.cli import main
 from flr.cli.prepare import KINDS
 from flr.data import FORMATS, load_dataset
+from tests.helpers.catalogues import small_dataset
 
 EVENTS = [(f"u{u}", f"i{(u + t) % 7}", 1_400_000_000 + 86400 * t + u) for u in range(12) for t in range(6)]
 
@@ -91,3 +92,26 @@ def test_what_means_nothing_is_refused(tmp_path, capsys, words, expected):
     assert prepare(*(word.format(**places) for word in words.split()), "--output", out) == 1
     assert f"flr prepare: {expected.format(**places)}" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--source {logs}/log.csv --output {logs}", "output: expected a new or an empty folder, or one that flr"),
+        ("--source {logs}/log.csv --output {logs}/log.csv", "output: expected a new or an empty folder, or one that"),
+        ("--source {own}/items.parquet --output {own}", "source: expected a place outside of {own}, which is replaced"),
+        ("--source {own} --output {own}", "source: expected a place outside of {own}, which is replaced, got {own}"),
+        ("--source {log} --metadata {link}/meta.json --output {own}", "metadata: expected a place outside of {own}"),
+    ],
+)
+def test_a_bad_output_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch, words, expected):
+    places = {name: tmp_path / name for name in ("logs", "own", "link")}
+    places["logs"].mkdir()
+    places["log"] = csv_log(tmp_path / "logs" / "log.csv")
+    small_dataset().save(places["own"])
+    places["link"].symlink_to("own")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("flr.data.load_dataset", lambda *_, **__: pytest.fail("it was read"))
+    assert prepare("csv", *(word.format(**places) for word in words.split())) == 1
+    assert f"flr prepare: {expected.format(**places)}" in " ".join(capsys.readouterr().err.split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

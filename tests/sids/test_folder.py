@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +125,44 @@ def test_damaged_codebooks_are_refused(folder, tmp_path):
         update_codes(folder, source=str(tmp_path / "x.npy"))
 
 
+@pytest.mark.parametrize("moment", ["before", "during", "gone"])
+@pytest.mark.parametrize("command", ["make", "import", "update"])
+def test_a_folder_that_changed_meanwhile_is_refused(tmp_path, monkeypatch, command, moment):
+    folder = prepared(tmp_path / "data")
+    np.save(tmp_path / "codes.npy", np.arange(2 * len(PLAIN)).reshape(2, -1) % 5)
+    embeddings(PLAIN, tmp_path / "e.npy")
+    if command == "update":
+        make_codes(folder, str(tmp_path / "e.npy"), **SMALL)
+    catalogue = RecDataset.load(folder).catalogue
+    other = RecDataset(catalogue, DATA.train, DATA.valid.select([]), DATA.test, "other")
+
+    def change():
+        shutil.rmtree(folder) if moment == "gone" else other.save(folder)
+
+    copy = shutil.copytree
+
+    def changing(*args, **kwargs):
+        if moment != "during":
+            change()
+        copy(*args, **kwargs)
+        if moment == "during":
+            change()
+
+    monkeypatch.setattr("shutil.copytree", changing)
+    work = {
+        "make": lambda: make_codes(folder, "cooccurrence", size=8, **SMALL),
+        "import": lambda: import_codes(folder, tmp_path / "codes.npy"),
+        "update": lambda: update_codes(folder, source=str(tmp_path / "e.npy"), progress=False),
+    }[command]
+    with pytest.raises(ValueError, match=r"^data: expected the folder that was read, got one that changed meanwhile$"):
+        work()
+    assert os.listdir(tmp_path).count("data") == (moment != "gone")
+    if moment != "gone":
+        assert RecDataset.load(folder).name == "other"
+        assert RecDataset.load(folder).catalogue == catalogue
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
 def test_killed_at_any_moment_the_folder_is_whole(tmp_path):
     outcomes = set()
     for number in range(1, 200):
@@ -170,7 +209,7 @@ def test_the_command(folder, tmp_path, capsys):
         ("--data {tmp} --embed tfidf", "data: expected a folder that flr prepare wrote, got {tmp}"),
         ("--data {data}", "embed: expected a language model, tfidf, cooccurrence or FILE.npy, got none"),
         ("--data {data} --embed tfidf --method pq", "method: expected one of rq-kmeans, rq-vae, got 'pq'"),
-        ("--data {data} --embed tfidf --codes 8 --levels 27", "levels: expected 1 to 26, got 27"),
+        ("--data {data} --embed tfidf --codes 8 --levels 27", "levels: expected an integer from 1 to 26, got 27"),
         ("--data {data} --embed tfidf --device gpu", "device: expected auto or a device of this machine, got 'gpu'"),
         (
             "--data {data} --embed {tmp}/absent --codes 8",
