@@ -141,3 +141,12 @@ def as_int(name: str, values: Any, dtype: type[np.signedinteger[Any]]) -> np.nda
     if array.min() < limits.min or array.max() > limits.max:
         raise ValueError(f"{name}: expected values that fit {np.dtype(dtype)}, got {array.min()}..{array.max()}")
     return array.astype(dtype, copy=False)
+
+
+def check_whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    """ValueError for what is no whole number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}: expected a whole number, got {value!r:.80}")
+    if not least <= value <= most:
+        wanted = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{name}: expected {wanted}, got {value}")

@@ -11,6 +11,10 @@ import pyarrow as pa
 from .frames import codes, find_column, has_column, id_column, missing_rows, time_column
 from .report import ReadReport
 
+LATEST = 4102444800  # 2100-01-01, in seconds
+_EARLIEST = 315532800  # 1980-01-01: from here to 2100 times in s, ms, µs and ns are told apart by their size
+UNITS = {1: "s", 10**3: "ms", 10**6: "µs", 10**9: "ns"}
+
 
 class LogBuilder:
     """Collects events block by block; users and items are numbered in order of appearance."""
@@ -78,9 +82,41 @@ class InteractionLog:
         order = np.argsort(self.times, kind="stable") if self.times is not None else np.arange(len(self))
         return order[np.argsort(self.users[order], kind="stable")]
 
-    def seconds(self, order: np.ndarray) -> np.ndarray | None:
-        """Times of the events ``order``, int64: whole seconds, or whole units where these are not known."""
-        return None if self.times is None else np.floor(self.times[order] // (self.per_second or 1)).astype(np.int64)
+    @property
+    def unit(self) -> int | None:
+        """How many units of a time are a second: ``per_second``, or what the size of the times shows."""
+        return self.per_second or unit_of(self.times)
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether times are fractions of a unit that is not known, which no whole number of it stands for."""
+        if self.times is None or self.times.dtype.kind != "f" or self.unit is not None:
+            return False
+        return bool((self.times % 1 != 0).any())
+
+    def stamps(self, order: np.ndarray) -> np.ndarray | None:
+        """What rows keep of the times of the events ``order``, int64 [n], in their order.
+
+        Whole seconds where ``per_second`` says so, else whole units; the place among the log's different times, from 0,
+        where the times are fractions of an unknown unit.
+        """
+        if self.times is None:
+            return None
+        if self.has_fractions:
+            return np.unique(self.times, return_inverse=True)[1].astype(np.int64)[order]
+        return (self.times[order] // (self.per_second or 1)).astype(np.int64)
+
+
+def unit_of(times: np.ndarray | None) -> int | None:
+    """Units of a second by the size of the times: all of them lie between 1980 and 2100.
+
+    >>> unit_of(np.array([1500000000000, 1600000000000])), unit_of(np.array([3, 17]))
+    (1000, None)
+    """
+    if times is None or not len(times):
+        return 1
+    low, high = times.min(), times.max()
+    return next((unit for unit in UNITS if _EARLIEST * unit <= low and high < LATEST * unit), None)
 
 
 def read_events(

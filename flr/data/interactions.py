@@ -15,7 +15,7 @@ import pyarrow as pa
 from flr.files import PathLike, atomic_folder, naming, read_json, read_parquet, sha256, shown, write_json, write_parquet
 
 from .catalogue import Catalogue
-from .csr import CSR, as_int, latest, user_bounds
+from .csr import CSR, as_int, check_whole, latest, user_bounds
 from .events import read_events
 from .frames import holds_text, pick
 from .prepared_folder import FILES, FORMAT, ITEMS, META, PARTS, check_output
@@ -49,7 +49,7 @@ class Interactions:
         timestamps: int64 [rows], seconds since 1970 of the target, or None.
 
     Raises:
-        ValueError: lengths that differ, offsets that do not ascend, negative indices.
+        ValueError: users that are no text, lengths that differ, offsets that do not ascend, negative indices.
 
     Example:
         >>> rows = Interactions(["ann", "bob"], [[4, 2], [7]], [5, 2])
@@ -65,6 +65,8 @@ class Interactions:
         timestamps: Any = None,
     ) -> None:
         self.users: list[str] = list(users)
+        if others := {kind.__name__ for kind in set(map(type, self.users)) if not issubclass(kind, str)}:
+            raise ValueError(f"users: expected ids as text, got {', '.join(sorted(others))}")
         csr = histories if isinstance(histories, CSR) else CSR.from_rows(histories)
         self.histories = CSR(
             as_int("histories.values", csr.values, np.int32), as_int("histories.offsets", csr.offsets, np.int64)
@@ -116,18 +118,20 @@ class Interactions:
             >>> [(row.history.tolist(), row.target) for row in rows]
             [([0], 2), ([0, 2], 1)]
         """
-        if max_history < 1:
-            raise ValueError(f"max_history: expected at least 1, got {max_history}")
+        check_whole("max_history", max_history, 1)
         table = pick(frame, "frame", user=user, item=item, time=time)
         log = read_events(table, ReadReport("frame"), "frame", user=user, item=item, time=time)
         known = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
+        if log.has_fractions:  # places among the times of this frame say nothing beside those of another one
+            wanted = "times as whole numbers, dates, or s, ms, µs or ns since 1970"
+            raise ValueError(f"frame: expected {wanted}, got fractions of an unknown unit")
         unknown = [item_id for item_id in log.item_ids if item_id not in known]
         if unknown:
             got = f"{unknown[0]!r} and {len(unknown) - 1} others that it lacks"
             raise ValueError(f"frame: expected items of the catalogue, got {got}")
         items = np.array([known[item_id] for item_id in log.item_ids], np.int32)
         order = log.order()
-        users, chosen, times = log.users[order], items[log.items[order]], log.seconds(order)
+        users, chosen, times = log.users[order], items[log.items[order]], log.stamps(order)
         start, _ = user_bounds(users)
         rows = np.flatnonzero(np.arange(len(users)) > start)
         names = [log.user_names[number] for number in users[rows].tolist()]
@@ -192,8 +196,8 @@ class Interactions:
 
     def spread(self, most: int | None) -> Interactions:
         """``most`` of the rows, evenly spread over them; all where there are no more, or for None."""
-        if most is not None and most < 1:
-            raise ValueError(f"most: expected at least 1, got {most}")
+        if most is not None:
+            check_whole("most", most, 1, 2**63)
         if most is None or len(self) <= most:
             return self
         return self.select(np.arange(most, dtype=np.int64) * len(self) // most)

@@ -18,7 +18,7 @@ from flr.files import PathLike
 
 from .catalogue import Catalogue
 from .codecs import CodecName, ItemCodec, build_codec, token_ids
-from .csr import CSR, offsets_of, places_within
+from .csr import CSR, check_whole, offsets_of, places_within
 from .digests import integers_digest
 from .interactions import Interactions
 from .item_knn import NeighbourTable
@@ -91,10 +91,10 @@ class RecProcessor:
         item_codec: ItemCodec | None = None,
         growth: Sequence[int] = (),
     ) -> None:
-        _whole("max_history", max_history, 1)
-        _whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
+        check_whole("max_history", max_history, 1)
+        check_whole("num_thoughts", num_thoughts, 0, _MAX_THOUGHTS)
         if max_title_tokens is not None:
-            _whole("max_title_tokens", max_title_tokens, 1)
+            check_whole("max_title_tokens", max_title_tokens, 1)
         if not isinstance(thought_token, str) or not 0 < len(thought_token) <= MAX_TEXT:
             raise ValueError(f"thought_token: expected text, got {thought_token!r:.80}")
         self.tokenizer = tokenizer
@@ -115,7 +115,7 @@ class RecProcessor:
         if num_thoughts:
             self.thought_token_id = int(token_ids(tokenizer, [thought_token], special=True)[0])
         for size in growth:
-            _whole("growth", size, 1, len(catalogue) - 1)
+            check_whole("growth", size, 1, len(catalogue) - 1)
         self.growth = tuple(int(size) for size in growth)
         if item_codec is None:
             options: dict[str, Any] = {"max_title_tokens": max_title_tokens, "growth": self.growth}
@@ -175,7 +175,7 @@ class RecProcessor:
         """Set ``max_prompt_tokens``; ValueError where it is below template and longest item, or past the positions."""
         least, most = self._fixed + self._longest, self._position_bound
         if max_prompt_tokens is not None:
-            _whole("max_prompt_tokens", max_prompt_tokens, 1)
+            check_whole("max_prompt_tokens", max_prompt_tokens, 1)
             if max_prompt_tokens < least:
                 parts = f"{self._fixed} for template and thoughts, {self._longest} for the longest item"
                 raise ValueError(f"max_prompt_tokens: expected at least {least} ({parts}), got {max_prompt_tokens}")
@@ -196,7 +196,7 @@ class RecProcessor:
             ValueError: template, thoughts and the longest item do not fit, or ``max_prompt_tokens`` is larger.
         """
         if max_positions is not None:
-            _whole("max_positions", max_positions, 1)
+            check_whole("max_positions", max_positions, 1)
         if max_positions is None or (self.max_positions is not None and self.max_positions <= max_positions):
             return
         least = self._fixed + self._longest
@@ -370,14 +370,6 @@ class RecProcessor:
     def _tokens_digest(self) -> str:
         codec = self.item_codec
         return integers_digest(self._prefix, self._suffix, self._separator, codec.tokens, codec.offsets)
-
-
-def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ValueError(f"{name}: expected a whole number, got {value!r:.80}")
-    if not least <= value <= most:
-        wanted = f"at least {least}" if value < least else f"at most {most}"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
 def _as_csr(histories: Sequence[Sequence[int] | np.ndarray] | Interactions | CSR) -> CSR:

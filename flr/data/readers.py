@@ -19,7 +19,7 @@ from .sources import Progress, SourceFile
 from .splits import check_splitting, split_log
 from .tables import LOG_NAME, read_tables
 from .text_log import RawLog, Request, table_log
-from .times import check_bounds, within
+from .times import Bound, check_bounds, within
 
 _BOUNDS = frozenset({"max_bad_share", "name", "progress"})
 _SPLITTING = _BOUNDS | {"split", "max_history", "min_interactions"}
@@ -66,8 +66,8 @@ def load_dataset(
     split: str | None = None,
     max_history: int | None = None,
     min_interactions: int | None = None,
-    since: str | float | None = None,
-    until: str | float | None = None,
+    since: Bound | None = None,
+    until: Bound | None = None,
     max_bad_share: float | None = None,
     name: str | None = None,
     progress: Progress | None = None,

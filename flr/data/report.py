@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -66,8 +67,8 @@ class ReadReport:
 
     def check(self, max_bad_share: float) -> None:
         """ValueError where more than ``max_bad_share`` (0..1) of the rows read are malformed."""
-        if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share: expected 0..1, got {max_bad_share}")
+        if not isinstance(max_bad_share, numbers.Real) or not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share: expected 0..1, got {max_bad_share!r:.80}")
         if self.rows_bad > max_bad_share * self.rows_read:
             got = f"{self.rows_bad} of {self.rows_read}{self._examples()}"
             raise ValueError(f"{self.source}: expected malformed rows up to max_bad_share {max_bad_share:g}, got {got}")

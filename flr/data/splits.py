@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .catalogue import Catalogue
-from .csr import latest, user_bounds
+from .csr import check_whole, latest, user_bounds
 from .events import InteractionLog
 from .interactions import PARTS, Interactions, RecDataset
 from .report import ReadReport
@@ -71,7 +72,7 @@ def split_log(
     catalogue = describe([log.item_ids[code] for code in used.tolist()])
 
     order = log.order()
-    users, items, times = log.users[order], items[order].astype(np.int32), log.seconds(order)
+    users, items, stamps = log.users[order], items[order].astype(np.int32), log.stamps(order)
     start, end = user_bounds(users)
     num_users = int((start == np.arange(len(users))).sum())
     rows = np.flatnonzero(np.arange(len(users)) > start)
@@ -79,10 +80,11 @@ def split_log(
     def interactions(chosen: np.ndarray) -> Interactions:
         names = [log.user_names[user] for user in users[chosen].tolist()]
         histories = latest(items, start, chosen, max_history)
-        return Interactions(names, histories, items[chosen], None if times is None else times[chosen])
+        return Interactions(names, histories, items[chosen], None if stamps is None else stamps[chosen])
 
     if split == "time":
-        assert times is not None
+        assert log.times is not None
+        times = log.times[order]  # not the stamps, which may be the same for different times
         rows = rows[np.argsort(times[rows], kind="stable")]
         parts = [interactions(part) for part in np.split(rows, time_cuts(times[rows], (0.8, 0.9)))]
     else:
@@ -98,6 +100,8 @@ def split_log(
                 f"{report.source}: expected {part_name} rows from split={split!r}, got none of {len(rows)} "
                 f"({num_users} users; {hint})"
             )
+    if log.has_fractions:
+        report.notes.append("times are fractions of an unknown unit; rows keep their place among the different times")
     report.rows_kept, report.users, report.items = len(log), num_users, len(catalogue)
     return RecDataset(catalogue, parts[0], parts[1], parts[2], name, report)
 
@@ -106,9 +110,8 @@ def check_splitting(split: str, max_history: int, min_interactions: int) -> None
     """ValueError for an option that :func:`split_log` does not take."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {SPLITS}, got {split!r}")
-    for option, value, least in (("max_history", max_history, 1), ("min_interactions", min_interactions, 0)):
-        if value < least:
-            raise ValueError(f"{option}: expected at least {least}, got {value}")
+    check_whole("max_history", max_history, 1)
+    check_whole("min_interactions", min_interactions, 0)
 
 
 def titled_catalogue(item_ids: Sequence[str], titles: dict[str, str], report: ReadReport) -> Catalogue:
@@ -175,8 +178,8 @@ def hold_back(rows: Interactions, share: float) -> tuple[Interactions, Interacti
         >>> rest.targets.tolist(), held.targets.tolist()
         ([1, 3], [2, 4])
     """
-    if not 0 < share < 1:
-        raise ValueError(f"held_back: expected a share between 0 and 1, got {share}")
+    if not isinstance(share, numbers.Real) or not 0 < share < 1:
+        raise ValueError(f"held_back: expected a share between 0 and 1, got {share!r:.80}")
     is_held = np.zeros(len(rows), bool)
     if rows.timestamps is not None:
         order = np.argsort(rows.timestamps, kind="stable")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import datetime
 import math
+import numbers
 import re
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .events import InteractionLog
+from .events import LATEST, UNITS, InteractionLog
 from .report import ReadReport
 
-EXACT = 2.0**53  # a float is a whole number exactly up to here
-_LATEST = 4102444800  # 2100-01-01, in seconds
-_EARLIEST = 315532800  # 1980-01-01: from here to 2100 times in s, ms, µs and ns are told apart by their size
-_UNITS = (1, 10**3, 10**6, 10**9)
+Bound = str | float | datetime.date | np.datetime64
+_EXACT = 2.0**53  # a float is a whole number exactly up to here
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 _INTEGER = "^-?[0-9]{1,19}$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -77,13 +77,10 @@ class Clock:
         if self._dates is None:
             self._dates = _are_dates(texts)
         values = _dates(texts) if self._dates else _numbers(texts)
-        missing = pc.is_null(values)
+        bad = pc.is_null(values).to_numpy(zero_copy_only=False)
         filled = pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
-        bad = missing.to_numpy(zero_copy_only=False) | (
-            ~(np.abs(filled) < EXACT) if filled.dtype.kind == "f" else np.zeros(len(filled), bool)
-        )
         if not self._dates and self._per_second is not None:
-            bad |= ~((filled >= 0) & (filled < _LATEST * self._per_second))
+            bad = bad | ~((filled >= 0) & (filled < LATEST * self._per_second))
         return np.where(bad, filled.dtype.type(0), filled), bad
 
 
@@ -97,12 +94,25 @@ def _are_dates(texts: pa.Array) -> bool | None:
 
 
 def _numbers(texts: pa.Array) -> pa.Array:
-    """int64 where all are integers, else float64; null for what is no number."""
-    good = pc.fill_null(pc.match_substring_regex(texts, _INTEGER), True)
-    if pc.all(good).as_py() is not False:
+    """int64 where all are whole, else float64; null for what is no number, or one that the type does not hold.
+
+    Of fractions beside whole numbers of 2^53 and more the fewer are null: no type holds both.
+    """
+    whole = pc.match_substring_regex(texts, _INTEGER)
+    if pc.all(whole).as_py() is not False:
         with suppress(pa.ArrowInvalid):  # 2^63 and more
             return texts.cast(pa.int64())
-    return pc.if_else(pc.match_substring_regex(texts, _NUMBER), texts, None).cast(pa.float64())
+    texts = pc.if_else(pc.match_substring_regex(texts, _NUMBER), texts, None)
+    floats = texts.cast(pa.float64())
+    size = pc.abs(floats)
+    whole = pc.and_(whole, pc.less(size, 2.0**63))
+    floats = pc.if_else(pc.less(size, _EXACT), floats, None)
+    fractions = pc.fill_null(pc.not_equal(floats, pc.floor(floats)), False)
+    huge = pc.and_(whole, pc.greater_equal(size, _EXACT))
+    if (pc.sum(fractions).as_py() or 0) > (pc.sum(huge).as_py() or 0):
+        return floats
+    integers = pc.if_else(whole, texts, None).cast(pa.int64())
+    return pc.coalesce(integers, pc.if_else(fractions, None, floats).cast(pa.int64()))
 
 
 def _dates(texts: pa.Array) -> pa.Array:
@@ -114,14 +124,14 @@ def _dates(texts: pa.Array) -> pa.Array:
         return pa.array([None if text is None else moment(text) for text in listed], pa.int64())
 
 
-def check_bounds(since: str | float | None, until: str | float | None) -> None:
+def check_bounds(since: Bound | None, until: Bound | None) -> None:
     """ValueError for a bound that is neither a date nor a number."""
     for name, value in (("since", since), ("until", until)):
         if value is not None:
             _parsed(name, value)
 
 
-def seconds_of(name: str, value: str | float) -> float:
+def seconds_of(name: str, value: Bound) -> float:
     """Seconds since 1970 of an ISO date or a number of them; ValueError for anything else.
 
     >>> seconds_of("since", "2001-09-09"), seconds_of("since", "1000000000")
@@ -133,19 +143,18 @@ def seconds_of(name: str, value: str | float) -> float:
     return number
 
 
-def within(
-    log: InteractionLog, since: str | float | None, until: str | float | None, report: ReadReport
-) -> InteractionLog:
-    """The events of since <= time < until; ``report`` notes how many others there are.
+def within(log: InteractionLog, since: Bound | None, until: Bound | None, report: ReadReport) -> InteractionLog:
+    """The events of since <= time < until; ``report`` notes how many others there are, and a unit that was guessed.
 
     Args:
         log: the events.
-        since, until: ISO dates (UTC where they have no zone); numbers are seconds since 1970, or in the log's own unit
-            where that is not known. None for no bound.
+        since, until: ISO dates, as text or objects (UTC where they have no zone); numbers are seconds since 1970, or in
+            the log's own unit where that is neither known nor shown by the size of the times. None for no bound.
         report: gets the note.
 
     Raises:
-        ValueError: a log without times; a bound that is neither; a date for times whose unit does not show.
+        ValueError: a log without times; a bound that is neither; a date for times whose unit does not show; a number
+            of seconds past 2100.
 
     Example:
         >>> log = InteractionLog(["a"], ["x"], np.zeros(2, int), np.zeros(2, int), np.array([10**9, 10**9 + 86400]))
@@ -162,46 +171,59 @@ def within(
         keep &= log.times >= _bound(log, "since", since)
     if until is not None:
         keep &= log.times < _bound(log, "until", until)
-    if not keep.all():
-        report.notes.append(f"{int((~keep).sum())} events outside since={since!r}, until={until!r}")
+    outside = f"{int((~keep).sum())} events outside since={since!r}, until={until!r}"
+    report.notes.append(outside + _taken(log))
     return log.select(keep)
 
 
-def _parsed(name: str, value: str | float) -> tuple[float, bool]:
+def _parsed(name: str, value: Bound) -> tuple[float, bool]:
     """Seconds of a date and True, or a number and False."""
-    if isinstance(value, str) and not re.fullmatch(_NUMBER.strip("^$"), value):
-        micros = moment(value)
+    text: Any = value
+    if isinstance(value, datetime.date):  # a datetime is one too
+        text = value.isoformat()
+    elif isinstance(value, np.datetime64):
+        text = str(value.astype("datetime64[us]"))
+    if isinstance(text, str) and not re.fullmatch(_NUMBER.strip("^$"), text):
+        micros = moment(text)
         if micros is not None:
             return micros / 10**6, True
-    elif not isinstance(value, bool) and math.isfinite(float(value)):
-        return float(value), False
-    raise ValueError(f"{name}: expected an ISO date or seconds since 1970, got {value!r}")
+    elif isinstance(text, (str, numbers.Real)) and not isinstance(text, bool) and math.isfinite(number := _float(text)):
+        return number, False
+    raise ValueError(f"{name}: expected an ISO date or seconds since 1970, got {value!r:.80}")
 
 
-def _check_number(name: str, value: str | float) -> None:
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
+
+
+def _check_number(name: str, value: Bound) -> None:
     if isinstance(value, str) and len(value) <= 8:  # 2015, 20150101
         raise ValueError(f"{name}: expected an ISO date (2015-01-01) or seconds since 1970, got {value!r}")
 
 
-def _bound(log: InteractionLog, name: str, value: str | float) -> float:
+def _bound(log: InteractionLog, name: str, value: Bound) -> float:
     """A bound in the unit of the log's times."""
     number, is_date = _parsed(name, value)
-    if is_date:
-        unit = log.per_second or _unit(log)
-        if unit is None:
-            assert log.times is not None
-            wanted = f"{name}: expected times in s, ms, µs or ns since 1970 for a date"
-            got = f"got times from {log.times.min():g} to {log.times.max():g}"
-            raise ValueError(f"{wanted}, {got}; give a number of their unit")
-        return number * unit
-    if log.per_second is not None:
+    unit = log.unit
+    if unit is None and is_date:
+        assert log.times is not None
+        wanted = f"{name}: expected times in s, ms, µs or ns since 1970 for a date"
+        got = f"got times from {log.times.min():g} to {log.times.max():g}"
+        raise ValueError(f"{wanted}, {got}; give a number of their unit")
+    if unit is not None and not is_date:
         _check_number(name, value)
-    return number * (log.per_second or 1)
+        if number >= LATEST:  # one in the log's own unit would leave out all events or none
+            wanted = f"seconds since 1970 for times in {UNITS[unit]}"
+            raise ValueError(f"{name}: expected {wanted}, got {value!r}, which lies past 2100")
+    return number * (unit or 1)
 
 
-def _unit(log: InteractionLog) -> int | None:
-    """Units of a second by the size of the times: all of them lie between 1980 and 2100."""
-    if log.times is None or not len(log):
-        return 1
-    low, high = log.times.min(), log.times.max()
-    return next((unit for unit in _UNITS if _EARLIEST * unit <= low and high < _LATEST * unit), None)
+def _taken(log: InteractionLog) -> str:
+    """Which unit of the times was taken, where it was not known beforehand."""
+    if log.per_second is not None:
+        return ""
+    unit = log.unit
+    return " (numbers in the log's own unit)" if unit is None else f" (times in {UNITS[unit]}, by their size)"

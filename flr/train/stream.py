@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flr.data import Catalogue, Interactions, RecDataset
+from flr.data.events import unit_of
 from flr.data.growth import Growth, grow_catalogue, joined, replaced
 from flr.evaluate import EvalResult
 from flr.evaluate.metrics import Difference, paired_difference, row_metrics
@@ -56,7 +57,8 @@ def stream(
         dataset: its ``train`` is new, its ``valid`` newer, and its items are merged into ``known``.
         replay: old data, all of whose items are known or in ``dataset``; its ``train`` is drawn from.
         share: of ``train`` that is drawn from old rows, in [0, 1), where there are so many.
-        since: seconds since 1970; rows of ``dataset.train`` before are old.
+        since: seconds since 1970, or in the times' own unit where their size shows none; rows of ``dataset.train``
+            before are old.
         valid_rows: take so many of ``valid`` only, evenly spread.
         seed: of the draw.
 
@@ -68,7 +70,7 @@ def stream(
     if since is not None:
         if fresh.timestamps is None:
             raise ValueError(f"since: expected rows with times, got none in {dataset.name!r}")
-        late = fresh.timestamps >= since
+        late = fresh.timestamps >= since * (unit_of(fresh.timestamps) or 1)
         fresh, old = fresh.select(late), fresh.select(~late)
     if not len(fresh) or not len(dataset.valid):
         wanted = "new rows to learn (train) and newer ones that decide (valid)"

@@ -175,6 +175,11 @@ def test_bad_frames():
         load_dataset(LOG, user_field="x")
     with pytest.raises(ValueError, match="max_history: expected at least 1, got 0"):
         Interactions.from_frame(LOG, CATALOGUE, max_history=0)
+    with pytest.raises(ValueError, match=r"max_history: expected a whole number, got 5\.5"):
+        Interactions.from_frame(LOG, CATALOGUE, max_history=5.5)
+    years = pa.table({"user_id": [1, 1], "item_id": ["x", "x"], "timestamp": [2012.5, 2013.0]})
+    with pytest.raises(ValueError, match="got fractions of an unknown unit"):
+        Interactions.from_frame(years, CATALOGUE)
 
 
 def test_bad_items():

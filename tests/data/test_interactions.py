@@ -39,6 +39,8 @@ def test_interactions_rows_and_select():
         ((["u"], [[1], [2]], [1]), r"histories: expected one a user row \(1\), got 2"),
         ((["u"], [[1]], [1, 2]), r"targets: expected one a user row \(1\), got 2"),
         ((["u"], [[1]], [1], [1, 2]), "timestamps: expected one a user row"),
+        ((np.array([1]), [[1]], [1]), "users: expected ids as text, got int64"),
+        (([1, "u", None], [[1]] * 3, [1, 1, 1]), "users: expected ids as text, got NoneType, int"),
         ((["u"], [[-1]], [1]), "got a negative one"),
         ((["u"], [[1]], [2**31]), "targets: expected values that fit int32"),
         ((["u"], [[1.5]], [1]), r"rows\[0\]: expected integers"),

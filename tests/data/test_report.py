@@ -17,4 +17,6 @@ def test_report_counts_and_refuses():
         report.check(0.001)
     with pytest.raises(ValueError, match=r"max_bad_share: expected 0\.\.1, got 2"):
         report.check(2)
+    with pytest.raises(ValueError, match=r"max_bad_share: expected 0\.\.1, got '0.01'"):
+        report.check("0.01")
     assert ReadReport.from_dict(report.to_dict()) == report

@@ -91,11 +91,37 @@ def test_split_errors():
     for change, message in (
         ({"split": "random"}, "split: expected one of"),
         ({"max_history": 0}, "max_history: expected at least 1, got 0"),
+        ({"max_history": "5"}, "max_history: expected a whole number, got '5'"),
+        ({"max_history": 5.5}, "max_history: expected a whole number, got 5.5"),
+        ({"min_interactions": None}, "min_interactions: expected a whole number, got None"),
         ({"min_interactions": -1}, "min_interactions: expected at least 0, got -1"),
         ({}, "expected .* rows from split='time', got none of 2"),
     ):
         with pytest.raises(ValueError, match=message):
             split_log(log, describe=lambda ids: Catalogue(ids, ids), **(arguments | change))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1 / 200, 2012), (1 / 2000, 0), (1, 1_500_000_000)])
+@pytest.mark.parametrize("split", ["time", "leave_one_out"])
+def test_fractional_times_split_as_whole_ones(scale, shift, split):
+    draw = np.random.default_rng(0)
+    users, items = draw.integers(0, 20, 400), draw.integers(0, 10, 400)
+    whole, other = (
+        load_dataset(pa.table({"user_id": users, "item_id": items, "timestamp": times}), split=split)
+        for times in (np.arange(400), np.arange(400) * scale / 2 + shift)
+    )
+    for part in ("train", "valid", "test"):
+        assert getattr(other, part).targets.tolist() == getattr(whole, part).targets.tolist()
+    fractions = "times are fractions of an unknown unit; rows keep their place among the different times"
+    assert (fractions in other.report.notes) is (scale < 1)
+    if scale < 1:
+        assert other.train.timestamps.tolist() == whole.train.timestamps.tolist()
+        leaks = [[note for note in dataset.report.notes if "leaks" in note] for dataset in (whole, other)]
+        assert leaks[0] == leaks[1]
+        kept, held = hold_back(other.train, 0.1)
+        assert held.timestamps.min() > kept.timestamps.max()
+    else:
+        assert other.test.timestamps.min() >= shift
 
 
 def rows_of(users: list[str], times: list[int] | None) -> Interactions:
@@ -122,7 +148,9 @@ def test_without_times_the_last_rows_of_evenly_spread_users_are_held_back():
     assert sorted(rest.targets.tolist() + held.targets.tolist()) == list(range(40))
 
 
-@pytest.mark.parametrize(("share", "times"), [(0.0, None), (1.0, None), (0.5, None), (0.5, [3, 3, 3, 3])])
+@pytest.mark.parametrize(
+    ("share", "times"), [(0.0, None), (1.0, None), ("half", None), (0.5, None), (0.5, [3, 3, 3, 3])]
+)
 def test_a_share_that_cannot_be_held_back(share, times):
     with pytest.raises(ValueError, match=r"^held_back: expected .*, got "):
         hold_back(rows_of(["a", "a", "a", "a"], times), share)

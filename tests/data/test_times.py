@@ -1,5 +1,7 @@
 """Times as text, and bounds on the times of a log."""
 
+import datetime
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,6 +22,8 @@ def read(texts, per_second=None):
     [
         (["1500000000", "-3", None, ""], [1500000000, -3, None, None], None),
         (["1700000000000000000", "1700000000000000001"], [1700000000000000000, 1700000000000000001], None),
+        (["1700000000000000001", "NA", "9" * 40, "1.5"], [1700000000000000001, None, None, None], None),
+        (["1700000000000000001", "1.5", "2.5"], [None, 1.5, 2.5], None),
         (["1.5", "3e2", "+4", ".5", "9"], [1.5, 300.0, 4.0, 0.5, 9.0], None),
         (["5", "soon", "0x10", "1_000", "nan", "inf", "1e300", "9" * 40, "١٢"], [5.0, *[None] * 8], None),
         (["", "soon", "2018-01-04", "5"], [None, None, 1515024000000000, None], 10**6),
@@ -45,6 +49,12 @@ def test_clock_of_a_known_unit():
     assert clock.expected == "a time before 2100"
 
 
+def test_a_cell_that_is_no_number_leaves_large_numbers_as_they_are():
+    values, clock = read(["1700000000000000001", "NA", "3.0"])
+    assert values == [1700000000000000001, None, 3]
+    assert clock.expected == "a number"
+
+
 def log(times, per_second=None):
     zeros = np.zeros(len(times), np.int64)
     return InteractionLog(["a"], ["x"], zeros, zeros, np.array(times), per_second)
@@ -56,16 +66,30 @@ def test_bounds_find_the_unit_of_times(unit):
     report = ReadReport("log")
     kept = within(log(times), "2015-01-01", None, report)
     assert kept.times.tolist() == times[2:]
-    assert report.notes == ["2 events outside since='2015-01-01', until=None"]
+    name = {1: "s", 10**3: "ms", 10**6: "µs", 10**9: "ns"}[unit]
+    assert report.notes == [f"2 events outside since='2015-01-01', until=None (times in {name}, by their size)"]
     assert within(log(times), None, "2015-01-01", report).times.tolist() == times[:2]
     assert within(log(times, unit), "1420070400", "2015-01-02T00:00:00+00:00", report).times.tolist() == [times[2]]
     assert within(log(times, unit), 1420070400.0, None, report).times.tolist() == times[2:]
-    assert within(log(times), times[1], times[2], report).times.tolist() == [times[1]]  # unknown: the log's own
+    assert within(log(times), 1_420_070_399, "1420070400", report).times.tolist() == [times[1]]
+    for day in (datetime.date(2015, 1, 1), datetime.datetime(2015, 1, 1), np.datetime64("2015-01-01T00:00:00.000")):
+        assert within(log(times), day, None, report).times.tolist() == times[2:]
+    if unit > 1:
+        with pytest.raises(
+            ValueError, match=rf"^until: expected seconds since 1970 for times in {name}, got {times[2]}"
+        ):
+            within(log(times), None, times[2], report)  # in the log's own unit it would leave nothing out
+
+
+def test_a_number_is_in_the_unit_of_times_that_show_none():
+    report = ReadReport("log")
+    assert within(log([3, 17, 20]), 17, 20.0, report).times.tolist() == [17]
+    assert report.notes == ["2 events outside since=17, until=20.0 (numbers in the log's own unit)"]
 
 
 def test_bad_bounds():
     report = ReadReport("log.csv")
-    for value in ("yesterday", "2015-13-01", True, float("nan"), "nan"):
+    for value in ("yesterday", "2015-13-01", True, float("nan"), "nan", [1], 10**400, np.datetime64("NaT")):
         with pytest.raises(ValueError, match="since: expected an ISO date or seconds since 1970, got"):
             check_bounds(value, None)
     with pytest.raises(

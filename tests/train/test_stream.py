@@ -42,6 +42,9 @@ def test_rows_before_a_time_are_old():
     assert (found.new_rows, found.replay_rows) == (2, 2)
     assert found.train.timestamps[:2].tolist() == [104, 105]
     assert found.train.timestamps.max() == 105
+    millis = Interactions(NEW.users, NEW.histories, NEW.targets, (1_500_000_000 + np.arange(6)) * 1000)
+    shown = stream(KNOWN, "id", RecDataset(ITEMS, millis, NEWEST, NEWEST.select([]), "ms"), since=1_500_000_004)
+    assert shown.train.timestamps[:2].tolist() == [1_500_000_004_000, 1_500_000_005_000]
     both = stream(KNOWN, "id", DATA, REPLAY, share=0.9, since=104)
     assert (both.new_rows, both.replay_rows, len(both.everything)) == (2, 18, 56)
     late = RecDataset(ITEMS, NEW, NEW.select([0, 5]), NEW.select([]), "mixed")
