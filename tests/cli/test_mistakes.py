@@ -104,7 +104,7 @@ MISTAKES = [
     ("sft TINY --orthogonality_weight nan", "orthogonality_weight: expected a number >= 0, got nan"),
     ("sft TINY --weight_decay -3", "weight_decay: expected a number >= 0, got -3.0"),
     ("evaluate DATA --model {run} --neighbours_weight 2", "neighbours_weight: expected None or a number in [0, 1]"),
-    ("sids --data {root} --embed tfidf --embed_size 0", "embed_size: expected an integer >= 1, got 0"),
+    ("sids --data {root} --embed tfidf --embed_size 0", "embed_size: expected None or an integer >= 1, got 0"),
     ("prepare recbole", "source: expected a file or folder, got none"),
     # choices
     ("evaluate DATA --model {run} --split last", "split: expected train, valid or test, got 'last'"),
