@@ -209,11 +209,7 @@ def test_the_command(folder, tmp_path, capsys):
         ("--data {tmp} --embed tfidf", "data: expected a folder that flr prepare wrote, got {tmp}"),
         ("--data {data}", "embed: expected a language model, tfidf, cooccurrence or FILE.npy, got none"),
         ("--data {data} --embed tfidf --method pq", "method: expected one of rq-kmeans, rq-vae, got 'pq'"),
-<<<<<<< HEAD
-        ("--data {data} --embed tfidf --codes 8 --levels 27", "levels: expected an integer from 1 to 26, got 27"),
-=======
         ("--data {data} --embed tfidf --codes 8 --levels 27", "levels: expected None or an integer from 1 to 26"),
->>>>>>> d3
         ("--data {data} --embed tfidf --device gpu", "device: expected auto or a device of this machine, got 'gpu'"),
         (
             "--data {data} --embed {tmp}/absent --codes 8",
