@@ -23,6 +23,7 @@ def writing(output: Path) -> Iterator[Path]:
     """A folder that becomes ``output``, new or empty, whole or not at all."""
     from flr.files import atomic_folder
 
+    output = output.resolve()  # where a link leads, the folder is written and the link stays
     if output.is_dir():
         output.rmdir()  # empty
     with atomic_folder(output) as place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
@@ -30,15 +31,14 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
-    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-    temporary = Path(name)
+    temporary, descriptor = _claimed(lambda: _empty_file(final))
     try:
-        _try_lock(descriptor)
         yield temporary
         _share(temporary, 0o666)
         os.replace(temporary, final)
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         temporary.unlink(missing_ok=True)
 
 
@@ -51,17 +51,16 @@ def temporary_folder(path: PathLike) -> Iterator[Path]:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(final)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
-    descriptor = None if os.name == "nt" else os.open(temporary, os.O_RDONLY)
+    temporary, descriptor = _claimed(
+        lambda: tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    )
     try:
-        if descriptor is not None:
-            _try_lock(descriptor)
         _share(temporary, 0o777)
         yield temporary
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:  # locked to its end: nobody puts back what was replaced
+            os.close(descriptor)
 
 
 @contextmanager
@@ -72,24 +71,63 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
     a writer was killed in between, the next one puts the older folder back before it begins.
     """
     final = Path(path)
-    if final.exists() and not final.is_dir():
-        raise ValueError(f"path: expected a folder or a free name, got the file {final}")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(final.stat().st_mode):
+            raise ValueError(f"path: expected a folder or a free name, got the file {final}")
     with temporary_folder(final) as temporary:
         yield temporary
-        if not final.exists():
-            os.replace(temporary, final)
-            return
-        with temporary_folder(final) as aside:
-            kept = aside / _OLD
+        while not _take_place(temporary, final):
+            pass  # another writer moved the folder, or put its own there, between two steps
+
+
+def _take_place(temporary: Path, final: Path) -> bool:
+    """Rename to ``final`` and delete what was there; False, with ``temporary`` as it was, if another came between."""
+    if not final.exists():
+        return _put(temporary, final)
+    with temporary_folder(final) as aside:
+        kept = aside / _OLD
+        try:
             os.replace(final, kept)
-            try:
-                os.replace(temporary, final)
-            except BaseException:
-                os.replace(kept, final)
-                raise
+        except FileNotFoundError:
+            return False
+        try:
+            return _put(temporary, final)  # what is there otherwise is newer than what was moved aside
+        except BaseException:
+            os.replace(kept, final)
+            raise
+
+
+def _put(folder: Path, final: Path) -> bool:
+    """Rename ``folder`` to ``final``; False where there is one by now."""
+    try:
+        os.replace(folder, final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 _OLD = ".old"  # in a temporary folder: the folder that was replaced
+
+
+def _claimed(make: Callable[[], str]) -> tuple[Path, int | None]:
+    """A new temporary file or folder and the descriptor that locks it; without one on Windows.
+
+    Until it is locked, another writer may take it for abandoned and remove it: then another one is made.
+    """
+    while True:
+        temporary = Path(make())
+        if os.name == "nt":
+            return temporary, None
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        _lock(descriptor, wait=True)
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def _remove_abandoned(final: Path) -> None:
@@ -101,24 +139,30 @@ def _remove_abandoned(final: Path) -> None:
         except OSError:  # gone meanwhile, or not ours
             continue
         try:
-            if not _try_lock(descriptor):
+            if not _lock(descriptor):
                 continue
             if (path / _OLD).is_dir() and not final.exists():
-                os.replace(path / _OLD, final)
+                _put(path / _OLD, final)  # or another writer's came first, and is newer
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _lock(descriptor: int, wait: bool = False) -> bool:
     """Lock an open file for as long as it is open; False where another has, or where there are no such locks."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
         return False
     return True
+
+
+def _empty_file(final: Path) -> str:
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    os.close(descriptor)
+    return name
 
 
 def _share(path: Path, mode: int) -> None:

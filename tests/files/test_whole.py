@@ -1,16 +1,19 @@
 """Atomic files and folders, and what is read with checks."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flr.data import RecProcessor, build_tokenizer, load_dataset
-from flr.files import atomic_file, atomic_folder, read_json, read_parquet, write_parquet
+from flr.files import atomic_file, atomic_folder, read_json, read_parquet, whole, write_parquet
 from tests.helpers.catalogues import small_dataset
 
 
@@ -85,6 +88,25 @@ def test_the_old_folder_comes_back_where_the_new_one_never_came(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["set"]
 
 
+def test_an_old_folder_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "set"
+    path.mkdir()
+    (path / "old").write_text("precious")
+    killed(path, "folder", "aside")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="full"), atomic_folder(path):
+        pass
+    monkeypatch.undo()
+    with atomic_folder(path) as temporary:
+        assert (path / "old").read_text() == "precious"
+        (temporary / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["set"]
+
+
 def test_a_living_writer_keeps_its_files(tmp_path):
     path = tmp_path / "set"
     with atomic_folder(path) as first, atomic_file(tmp_path / "file") as one:
@@ -97,6 +119,58 @@ def test_a_living_writer_keeps_its_files(tmp_path):
         one.write_text("1")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "set"]
     assert [file.name for file in path.iterdir()] == ["one"]  # the last to finish
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_writer_removes_before_it_is_locked_is_made_again(tmp_path, monkeypatch, kind):
+    name = "mkstemp" if kind == "file" else "mkdtemp"
+    make, made = getattr(tempfile, name), []
+
+    def overtaken(**kwargs):
+        made.append(make(**kwargs))
+        if len(made) == 1:
+            whole._remove_abandoned(tmp_path / "set")
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, name, overtaken)
+    with (atomic_file if kind == "file" else atomic_folder)(tmp_path / "set") as temporary:
+        (temporary if kind == "file" else temporary / "new").write_text("whole")
+    assert len(made) == 2
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize(
+    ("old", "at", "gone"),
+    [(False, 1, False), (True, 1, False), (True, 2, False), (True, 1, True)],
+    ids=["new", "before the old is moved", "after the old is moved", "while the other has moved it"],
+)
+def test_of_two_writers_that_end_at_once_the_folder_is_that_of_one(tmp_path, monkeypatch, old, at, gone):
+    path = tmp_path / "set"
+    if old:
+        path.mkdir()
+        (path / "old").write_text("old")
+    replace, count = os.replace, 0
+
+    def meanwhile():
+        if gone:
+            shutil.rmtree(path)
+        else:
+            with atomic_folder(path) as other:
+                (other / "other").write_text("other")
+
+    def overtaken(source, target):
+        nonlocal count
+        count += 1
+        if count == at:
+            monkeypatch.setattr(os, "replace", replace)
+            meanwhile()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    with atomic_folder(path) as temporary:
+        (temporary / "mine").write_text("mine")
+    assert [file.name for file in path.iterdir()] == ["mine"]
+    assert os.listdir(tmp_path) == ["set"]
 
 
 def test_a_killed_save_of_a_processor_leaves_nothing(tmp_path):
