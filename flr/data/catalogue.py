@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from flr.files import PathLike, naming, read_parquet, write_parquet
 
-from .frames import as_table, column_names, find_column, has_column, holds_text, id_column, is_text, plain_array
+from .frames import TEXT, as_table, column_names, find_column, has_column, holds_text, id_column, is_text, plain_array
 from .text_index import TextIndex
 
 _ATTRIBUTE_PREFIX = "attribute:"
@@ -34,7 +34,7 @@ class Catalogue:
         titles: one an item; titles may repeat and may be empty.
         sids: semantic IDs, one tuple of code strings an item (tuples may repeat and may differ in length), or None.
         attributes: one value an item by attribute name, e.g. ``{"interest": int array [C]}``; integer, float, bool or
-            str.
+            text, which is kept as NumPy's ``StringDType``.
 
     Raises:
         ValueError: lengths that differ, ids that repeat, or text that is not valid Unicode.
@@ -212,7 +212,7 @@ class Catalogue:
         if self.sids is not None:
             columns["sid"] = pa.array(self.sids, pa.list_(pa.string()))
         for name, values in self.attributes.items():
-            columns[_ATTRIBUTE_PREFIX + name] = pa.array(values.tolist() if values.dtype.kind == "U" else values)
+            columns[_ATTRIBUTE_PREFIX + name] = pa.array(values.tolist() if values.dtype == TEXT else values)
         metadata = {"flr": json.dumps({"kind": "catalogue", "version": 1})}
         write_parquet(path, pa.table(columns).replace_schema_metadata(metadata))
 
@@ -280,12 +280,15 @@ def _check_text(name: str, values: Sequence[Any], empty: bool) -> None:
 
 
 def _attribute(name: str, values: Any, size: int) -> np.ndarray:
+    if isinstance(values, (list, tuple)) and values and all(isinstance(value, str) for value in values):
+        values = np.array(values, object)  # never as wide as the longest
     array = np.asarray(values)
-    if array.dtype.kind == "O" and all(isinstance(value, str) for value in array.tolist()):
-        array = array.astype(str)
+    if array.dtype.kind in "UT" or (array.dtype.kind == "O" and all(isinstance(x, str) for x in array.tolist())):
+        _check_text(f"attributes[{name!r}]", array.ravel().tolist(), empty=True)
+        array = array.astype(TEXT)
     if array.shape != (size,):
         raise ValueError(f"attributes[{name!r}]: expected shape ({size},), got {array.shape}")
-    if array.dtype.kind not in "iufbU":
+    if array.dtype.kind not in "iufbT":
         raise ValueError(f"attributes[{name!r}]: expected integers, floats, bools or strings, got dtype {array.dtype}")
     return array
 

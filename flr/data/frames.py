@@ -27,6 +27,8 @@ ALIASES = {
     "title": ("title",),
     "sid": ("sid",),
 }
+#: The dtype of a column of text: each value has its own length, where NumPy's ``str`` makes all as wide as the longest.
+TEXT = np.dtypes.StringDType()
 _LATEST = 2.0**53  # a float is a whole number exactly up to here
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -199,7 +201,7 @@ def plain_array(values: pa.ChunkedArray | pa.Array) -> np.ndarray | None:
         ticks, per_second = time_column(pa.table({"time": flat}), "time", "time")
         return np.asarray(ticks.to_numpy(zero_copy_only=False) // (per_second or 1))
     if is_text(flat.type):
-        return np.array(flat.to_pylist(), str)
+        return np.array(flat.to_pylist(), TEXT)
     if any(test(flat.type) for test in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)):
         return flat.to_numpy(zero_copy_only=False)
     return None

@@ -10,6 +10,7 @@ from flr.files import shown
 
 from .catalogue import Catalogue
 from .csr import CSR, offsets_of
+from .frames import TEXT
 from .interactions import Interactions, RecDataset
 
 
@@ -112,7 +113,7 @@ def _attribute(name: str, known: Catalogue, later: Catalogue, places: np.ndarray
     values = later.attributes[name]
     if name in known.attributes:
         before = known.attributes[name]
-        if (before.dtype.kind == "U") != (values.dtype.kind == "U"):
+        if (before.dtype == TEXT) != (values.dtype == TEXT):
             raise ValueError(f"data: expected {before.dtype} in the attribute {name!r}, got {values.dtype}")
         kind = np.result_type(before.dtype, values.dtype)
         whole = np.zeros(size, kind)

@@ -81,7 +81,8 @@ def load_dataset(
             "steam", "yelp" and "goodreads" are the published files (:mod:`flr.data.public`); "recbole" atomic files;
             "parquet" a log and its items; "csv" the CSV form of this field's papers (:mod:`flr.data.published`), or any
             log of text with a header; "sequences" one user's items in order (:mod:`flr.data.sequences`).
-        metadata: what describes the items: a file, or a table in memory.
+        metadata: what describes the items: a file, or, where the log is a Parquet file or a table in memory, such a
+            table. Of a file titles alone are read, unless both it and the log are one of the two.
         user, item, time, title: columns; None for the form's own, or the usual names (``flr.data.frames.ALIASES``).
         split: "time" (8:1:1 by time) or "leave_one_out", which **leaks the future** (see
             :func:`flr.data.splits.split_log`). Default: "time"; sequences have no times, so "leave_one_out".
@@ -163,6 +164,9 @@ def _split(form: _Form, source: Any, given: dict[str, Any]) -> RecDataset:
     check_splitting(split, max_history, min_interactions)  # before hours of reading
     check_bounds(since, until)
     request = Request(**given)
+    if not isinstance(request.metadata, (str, os.PathLike, type(None))) and form.read is not read_tables:
+        wanted = "a file beside a log that is neither a Parquet file nor a table in memory"
+        raise ValueError(f"metadata: expected {wanted}, got {type(request.metadata).__name__}")
     request.report.check(request.max_bad_share)
     log = form.read(source, request)
     events = within(log.events, since, until, request.report)

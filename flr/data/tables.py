@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from flr.files import PathLike, check_regular, read_parquet
+from flr.files import shown as in_short
 
 from .catalogue import Catalogue
 from .events import read_events
@@ -119,7 +120,9 @@ def _catalogue(
     unknown = [item_id for item_id in item_ids if item_id not in place]
     if unknown:
         lacking = f"{len(unknown)} items of the log are not in {shown} (as {unknown[0]!r})"
-        report.notes.append(f"{lacking}: no sid, no attributes")
+        left = [column for column in names if column not in (columns["item"], columns.get("title"))]
+        why = f"; columns {in_short(left)} are left out for all items, since each one needs a value" if left else ""
+        report.notes.append(lacking + why)
         return described
     chosen = table.take(pa.array([place[item_id] for item_id in item_ids]))
     attributes = []

@@ -203,6 +203,9 @@ def titles_of(
     at = _item_columns(names, request, usual, file)
     if table is None:
         return text_titles(file, dialect, at, request, item_ids)
+    if left := [name for name in names if name not in (at.item, *at.titles)]:
+        why = "titles alone are read unless the log is a Parquet file or a table in memory"
+        request.report.notes.append(f"{file.name}: columns {shown(left)} are left out: {why}")
     ids = id_column(table, at.item, str(file)).to_pylist()
     titles: dict[str, str] = {}
     for column in at.titles:

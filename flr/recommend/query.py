@@ -150,7 +150,7 @@ class QueryBuilder:
         wanted = list(values)
         if len(wanted) > MAX_ENTRIES:
             raise ValueError(f"where[{name!r}]: expected at most {MAX_ENTRIES} values, got {len(wanted)}")
-        types: tuple[type, ...] = {"U": (str,), "b": (bool, np.bool_)}.get(
+        types: tuple[type, ...] = {"T": (str,), "b": (bool, np.bool_)}.get(
             column.dtype.kind, (int, float, np.integer, np.floating)
         )
         for value in wanted:
@@ -158,7 +158,8 @@ class QueryBuilder:
                 raise ValueError(f"where[{name!r}]: expected values of type {types[0].__name__}, got {value!r:.80}")
         if column.dtype.kind in "iuf":  # a number of any size compares as a float, exact to 2^53
             return np.isin(column.astype(np.float64), np.array([float(min(max(x, -1e300), 1e300)) for x in wanted]))
-        return np.isin(column, np.array(wanted, column.dtype.kind))
+        one_of = set(wanted)  # of text, NumPy's comparison takes no account of a null character at the end
+        return np.fromiter((value in one_of for value in column.tolist()), bool, len(column))
 
     @staticmethod
     def query(

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 
 from flr.data import Catalogue, RecDataset
 from flr.data.features import cooccurrence, reduced, text_tfidf
+from flr.data.frames import TEXT
 from flr.files import check_regular, naming, sha256
 
 from .codebooks import check_embeddings
@@ -59,11 +60,11 @@ def item_texts(catalogue: Catalogue, fields: Sequence[str] | None = None) -> lis
     """
     if fields is None:
         fields = [name for name in TEXT_FIELDS if name in catalogue.attributes]
-        fields = [name for name in fields if catalogue.attributes[name].dtype.kind == "U"]
+        fields = [name for name in fields if catalogue.attributes[name].dtype == TEXT]
     for name in fields:
         kind = catalogue.attributes[name].dtype if name in catalogue.attributes else None
-        if kind is None or kind.kind != "U":
-            known = ", ".join(n for n, values in catalogue.attributes.items() if values.dtype.kind == "U") or "none"
+        if kind is None or kind != TEXT:
+            known = ", ".join(n for n, values in catalogue.attributes.items() if values.dtype == TEXT) or "none"
             got = f"{name!r}" + ("" if kind is None else f" of {kind}")
             raise ValueError(f"text_fields: expected text attributes of the catalogue ({known}), got {got}")
     if not fields and all(t in ("", i) for t, i in zip(catalogue.titles, catalogue.item_ids, strict=True)):

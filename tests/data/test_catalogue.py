@@ -1,13 +1,16 @@
 """The catalogue: finding items, errors, and equality after saving and loading."""
 
 import os
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flr.data import Catalogue
+from flr.data.growth import grow_catalogue
 from tests.helpers.catalogues import small_catalogue
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
@@ -43,12 +46,31 @@ def test_find_suggests_near_titles_and_index_near_ids():
         ((["a", "b"], ["x", "y"], [("1",), ()]), "sids: expected at least one code an item, got none at 1"),
         ((["a", "b"], ["x", "y"], [("1",)]), r"sids: expected one an item \(2\), got 1"),
         ((["a", "b"], ["x", "y"], None, {"n": [1]}), r"attributes\['n'\]: expected shape \(2,\), got \(1,\)"),
+        ((["a", "b"], ["x", "y"], None, {"n": ["x", "\ud800"]}), r"attributes\['n'\]: expected valid Unicode.*at 1"),
         ((["a", "b"], ["x", "y"], None, {"n": [1j, 2]}), "got dtype complex128"),
     ],
 )
 def test_catalogue_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Catalogue(*arguments)
+
+
+@pytest.mark.parametrize("form", [list, lambda texts: np.array(texts, object)])
+def test_one_long_text_does_not_make_all_texts_as_wide(form, tmp_path):
+    texts = ["short"] * 999 + ["x" * 200_000]  # 800 MB as an array of NumPy's str
+    ids = [str(number) for number in range(1000)]
+    tracemalloc.start()
+    catalogue = Catalogue(ids, ids, attributes={"about": form(texts)})
+    catalogue.save(tmp_path / "items.parquet")
+    loaded = Catalogue.load(tmp_path / "items.parquet")
+    framed = Catalogue.from_frame(pa.table({"item_id": ids, "about": texts}), attributes=["about"])
+    grown = grow_catalogue(catalogue, Catalogue(["new"], ["new"], attributes={"about": ["late"]}), codes=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert catalogue.attributes["about"].tolist() == framed.attributes["about"].tolist() == texts
+    assert catalogue == loaded
+    assert grown.catalogue.attributes["about"].tolist() == [*texts, "late"]
+    assert peak < 50e6
 
 
 def test_catalogue_save_load(tmp_path):

@@ -125,6 +125,16 @@ def test_layouts_of_text_and_moments(tmp_path, layout):
     assert dataset.test.targets.tolist() == load_dataset(log_table()).test.targets.tolist()
 
 
+def test_what_is_left_out_because_of_one_unknown_item_is_said():
+    items = pa.table({"item": list("0123"), "title": list("ABCD"), "price": [1, 2, 3, 4], "sid": list("wxyz")})
+    dataset = load_dataset(log_table(), metadata=items)
+    assert dataset.catalogue.titles == [*"ABCD", "4"]
+    assert (dataset.catalogue.sids, dataset.catalogue.attributes) == (None, {})
+    lacking = "1 items of the log are not in metadata (as '4')"
+    left_out = "columns ['price', 'sid'] are left out for all items, since each one needs a value"
+    assert f"{lacking}; {left_out}" in dataset.report.notes
+
+
 def test_titles_beside_events_and_in_a_csv_file(tmp_path):
     titles = [f"Item {(u + i) % 5}" for u in range(10) for i in range(5)]
     beside = log_table(title=titles, label=[title.upper() for title in titles])

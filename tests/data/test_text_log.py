@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from flr.data import load_dataset
@@ -80,6 +82,14 @@ def test_titles_beside_events_and_in_files(tmp_path):
         load_dataset(file, "csv", metadata=tmp_path / "about.csv", title="label")
     with pytest.raises(ValueError, match=r"expected a column label \(title=\), got"):
         load_dataset(file, "csv", title="label")
+    items = pa.table({"item_id": [f"i{n}" for n in range(5)], "title": list("ABCDE"), "price": range(5)})
+    pq.write_table(items, tmp_path / "about.parquet")
+    dataset = load_dataset(file, "csv", metadata=tmp_path / "about.parquet")
+    assert (dataset.catalogue.titles, dataset.catalogue.attributes) == (list("ABCDE"), {})
+    left_out = "about.parquet: columns ['price'] are left out: titles alone are read unless the log is a Parquet file"
+    assert any(note.startswith(left_out) for note in dataset.report.notes)
+    with pytest.raises(ValueError, match="metadata: expected a file beside a log that is neither .*, got Table"):
+        load_dataset(file, "csv", metadata=items)
 
 
 def test_malformed_rows_are_counted(tmp_path):

@@ -130,6 +130,20 @@ def test_a_title_in_a_filter_means_all_its_items():
     assert recommender.selection(["item_3", "x"], ["y"], on_unknown="skip")[2] == ["x", "y"]
 
 
+def test_filters_by_an_attribute_of_text():
+    recommender = build_recommender("id")
+    known = recommender.processor.catalogue
+    colours = ["red", "blue\0", "x" * 1000, ""] * 10
+    attributes = {"colour": colours, "sold": [True, False] * 20}
+    recommender.processor.catalogue = Catalogue(known.item_ids, known.titles, known.sids, attributes)
+    for wanted in (["red"], ["blue\0", "x" * 1000], ["blue"], ["\ud800"], [""], []):
+        allowed = recommender.selection(where={"colour": wanted})[0]
+        assert allowed.tolist() == [colour in wanted for colour in colours]
+    assert recommender.selection(where={"sold": [False]})[0].tolist() == [False, True] * 20
+    with pytest.raises(ValueError, match=r"where\['colour'\]: expected values of type str, got 3"):
+        recommender.selection(where={"colour": [3]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
