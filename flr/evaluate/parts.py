@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,3 +127,12 @@ def fingerprint(
     for array in (*inputs, interactions.targets, group_ids(processor.catalogue.titles)):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the parts of all evaluations in ``folder``, and the folder if nothing of others is in it."""
+    for kept in folder.glob("*"):
+        if re.fullmatch(r"[0-9a-f]{24}", kept.name):  # a fingerprint
+            shutil.rmtree(kept, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()

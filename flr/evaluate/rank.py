@@ -12,7 +12,6 @@ that a killed evaluation goes on where it was.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.model.backbone import causal_lm, position_limit
 
 from .metrics import group_ids, ranks_from_lists, ranks_from_scores, top_items, within_memory
-from .parts import Ranked, fingerprint, in_parts
+from .parts import Ranked, fingerprint, in_parts, remove_parts
 from .ranks import Share
 from .result import EvalResult
 
@@ -142,7 +141,7 @@ def evaluate(
     )  # fmt: skip
     if output_dir is not None and share.rank == 0:
         result.save(output_dir)
-        shutil.rmtree(Path(output_dir) / "parts", ignore_errors=True)
+        remove_parts(Path(output_dir) / "parts")
     return result
 
 

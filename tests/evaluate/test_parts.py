@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flr.evaluate.parts import Ranked, in_parts
+from flr.evaluate.parts import Ranked, in_parts, remove_parts
 from flr.evaluate.ranks import Share
 
 
@@ -35,3 +35,16 @@ def test_a_part_of_another_batch_size_is_not_read_as_this_one(rank, tmp_path):
         batches = np.split(order, range(batch_size, len(order), batch_size))
         assert found.tolist() == np.concatenate(batches[rank::2]).tolist()
     assert done[-2:] == [1024, 1024], "read again, since they are of the same rows"
+
+
+def test_parts_alone_are_removed(tmp_path):
+    for name in ("0123456789abcdef01234567", "mine"):
+        (tmp_path / "parts" / name).mkdir(parents=True)
+        (tmp_path / "parts" / name / "file").write_text("precious")
+    remove_parts(tmp_path / "parts")
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["mine"]
+    (tmp_path / "parts/mine/file").unlink()
+    (tmp_path / "parts/mine").rmdir()
+    remove_parts(tmp_path / "parts")
+    remove_parts(tmp_path / "parts")
+    assert not (tmp_path / "parts").exists()
