@@ -88,7 +88,7 @@ def test_titles_beside_events_and_in_files(tmp_path):
     assert (dataset.catalogue.titles, dataset.catalogue.attributes) == (list("ABCDE"), {})
     left_out = "about.parquet: columns ['price'] are left out: titles alone are read unless the log is a Parquet file"
     assert any(note.startswith(left_out) for note in dataset.report.notes)
-    with pytest.raises(ValueError, match="metadata: expected a file beside a log that is neither .*, got Table"):
+    with pytest.raises(ValueError, match=r"metadata: expected a file beside a log that is neither .*, got Table"):
         load_dataset(file, "csv", metadata=items)
 
 
