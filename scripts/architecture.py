@@ -47,7 +47,7 @@ ROOMS = (
         "sids",
         "flr/sids/",
         "semantic IDs: embeddings, codebooks",
-        ("lazy", "files", "config", "data", "model.folder"),
+        ("lazy", "files", "config", "data", "model.backbone", "model.folder"),
     ),
     Room("decode", "flr/decode/", "from a prompt to items", ("kernels", "config", "data", "model")),
     Room("explain", "flr/explain/", "what the factors did", ("data", "model", "decode")),

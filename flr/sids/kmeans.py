@@ -33,13 +33,19 @@ def nearest(points: Tensor, centroids: Tensor, prices: Tensor) -> Tensor:
     return torch.cat([costs(part, centroids, prices).argmin(1) for part in points.split(step)])
 
 
+def largest_load(points: int, codes: int, balance: float) -> int:
+    """How many of ``points`` a code may hold."""
+    return math.ceil(balance * points / codes - 1e-6)  # 1.1 · 20 is a little above 22
+
+
 def balanced_prices(
     points: Tensor, centroids: Tensor, balance: float, start: Tensor | None = None, last: bool = True
 ) -> Tensor:
-    """Prices, float32 [K], under which no code holds more than ``balance`` times the mean load, rounded up.
+    """Prices, float32 [K], that keep codes from holding more than ``balance`` times the mean load, rounded up.
 
     Ascent in the dual of the transport problem, over assignments that are soft first and then ever harder, and an
-    auction for what is left. Where many points are equal no price helps, and a code stays above.
+    auction for what is left. Where many points are equal no price helps, and where many are very
+    near each other the auction may end before all of them are shared out: a code stays above.
 
     Args:
         points: float32 [n, D]. centroids: float32 [K, D], K at least 2.
@@ -49,7 +55,7 @@ def balanced_prices(
     """
     size = len(centroids)
     prices = torch.zeros(size, device=points.device) if start is None else start.clone()
-    capacity = math.ceil(balance * len(points) / size - 1e-6)  # 1.1 · 20 is a little above 22
+    capacity = largest_load(len(points), size, balance)
     base = costs(points, centroids, torch.zeros_like(prices))
     near = base.topk(2, largest=False).values
     margin = (near[:, 1] - near[:, 0]).mean().clamp(min=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from rich.progress import track
 
 from flr.data.saved_tokenizer import load_tokenizer
 from flr.files import sha256
+from flr.model.backbone import position_rows
 from flr.model.folder import local_folder
 
+logger = logging.getLogger("flr")
 _MODULES = "modules.json"  # what makes a folder one of sentence-transformers
 _WEIGHTS = ("*.safetensors", "tokenizer.json", "config.json", _MODULES)
 
@@ -48,7 +51,12 @@ def _mean_states(
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"embed: expected a causal LM, got {folder}, an encoder-decoder ({model.config.model_type})")
     model = model.to(device).eval()
-    tokens = [ids[:max_tokens] for ids in tokenizer(texts, add_special_tokens=True)["input_ids"]]
+    tokens = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    rows = position_rows(model)
+    if rows is not None and rows < min(max_tokens, max(map(len, tokens))):
+        logger.warning(f"{folder}: texts are cut to its {rows} positions, and not to embed_max_tokens ({max_tokens})")
+        max_tokens = rows
+    tokens = [ids[:max_tokens] for ids in tokens]
     empty = next((text for text, ids in zip(texts, tokens, strict=True) if not ids), None)
     if empty is not None:
         raise ValueError(f"embed: expected a tokenizer that gives tokens for every text, got none for {empty!r:.80}")

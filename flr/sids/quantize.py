@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from flr.data.codes import MAX_LEVELS
 
 from .codebooks import MAX_CODES, METHODS, Codebooks, check_embeddings
-from .kmeans import Advance, balanced_prices, fit_residual, nearest
+from .kmeans import Advance, balanced_prices, fit_residual, largest_load, nearest
 from .rqvae import train_autoencoder
 
+logger = logging.getLogger("flr")
 _CELLS = 1 << 28  # of embeddings x codes at a time: more embeddings than fit are sampled
 
 
@@ -41,7 +43,8 @@ def fit_codes(
         method: "rq-kmeans" (residual k-means) or "rq-vae" (a small autoencoder whose latents are written as residual
             codes, learned together).
         levels: L, codes of an ID, 1 to 26. codes: K of every level, 2 to 65,536, at most C.
-        balance: most items of a code, in mean loads: at least 1; 0 for no bound. Kept but for equal embeddings.
+        balance: most items of a code, in mean loads: at least 1; 0 for no bound. Many embeddings that are equal, or
+            nearly so, can exceed it, which a warning says.
         iterations: of k-means at every level, at least 1.
         epochs, latent_size: of the autoencoder: passes over the embeddings, and D.
         seed: the same seed, embeddings and device give the same codebooks.
@@ -64,13 +67,27 @@ def fit_codes(
     if method == "rq-kmeans":
         with _bar(progress, "residual k-means", levels * iterations) as advance:
             books, prices = fit_residual(points, levels, codes, balance, iterations, generator, advance)
-        return Codebooks(method, books, prices, mean, scale)
+        made = Codebooks(method, books, prices, mean, scale)
+        _warn_if_crowded(made, x[kept], balance)
+        return made
     with _bar(progress, "RQ-VAE", epochs) as advance:
         encoder, decoder, latents, books = train_autoencoder(
             points, levels, codes, epochs, latent_size, generator, advance
         )
     prices = _prices(latents, books, balance)
-    return Codebooks(method, books, prices, mean, scale, encoder, decoder)
+    made = Codebooks(method, books, prices, mean, scale, encoder, decoder)
+    _warn_if_crowded(made, x[kept], balance)
+    return made
+
+
+def _warn_if_crowded(made: Codebooks, x: np.ndarray, balance: float) -> None:
+    """Say where a code holds more of the embeddings that it was made from than ``balance`` allows."""
+    capacity = largest_load(len(x), made.codes, balance)
+    fullest = [int(np.bincount(level).max()) for level in made.encode(x).T] if balance else []
+    above = [f"{load} at level {level}" for level, load in enumerate(fullest, 1) if load > capacity]
+    if above:
+        wanted = f"balance {balance:g} allows {capacity} items of a code, and the fullest hold {', '.join(above)}"
+        logger.warning(f"{wanted}: embeddings that are equal, or nearly so, stay together")
 
 
 def check_sizes(items: int, method: str, levels: int, codes: int, balance: float, **counts: int) -> None:

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from flr.data import Catalogue, Interactions, RecDataset, build_tokenizer
 from flr.sids import embed_items, item_texts
@@ -94,6 +94,19 @@ def test_a_language_models_mean_state_leaves_padding_out(lm):
     assert embedded.source["sha256"]["model.safetensors"]
     short = embed_items(dataset_of(TEXTS), str(folder), max_tokens=1, progress=False)
     np.testing.assert_allclose(short.values[0], short.values[1], atol=1e-6)
+
+
+def test_a_text_is_cut_to_the_positions_that_a_model_has_learned(lm, tmp_path, caplog):
+    tokenizer = lm[2]
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=3, n_embd=8, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    cut = embed_items(dataset_of(TEXTS), str(tmp_path), progress=False)
+    assert f"{tmp_path}: texts are cut to its 3 positions, and not to embed_max_tokens (256)" in caplog.text
+    caplog.clear()
+    short = embed_items(dataset_of(TEXTS), str(tmp_path), max_tokens=3, progress=False)
+    assert np.array_equal(cut.values, short.values)
+    assert not caplog.records
 
 
 def test_sentence_transformers_is_asked_for_by_its_folder(lm, tmp_path, monkeypatch):

@@ -66,6 +66,19 @@ def test_an_items_codes_do_not_depend_on_the_others(fitted, tmp_path):
     np.testing.assert_allclose(loaded.reconstruct(codes), books.reconstruct(codes))
 
 
+def test_a_bound_that_is_not_reached_is_said(caplog):
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(5, 32)), 100, 0) + 1e-4 * rng.normal(size=(500, 32))
+    options = {"levels": 1, "codes": 16, "iterations": 4, "progress": False}
+    load = np.bincount(fit_codes(x, **options).encode(x)[:, 0]).max()
+    assert load > 40  # where the bound is kept here, too, the documents may promise it
+    assert f"balance 1.25 allows 40 items of a code, and the fullest hold {load} at level 1: embedd" in caplog.text
+    caplog.clear()
+    fit_codes(x, balance=0, **options)
+    fit_codes(rng.normal(size=(200, 8)), **options)
+    assert not caplog.records
+
+
 def test_equal_embeddings_have_equal_codes():
     x = clusters()
     x[100:200] = x[100]
