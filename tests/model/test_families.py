@@ -139,7 +139,7 @@ def test_arguments_of_the_original_forward():
     model = patched_model().eval()
     ids = torch.tensor([[5, 6, 7, THOUGHT, 8, 9]])
     whole = model(input_ids=ids)
-    loss, logits, _ = model(input_ids=ids, labels=ids, return_dict=False)
+    loss, logits = model(input_ids=ids, labels=ids, return_dict=False)
     torch.testing.assert_close(logits, whole.logits)
     torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss)
     states = model(input_ids=ids, output_hidden_states=True).hidden_states
