@@ -195,7 +195,7 @@ class ViewMixture:
             used, column = np.unique(row, return_inverse=True)
             weights = sp.csr_matrix((np.exp(share).astype(np.float32), (user, column)), (len(total), len(used)))
             mixed = weights @ np.exp(given.logs[used])
-            if (mixed[kept.lengths > 0] > 0).all():  # four times as fast as logarithms, where float32 holds them
+            if (mixed[kept.lengths > 0] > 0).all():  # where float32 holds them all, in a third of the time
                 total[:, :-1] = torch.from_numpy(mixed).double().log_()
                 return total
         for age in range(int(kept.lengths.max())):

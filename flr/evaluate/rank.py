@@ -156,13 +156,14 @@ def _ranker(
     """What ranks rows as the settings say: a mixture, a beam search or, without ``num_beams``, every item's score."""
     scoring, num_beams, top_k = settings["scoring"], settings["num_beams"], settings["top_k"]
     groups = group_ids(processor.catalogue.titles)
+    beside_scores = torch.from_numpy(groups).to("cpu" if mixture is not None else trie.children.device)
 
     def rank(rows: np.ndarray) -> Ranked:
         part = interactions.select(rows)
         exclude = padded_rows(part.histories) if settings["exclude_seen"] else None
         if mixture is not None:
             scores = torch.from_numpy(mixture.scores(part.histories, exclude, least=top_k))
-            return _from_scores(scores, part.targets, groups, top_k)
+            return _from_scores(scores, part.targets, beside_scores, top_k)
         inputs = processor(part)
         if num_beams is not None:
             best = beam_search(model, inputs, trie, num_beams, top_k, scoring, exclude=exclude)
@@ -171,7 +172,7 @@ def _ranker(
             return Ranked(by_item, by_title, *lists)
         score = rank_one_token if trie.depth == 1 else score_all_items
         scores = score(model, inputs, trie, scoring, exclude=exclude)
-        return _from_scores(scores, part.targets, groups, top_k)
+        return _from_scores(scores, part.targets, beside_scores, top_k)
 
     return rank
 
@@ -195,7 +196,7 @@ def evaluate_scorer(
     ``order`` is a permutation of the rows, int64 [n], by which they are worked off; the result has them as they are.
     """
     _check_rows(interactions, len(catalogue))
-    groups = group_ids(catalogue.titles)
+    groups = torch.from_numpy(group_ids(catalogue.titles))
 
     def rank(rows: np.ndarray) -> Ranked:
         part = interactions.select(rows)
@@ -233,15 +234,14 @@ def _check_rows(interactions: Interactions, num_items: int) -> None:
         raise ValueError(f"interactions: expected item indices below {num_items}, got {interactions.max_index}")
 
 
-def _from_scores(scores: torch.Tensor, targets: np.ndarray, groups: np.ndarray, top_k: int) -> Ranked:
+def _from_scores(scores: torch.Tensor, targets: np.ndarray, groups: torch.Tensor, top_k: int) -> Ranked:
     best, items = top_items(scores, top_k)
     items = items.masked_fill(best == -torch.inf, -1)
     missing = top_k - items.shape[1]
     items = nn.functional.pad(items, (0, missing), value=-1)
     best = nn.functional.pad(best, (0, missing), value=-torch.inf)
     own = torch.from_numpy(targets.astype(np.int64)).to(scores.device)
-    by_title = ranks_from_scores(scores, own, torch.from_numpy(groups).to(scores.device))
-    ranked = ranks_from_scores(scores, own), by_title, items, best
+    ranked = ranks_from_scores(scores, own), ranks_from_scores(scores, own, groups), items, best
     return Ranked(*(x.cpu().numpy() for x in ranked))
 
 

@@ -68,14 +68,12 @@ def fit_codes(
         with _bar(progress, "residual k-means", levels * iterations) as advance:
             books, prices = fit_residual(points, levels, codes, balance, iterations, generator, advance)
         made = Codebooks(method, books, prices, mean, scale)
-        _warn_if_crowded(made, x[kept], balance)
-        return made
-    with _bar(progress, "RQ-VAE", epochs) as advance:
-        encoder, decoder, latents, books = train_autoencoder(
-            points, levels, codes, epochs, latent_size, generator, advance
-        )
-    prices = _prices(latents, books, balance)
-    made = Codebooks(method, books, prices, mean, scale, encoder, decoder)
+    else:
+        with _bar(progress, "RQ-VAE", epochs) as advance:
+            encoder, decoder, latents, books = train_autoencoder(
+                points, levels, codes, epochs, latent_size, generator, advance
+            )
+        made = Codebooks(method, books, _prices(latents, books, balance), mean, scale, encoder, decoder)
     _warn_if_crowded(made, x[kept], balance)
     return made
 
