@@ -16,7 +16,7 @@ from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import toy_model
 from tests.helpers.trie_levels import advance_call, advance_case, collect_call, collect_case
-from tests.helpers.triton import DEVICE, MARKS
+from tests.helpers.triton import DEVICE, MARKS, apart
 
 pytestmark = MARKS
 
@@ -50,7 +50,9 @@ KINDS = ["none", "prefix", "only", "exclude"]
 def test_ways_equal_the_definition(items, beams, depth, spread, room, behind, kind):
     made = advance_case(items + depth, 3, items, beams, depth, spread, kind, room=room, behind=behind)
     given = advance_call(made, DEVICE)
-    assert_same(flr_kernels.trie_advance(**given), defined("trie_advance", given))
+    wanted = defined("trie_advance", given)
+    assert_same(flr_kernels.trie_advance(**given), wanted)
+    assert_same(flr_kernels.trie_advance(**{k: apart(x) for k, x in given.items()}), wanted)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,9 @@ def test_collecting_equals_the_definition(items, beams, depth, spread, k, widths
     given = collect_call(
         collect_case(items + k, 3, items, beams, depth, spread, kind, unique, k, widths, penalty), DEVICE
     )
-    assert_same(flr_kernels.trie_collect(**given), defined("trie_collect", given))
+    wanted = defined("trie_collect", given)
+    assert_same(flr_kernels.trie_collect(**given), wanted)
+    assert_same(flr_kernels.trie_collect(**{k: apart(x) for k, x in given.items()}), wanted)
 
 
 def test_ties():

@@ -14,7 +14,7 @@ from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import toy_model
 from tests.helpers.trie_steps import call, case
-from tests.helpers.triton import DEVICE, MARKS
+from tests.helpers.triton import DEVICE, MARKS, apart
 
 pytestmark = MARKS
 
@@ -63,6 +63,9 @@ def test_equals_the_definition(users, items, beams, depth, spread, unfinished, a
         else:
             assert torch.equal(got, want)
     assert torch.equal(found.invalid, wanted[8])
+    tables = {k: apart(x) for k, x in arguments.items() if k != "logits"}
+    scattered = flr_kernels.trie_step(**arguments | tables, **widths, unique=unique)
+    assert all(map(torch.equal, (*scattered.unfinished, *scattered.all), (*found.unfinished, *found.all)))
     if DEVICE == "cuda":
         again = flr_kernels.trie_step(**arguments, **widths, unique=unique)
         assert all(

@@ -57,7 +57,7 @@ def _plan(logits: Spec, *dtypes: torch.dtype) -> Plan:
 
 def logits_gradient(logits: Tensor, normaliser: Tensor, target: Tensor, grad: Tensor) -> Tensor:
     """Gradient of logits [M, V], contiguous and in their dtype, for ``grad`` [M] of the log-probabilities."""
-    tensors = (logits, normaliser, target, grad.contiguous())
+    tensors = (logits, normaliser, target.contiguous(), grad.contiguous())
     (out,) = _plan(spec(logits), *(x.dtype for x in tensors[1:])).run(*tensors)
     return out
 
