@@ -224,12 +224,17 @@ class Operator:
         self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched():
+        if torch.compiler.is_compiling():
+            return self._registered(*args)
+        if _watched():
+            self._refuse_tangents(args)
             return self._registered(*args)
         wanted = False
         for x in args:
             kind = type(x)
             if kind is _Tensor or kind is _Parameter:
+                if x.is_neg():  # its memory holds the opposite; torch.library resolves that
+                    return self._registered(*args)
                 wanted = wanted or x.requires_grad
             elif isinstance(x, _Tensor):
                 return self._registered(*args)
@@ -238,6 +243,15 @@ class Operator:
         if wanted and torch.is_grad_enabled():
             return self._record(*args)
         return self._run(*args)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        """Raise for forward derivatives: torch.library would leave them out in silence."""
+        if forward_ad._current_level < 0:
+            return
+        if any(isinstance(x, _Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+            raise NotImplementedError(
+                f"{self.name}: expected tensors without tangents, as it has no forward derivatives, got one with them"
+            )
 
 
 def _watched() -> bool:

@@ -49,6 +49,19 @@ def test_the_backward_computes_logits_again_only_where_they_are_many(monkeypatch
         assert len(recomputed) == times
 
 
+@pytest.mark.parametrize("kept", [76, 77], ids=["recomputed", "kept"])
+def test_twice_differentiated_is_refused_and_create_graph_gives_the_gradient(kept, monkeypatch):
+    monkeypatch.setattr(REFERENCE, "KEPT", kept)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    total = flr_kernels.token_logprob(hidden, weight, torch.arange(7)).sum()
+    plain = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    found = torch.autograd.grad(total, (hidden, weight), create_graph=True)
+    torch.testing.assert_close(found, plain)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        (total + found[0].square().sum()).backward()
+
+
 def test_the_optional_backend(monkeypatch):
     """Its wiring, with a stand-in for the library; the library itself needs a GPU (docs/gpu-todo.md)."""
     module = sys.modules["flr_kernels.ops.token_logprob.op"]
