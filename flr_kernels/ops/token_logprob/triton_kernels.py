@@ -79,8 +79,8 @@ def backward(
     hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """The reference's arguments and result; logits are computed again."""
-    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape if needs_dh else (0,))
+    d_weight = weight.new_zeros(weight.shape if needs_dw else (0,), dtype=grad.dtype)
     for x in reference.row_blocks(hidden, weight):
         _, logits, normaliser = with_logits(hidden[x], weight, target[x])
         d_logits = logits_gradient(logits, normaliser, target[x], grad[x])
