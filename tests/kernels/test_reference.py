@@ -73,6 +73,29 @@ def test_factor_attention_extreme_logits_stay_finite():
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
+def test_weights_of_equal_scores_sum_to_one_however_large_they_are(size):
+    h, u = torch.full((1, 3, 2), size, requires_grad=True), torch.ones(1, 2, 2)
+    out = flr_kernels.factor_attention(h, u)
+    torch.testing.assert_close(out.context, h[:, :2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.overlap, torch.full((1, 2, 2), 1 / 3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.entropy, torch.full((1, 2), math.log(3)), rtol=1e-6, atol=0)
+    (dh,) = torch.autograd.grad(out.overlap.sum() + out.entropy.sum(), h)  # which equal scores leave at an extremum
+    torch.testing.assert_close(dh, torch.zeros_like(dh), rtol=0, atol=1e-5)
+
+
+def test_what_masked_tokens_hold_is_without_effect():
+    found = []
+    for held in (0.0, math.nan, math.inf):
+        h, u, valid = attention_inputs()
+        h = h.detach().masked_fill(~valid[..., None], held).requires_grad_()
+        out = flr_kernels.factor_attention(h, u, valid)
+        total = out.context.square().sum() + out.overlap.sum() + out.entropy.sum() + out.lse[[0, 2]].sum()
+        found.append([*out, *torch.autograd.grad(total, (h, u))])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_no_history_gradient_when_none_is_needed():
     h, u, valid = attention_inputs()
     out = flr_kernels.factor_attention(h.detach(), u, valid)
