@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
@@ -31,6 +32,9 @@ _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 BACKENDS = ("reference", "triton", "cuda", "host", "cce")
 #: Order in which ``auto`` tries backends on a CUDA tensor; the others run when asked for.
 _AUTO_ORDER = ("cuda", "triton", "reference")
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+#: What has been logged.
+_SAID: set[str] = set()
 
 
 class BackendUnavailable(RuntimeError):
@@ -117,9 +121,12 @@ def _asked_for(spec: str, name: str) -> str:
     return chosen.get(name, chosen["*"])
 
 
-@lru_cache(maxsize=64)
 def _log_once(message: str) -> None:
-    logger.warning(message)
+    """Log what has not been said, other numbers being the same: strides and addresses change from call to call."""
+    kind = _NUMBER.sub("#", message)
+    if kind not in _SAID:
+        _SAID.add(kind)
+        logger.warning(message)
 
 
 def select(name: str, tensor: torch.Tensor, *args, accepts: Callable[[str], None] | None = None) -> str:

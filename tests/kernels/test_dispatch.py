@@ -233,6 +233,13 @@ def test_the_choice_of_backend_is_read_at_every_call(monkeypatch):
     flr_kernels.group_advantage(**given)
 
 
+def test_a_reason_is_logged_once_whatever_the_strides(caplog):
+    dispatch._SAID.clear()
+    for length in (5, 6, 7):
+        flr_kernels.log_normaliser(torch.randn(3, length).T)
+    assert sum("log_normaliser: using the PyTorch reference" in record.message for record in caplog.records) == 1
+
+
 def test_auto_leaves_what_does_not_suit_a_backend_to_the_next(monkeypatch):
     made = dispatch.Op("made")
     for backend in ("reference", "triton"):

@@ -96,7 +96,7 @@ def test_auto_picks_triton_on_cuda_and_falls_back_with_the_reason(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert dispatch.select("factor_attention", FakeCuda(), FakeCuda()) == "triton"
     assert dispatch.select("factor_aggregate", FakeCuda()) == "triton"
-    dispatch._log_once.cache_clear()
+    dispatch._SAID.clear()
     for _ in range(2):
         assert dispatch.select("factor_attention", FakeCuda(20), FakeCuda(20)) == "reference"
     said = [
