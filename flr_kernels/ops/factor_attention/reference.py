@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,8 @@ from ...checks import accumulation_dtype
 
 #: context [B, K, D], lse [B, K], overlap [B, K, K] and entropy [B, K], or their gradients.
 Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Weights [B, K, L], history and mask to what is pooled, [B, K, D].
+Pool: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _weights(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,18 +30,18 @@ def _weights(h: Tensor, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 def _pooled(weights: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
-    """``weights`` [B, K, L], 0 for masked tokens, times ``h`` [B, L, D], whatever masked tokens hold: 0 · NaN is NaN.
-
-    On a CPU a look at the result spares a copy of ``h``.
-    """
-    if h.device.type == "cpu" or mask is None:
-        pooled = weights @ h
-        if mask is None or bool(pooled.sum().isfinite()):
-            return pooled
-    return weights @ h.masked_fill(~mask[..., None], 0)
+    """``weights`` [B, K, L], 0 for masked tokens, times ``h`` [B, L, D], whatever those hold: 0 · NaN is NaN."""
+    return weights @ (h if mask is None else h.masked_fill(~mask[..., None], 0))
 
 
-def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> Saved:
+def pooled_with_a_look(weights: Tensor, h: Tensor, mask: Tensor | None) -> Tensor:
+    """The same; on a CPU a look at the result, which a traced program may not take, spares the copy of ``h``."""
+    if h.device.type == "cpu" and bool((pooled := weights @ h).sum().isfinite()):
+        return pooled
+    return _pooled(weights, h, mask)
+
+
+def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None, pool: Pool = _pooled) -> Saved:
     """context [B, K, D], lse [B, K], overlap [B, K, K], entropy [B, K] of softmax(u · h) over valid tokens."""
     acc = accumulation_dtype(h.dtype)
     h, u = h.to(acc), u.to(acc)
@@ -47,7 +50,7 @@ def factor_attention(h: Tensor, u: Tensor, mask: Tensor | None) -> Saved:
     if mask is not None:  # users without a valid token
         lse = lse.masked_fill(~mask.any(-1, keepdim=True), -math.inf)
     overlap = alpha @ alpha.transpose(1, 2)
-    return _pooled(alpha, h, mask), lse, overlap, -(alpha * log_alpha).sum(-1)
+    return pool(alpha, h, mask), lse, overlap, -(alpha * log_alpha).sum(-1)
 
 
 def factor_attention_backward(
@@ -65,6 +68,6 @@ def factor_attention_backward(
     ds = alpha * (dp - delta[..., None])  # [B, K, L]
     if mask is not None:
         ds = ds.masked_fill(~mask[:, None], 0)  # there h, and so dp, may be NaN
-    du = _pooled(ds, h, mask)
+    du = pooled_with_a_look(ds, h, mask)
     dh = alpha.transpose(1, 2) @ d_context + ds.transpose(1, 2) @ u if needs_dh else h.new_empty(0)
     return dh.to(dtype), du.to(dtype)
