@@ -255,10 +255,16 @@ class Operator:
         """Raise for forward derivatives: torch.library would leave them out in silence."""
         if forward_ad._current_level < 0:
             return
-        if any(isinstance(x, _Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        if any(isinstance(x, _Tensor) and _has_tangent(x) for x in args):
             raise NotImplementedError(
                 f"{self.name}: expected tensors without tangents, as it has no forward derivatives, got one with them"
             )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(x):  # of torch.func.vmap, which cannot look for one
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _watched() -> bool:

@@ -168,10 +168,18 @@ def test_forward_derivatives_are_refused(name):
     function = getattr(flr_kernels, name)
     with forward_ad.dual_level():
         function(**given)
+        torch.func.vmap(lambda x: leaves(function(**given | {first: x}))[0])(torch.stack([primal, primal]))
         with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
             function(**given | {first: forward_ad.make_dual(primal, torch.ones_like(primal))})
     with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
         torch.func.jvp(lambda x: leaves(function(**given | {first: x}))[0], (primal,), (torch.ones_like(primal),))
+    stacked = torch.stack([primal, primal])
+    with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+        torch.func.jvp(
+            torch.func.vmap(lambda x: leaves(function(**given | {first: x}))[0]),
+            (stacked,),
+            (torch.ones_like(stacked),),
+        )
 
 
 @pytest.mark.parametrize("name", ["log_normaliser", "group_advantage", "factor_aggregate"])
