@@ -126,6 +126,19 @@ def test_tables_of_a_part_are_of_the_ranks_that_are_kept(part):
         assert dict(own["each"])[line["seed"]] == pytest.approx(row_metrics(ranks)["ndcg@10"].mean())
 
 
+def test_on_cds_all_models_are_level_with_each_other_and_with_both_tables():
+    """README and the page; the first seed by itself would have said otherwise."""
+    (table,) = read_json(ROOT / "docs/results/study_others.json", 1 << 22)["tables"]
+    assert table["data"] == "amazon-cds"
+    assert {own["seeds"] for own in table["models"].values()} == {3}
+    found = [own[less]["test"] for own in table["models"].values() for less in ("less_knn", "less_linear")]
+    found += [interval for _, _, (_, *interval) in table["pairs"]]
+    assert all(low < 0 < high for _, low, high in found)
+    for name, own in table["models"].items():
+        first, *others = (value for _, value in own["each"])
+        assert (first - max(others) > 0.002) == (name not in ("none", "anchor")), name
+
+
 def test_factors_help_in_histories_of_many_kinds():
     groups = next(t for t in STUDY["tables"] if t["data"] == "instruments")["groups"]
     few, some, many = (row for row in groups if row["trait"].startswith("kinds"))
