@@ -149,6 +149,18 @@ def test_autocast_is_off_inside():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["factor_attention", "factor_aggregate", "token_logprob", "group_advantage"])
+def test_autocast_is_off_inside_a_backward(name):
+    found = []
+    for enabled in (False, True):
+        given = call(name)
+        wanted = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        out = sum(x.sum() for x in leaves(getattr(flr_kernels, name)(**given)) if x.requires_grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, wanted))
+    assert all(map(torch.equal, *found))
+
+
 def test_results_can_be_changed_in_place_and_twice_differentiated_is_refused():
     given = call("factor_attention")
     h = given["h"].requires_grad_()

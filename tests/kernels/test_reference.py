@@ -156,6 +156,26 @@ def test_group_advantage_rewards_pass_gradients_and_advantages_do_not(reward):
     assert not flr_kernels.group_advantage(logp, mask, 2).advantages.requires_grad
 
 
+def test_rewards_that_were_cut_have_no_gradient():
+    for reward in ("neg_perplexity", "log_likelihood"):
+        logp = torch.tensor([[-50.0, -20.0], [-1.0, -2.0]], requires_grad=True)
+        out = flr_kernels.group_advantage(logp, None, 2, reward=reward)
+        (grad,) = torch.autograd.grad(out.rewards.sum(), logp)
+        assert (grad[0] == 0).all()
+        assert (grad[1] != 0).all()
+    given = torch.tensor([1e14, -1e14, 3.0, 4.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(flr_kernels.group_advantage(given, None, 2, reward="given").rewards.sum(), given)
+    assert grad.tolist() == [0, 0, 1, 1]
+
+
+def test_a_gate_of_zero_leaves_gradients_finite():
+    f, logits = torch.randn(1, 3, 4, requires_grad=True), torch.tensor([[0.0, -math.inf, -200.0]], requires_grad=True)
+    out = flr_kernels.factor_aggregate(f, logits)
+    assert out.gates.tolist() == [[1, 0, 0]]
+    for grad in torch.autograd.grad(out.thought.sum() + out.gate_entropy.sum(), (f, logits)):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "latentr3"])
 def test_degenerate_groups_are_finite(kind):
     for logp in (torch.zeros(4, 2), torch.full((4, 2), -math.inf), torch.tensor([[0.0, 0.0], [-math.inf, 0.0]] * 2)):
