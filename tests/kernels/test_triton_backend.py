@@ -29,6 +29,7 @@ def python(*arguments, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some 240 tests in one process, whose share of a machine others may have
 @needs_triton
 def test_kernels_under_the_interpreter():
     """A process of its own: TRITON_INTERPRET is set before the kernels are imported, and must not touch other tests."""
