@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,8 +11,15 @@ from torch import Tensor
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
 )
 
 from .backbone import cache_of
@@ -20,6 +28,17 @@ from .insertion import Insertion, remember, thought_tokens
 
 _IDS = ("pad_token_id", "eos_token_id")
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+#: What ``generate`` makes of its options and what looks at tokens; others count columns, and thoughts are some.
+_READERS = (
+    SequenceBiasLogitsProcessor,  # forbidden words, too
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    StopStringCriteria,
+)
+_RUNNING: ContextVar[_Generation | None] = ContextVar("flr.generation", default=None)
 
 
 def flr_generate(
@@ -35,8 +54,8 @@ def flr_generate(
         insert_thought: False for a prompt without a thought; default ``config.insert_thought``.
 
     Raises:
-        ValueError: chunked prefill, speculative decoding, or a cache that holds a part of the prompt already: the
-            reasoner reads the states of the whole prompt in one pass.
+        ValueError: chunked prefill, speculative decoding, guidance without a cache, or a cache that holds a part of the
+            prompt already: the reasoner reads the states of the whole prompt in one pass.
     """
     patch = self._flr_patch
     insert = kwargs.pop("insert_thought", None)
@@ -79,6 +98,10 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
     for name in _OTHER_MODELS:
         if (value := _setting(model, config, kwargs, name)) is not None:
             raise ValueError(f"{name}: expected None, since candidates have no thought, got {value!r:.80}")
+    guidance = _setting(model, config, kwargs, "guidance_scale")
+    if guidance not in (None, 1) and _setting(model, config, kwargs, "use_cache") is False:
+        wanted = "1 without a cache, where the thought of the other prompt would move behind the answer"
+        raise ValueError(f"guidance_scale: expected {wanted}, got {guidance}")
     past = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
     if is_filled(past):
         raise ValueError(
@@ -103,6 +126,38 @@ def _refuse_padding_behind(model: Any, ids: Tensor | None, config: Any, kwargs: 
             'attention_mask: expected padding on the left in generate (tokenizer.padding_side = "left"), got it on '
             f"the right of row {row}"
         )
+
+
+def flr_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``generate`` makes of its options: what reads tokens is not shown the thoughts of the call that runs."""
+    return _without_thoughts(self, self._flr_patch.original(self, "_get_logits_processor")(*args, **kwargs))
+
+
+def flr_init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse ``generate_batch`` and its kin, whose rows are of several prompts and never whole.
+
+    Raises:
+        ValueError: the model has a thought.
+    """
+    if self._flr_patch.config.thought_count:
+        raise ValueError(
+            "generate_batch: expected generate for a model with a thought, which needs the whole prompt in its own row, "
+            "got continuous batching; flr.Recommender and flr serve answer many at a time"
+        )
+    return self._flr_patch.original(self, "init_continuous_batching")(*args, **kwargs)
+
+
+def flr_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As :func:`flr_logits_processor`, for criteria."""
+    return _without_thoughts(self, self._flr_patch.original(self, "_get_stopping_criteria")(*args, **kwargs))
+
+
+def _without_thoughts(model: Any, made: Any) -> Any:
+    running = _RUNNING.get()
+    if running is None or running.model is not model:
+        return made
+    hides = _Criterion if isinstance(made, StoppingCriteriaList) else _Processor
+    return type(made)(hides(running, one) if isinstance(one, _READERS) else one for one in made)
 
 
 class _Generation:
@@ -134,7 +189,11 @@ class _Generation:
         self._lengths(config, kwargs)
         if shows_prompt:
             self._observers(kwargs)
-        out = call(ids, config, **kwargs)
+        running = _RUNNING.set(self if shows_prompt else None)
+        try:
+            out = call(ids, config, **kwargs)
+        finally:
+            _RUNNING.reset(running)
         if isinstance(out, Tensor):
             return self.without(out) if shows_prompt else out
         if shows_prompt:
@@ -153,15 +212,13 @@ class _Generation:
                 kwargs[total] = length + self.count
 
     def _observers(self, kwargs: dict[str, Any]) -> None:
-        """Wrap what is shown the tokens."""
+        """Wrap what the caller has shown the tokens."""
         for name, many, one in (
             ("logits_processor", LogitsProcessorList, _Processor),
             ("stopping_criteria", StoppingCriteriaList, _Criterion),
         ):
             if kwargs.get(name):
                 kwargs[name] = many(one(self, observer) for observer in kwargs[name])
-        if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
-            kwargs["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, self.without(tokens))
         if (streamer := kwargs.get("streamer")) is not None:
             kwargs["streamer"] = _Streamer(self, streamer)
 

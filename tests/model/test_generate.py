@@ -3,6 +3,12 @@
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers.generation import (
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 import flr
 from tests.helpers.models import VOCAB, patched_model, tiny_model, wake
@@ -135,6 +141,46 @@ def test_observers_see_the_callers_tokens_only(model, capsys):
     assert capsys.readouterr().out.split() == [str(t) for t in out[0].tolist()]
 
 
+def forbidden(last, first):
+    return {"bad_words_ids": [[last, first]]}, [NoBadWordsLogitsProcessor([[last, first]])]
+
+
+def biased(last, first):
+    return {"sequence_bias": {(last, first): -50.0}}, [SequenceBiasLogitsProcessor({(last, first): -50.0})]
+
+
+def not_again(last, first):
+    return {"no_repeat_ngram_size": 2}, [NoRepeatNGramLogitsProcessor(2)]
+
+
+@pytest.mark.parametrize("make", [forbidden, biased, not_again])
+def test_options_that_read_tokens_see_the_last_of_the_prompt_before_the_answer(model, make):
+    """As the same processors of the caller's own do: no thought stands between prompt and answer for them."""
+    ids = left_padded()["input_ids"][:1]
+    for _ in range(20):  # until the prompt begins with what would follow its end
+        pair = torch.stack([ids[0, -1], model.generate(ids, **OPTIONS)[0, ids.shape[1]]])
+        if torch.equal(ids[0, :2], pair):
+            break
+        ids = torch.cat([pair[None], ids[:, -2:]], 1)
+    options, processors = make(*pair.tolist())
+    plain, out = model.generate(ids, **OPTIONS), model.generate(ids, **OPTIONS, **options)
+    assert out[0, 4] != plain[0, 4]
+    assert torch.equal(out, model.generate(ids, **OPTIONS, logits_processor=processors))
+
+
+def test_guidance_begins_at_the_last_token_of_the_prompt(model):
+    ids = left_padded()["input_ids"][:1]
+    out = model.generate(ids, **OPTIONS, guidance_scale=3.0)
+    guided = UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, model, unconditional_ids=ids[:, -1:])
+    assert torch.equal(out, model.generate(ids, **OPTIONS, logits_processor=[guided]))
+    assert not torch.equal(out, model.generate(ids, **OPTIONS))
+
+
+def test_guidance_without_a_cache_is_refused(model):
+    with pytest.raises(ValueError, match="guidance_scale: expected 1 without a cache"):
+        model.generate(left_padded()["input_ids"], **OPTIONS, guidance_scale=3.0, use_cache=False)
+
+
 def test_a_dictionary_of_results_and_its_cache(model):
     inputs = {k: v[:1] for k, v in left_padded().items()}
     options = {"return_dict_in_generate": True, "output_scores": True}
@@ -163,6 +209,13 @@ def test_what_would_leave_the_thought_out_is_refused(model):
         if message != "position_ids":  # with thoughts of the caller's own as well
             with pytest.raises(ValueError, match=message):
                 model.generate(**with_thoughts(inputs), **OPTIONS, **options)
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match="generate_batch: expected generate for a model with a thought"):
+        model.generate_batch(inputs=[[5, 6]], generation_config=GenerationConfig(max_new_tokens=1))
+    plain = flr.patch_model(tiny_model(), variant="none")
+    assert plain.init_continuous_batching(GenerationConfig(max_new_tokens=1, eos_token_id=2)) is not None
 
 
 def test_peft_and_the_pipeline_go_through_it():
