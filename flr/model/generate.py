@@ -141,7 +141,7 @@ def flr_init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     if self._flr_patch.config.thought_count:
         raise ValueError(
-            "generate_batch: expected generate for a model with a thought, which needs the whole prompt in its own row, "
+            "generate_batch: expected generate for a model with a thought, which reads a whole prompt at a time, "
             "got continuous batching; flr.Recommender and flr serve answer many at a time"
         )
     return self._flr_patch.original(self, "init_continuous_batching")(*args, **kwargs)

@@ -166,9 +166,7 @@ def test_a_model_that_has_adapters_is_refused_and_one_that_had_some_is_not(way):
     peft = pytest.importorskip("peft")
     model, lora = tiny_model(), peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, lora) if way == "get_peft_model" else model.add_adapter(lora)
-    with pytest.raises(
-        ValueError, match="expected one without adapters, with which PEFT saves no reasoner, got some .patch the base"
-    ):
+    with pytest.raises(ValueError, match="expected one without adapters, with which PEFT saves no reasoner"):
         flr.patch_model(model)
     assert not flr.is_patched(model)
     if adapted is not None:
