@@ -130,9 +130,7 @@ def patch_model(
     if is_patched(model):
         raise ValueError("model: expected an unpatched model, got a patched one; call flr.unpatch_model first")
     if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"model: expected one without adapters, with which PEFT would save no thought, got some{_PEFT}"
-        )
+        raise ValueError(f"model: expected one without adapters, with which PEFT saves no reasoner, got some{_PEFT}")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None or base_of(model) is model:
         raise ValueError(f"model: expected a decoder-only causal LM, got {type(model).__name__}")
     text_config = model.config.get_text_config(decoder=True)
