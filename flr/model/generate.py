@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -22,12 +23,13 @@ from transformers.generation import (
     WatermarkLogitsProcessor,
 )
 
-from .backbone import cache_of
+from .backbone import attention_types, cache_of
 from .base import is_filled
 from .insertion import Insertion, remember, thought_tokens
 
 _IDS = ("pad_token_id", "eos_token_id")
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_STATIC = ("static", "offloaded_static", "sliding_window")
 #: What ``generate`` makes of its options and what looks at tokens; others count columns, and thoughts are some.
 _READERS = (
     SequenceBiasLogitsProcessor,  # forbidden words, too
@@ -77,6 +79,7 @@ def flr_generate(
     if not thinks or not (has or insert) or prompt is None:
         return call(ids, generation_config, **kwargs)
     _refuse(self, generation_config, kwargs)
+    _refuse_window(self, generation_config, kwargs, prompt.shape[1] + (0 if has else patch.config.thought_count))
     if has:
         return call(ids, generation_config, **kwargs)
     _refuse_padding_behind(self, ids, generation_config, kwargs)
@@ -107,6 +110,18 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
         raise ValueError(
             "past_key_values: expected an empty cache, since a thought needs the states of the whole prompt, got one "
             "that holds tokens; pass the prompt alone"
+        )
+
+
+def _refuse_window(model: Any, config: Any, kwargs: dict[str, Any], length: int) -> None:
+    """Raise where a static cache has dropped a part of the prompt, or its masks have, before a thought is made."""
+    text, name = model.config.get_text_config(decoder=True), _setting(model, config, kwargs, "cache_implementation")
+    static = isinstance(kwargs.get("past_key_values"), StaticCache) or name in _STATIC
+    static = static and _setting(model, config, kwargs, "use_cache") is not False
+    if static and attention_types(text) != {"full_attention"} and length > (window := text.sliding_window or length):
+        raise ValueError(
+            f"cache_implementation: expected a dynamic cache (the default) for a prompt and its thoughts of {length} "
+            f"tokens, more than the sliding window's {window}, got {name or 'a static one'}"
         )
 
 
@@ -176,6 +191,8 @@ class _Generation:
         shows_prompt = ids is not None and ids.shape[1] > 0
         if embeds is not None:
             if _setting(model, config, kwargs, "use_cache") is False:
+                if model._flr_patch.config.mixes:
+                    raise ValueError("inputs_embeds: expected input_ids with aggregation mixture, got embeddings")
                 raise ValueError("use_cache: expected True with inputs_embeds and an inserted thought, got False")
             column = torch.full((len(embeds), self.count), token, device=embeds.device)
             kwargs["inputs_embeds"] = torch.cat([embeds, model.get_input_embeddings()(column).to(embeds.dtype)], 1)

@@ -77,6 +77,9 @@ def test_embeddings_as_prompts(model):
     assert torch.equal(one, model.generate(inputs["input_ids"][:1], **OPTIONS)[:, 4:])
     with pytest.raises(ValueError, match="use_cache: expected True"):
         model.generate(inputs_embeds=embeds, **OPTIONS, use_cache=False)
+    mixture = flr.patch_model(tiny_model(), aggregation="mixture")
+    with pytest.raises(ValueError, match="inputs_embeds: expected input_ids with aggregation mixture"):
+        mixture.generate(inputs_embeds=embeds, **OPTIONS)
 
 
 def test_lengths_count_the_callers_tokens(model):
@@ -209,6 +212,18 @@ def test_what_would_leave_the_thought_out_is_refused(model):
         if message != "position_ids":  # with thoughts of the caller's own as well
             with pytest.raises(ValueError, match=message):
                 model.generate(**with_thoughts(inputs), **OPTIONS, **options)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_static_cache_holds_prompt_and_thoughts_in_its_window_or_is_refused(family):
+    model = flr.patch_model(tiny_model(family), num_thoughts=2, init_scale=1.0).eval()
+    inputs = left_padded()  # four tokens and two thoughts, as many as the window
+    static = model.generate(**inputs, **OPTIONS, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, **OPTIONS))
+    longer = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], 1)
+    with pytest.raises(ValueError, match=r"cache_implementation: expected a dynamic cache .* of 7 tokens"):
+        model.generate(longer, **OPTIONS, cache_implementation="static")
+    assert model.generate(longer, **OPTIONS, cache_implementation="static", use_cache=False).shape == (3, 10)
 
 
 def test_continuous_batching_is_refused(model):
