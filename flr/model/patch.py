@@ -30,7 +30,7 @@ from .vocabulary import Tables, flr_resize_token_embeddings, grow, teach, though
 logger = logging.getLogger("flr")
 
 #: What a patch replaces in the instance.
-_REPLACED = {
+_REPLACED: dict[str, Callable[..., Any]] = {
     "forward": flr_forward,
     "generate": flr_generate,
     "_get_logits_processor": flr_logits_processor,
