@@ -11,6 +11,7 @@ from transformers.generation import (
 )
 
 import flr
+from flr.data import Catalogue, build_tokenizer
 from tests.helpers.models import VOCAB, patched_model, tiny_model, wake
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -169,6 +170,18 @@ def test_options_that_read_tokens_see_the_last_of_the_prompt_before_the_answer(m
     plain, out = model.generate(ids, **OPTIONS), model.generate(ids, **OPTIONS, **options)
     assert out[0, 4] != plain[0, 4]
     assert torch.equal(out, model.generate(ids, **OPTIONS, logits_processor=processors))
+
+
+def test_a_stop_string_may_begin_in_the_prompt():
+    tokenizer = build_tokenizer(Catalogue(["x", "y"], ["Blue cups", "Green plates"]), "title")
+    model = flr.patch_model(tiny_model(vocab_size=len(tokenizer)), tokenizer).eval()
+    prompt = torch.tensor([tokenizer("Blue plates", add_special_tokens=False)["input_ids"]])
+    length = prompt.shape[1]
+    words = [i for token, i in tokenizer.get_vocab().items() if token.isalpha() and token.isascii()]
+    options = {**OPTIONS, "suppress_tokens": [i for i in range(len(tokenizer)) if i not in words]}
+    text = tokenizer.decode(model.generate(prompt, **options)[0, length - 1 : length + 1])
+    stopped = model.generate(prompt, **options, stop_strings=[text], tokenizer=tokenizer)
+    assert stopped.shape == (1, length + 1)
 
 
 def test_guidance_begins_at_the_last_token_of_the_prompt(model):
