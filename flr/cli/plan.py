@@ -99,16 +99,19 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     at = rates(folder, options.device)
     prompt = options.history * options.item_tokens + _PROMPT
     beams = max(options.beams, options.k)
-    work = Work(prompt, options.item_tokens, factors, refinements, beams, options.scoring == "full", options.batch)
+    ways = factors if thought.get("aggregation") == "mixture" else 1  # a mixture's beams have a row for each factor
+    rows, full = beams * ways, options.scoring == "full"
+    work = Work(prompt, options.item_tokens, factors, refinements, rows, full, options.batch)
     parts = cost(size, work, at)
     seconds = sum(parts.values())
     device_hours = seconds * options.users / 3600
     machine_hours = device_hours / options.per_machine
     trie = {"trie_bytes": int(options.items * (8 + 16 * options.item_tokens)), "weight_bytes": size.parameters * _BYTES}
-    figures = {"prompt_tokens": prompt, "beams": beams, "K": factors, "T": refinements, "parameters": size.parameters}
+    figures = {"prompt_tokens": prompt, "beams": beams, "rows": rows, "K": factors, "T": refinements}
     return {
         "device": at.device,
         **figures,
+        "parameters": size.parameters,
         "seconds_a_user": seconds,
         "parts": parts,
         "users_a_second": 1 / seconds,
@@ -143,7 +146,7 @@ def main(argv: list[str]) -> int:
     names = {
         "prompt": f"prompt, {found['prompt_tokens']} tokens",
         "thought": f"thought, K = {found['K']}, T = {found['T']}",
-        "beams": f"beams, W = {found['beams']}",
+        "beams": f"beams, W = {found['beams']}" + f", {found['rows']} rows" * (found["rows"] > found["beams"]),
         "steps": f"steps, {options.item_tokens}",
         "head": "logits of the vocabulary",
     }

@@ -27,7 +27,7 @@ from .factor_mixture import mixture_forward
 from .group_forward import group_forward
 from .head import head, row_losses
 from .insertion import follow
-from .outputs import FLRCausalLMOutput, FLROutput, GroupInputs, ThoughtInputs
+from .outputs import FLRCausalLMOutput, FLROutput, ThoughtInputs
 from .own_forward import original_forward, router_loss, wants_router_loss
 from .pieces import take_columns
 from .verify import traits_of
@@ -43,7 +43,6 @@ def flr_forward(
     labels: Tensor | None = None,
     use_cache: bool | None = None,
     logits_to_keep: int | Tensor = 0,
-    group: GroupInputs | None = None,
     thought_start: int | None = None,
     insert_thought: bool | None = None,
     cache: Any = None,
@@ -52,10 +51,11 @@ def flr_forward(
     """Forward of a patched model: that of the model it was, plus
 
     Args:
-        group: the result is then the :class:`flr.model.outputs.GroupOutput` of a latent GRPO step.
         thought_start, insert_thought: see :class:`flr.model.outputs.ThoughtInputs`; with ``inputs_embeds`` the first
             says that there are thoughts at all.
-        kwargs: the others of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes.
+        kwargs: the others of :class:`flr.model.outputs.ThoughtInputs`, and what the base model takes; ``group``, a
+            :class:`flr.model.outputs.GroupInputs`, makes the result the ``GroupOutput`` of a latent GRPO step. It is no
+            parameter of its own, since Trainer would pass on a column of that name.
 
     A thought token is recognised in ``input_ids`` only, and belongs to the prompt: after a prefill (``cache``, before
     transformers 5.24 ``past_key_values``, not empty) the prompt's hidden states are gone, and one among several tokens
@@ -64,7 +64,7 @@ def flr_forward(
     """
     own = ThoughtInputs.taken_from(kwargs)
     own.thought_start, own.insert_thought = thought_start, insert_thought
-    if group is not None:
+    if (group := kwargs.pop("group", None)) is not None:
         return group_forward(self, input_ids, attention_mask, position_ids, own.reasoner_mask, group)
     self._flr_patch.pending = None  # the call has come to us: see flr.model.bypass
     name = base_cache_name(base_of(self))

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
 )
 
-from .backbone import cache_of
+from .backbone import attention_types, cache_of
 from .base import is_filled
 from .insertion import Insertion, remember, thought_tokens
 
 _IDS = ("pad_token_id", "eos_token_id")
 _OTHER_MODELS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_STATIC = ("static", "offloaded_static", "sliding_window")
+#: What ``generate`` makes of its options and what looks at tokens; others count columns, and thoughts are some.
+_READERS = (
+    SequenceBiasLogitsProcessor,  # forbidden words, too
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    StopStringCriteria,
+)
+_RUNNING: ContextVar[_Generation | None] = ContextVar("flr.generation", default=None)
 
 
 def flr_generate(
@@ -35,8 +56,8 @@ def flr_generate(
         insert_thought: False for a prompt without a thought; default ``config.insert_thought``.
 
     Raises:
-        ValueError: chunked prefill, speculative decoding, or a cache that holds a part of the prompt already: the
-            reasoner reads the states of the whole prompt in one pass.
+        ValueError: chunked prefill, speculative decoding, guidance without a cache, or a cache that holds a part of the
+            prompt already: the reasoner reads the states of the whole prompt in one pass.
     """
     patch = self._flr_patch
     insert = kwargs.pop("insert_thought", None)
@@ -58,6 +79,7 @@ def flr_generate(
     if not thinks or not (has or insert) or prompt is None:
         return call(ids, generation_config, **kwargs)
     _refuse(self, generation_config, kwargs)
+    _refuse_window(self, generation_config, kwargs, prompt.shape[1] + (0 if has else patch.config.thought_count))
     if has:
         return call(ids, generation_config, **kwargs)
     _refuse_padding_behind(self, ids, generation_config, kwargs)
@@ -79,11 +101,27 @@ def _refuse(model: Any, config: Any, kwargs: dict[str, Any]) -> None:
     for name in _OTHER_MODELS:
         if (value := _setting(model, config, kwargs, name)) is not None:
             raise ValueError(f"{name}: expected None, since candidates have no thought, got {value!r:.80}")
+    guidance = _setting(model, config, kwargs, "guidance_scale")
+    if guidance not in (None, 1) and _setting(model, config, kwargs, "use_cache") is False:
+        wanted = "1 without a cache, where the thought of the other prompt would move behind the answer"
+        raise ValueError(f"guidance_scale: expected {wanted}, got {guidance}")
     past = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
     if is_filled(past):
         raise ValueError(
             "past_key_values: expected an empty cache, since a thought needs the states of the whole prompt, got one "
             "that holds tokens; pass the prompt alone"
+        )
+
+
+def _refuse_window(model: Any, config: Any, kwargs: dict[str, Any], length: int) -> None:
+    """Raise where a static cache has dropped a part of the prompt, or its masks have, before a thought is made."""
+    text, name = model.config.get_text_config(decoder=True), _setting(model, config, kwargs, "cache_implementation")
+    static = isinstance(kwargs.get("past_key_values"), StaticCache) or name in _STATIC
+    static = static and _setting(model, config, kwargs, "use_cache") is not False
+    if static and attention_types(text) != {"full_attention"} and length > (window := text.sliding_window or length):
+        raise ValueError(
+            f"cache_implementation: expected a dynamic cache (the default) for a prompt and its thoughts of {length} "
+            f"tokens, more than the sliding window's {window}, got {name or 'a static one'}"
         )
 
 
@@ -105,6 +143,38 @@ def _refuse_padding_behind(model: Any, ids: Tensor | None, config: Any, kwargs: 
         )
 
 
+def flr_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``generate`` makes of its options: what reads tokens is not shown the thoughts of the call that runs."""
+    return _without_thoughts(self, self._flr_patch.original(self, "_get_logits_processor")(*args, **kwargs))
+
+
+def flr_init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse ``generate_batch`` and its kin, whose rows are of several prompts and never whole.
+
+    Raises:
+        ValueError: the model has a thought.
+    """
+    if self._flr_patch.config.thought_count:
+        raise ValueError(
+            "generate_batch: expected generate for a model with a thought, which reads a whole prompt at a time, "
+            "got continuous batching; flr.Recommender and flr serve answer many at a time"
+        )
+    return self._flr_patch.original(self, "init_continuous_batching")(*args, **kwargs)
+
+
+def flr_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As :func:`flr_logits_processor`, for criteria."""
+    return _without_thoughts(self, self._flr_patch.original(self, "_get_stopping_criteria")(*args, **kwargs))
+
+
+def _without_thoughts(model: Any, made: Any) -> Any:
+    running = _RUNNING.get()
+    if running is None or running.model is not model:
+        return made
+    hides = _Criterion if isinstance(made, StoppingCriteriaList) else _Processor
+    return type(made)(hides(running, one) if isinstance(one, _READERS) else one for one in made)
+
+
 class _Generation:
     """One call: ``count`` thoughts in the columns from ``start`` on, hidden from whoever looks at the tokens."""
 
@@ -121,6 +191,8 @@ class _Generation:
         shows_prompt = ids is not None and ids.shape[1] > 0
         if embeds is not None:
             if _setting(model, config, kwargs, "use_cache") is False:
+                if model._flr_patch.config.mixes:
+                    raise ValueError("inputs_embeds: expected input_ids with aggregation mixture, got embeddings")
                 raise ValueError("use_cache: expected True with inputs_embeds and an inserted thought, got False")
             column = torch.full((len(embeds), self.count), token, device=embeds.device)
             kwargs["inputs_embeds"] = torch.cat([embeds, model.get_input_embeddings()(column).to(embeds.dtype)], 1)
@@ -134,7 +206,11 @@ class _Generation:
         self._lengths(config, kwargs)
         if shows_prompt:
             self._observers(kwargs)
-        out = call(ids, config, **kwargs)
+        running = _RUNNING.set(self if shows_prompt else None)
+        try:
+            out = call(ids, config, **kwargs)
+        finally:
+            _RUNNING.reset(running)
         if isinstance(out, Tensor):
             return self.without(out) if shows_prompt else out
         if shows_prompt:
@@ -153,15 +229,13 @@ class _Generation:
                 kwargs[total] = length + self.count
 
     def _observers(self, kwargs: dict[str, Any]) -> None:
-        """Wrap what is shown the tokens."""
+        """Wrap what the caller has shown the tokens."""
         for name, many, one in (
             ("logits_processor", LogitsProcessorList, _Processor),
             ("stopping_criteria", StoppingCriteriaList, _Criterion),
         ):
             if kwargs.get(name):
                 kwargs[name] = many(one(self, observer) for observer in kwargs[name])
-        if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
-            kwargs["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, self.without(tokens))
         if (streamer := kwargs.get("streamer")) is not None:
             kwargs["streamer"] = _Streamer(self, streamer)
 

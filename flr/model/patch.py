@@ -19,7 +19,7 @@ from .backbone import is_patched
 from .base import base_of
 from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
-from .generate import flr_generate
+from .generate import flr_generate, flr_init_continuous_batching, flr_logits_processor, flr_stopping_criteria
 from .methods import Method, add_hooks, remove_hooks
 from .reasoner import build_reasoner
 from .saved_config import flr_save_pretrained
@@ -30,10 +30,21 @@ from .vocabulary import Tables, flr_resize_token_embeddings, grow, teach, though
 logger = logging.getLogger("flr")
 
 #: What a patch replaces in the instance.
-_REPLACED = ("forward", "generate", "save_pretrained", "resize_token_embeddings")
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "forward": flr_forward,
+    "generate": flr_generate,
+    "_get_logits_processor": flr_logits_processor,
+    "_get_stopping_criteria": flr_stopping_criteria,
+    "init_continuous_batching": flr_init_continuous_batching,
+    "save_pretrained": flr_save_pretrained,
+    "resize_token_embeddings": flr_resize_token_embeddings,
+}
 
 #: Fields of a shipped generation config that survive: token ids and lengths, nothing that changes a ranking.
 _KEPT_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens")
+
+
+_PEFT = " (patch the base model first, then get_peft_model(..., modules_to_save=['flr']))"
 
 
 @dataclass
@@ -97,7 +108,8 @@ def patch_model(
         ``model``.
 
     Raises:
-        ValueError: patched already, not a decoder-only causal LM, an unknown option, or the check failed.
+        ValueError: patched or with adapters already, not a decoder-only causal LM, an unknown option, or the check
+            failed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,11 +125,12 @@ def patch_model(
         (True, False)
     """
     if not issubclass(type(model), PreTrainedModel):
-        hint = " (patch the base model first, then get_peft_model(..., modules_to_save=['flr']))"
-        peft = hint if hasattr(model, "get_base_model") else ""
+        peft = _PEFT if hasattr(model, "get_base_model") else ""
         raise ValueError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{peft}")
     if is_patched(model):
         raise ValueError("model: expected an unpatched model, got a patched one; call flr.unpatch_model first")
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"model: expected one without adapters, with which PEFT saves no reasoner, got some{_PEFT}")
     if model.config.is_encoder_decoder or model.get_output_embeddings() is None or base_of(model) is model:
         raise ValueError(f"model: expected a decoder-only causal LM, got {type(model).__name__}")
     text_config = model.config.get_text_config(decoder=True)
@@ -165,10 +178,8 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
         is_named=is_named,
     )
     model.__dict__["_flr_patch"] = patch
-    model.forward = Method(flr_forward, model)
-    model.generate = Method(flr_generate, model)
-    model.save_pretrained = Method(flr_save_pretrained, model)
-    model.resize_token_embeddings = Method(flr_resize_token_embeddings, model)
+    for name, function in _REPLACED.items():
+        setattr(model, name, Method(function, model))
     base.forward = Method(flr_base_forward, base, like=type(base).forward)
     base.__dict__["_flr_owner"] = model  # not as a submodule
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.

@@ -105,6 +105,18 @@ class Reasoner(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.config = config
+        self.measured(config.input_scale)
+
+    def measured(self, scale: float | None) -> None:
+        """Take ``scale`` as ``config.input_scale``."""
+        self.config.input_scale = scale
+        # as text: a number that two models have differently is a symbol to a compiler, whose guards round its products
+        self._unit = repr(float(scale or 1.0))
+
+    @property
+    def unit(self) -> float:
+        """``config.input_scale``, 1 where nobody measured it."""
+        return float(self._unit)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def keep_precision(t: Tensor) -> Tensor:
@@ -215,7 +227,7 @@ class FactorizedReasoner(Reasoner):
         config = self.config
         z = self._state(h, query_index).to(self.query.dtype)
         h = _autocast(h)
-        eps = self.EPS * (config.input_scale or 1.0)
+        eps = self.EPS * self.unit
         valid_tokens = mask.sum(-1) if mask is not None else torch.full((h.shape[0],), h.shape[1], device=h.device)
         gates, queries, totals = [], [], dict.fromkeys(LOSSES, torch.zeros((), device=h.device))
         aggregated = f = logits = None
@@ -368,7 +380,7 @@ class OffsetReasoner(Reasoner):
     def _think(self, h: Tensor, mask: Tensor | None, query_index: Tensor | int) -> ReasonerOutput:
         config, (batch, length) = self.config, h.shape[:2]
         z = self._state(h, query_index).to(self.offset.dtype)
-        eps = FactorizedReasoner.EPS * (config.input_scale or 1.0)
+        eps = FactorizedReasoner.EPS * self.unit
         f = self.offset.expand(batch, -1, -1).contiguous()
         logits = (z @ self.gate.T + rms_norm(self.offset, eps) @ self.gate_factor) / config.gate_temperature
         aggregated = factor_aggregate(f, logits, eps * self.hidden_size**0.5)

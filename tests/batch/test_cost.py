@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import flr
 from flr.batch.cost import Size, Work, cost, rates
 from flr.cli import main
-from tests.helpers.models import tiny_config
+from tests.helpers.models import tiny_config, tiny_model
 from tests.helpers.serving import save
 
 COMMITTED = Path(__file__).parents[2] / "bench/results"
@@ -134,3 +135,16 @@ def test_a_saved_model_is_as_large_as_its_backbone(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["K"] == 3
     assert told["parameters"] == Size.of_config(config).parameters
+
+
+def test_a_mixture_s_beams_have_a_row_for_each_factor(tmp_path, capsys):
+    found = []
+    for aggregation in ("thought", "mixture"):
+        model = flr.patch_model(tiny_model(), num_factors=3, aggregation=aggregation)
+        model.save_pretrained(tmp_path / aggregation)
+        assert main(["plan", "--model", str(tmp_path / aggregation), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    one, mixture = found
+    assert (one["rows"], mixture["rows"], mixture["beams"]) == (20, 60, 20)
+    assert mixture["parts"]["beams"] == pytest.approx(3 * one["parts"]["beams"])
+    assert mixture["parts"]["prompt"] == one["parts"]["prompt"]

@@ -3,8 +3,15 @@
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, TextStreamer
+from transformers.generation import (
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 import flr
+from flr.data import Catalogue, build_tokenizer
 from tests.helpers.models import VOCAB, patched_model, tiny_model, wake
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -71,6 +78,9 @@ def test_embeddings_as_prompts(model):
     assert torch.equal(one, model.generate(inputs["input_ids"][:1], **OPTIONS)[:, 4:])
     with pytest.raises(ValueError, match="use_cache: expected True"):
         model.generate(inputs_embeds=embeds, **OPTIONS, use_cache=False)
+    mixture = flr.patch_model(tiny_model(), aggregation="mixture")
+    with pytest.raises(ValueError, match="inputs_embeds: expected input_ids with aggregation mixture"):
+        mixture.generate(inputs_embeds=embeds, **OPTIONS)
 
 
 def test_lengths_count_the_callers_tokens(model):
@@ -135,6 +145,58 @@ def test_observers_see_the_callers_tokens_only(model, capsys):
     assert capsys.readouterr().out.split() == [str(t) for t in out[0].tolist()]
 
 
+def forbidden(last, first):
+    return {"bad_words_ids": [[last, first]]}, [NoBadWordsLogitsProcessor([[last, first]])]
+
+
+def biased(last, first):
+    return {"sequence_bias": {(last, first): -50.0}}, [SequenceBiasLogitsProcessor({(last, first): -50.0})]
+
+
+def not_again(last, first):
+    return {"no_repeat_ngram_size": 2}, [NoRepeatNGramLogitsProcessor(2)]
+
+
+@pytest.mark.parametrize("make", [forbidden, biased, not_again])
+def test_options_that_read_tokens_see_the_last_of_the_prompt_before_the_answer(model, make):
+    """As the same processors of the caller's own do: no thought stands between prompt and answer for them."""
+    ids = left_padded()["input_ids"][:1]
+    for _ in range(20):  # until the prompt begins with what would follow its end
+        pair = torch.stack([ids[0, -1], model.generate(ids, **OPTIONS)[0, ids.shape[1]]])
+        if torch.equal(ids[0, :2], pair):
+            break
+        ids = torch.cat([pair[None], ids[:, -2:]], 1)
+    options, processors = make(*pair.tolist())
+    plain, out = model.generate(ids, **OPTIONS), model.generate(ids, **OPTIONS, **options)
+    assert out[0, 4] != plain[0, 4]
+    assert torch.equal(out, model.generate(ids, **OPTIONS, logits_processor=processors))
+
+
+def test_a_stop_string_may_begin_in_the_prompt():
+    tokenizer = build_tokenizer(Catalogue(["x", "y"], ["Blue cups", "Green plates"]), "title")
+    model = flr.patch_model(tiny_model(vocab_size=len(tokenizer)), tokenizer).eval()
+    prompt = torch.tensor([tokenizer("Blue plates", add_special_tokens=False)["input_ids"]])
+    length = prompt.shape[1]
+    words = [i for token, i in tokenizer.get_vocab().items() if token.isalpha() and token.isascii()]
+    options = {**OPTIONS, "suppress_tokens": [i for i in range(len(tokenizer)) if i not in words]}
+    text = tokenizer.decode(model.generate(prompt, **options)[0, length - 1 : length + 1])
+    stopped = model.generate(prompt, **options, stop_strings=[text], tokenizer=tokenizer)
+    assert stopped.shape == (1, length + 1)
+
+
+def test_guidance_begins_at_the_last_token_of_the_prompt(model):
+    ids = left_padded()["input_ids"][:1]
+    out = model.generate(ids, **OPTIONS, guidance_scale=3.0)
+    guided = UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, model, unconditional_ids=ids[:, -1:])
+    assert torch.equal(out, model.generate(ids, **OPTIONS, logits_processor=[guided]))
+    assert not torch.equal(out, model.generate(ids, **OPTIONS))
+
+
+def test_guidance_without_a_cache_is_refused(model):
+    with pytest.raises(ValueError, match="guidance_scale: expected 1 without a cache"):
+        model.generate(left_padded()["input_ids"], **OPTIONS, guidance_scale=3.0, use_cache=False)
+
+
 def test_a_dictionary_of_results_and_its_cache(model):
     inputs = {k: v[:1] for k, v in left_padded().items()}
     options = {"return_dict_in_generate": True, "output_scores": True}
@@ -163,6 +225,25 @@ def test_what_would_leave_the_thought_out_is_refused(model):
         if message != "position_ids":  # with thoughts of the caller's own as well
             with pytest.raises(ValueError, match=message):
                 model.generate(**with_thoughts(inputs), **OPTIONS, **options)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_static_cache_holds_prompt_and_thoughts_in_its_window_or_is_refused(family):
+    model = flr.patch_model(tiny_model(family), num_thoughts=2, init_scale=1.0).eval()
+    inputs = left_padded()  # four tokens and two thoughts, as many as the window
+    static = model.generate(**inputs, **OPTIONS, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, **OPTIONS))
+    longer = torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], 1)
+    with pytest.raises(ValueError, match=r"cache_implementation: expected a dynamic cache .* of 7 tokens"):
+        model.generate(longer, **OPTIONS, cache_implementation="static")
+    assert model.generate(longer, **OPTIONS, cache_implementation="static", use_cache=False).shape == (3, 10)
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match="generate_batch: expected generate for a model with a thought"):
+        model.generate_batch(inputs=[[5, 6]], generation_config=GenerationConfig(max_new_tokens=1))
+    plain = flr.patch_model(tiny_model(), variant="none")
+    assert plain.init_continuous_batching(GenerationConfig(max_new_tokens=1, eos_token_id=2)) is not None
 
 
 def test_peft_and_the_pipeline_go_through_it():

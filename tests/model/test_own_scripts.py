@@ -110,6 +110,19 @@ def test_a_script_trains_and_answers(script, one_line, tokenizer, tmp_path):
     assert said[0]["generated_text"].strip() == expected[4]
 
 
+@pytest.mark.parametrize("one_line", [False, True], ids=["before", "after"])
+def test_columns_that_the_model_does_not_take_are_left_out_as_before(one_line, tokenizer, tmp_path):
+    from datasets import Dataset
+
+    prompt, answer = tokenizer(ROWS[0]["prompt"])["input_ids"], tokenizer(ROWS[0]["completion"])["input_ids"]
+    row = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    rows = Dataset.from_list([{**row, "group": 3, "user": "ann", "thoughts": 1, "targets": 2}] * 4)
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    model = model_for(tokenizer, one_line)
+    assert Trainer(model, args, train_dataset=rows, data_collator=collator).train().training_loss > 0
+
+
 def test_a_thought_takes_part_in_the_answer(tokenizer, tmp_path):
     """Trained by the script, the factors' sum is what the answers hang on: without it they are worse."""
     model = model_for(tokenizer, True, init_scale=0.3)

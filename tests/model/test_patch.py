@@ -160,6 +160,19 @@ class _Rows(torch.utils.data.Dataset):
         return self.rows[i]
 
 
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_a_model_that_has_adapters_is_refused_and_one_that_had_some_is_not(way):
+    """PEFT would save the adapters without the reasoner, and a trained thought would be gone."""
+    peft = pytest.importorskip("peft")
+    model, lora = tiny_model(), peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora) if way == "get_peft_model" else model.add_adapter(lora)
+    with pytest.raises(ValueError, match="expected one without adapters, with which PEFT saves no reasoner"):
+        flr.patch_model(model)
+    assert not flr.is_patched(model)
+    if adapted is not None:
+        assert flr.is_patched(flr.patch_model(adapted.merge_and_unload()))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_as_it_is(tmp_path, accumulation):
     """One SGD step of transformers' Trainer = one step by hand on the whole batch, however it is accumulated."""

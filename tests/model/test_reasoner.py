@@ -149,3 +149,16 @@ def test_on_the_device_autocast_reaches_the_tensor_cores(monkeypatch):
         assert found.dtype == torch.float32
         assert float((found - exact).norm()) < 2e-2 * float(exact.norm())
     assert seen == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("variant", ["flr", "offsets"])
+def test_one_program_after_the_other_for_models_of_other_scales_and_sizes(variant):
+    """What differs between two models is a symbol to Dynamo, whose guards of a product did not hold."""
+    torch._dynamo.reset()
+    for size, scale in ((32, 0.0199), (32, 0.0598734), (32, 0.3053546), (48, 0.0221531)):
+        config = flr.FLRConfig(variant=variant, num_factors=2, input_scale=scale)
+        made = flr.model.reasoner.build_reasoner(size, config)
+        hidden = torch.randn(2, 3, size)
+        thought = torch.compile(made, backend="eager", fullgraph=True)(hidden).thought
+        torch.testing.assert_close(thought, made(hidden).thought)
+    torch._dynamo.reset()
