@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,10 +96,17 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
         vary=augment.apply,
         watching=_watched,
         say=voice.note,
+        more={**_changed(augment), **_changed(options, "dtype")},
     )
     if outcome.kept and outcome.after is not None and options.card:
         _write_card(args.output_dir or options.model, dataset, outcome, (options, augment, args))
     return outcome
+
+
+def _changed(options: Any, *names: str) -> dict[str, Any]:
+    """Options by name, of all or of ``names``, that do not have their default."""
+    fields = [field for field in dataclasses.fields(options) if not names or field.name in names]
+    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
 
 
 @contextlib.contextmanager

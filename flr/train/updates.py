@@ -84,6 +84,7 @@ def update(
     vary: Callable[[RecDataset, int, Interactions], tuple[Interactions, Augment]] | None = None,
     watching: Callable[[RecTrainer], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
     say: Callable[[str], None] = logger.info,
+    more: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Update a saved model, and put it into ``args.output_dir`` (default: its own folder) if it is not worse.
 
@@ -100,6 +101,7 @@ def update(
             mixture. Default: these as they are.
         watching: around the training, given the trainer.
         say: takes lines for the user.
+        more: what ``vary`` and ``loading`` go by, as plain values by name: a call with others is another update.
 
     Raises:
         ValueError: data that do not fit the model, an adapter whose items need new tokens, another process at work,
@@ -112,7 +114,7 @@ def update(
     output = Path(args.output_dir or model).resolve()
     work = output.parent / f".{output.name}.update"
     with _working(work):
-        job = _Job(model, revision, output, work, args, dataset, replay, share, since, say)
+        job = _Job(model, revision, output, work, args, dataset, replay, share, since, say, more or {})
         if (done := job.before_all()) is not None:
             return done
         return job.run(loading, vary, watching)
@@ -146,6 +148,7 @@ class _Job:
         share: float,
         since: float | None,
         say: Callable[[str], None],
+        more: Mapping[str, Any],
     ) -> None:
         self.model, self.revision, self.output, self.work, self.say = model, revision, output, work, say
         self.args, self.dataset, self.replay, self.share, self.since = args, dataset, replay, share, since
@@ -153,6 +156,7 @@ class _Job:
         digests = [[part.catalogue.digest(), rows_digest(part.train), rows_digest(part.valid)] for part in data]
         options = {name: value for name, value in args.to_dict().items() if name not in APART}
         asked = {"data": digests, "share": share, "since": since, "options": options}
+        asked |= {"more": dict(more)} if more else {}
         self.asked: dict[str, Any] = json.loads(json.dumps(asked, sort_keys=True, default=str))
 
     def before_all(self) -> Outcome | None:

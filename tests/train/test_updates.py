@@ -180,8 +180,11 @@ def test_the_same_update_is_done_once_and_a_reload_finds_it(models, tmp_path, ca
     assert main(["update", *options]) == 0
     assert "has learned these rows before; nothing to do" in capsys.readouterr().err
     assert same(weights(model), learned)
-    assert main(["update", *options, "--seed", "7"]) == 0  # another update
-    assert not same(weights(model), learned)
+    for other in (["--seed", "7"], ["--augment_reverse", "0.9"], ["--dtype", "bfloat16"]):  # another update
+        assert main(["update", *options, *other]) == 0
+        assert "has learned these rows before" not in capsys.readouterr().err
+        assert not same(weights(model), learned)
+        learned = weights(model)
 
 
 def test_what_cannot_be_updated_is_refused(models, tmp_path, capsys):
