@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from flr.cli import main
@@ -105,6 +106,11 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def measured_splits(folder) -> set[str]:
+    """Of which splits the model's card has metrics."""
+    return {result.dataset_split for result in ModelCard.load(folder / "README.md").data.eval_results or ()}
+
+
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -180,8 +186,13 @@ def test_the_same_update_is_done_once_and_a_reload_finds_it(models, tmp_path, ca
     assert main(["update", *options]) == 0
     assert "has learned these rows before; nothing to do" in capsys.readouterr().err
     assert same(weights(model), learned)
+    old = ["evaluate", "--model", str(model), "--data", str(models / "new"), "--split", "train"]
     for other in (["--seed", "7"], ["--augment_reverse", "0.9"], ["--dtype", "bfloat16"]):  # another update
-        assert main(["update", *options, *other]) == 0
+        assert main(old) == 0
+        assert "train" in measured_splits(model)
+        card = other[0] != "--seed"
+        assert main(["update", *options, *other, "--card", str(card)]) == 0
+        assert measured_splits(model) == ({"valid"} if card else set())  # not those of other weights
         assert "has learned these rows before" not in capsys.readouterr().err
         assert not same(weights(model), learned)
         learned = weights(model)
