@@ -27,7 +27,7 @@ from transformers import set_seed
 from flr.data import Augment, Interactions, RecDataset, RecProcessor
 from flr.data.growth import cut
 from flr.evaluate import EvalResult, evaluate
-from flr.files import check_seal, exclusive_folder, move_files, read_json, seal_folder, write_json
+from flr.files import check_seal, exclusive_folder, move_files, read_json, seal_folder, sha256, write_json
 from flr.model.backbone import causal_lm
 from flr.model.checkpoint import load_from
 from flr.model.fingerprint import model_fingerprint
@@ -171,7 +171,7 @@ class _Job:
         last = self._stored(self.output / UPDATE_NAME) if whole else None
         if last is not None and last.get("asked") == self.asked:
             same = self.output == Path(self.model).resolve() or self._fingerprint(self._source()) == last.get("before")
-            if same:
+            if same and last.get("weights", _weights(self.output)) == _weights(self.output):
                 return Outcome(True, str(last.get("why")), True, dict(last.get("facts", {})))
         return None
 
@@ -234,7 +234,8 @@ class _Job:
                 after = better
                 _, why, facts[METRIC] = decide(before, after, knows)
         trainer.save_model(str(self.work / _KEPT))
-        write_json(self.work / _KEPT / UPDATE_NAME, {**settings, "why": why, "facts": facts})
+        record = {**settings, "weights": _weights(self.work / _KEPT), "why": why, "facts": facts}
+        write_json(self.work / _KEPT / UPDATE_NAME, record)
         seal_folder(self.work / _KEPT)
         return dataclasses.replace(self._publish({"why": why, "facts": facts}), after=after)
 
@@ -332,6 +333,12 @@ def _sealed(folder: Path) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model's files of weights by name: what was learned, whatever its answers are mixed with."""
+    forms = (form for form in MODEL_FILES if form.endswith("model*.safetensors"))
+    return {path.name: sha256(path) for form in forms for path in sorted(folder.glob(form))}
 
 
 def _linked(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flr.cli import main
 from flr.cli.update import NOT_KEPT
@@ -196,6 +196,27 @@ def test_the_same_update_is_done_once_and_a_reload_finds_it(models, tmp_path, ca
         assert "has learned these rows before" not in capsys.readouterr().err
         assert not same(weights(model), learned)
         learned = weights(model)
+
+
+def test_the_run_that_a_model_is_of_ends_with_its_update(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    model = tmp_path / "model"
+    run = ["sft", "--data", str(models / "old"), "--output_dir", str(model), *SFT, *SMALL, "--max_steps", "2"]
+    run += ["--codec", "id", "--variant", "anchor"]
+    update = ["update", "--model", str(model), "--data", str(models / "new"), *SFT, *UPDATE]
+    assert main(run) == main(update) == main(["report", str(model)]) == 0
+    assert "finished; its model was updated since" in (model / "report.html").read_text()
+    learned = weights(model)
+    assert main(run) == 1  # neither the end of that run nor a place to put it
+    assert "output_dir: expected a folder whose model is no update's" in capsys.readouterr().err
+    assert same(weights(model), learned)
+    assert main([*run, "--overwrite_output_dir", "true"]) == 0
+    assert main(update) == 0  # whose rows the new model has not learned
+    assert "has learned these rows before" not in capsys.readouterr().err
+    assert same(weights(model), learned)
+    save_file({name: 2 * tensor for name, tensor in learned.items()}, model / "model.safetensors", {"format": "pt"})
+    assert main(update) == 0  # nor this one
+    assert "has learned these rows before" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_updated_is_refused(models, tmp_path, capsys):
