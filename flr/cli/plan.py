@@ -123,7 +123,13 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     at = rates(folder, options.device)
     prompt = options.history * options.item_tokens + _PROMPT
     beams = max(options.beams, options.k)
-    about = {"prompt": prompt, "item_tokens": options.item_tokens, "beams": beams, "full": full, "batch": options.batch}
+    about: dict[str, Any] = {
+        "prompt": prompt,
+        "item_tokens": options.item_tokens,
+        "beams": beams,
+        "full": full,
+        "batch": options.batch,
+    }
     work = Work(**about, **thought)
     parts = cost(size, work, at)
     seconds = sum(parts.values())

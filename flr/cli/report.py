@@ -93,9 +93,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
         for split, result in results.items()
     }
     likes = read_json(folder / LIKES_NAME).get("factors", []) if (folder / LIKES_NAME).is_file() else []
-    run = {"name": folder.name, "facts": _facts(summary, state, ended), "log": log, "metrics": list(_METRICS)}
+    facts = _facts(summary, state, ended)
     if (folder / UPDATE_NAME).is_file():  # all else here is of the run
-        run["facts"]["State"] += "; its model was updated since"
+        facts["State"] += "; its model was updated since"
+    run = {"name": folder.name, "facts": facts, "log": log, "metrics": list(_METRICS)}
     return {**run, "evaluations": evaluations, "likes": likes}, results
 
 
