@@ -116,6 +116,17 @@ def check_numbers(options: Any, table: Mapping[str, Numbers]) -> None:
             raise ValueError(f"{name}: expected {taken}, got {value!r}")
 
 
+def check_beside(options: Any, needed: Mapping[str, tuple[str, bool]]) -> None:
+    """ValueError for the first option that is not as by default and has no effect without another.
+
+    ``needed``: by its name, what the option needs, and whether that is there.
+    """
+    for name, (what, there) in needed.items():
+        value = getattr(options, name)
+        if not there and value != type(options).__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: expected {what} beside it, got {value!r} alone")
+
+
 #: Of :class:`FLRConfig`, beside its counts.
 FLR_NUMBERS = {
     "input_scale": POSITIVE.or_none,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import COUNT, MOST_FACTORS, NOT_NEGATIVE, POSITIVE, SHARE, FLRConfig, Numbers, option
+from flr.config import COUNT, MOST_FACTORS, NOT_NEGATIVE, POSITIVE, SHARE, FLRConfig, Numbers, check_beside, option
 
 from . import voice
 from .errors import did_you_mean
@@ -87,6 +87,9 @@ class ModelOptions(LoraOptions, WeightOptions):
             for name in ("lora_rank", "load_in_4bit", "gguf_file"):
                 check_option(self, "a pretrained --model beside it", not getattr(self, name), name)
             check_option(self, "float32 for a model from scratch", self.dtype in ("auto", "float32"), "dtype")
+        needed = ("init_items title", self.init_items == "title")
+        check_beside(self, dict.fromkeys(("embedding_scale", "title_power"), needed))
+        check_beside(self, {"revision": ("a model on the Hub", self.model is not None)})
         if self.gguf_file is not None:
             from flr.model.gguf import check_name
 
@@ -146,6 +149,7 @@ class ModelOptions(LoraOptions, WeightOptions):
                 init_item_embeddings(model, processor, seed, self.embedding_scale, self.title_power)
         else:
             model = self._pretrained(folder, tokenizer, loading)
+            self._check_shape(model.config)
             for notice in init_new_tokens(model, processor, known, self.init_items or "text"):
                 voice.note(notice)
         model = patch_model(model, tokenizer, config)
@@ -227,10 +231,17 @@ class ModelOptions(LoraOptions, WeightOptions):
             )
         loading = self._loading(folder, use_cpu, adapted)
         model, processor = load_trained(self.model, dataset, self.revision, True, data, **loading)
+        self._check_shape(causal_lm(model).config)
         thought = causal_lm(model)._flr_patch.config.to_dict()
         check_as_saved(self.model, thought, config.to_dict(), FLRConfig().to_dict())
         processor.views = data.views(processor.views)
         return raise_trained(self._chosen(model, processor)) if adapted else self._chosen(model, processor), processor
+
+    def _check_shape(self, config: Any) -> None:
+        """ValueError that names an option of models from scratch which says otherwise than the one that was loaded."""
+        shape = {name: getattr(config, name) for name in _SHAPE if hasattr(config, name)}
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        check_as_saved(str(self.model), {"architecture": config.model_type, **shape}, vars(self), default)
 
     def _scratch(self, tokenizer: Any) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -15,6 +15,7 @@ from flr.config import (
     PROBABILITY,
     SHARE,
     Numbers,
+    check_beside,
     check_numbers,
     option,
 )
@@ -160,6 +161,10 @@ class AugmentOptions:
         check_numbers(self, self.numbers)
         teachers = ("none", "auto", "linear", "item-knn")
         check_option(self, f"one of {', '.join(teachers)}", self.teacher in teachers, "teacher")
+        needed = ("a teacher", self.teacher != "none")
+        check_beside(self, dict.fromkeys(("teacher_weight", "teacher_temperature"), needed))
+        needed = ("augment_neighbour or catalogue_rows", bool(self.augment_neighbour or self.catalogue_rows))
+        check_beside(self, dict.fromkeys(("neighbour_content", "neighbour_temperature"), needed))
 
     def apply(
         self, dataset: RecDataset, max_history: int, learned: Interactions | None = None

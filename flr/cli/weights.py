@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import ALL_LINEAR, ATTENTION, COUNT_FROM_ZERO, DTYPES, POSITIVE, SHARE, Numbers, check_numbers, option
+from flr.config import (
+    ALL_LINEAR,
+    ATTENTION,
+    COUNT_FROM_ZERO,
+    DTYPES,
+    POSITIVE,
+    SHARE,
+    Numbers,
+    check_beside,
+    check_numbers,
+    option,
+)
 
 from .options import check_option
 
@@ -100,11 +111,8 @@ class LoraOptions:
     def __post_init__(self) -> None:
         check_numbers(self, self.numbers)
         check_option(self, "names of layers", all(self._names()), "lora_targets")
-        if not self.lora_rank:
-            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-                default = LoraOptions.__dataclass_fields__[name].default
-                if (value := getattr(self, name)) != default:
-                    raise ValueError(f"{name}: expected a lora_rank beside it, got {value!r} alone")
+        needed = ("a lora_rank", bool(self.lora_rank))
+        check_beside(self, dict.fromkeys(("lora_alpha", "lora_dropout", "lora_targets"), needed))
 
     def _names(self) -> list[str]:
         return [name.strip() for name in self.lora_targets.split(",")]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from flr.config import check_normalisation, option
+from flr.config import check_beside, check_normalisation, option
 from flr_kernels.ops.group_advantage.op import KINDS
 
 from .limits import METRICS, check_limits
@@ -142,6 +142,13 @@ class RecTrainingArguments(TrainingArguments):
         if self.do_eval and self.eval_strategy == "no":
             raise ValueError("do_eval: expected an eval_strategy other than no, which says when, got do_eval alone")
         check_prompt_cache(self)
+        check_beside(
+            self,
+            {
+                "prompt_cache_gb": ("a prompt_cache", self.prompt_cache != "none"),
+                "compile_layers": ("cuda_graphs", self.cuda_graphs),
+            },
+        )
         self.deepspeed = zero_settings(self)
         super().__post_init__()
         if self.deepspeed:
@@ -295,6 +302,13 @@ class LatentGRPOConfig(RecTrainingArguments):
         if saves and steps is not None and steps % self.num_iterations:
             raise ValueError(f"{saves}: expected a multiple of num_iterations = {self.num_iterations}, got {steps}")
         Rewards.parse(self.reward)
+        check_beside(
+            self,
+            {
+                "advantage_from_clean": ("advantage latentr3", self.advantage == "latentr3"),
+                "backbone_learning_rate": ("train_backbone", self.train_backbone),
+            },
+        )
 
     @property
     def is_hybrid(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flr.config import IGNORE
+from flr.config import IGNORE, check_beside
 from flr.data import Interactions, RecProcessor
 from flr.decode import beam_search, rank_one_token
 from flr.decode.group import group_ranks
@@ -121,6 +121,7 @@ class LatentGRPOTrainer(RecTrainer):
         lm = causal_lm(model)
         check_one_thought(lm)
         self.rewards = Rewards.parse(args.reward) if rewards is None else rewards
+        check_beside(args, {"reward_beams": ("a reward that decodes (hit@k, ndcg@k, mrr)", self.rewards.may_decode)})
         if not args.train_backbone:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and ".flr." in f".{name}")

@@ -52,10 +52,10 @@ def _jobs(args: argparse.Namespace) -> None:
 
 
 def _page(args: argparse.Namespace) -> None:
-    from .page import take_over, take_over_setting, write_page
+    from .page import take_over, take_over_part, write_page
 
-    if args.results is not None and args.setting is not None:
-        take_over_setting(args.results, args.data, args.setting)
+    if args.results is not None and args.part is not None:
+        take_over_part(args.results, args.data, args.part)
     elif args.results is not None:
         take_over(args.results, args.data)
     write_page()
@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         "--results", type=Path, nargs="+", help="Folders of results to take over; without, the page alone."
     )
     page.add_argument("--data", type=Path, help="Folder of prepared data, for groups of users.")
-    page.add_argument("--setting", choices=("taught",), help="Take over the trainings by that setting alone.")
+    page.add_argument(
+        "--part", choices=("taught", "others"), help="Take over that part alone, beside what is kept of it."
+    )
     page.set_defaults(do=_page)
     args = parser.parse_args(argv)
     args.do(args)

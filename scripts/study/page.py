@@ -9,14 +9,13 @@ from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
 from ..marks import filled
-from .summary import COMPARED, COMPARED_PAIRS, keep, of_setting, summary
+from .kept import PARTS, keep, of_part
+from .summary import COMPARED, COMPARED_PAIRS, summary
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT, PAGE = ROOT / "docs/results/study.json", ROOT / "docs/quality.md"
 #: Trainings by the same recipe before the study, whose ranks are not kept.
 EARLIER = ROOT / "docs/results/study_earlier.json"
-#: Trainings with a teacher, which a later study made.
-TAUGHT = ROOT / "docs/results/study_taught.json"
 NAMES = {
     "none": "no thought",
     "anchor": "one more token",
@@ -34,14 +33,14 @@ def take_over(results: list[Path], data: Path) -> None:
     write_json(RESULT, summary(results, data))
 
 
-def take_over_setting(results: list[Path], data: Path, setting: str) -> None:
-    """Write docs/results/study_SETTING.json from the trainings by that setting, in some folders and kept before.
+def take_over_part(results: list[Path], data: Path, part: str) -> None:
+    """Write docs/results/study_PART.json from the trainings of that part, in some folders and kept before.
 
-    docs/results/study_SETTING/ keeps them, so that a table has all seeds, whenever each was trained.
+    docs/results/study_PART/ keeps them, so that a table has all seeds, whenever each was trained.
     """
-    kept = RESULT.with_name(f"study_{setting}")
-    keep(results, kept, setting)
-    write_json(kept.with_suffix(".json"), of_setting([kept], data, setting))
+    kept = RESULT.with_name(f"study_{part}")
+    keep(results, kept, part)
+    write_json(kept.with_suffix(".json"), of_part([kept], data, part))
 
 
 def write_page() -> None:
@@ -52,7 +51,7 @@ def write_page() -> None:
 def report() -> dict[str, Any]:
     """What the tables are made of."""
     found = {**read_json(RESULT, 1 << 24), "earlier": read_json(EARLIER, 1 << 20)["trainings"]}
-    return {**found, "taught": read_json(TAUGHT, 1 << 22)["table"]}
+    return found | {part: read_json(RESULT.with_name(f"study_{part}.json"), 1 << 22)["tables"] for part in PARTS}
 
 
 def page(text: str) -> str:
@@ -166,10 +165,12 @@ def groups(report: dict[str, Any]) -> str:
 
 def others(report: dict[str, Any]) -> str:
     """Other data and codecs, where a mixture was trained: with one that is not, nothing is asked about factors."""
-    rows = []
+    rows, pairs = [], []
+    later = {(table["data"], table["codec"]): table for table in report["others"]}  # of more seeds
     for table in report["tables"]:
         if table["change"] or table is _main(report) or "flr-mixture" not in table["models"]:
             continue
+        table = later.get((table["data"], table["codec"]), table)
         what = f"{DATA[table['data']]}, `{table['codec']}`"
         rows += [[what, name, "", "", *own, ""] for name, own in _baselines(table)]
         less = {name: own["less_anchor"] for name, own in table["models"].items() if "less_anchor" in own}
@@ -178,8 +179,12 @@ def others(report: dict[str, Any]) -> str:
             row = [what, NAMES[name], str(own["seeds"]), f"{own['valid']:.4f}", f"{own['test']['hr@10'][0]:.4f}"]
             row.append(_interval(own["test"]["ndcg@10"]))
             rows.append([*row, _interval(less[name], "+", bold=True) if name in less else ""])
+        several = {name for name, own in table["models"].items() if own["seeds"] > 1}
+        for name, other, (_, *found), *_ in table["pairs"]:
+            if {name, other} <= several and other != "anchor":
+                pairs.append([what, NAMES[name], NAMES[other], _interval(found, "+", True)])
     heads = ["data", "", "trainings", "valid NDCG@10", "test HR@10", "NDCG@10", "less that of one more token"]
-    return _lines(heads, rows)
+    return f"{_lines(heads, rows)}\n\n{_lines(['data', 'NDCG@10 of', 'less that of', ''], pairs)}"
 
 
 def linear(report: dict[str, Any]) -> str:
@@ -189,7 +194,7 @@ def linear(report: dict[str, Any]) -> str:
 
 def taught(report: dict[str, Any]) -> str:
     """The same of trainings with a teacher, and what they took."""
-    table = report["taught"]
+    (table,) = report["taught"]
     took = ", ".join(f"{NAMES[name]} {table['models'][name]['seconds']:,.0f}" for name in _order(table["models"]))
     about = f"Seconds of training, {_device(table['device'])}, one core each, beside a second training or more: {took}."
     return f"{_beside_linear({'taught': table})}\n\n{about}"

@@ -14,7 +14,7 @@ from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.evaluate.metrics import row_metrics
 
 from .groups import groups, traits
-from .queue import Results, read_ranks, read_results
+from .queue import read_ranks, read_results
 from .stats import Resampled
 
 #: Differences that are asked for: of this, less that.
@@ -32,7 +32,7 @@ PAIRS = (
 METRICS = ("hr@10", "ndcg@10")
 WAYS = ("test", "test_neighbours", "test_linear", "test_views")  # alone, and with another ranker beside
 #: What a result says of its training.
-_ABOUT = (
+ABOUT = (
     "name",
     "seed",
     "variant",
@@ -45,7 +45,7 @@ _ABOUT = (
     "by_epoch",
     "device",
 )
-_MAIN = ("instruments", "id", "")  # data, codec, change
+MAIN = ("instruments", "id", "")  # data, codec, change
 #: Less that of another, by groups of users.
 BY_GROUP = (
     ("flr", "anchor"),
@@ -87,60 +87,31 @@ def shared_seeds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(folders: list[Path], data: Path) -> dict[str, Any]:
     """All tables of the results in some folders; ``data`` holds the prepared data sets by name."""
-    lines = _lines(folders)
+    lines = lines_of(folders)
     chosen = chosen_settings(lines)
-    out: dict[str, Any] = {"chosen": chosen, "runs": [_run(line) for line in lines]}
+    out: dict[str, Any] = {"chosen": chosen, "runs": [run_of(line) for line in lines]}
     parts: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
         wanted = line["setting"] in (None, chosen.get(line["variant"], line["setting"]))
         if wanted and (not line.get("tune") or line["variant"] in chosen):
-            parts.setdefault(_key(line["tags"]), []).append(line)
+            parts.setdefault(key_of(line["tags"]), []).append(line)
     out["tables"] = []
-    main = parts.get(_MAIN, [])
+    main = parts.get(MAIN, [])
     for (name, codec, change), own in parts.items():
         beside = [line for line in main if _conditions(line) in {_conditions(x) for x in own}] if change else []
-        table = _table(data / name, shared_seeds(own), beside)
+        table = table_of(data / name, shared_seeds(own), beside)
         out["tables"].append({"data": name, "codec": codec, "change": change, **table})
-    linear = [line for line in lines if "linear" in line.get("beside", {}) and _key(line["tags"]) == _MAIN]
+    linear = [line for line in lines if "linear" in line.get("beside", {}) and key_of(line["tags"]) == MAIN]
     out["linear"] = {}
     for setting in sorted({line["setting"] for line in linear}):
         own = shared_seeds([line for line in linear if line["setting"] == setting])
-        out["linear"][setting] = _table(data / _MAIN[0], own, [])
-    repeated = [line for line in lines if line["variant"] in COMPARED and _key(line["tags"]) == _MAIN]
-    out["repeated"] = _repeated(load_dataset(data / _MAIN[0]), repeated)
+        out["linear"][setting] = table_of(data / MAIN[0], own, [])
+    repeated = [line for line in lines if line["variant"] in COMPARED and key_of(line["tags"]) == MAIN]
+    out["repeated"] = _repeated(load_dataset(data / MAIN[0]), repeated)
     return out
 
 
-def of_setting(folders: list[Path], data: Path, setting: str) -> dict[str, Any]:
-    """The table of the trainings of instruments by one setting, whose seeds every model among them has."""
-    own = shared_seeds(_by_setting(folders, setting))
-    return {"table": _table(data / _MAIN[0], own, []), "runs": [_run(line) for line in own]}
-
-
-def keep(folders: list[Path], kept: Path, setting: str) -> None:
-    """Add the trainings of instruments by one setting to the folder ``kept``, with test ranks up to ten alone.
-
-    Metrics at ten need no others, and a training takes 20 kB. So seeds that are trained later can be drawn together
-    with these.
-
-    Raises:
-        ValueError: If a training of that name is kept with other results.
-    """
-    known = Results(kept)
-    for line in _by_setting(folders, setting):
-        before = known.done.get(line["name"])
-        if before is not None and before["metrics"] != line["metrics"]:
-            raise ValueError(f"{kept}: expected no other results of {line['name']}; remove the folder to begin anew")
-        if before is None:
-            ranks = {way: np.where(x <= 10, x, 0) for way, x in read_ranks(line["folder"], line).items() if way in WAYS}
-            known.add({name: line[name] for name in (*_ABOUT, "metrics", "beside") if name in line}, ranks)
-
-
-def _by_setting(folders: list[Path], setting: str) -> list[dict[str, Any]]:
-    return [line for line in _lines(folders) if line["setting"] == setting and _key(line["tags"]) == _MAIN]
-
-
-def _lines(folders: list[Path]) -> list[dict[str, Any]]:
+def lines_of(folders: list[Path]) -> list[dict[str, Any]]:
     """What has ended well in some folders, with its folder."""
     found = [{**line, "folder": folder} for folder in folders for line in read_results(folder)]
     return [line for line in found if "error" not in line]
@@ -151,7 +122,7 @@ def _conditions(line: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(line[name]) for name in ("variant", "setting", "seed", "device"))
 
 
-def _key(tags: dict[str, str]) -> tuple[str, str, str]:
+def key_of(tags: dict[str, str]) -> tuple[str, str, str]:
     return tags["data"], tags["codec"], tags.get("change", "")
 
 
@@ -186,14 +157,14 @@ def _differences(drawn: Resampled, lines: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _run(line: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: line[name] for name in _ABOUT if name in line}
+def run_of(line: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: line[name] for name in ABOUT if name in line}
     kept |= {split: {m: own[m] for m in METRICS} for split, own in line["metrics"].items()}
     weights = {name: own["weight"] for name, own in line.get("beside", {}).items()}
     return {**kept, "weights": weights, "gpu_gb": line.get("gpu_gb")}
 
 
-def _table(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
+def table_of(data: Path, lines: list[dict[str, Any]], beside: list[dict[str, Any]]) -> dict[str, Any]:
     """Models of one data set and codec; ``beside`` are those that ``lines`` were changed from."""
     dataset = load_dataset(data)
     drawn = Resampled(dataset.test.users)

@@ -12,9 +12,10 @@ from flr.evaluate.metrics import row_metrics
 from scripts.study import page
 from scripts.study.job import Shared, mixed_ranks, own_views
 from scripts.study.jobs import CHANGES, MODELS, SETTINGS, by_recipe, study
+from scripts.study.kept import keep, of_part
 from scripts.study.queue import Plan, Results, read_ranks, read_results
 from scripts.study.stats import Resampled
-from scripts.study.summary import METRICS, REPEATED, chosen_settings, keep, of_setting, summary
+from scripts.study.summary import METRICS, REPEATED, chosen_settings, summary
 from tests.helpers.models import tiny_llama
 
 
@@ -200,12 +201,12 @@ def test_trainings_of_a_setting_make_a_table_of_their_own(tmp_path):
         ("anchor", "recipe", 1, good),
     ):
         results.add(*_line(results.folder, variant, setting, seed, ranks))
-    found = of_setting([results.folder], tmp_path, "taught")
+    found = of_part([results.folder], tmp_path, "taught")
     assert [(run["variant"], run["setting"], run["seed"]) for run in found["runs"]] == [
         ("flr", "taught", 1),
         ("anchor", "taught", 1),
     ]
-    each = {name: own["each"] for name, own in found["table"]["models"].items()}
+    each = {name: own["each"] for name, own in found["tables"][0]["models"].items()}
     assert each == {"anchor": [[1, pytest.approx(1 / np.log2(10))]], "flr": [[1, 1.0]]}
 
 
@@ -226,7 +227,7 @@ def test_what_is_kept_of_trainings_makes_the_same_table_with_those_that_follow(t
     kept = tmp_path / "kept"
     for results in (found[0], found[1], found[0]):  # the last adds nothing
         keep([results.folder], kept, "taught")
-    assert of_setting([kept], tmp_path, "taught") == of_setting([x.folder for x in found[:2]], tmp_path, "taught")
+    assert of_part([kept], tmp_path, "taught") == of_part([x.folder for x in found[:2]], tmp_path, "taught")
     assert [line["seed"] for line in read_results(kept)] == [0, 0, 1, 1, 2, 2]
     assert str(tmp_path) not in (kept / "results.jsonl").read_text()
     assert max(read_ranks(kept, line)["test"].max() for line in read_results(kept)) == 10
