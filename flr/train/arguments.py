@@ -225,6 +225,8 @@ class UpdateConfig(SFTConfig):
     def _check_own(self) -> None:
         _check_flags(self, REFUSED_BY_UPDATE)
         Rewards.parse(self.rl_reward, "rl_reward")
+        options = ("rl_learning_rate", "rl_reward", "rl_group_size", "rl_likelihood_weight")
+        check_beside(self, dict.fromkeys(options, ("rl_steps", self.rl_steps > 0)))
         super()._check_own()
 
 

@@ -343,6 +343,13 @@ def test_reinforcement_takes_the_newest_rows_and_is_compared_on_all_that_decide(
     assert sorted(train.timestamps) == sorted(split()[1].train.timestamps)[-32:]
 
 
+def test_a_likelihood_is_a_reward_whatever_the_beams_of_the_evaluation(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    status, record = updated(models, "sid", tmp_path, *RL, "--rl_reward", "log_likelihood", "--eval_num_beams", "8")
+    assert status == 0
+    assert record["facts"]["rl"]["steps"] == 3
+
+
 def test_a_kill_while_it_is_reinforced_ends_at_the_same_weights(models, tmp_path, monkeypatch):
     monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
     monkeypatch.setattr("flr.train.update_rl.decide", lambda *_: (True, "kept: a test says so", {"all": {}}))
@@ -384,6 +391,7 @@ def test_what_cannot_be_reinforced_is_refused_before_anything_is_learned(models,
         (models / "sid", [*RL, "--rl_group_size", "1"], "rl_group_size: expected an integer >= 2, got 1"),
         (models / "sid", [*RL, "--rl_likelihood_weight", "2"], "rl_likelihood_weight: expected a number in [0, 1]"),
         (models / "sid", [*RL, "--rl_reward", "luck"], "luck"),
+        (models / "sid", ["--rl_reward", "mrr"], "rl_reward: expected rl_steps beside it"),
     ):
         assert updated(models, "sid", tmp_path, *options, model=model) == (1, {})
         assert expected in capsys.readouterr().err
