@@ -100,7 +100,7 @@ class PlanOptions:
         return read_json(file, 1 << 24) if self.model is not None and file.is_file() else {}
 
 
-def _thoughts(options: PlanOptions, saved: dict[str, Any]) -> dict[str, int]:
+def _thoughts(options: PlanOptions, saved: dict[str, Any]) -> dict[str, Any]:
     """K and T, thoughts one after the other and side by side, as a configuration says where the options do not."""
     has_factors = saved.get("variant", "flr") not in ("none", "anchor")
     factors = options.factors or (int(saved.get("num_factors", 4)) if has_factors else 0)
