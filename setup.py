@@ -102,7 +102,10 @@ class BuildExtension(build_ext):
     def compile(self, extension, nvcc):
         import pybind11
 
-        jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+        asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not asked.isdecimal():
+            raise SystemExit(f"MAX_JOBS: expected a number of compilers, got {asked!r}")
+        jobs = max(1, int(asked))
         flags, names = architectures(nvcc) if nvcc else ([], "")
         if nvcc is None and REQUIRED:
             print("flr: no nvcc: the CUDA half is left out", flush=True)

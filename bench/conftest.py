@@ -130,6 +130,8 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         clock: "wall" for work that waits (a server, a subprocess); harness.kernel_clock() for kernels; default:
             harness.default_clock. Where one variant cannot be captured in a graph, all are timed by calls.
         memory: "numpy" for work in NumPy, see harness.peak_bytes.
+        agree: called with every competitor's name and the result of its first call; what it raises is reported as that
+            competitor's failure.
     """
     used = False
 
@@ -146,6 +148,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
         rounds: int | None = None,
         clock: str = "",
         memory: str = "torch",
+        agree: Callable[[str, Any], None] | None = None,
     ) -> dict[str, float]:
         nonlocal used
         rows = request.config.stash[_ROWS]
@@ -155,7 +158,7 @@ def race(request, benchmark, tier, ceilings) -> Callable[..., dict[str, float]]:
             raise ValueError(f"target: expected names of variants, got {', '.join(sorted(odd))}")
         if check is not None:
             check()
-        racing = Race(variants, tier, rounds, clock, memory)
+        racing = Race(variants, tier, rounds, clock, memory, agree)
         racing.run(None if used or not benchmark.enabled else benchmark.pedantic)
         if not used and not benchmark.enabled:
             benchmark(lambda: None)  # --benchmark-disable: the plugin wants its fixture used

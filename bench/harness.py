@@ -289,6 +289,7 @@ class Race:
         rounds: int | None = None,
         clock: str = "",
         memory: str = "torch",
+        agree: Callable[[str, Any], None] | None = None,
     ) -> None:
         if not variants:
             raise ValueError("variants: expected at least one, got none")
@@ -296,7 +297,10 @@ class Race:
         self.ours, *self.others = (Variant(name, call, self.clock, memory) for name, call in variants.items())
         self.ours.prepare(tier)
         for other in self.others:
-            guarded(other, lambda other=other: other.prepare(tier))
+            if agree is not None:
+                guarded(other, lambda other=other: agree(other.name, other.call()))
+            if not other.failed:
+                guarded(other, lambda other=other: other.prepare(tier))
         alive = [self.ours, *(o for o in self.others if not o.failed)]
         if any(variant.uncaptured for variant in alive):  # a graph against calls would compare different things
             self.clock = "events"

@@ -29,6 +29,10 @@ NO_COMPETITORS = (
     "host",
     "reference",
     "log_softmax alone",
+    "blocks",
+    "layers compiled",
+    "tokens, layers compiled",
+    "thoughts, layers compiled",
 )
 
 

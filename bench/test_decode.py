@@ -104,6 +104,7 @@ def test_step(shape, race, tier):
         found = merged(step(needed), ours.trie, beams)
         for other in (by_static(), *(() if python is None else (python.step(logits, scores, ids, PROMPT),))):
             n = int((other.score > -1e8).sum(1).min())
+            assert n > 0
             torch.testing.assert_close(found.score[:, :n], other.score[:, :n], atol=1e-4, rtol=1e-5)
             assert torch.equal(found.parent[:, :n], other.parent[:, :n])
             assert torch.equal(found.token[:, :n], other.token[:, :n])

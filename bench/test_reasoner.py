@@ -61,7 +61,7 @@ def test_reasoner(shape, backward, tier, race):
 
     def step(model):
         def think(h, mask):
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=h.dtype == torch.bfloat16):
                 return model(h, mask)
 
         def train(h, mask):
@@ -71,17 +71,21 @@ def test_reasoner(shape, backward, tier, race):
 
         return train if backward else torch.no_grad()(think)
 
-    def check():
-        with torch.no_grad():
-            h, mask = (x[:2] for x in sets[0])
-            with backend("reference"):
-                expected = copy.deepcopy(module).double()(h.double(), mask).thought
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                found = module(h, mask).thought
-        error = float((found.double() - expected).norm() / expected.norm())
+    def first_two(results):
+        """Of two users the thought, or the gradient of the history."""
+        return (results[0] if backward else results.thought)[:2]
+
+    with backend("reference"):
+        h, mask = (x[:2].detach() for x in sets[0])
+        expected = first_two(step(copy.deepcopy(module).double())(h.double().requires_grad_(backward), mask))
+
+    def agree(name, results):
+        if name in ("latentr3", "blocks"):  # another function; of the last users alone
+            return
+        error = float((first_two(results).double() - expected).norm() / expected.norm())
         bound = 1e-4 if dtype == torch.float32 and not ON_GPU else 3e-2
         if not error < bound:
-            raise AssertionError(f"reasoner: expected a relative error below {bound}, got {error}")
+            raise AssertionError(f"{name}: expected a relative error below {bound}, got {error}")
 
     variants = {"flr": step(module)}
     if ON_GPU:
@@ -100,7 +104,8 @@ def test_reasoner(shape, backward, tier, race):
         suite="reasoner",
         clock=kernel_clock(),
         shape=shape,
-        check=check,
+        check=lambda: agree("flr", step(module)(*sets[0])),
+        agree=agree,
         # what one pass must move: the history (twice, and its gradient, in the backward) and the 4 D² weights
         bytes_moved=(history + weights) * (3 if backward else 1),
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
@@ -31,6 +32,9 @@ _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
 BACKENDS = ("reference", "triton", "cuda", "host", "cce")
 #: Order in which ``auto`` tries backends on a CUDA tensor; the others run when asked for.
 _AUTO_ORDER = ("cuda", "triton", "reference")
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
+#: What has been logged.
+_SAID: set[str] = set()
 
 
 class BackendUnavailable(RuntimeError):
@@ -117,9 +121,12 @@ def _asked_for(spec: str, name: str) -> str:
     return chosen.get(name, chosen["*"])
 
 
-@lru_cache(maxsize=64)
 def _log_once(message: str) -> None:
-    logger.warning(message)
+    """Log what has not been said, other numbers being the same: strides and addresses change from call to call."""
+    kind = _NUMBER.sub("#", message)
+    if kind not in _SAID:
+        _SAID.add(kind)
+        logger.warning(message)
 
 
 def select(name: str, tensor: torch.Tensor, *args, accepts: Callable[[str], None] | None = None) -> str:
@@ -224,12 +231,17 @@ class Operator:
         self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _watched():
+        if torch.compiler.is_compiling():
+            return self._registered(*args)
+        if _watched():
+            self._refuse_tangents(args)
             return self._registered(*args)
         wanted = False
         for x in args:
             kind = type(x)
             if kind is _Tensor or kind is _Parameter:
+                if x.is_neg():  # its memory holds the opposite; torch.library resolves that
+                    return self._registered(*args)
                 wanted = wanted or x.requires_grad
             elif isinstance(x, _Tensor):
                 return self._registered(*args)
@@ -238,6 +250,21 @@ class Operator:
         if wanted and torch.is_grad_enabled():
             return self._record(*args)
         return self._run(*args)
+
+    def _refuse_tangents(self, args: tuple[Any, ...]) -> None:
+        """Raise for forward derivatives: torch.library would leave them out in silence."""
+        if forward_ad._current_level < 0:
+            return
+        if any(isinstance(x, _Tensor) and _has_tangent(x) for x in args):
+            raise NotImplementedError(
+                f"{self.name}: expected tensors without tangents, as it has no forward derivatives, got one with them"
+            )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    while torch._C._functorch.is_batchedtensor(x):  # of torch.func.vmap, which cannot look for one
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _watched() -> bool:

@@ -57,6 +57,19 @@ def test_a_race_is_run_in_turns_and_its_ratio_is_that_of_each_round(monkeypatch)
     assert "peak_mb" not in ours  # not measured is absent
 
 
+def test_a_competitor_with_another_result_has_failed_and_is_not_timed():
+    def agree(name, result):
+        if result != 1:
+            raise AssertionError(f"{name}: expected 1, got {result}")
+
+    calls = {"flr": lambda: 1, "right": lambda: 1, "wrong": lambda: 2}
+    race = harness.Race(calls, "quick", rounds=2, agree=agree)
+    race.run()
+    _, right, wrong = race.rows({}, FixedCeilings(), "float32", None)
+    assert right["ratio"]["p50"] > 0
+    assert wrong == {"variant": "wrong", "failed": "AssertionError: wrong: expected 1, got 2"}
+
+
 def test_kernels_are_timed_by_graphs_of_whole_rounds_of_the_inputs_or_all_by_calls(monkeypatch):
     def captured(call, calls):
         if call() == "waits":

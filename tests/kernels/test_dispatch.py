@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -148,6 +149,18 @@ def test_autocast_is_off_inside():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["factor_attention", "factor_aggregate", "token_logprob", "group_advantage"])
+def test_autocast_is_off_inside_a_backward(name):
+    found = []
+    for enabled in (False, True):
+        given = call(name)
+        wanted = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        out = sum(x.sum() for x in leaves(getattr(flr_kernels, name)(**given)) if x.requires_grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, wanted))
+    assert all(map(torch.equal, *found))
+
+
 def test_results_can_be_changed_in_place_and_twice_differentiated_is_refused():
     given = call("factor_attention")
     h = given["h"].requires_grad_()
@@ -160,6 +173,75 @@ def test_results_can_be_changed_in_place_and_twice_differentiated_is_refused():
         dh.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["factor_attention", "factor_aggregate", "token_logprob", "group_advantage"])
+def test_forward_derivatives_are_refused(name):
+    given = call(name)
+    first, primal = next((k, x) for k, x in given.items() if isinstance(x, torch.Tensor))
+    function = getattr(flr_kernels, name)
+    with forward_ad.dual_level():
+        function(**given)
+        torch.func.vmap(lambda x: leaves(function(**given | {first: x}))[0])(torch.stack([primal, primal]))
+        with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+            function(**given | {first: forward_ad.make_dual(primal, torch.ones_like(primal))})
+    with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+        torch.func.jvp(lambda x: leaves(function(**given | {first: x}))[0], (primal,), (torch.ones_like(primal),))
+    stacked = torch.stack([primal, primal])
+    with pytest.raises(NotImplementedError, match=f"{name}: expected tensors without tangents"):
+        torch.func.jvp(
+            torch.func.vmap(lambda x: leaves(function(**given | {first: x}))[0]),
+            (stacked,),
+            (torch.ones_like(stacked),),
+        )
+
+
+@pytest.mark.parametrize("name", ["log_normaliser", "group_advantage", "factor_aggregate"])
+def test_a_view_that_negates_lazily_is_read_with_its_sign(name):
+    given = call(name)
+    first, x = next((k, x) for k, x in given.items() if isinstance(x, torch.Tensor))
+    lazy = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert lazy.is_neg()
+    function = getattr(flr_kernels, name)
+    for a, b in zip(leaves(function(**given | {first: lazy})), leaves(function(**given)), strict=True):
+        assert torch.equal(a, b)
+
+
+class Told(TorchDispatchMode):
+    """Compares results of our operators with what compiled graphs are told of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.namespace == "flr":
+            self.seen.add(str(func))
+            fakes = FakeTensorMode()
+            with fakes:
+                told = func(*(fakes.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+            for a, b in zip(leaves(out), leaves(told), strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), func
+        return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_lie_in_memory_as_compiled_graphs_are_told(name):
+    tensors = [k for k, x in call(name).items() if isinstance(x, torch.Tensor) and x.dim() > 1]
+    for turned in ([], *([k] for k in tensors), tensors):
+        given = call(name)
+        for k in turned:  # the first dimension's elements beside each other
+            given[k] = given[k].movedim(0, -1).contiguous().movedim(-1, 0)
+        wanted = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        with Told() as told:
+            if name == "token_logprob":  # not the way that keeps logits
+                out = [flr_kernels.ops.token_logprob.op._forward(*given.values())]
+            else:
+                out = leaves(getattr(flr_kernels, name)(**given))
+            if name not in ("log_normaliser", "trie_step"):
+                torch.autograd.grad(sum(x.sum() for x in out if x.requires_grad), wanted)
+        assert len(told.seen) == (1 if name in ("log_normaliser", "trie_step") else 2)
+
+
 def test_the_choice_of_backend_is_read_at_every_call(monkeypatch):
     given = call("group_advantage")
     flr_kernels.group_advantage(**given)
@@ -169,6 +251,13 @@ def test_the_choice_of_backend_is_read_at_every_call(monkeypatch):
             flr_kernels.group_advantage(**given)
     monkeypatch.delenv("FLR_BACKEND")
     flr_kernels.group_advantage(**given)
+
+
+def test_a_reason_is_logged_once_whatever_the_strides(caplog):
+    dispatch._SAID.clear()
+    for length in (5, 6, 7):
+        flr_kernels.log_normaliser(torch.randn(3, length).T)
+    assert sum("log_normaliser: using the PyTorch reference" in record.message for record in caplog.records) == 1
 
 
 def test_auto_leaves_what_does_not_suit_a_backend_to_the_next(monkeypatch):

@@ -119,6 +119,24 @@ def test_the_architecture_list(build):
         assert f"FLR_CUDA_ARCH_LIST: expected some of ['75', '80', '90'], got '{wrong}'" in result.output
 
 
+def test_a_number_of_jobs_that_is_none_is_refused(build):
+    result = build(MAX_JOBS="many")
+    assert result.returncode != 0
+    assert "MAX_JOBS: expected a number of compilers, got 'many'" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_what_an_editor_leaves_beside_the_sources_does_not_make_the_extension_old(tmp_path):
+    for path in (ROOT / "csrc").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "CMakeFiles").mkdir()
+    (tmp_path / ".bindings.cpp.swp").write_bytes(b"x")
+    (tmp_path / ".#bindings.cpp").symlink_to("nobody@nowhere")
+    assert extension.source_hash(tmp_path) == extension.source_hash(ROOT / "csrc")
+    (tmp_path / "bindings.cpp").write_bytes(b"another")
+    assert extension.source_hash(tmp_path) != extension.source_hash(ROOT / "csrc")
+
+
 @pytest.fixture
 def loader():
     """Caches of the loader, empty before and after."""
@@ -126,7 +144,7 @@ def loader():
     def clear():
         extension._load.cache_clear()
         extension._device_problem.cache_clear()
-        dispatch._log_once.cache_clear()
+        dispatch._SAID.clear()
 
     clear()
     yield

@@ -1,5 +1,7 @@
 """`flr_kernels.log_normaliser`: its definition, the C++ kernel of CPUs, and the blocks where that is missing."""
 
+import sys
+
 import pytest
 import torch
 
@@ -73,3 +75,11 @@ def test_normaliser(dtype):
     torch.testing.assert_close(log_normaliser(logits), expected, atol=1e-5, rtol=1e-6)
     broken = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [-float("inf"), -float("inf")]])
     assert not log_normaliser(broken).isfinite().any()
+
+
+def test_a_row_whose_first_logits_are_far_below_keeps_its_digits():
+    """The reference's form for a CPU looks at 64 of them first."""
+    logits = torch.randn(3, 500)
+    logits[1, :64] -= 1e6
+    found = sys.modules["flr_kernels.ops.log_normaliser.reference"].blockwise(logits)
+    torch.testing.assert_close(found.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)

@@ -73,6 +73,29 @@ def test_factor_attention_extreme_logits_stay_finite():
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
+def test_weights_of_equal_scores_sum_to_one_however_large_they_are(size):
+    h, u = torch.full((1, 3, 2), size, requires_grad=True), torch.ones(1, 2, 2)
+    out = flr_kernels.factor_attention(h, u)
+    torch.testing.assert_close(out.context, h[:, :2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.overlap, torch.full((1, 2, 2), 1 / 3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.entropy, torch.full((1, 2), math.log(3)), rtol=1e-6, atol=0)
+    (dh,) = torch.autograd.grad(out.overlap.sum() + out.entropy.sum(), h)  # which equal scores leave at an extremum
+    torch.testing.assert_close(dh, torch.zeros_like(dh), rtol=0, atol=1e-5)
+
+
+def test_what_masked_tokens_hold_is_without_effect():
+    found = []
+    for held in (0.0, math.nan, math.inf):
+        h, u, valid = attention_inputs()
+        h = h.detach().masked_fill(~valid[..., None], held).requires_grad_()
+        out = flr_kernels.factor_attention(h, u, valid)
+        total = out.context.square().sum() + out.overlap.sum() + out.entropy.sum() + out.lse[[0, 2]].sum()
+        found.append([*out, *torch.autograd.grad(total, (h, u))])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_no_history_gradient_when_none_is_needed():
     h, u, valid = attention_inputs()
     out = flr_kernels.factor_attention(h.detach(), u, valid)
@@ -131,6 +154,26 @@ def test_group_advantage_rewards_pass_gradients_and_advantages_do_not(reward):
     mask = torch.tensor([[True, True, False]] * 4)
     assert gradcheck(lambda x: flr_kernels.group_advantage(x, mask, 2, reward=reward).rewards, (logp,))
     assert not flr_kernels.group_advantage(logp, mask, 2).advantages.requires_grad
+
+
+def test_rewards_that_were_cut_have_no_gradient():
+    for reward in ("neg_perplexity", "log_likelihood"):
+        logp = torch.tensor([[-50.0, -20.0], [-1.0, -2.0]], requires_grad=True)
+        out = flr_kernels.group_advantage(logp, None, 2, reward=reward)
+        (grad,) = torch.autograd.grad(out.rewards.sum(), logp)
+        assert (grad[0] == 0).all()
+        assert (grad[1] != 0).all()
+    given = torch.tensor([1e14, -1e14, 3.0, 4.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(flr_kernels.group_advantage(given, None, 2, reward="given").rewards.sum(), given)
+    assert grad.tolist() == [0, 0, 1, 1]
+
+
+def test_a_gate_of_zero_leaves_gradients_finite():
+    f, logits = torch.randn(1, 3, 4, requires_grad=True), torch.tensor([[0.0, -math.inf, -200.0]], requires_grad=True)
+    out = flr_kernels.factor_aggregate(f, logits)
+    assert out.gates.tolist() == [[1, 0, 0]]
+    for grad in torch.autograd.grad(out.thought.sum() + out.gate_entropy.sum(), (f, logits)):
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "latentr3"])

@@ -37,6 +37,15 @@ def test_token_logprob_in_chunks_equals_its_definition(chunk, kept, monkeypatch)
     assert flr_kernels.token_logprob(hidden[:0], weight, target[:0]).shape == (0,)
 
 
+def test_the_weights_gradient_is_summed_in_float32(monkeypatch):
+    """A row a block: 400 equal terms, of which bfloat16 would lose what is less than a 256th of their sum."""
+    monkeypatch.setattr(REFERENCE, "CHUNK", 1)
+    monkeypatch.setattr(REFERENCE, "KEPT", 0)
+    hidden, weight = torch.ones(400, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
+    logp = flr_kernels.token_logprob(hidden, weight.requires_grad_(), torch.zeros(400, dtype=torch.int64))
+    assert torch.autograd.grad(logp.sum(), weight)[0].flatten().tolist() == [200, -200]
+
+
 def test_the_backward_computes_logits_again_only_where_they_are_many(monkeypatch):
     recomputed = []
     chunked = REFERENCE.chunked_backward
@@ -47,6 +56,19 @@ def test_the_backward_computes_logits_again_only_where_they_are_many(monkeypatch
         monkeypatch.setattr(REFERENCE, "KEPT", kept)
         flr_kernels.token_logprob(hidden, weight, torch.arange(7)).sum().backward()
         assert len(recomputed) == times
+
+
+@pytest.mark.parametrize("kept", [76, 77], ids=["recomputed", "kept"])
+def test_twice_differentiated_is_refused_and_create_graph_gives_the_gradient(kept, monkeypatch):
+    monkeypatch.setattr(REFERENCE, "KEPT", kept)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    total = flr_kernels.token_logprob(hidden, weight, torch.arange(7)).sum()
+    plain = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    found = torch.autograd.grad(total, (hidden, weight), create_graph=True)
+    torch.testing.assert_close(found, plain)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        (total + found[0].square().sum()).backward()
 
 
 def test_the_optional_backend(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 import flr_kernels
 from flr_kernels import dispatch, reference
-from tests.helpers.triton import DEVICE, DTYPES, INTERPRETED, MARKS
+from tests.helpers.triton import DEVICE, DTYPES, INTERPRETED, MARKS, apart
 
 pytestmark = MARKS
 REFERENCE = sys.modules["flr_kernels.ops.token_logprob.reference"]
@@ -37,6 +37,8 @@ def test_values_and_gradients(rows, vocabulary, dtype, kept, monkeypatch):
     grads = torch.autograd.grad(found, (hidden, weight), grad.to(found.dtype), retain_graph=True)
     again = torch.autograd.grad(found, (hidden, weight), grad.to(found.dtype))
     assert all(map(torch.equal, grads, again))
+    scattered = flr_kernels.token_logprob(hidden, weight, apart(target))
+    assert all(map(torch.equal, grads, torch.autograd.grad(scattered, (hidden, weight), grad.to(found.dtype))))
     wanted = torch.autograd.grad(expected, wide, grad.double())
     for x, y in zip(grads, wanted, strict=True):
         assert x.isfinite().all()

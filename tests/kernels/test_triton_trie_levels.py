@@ -16,7 +16,7 @@ from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import toy_model
 from tests.helpers.trie_levels import advance_call, advance_case, collect_call, collect_case
-from tests.helpers.triton import DEVICE, MARKS
+from tests.helpers.triton import DEVICE, MARKS, apart
 
 pytestmark = MARKS
 
@@ -74,6 +74,16 @@ def test_collecting_equals_the_definition(items, beams, depth, spread, k, widths
         collect_case(items + k, 3, items, beams, depth, spread, kind, unique, k, widths, penalty), DEVICE
     )
     assert_same(flr_kernels.trie_collect(**given), defined("trie_collect", given))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "only"])
+def test_elements_may_lie_apart_in_memory(kind):
+    for name, given in (
+        ("trie_advance", advance_call(advance_case(13, 3, 12, 4, 1, 9, kind), DEVICE)),
+        ("trie_collect", collect_call(collect_case(34, 3, 30, 4, 1, 6, kind), DEVICE)),
+    ):
+        scattered = {k: apart(x) for k, x in given.items()}
+        assert_same(getattr(flr_kernels, name)(**scattered), defined(name, given))
 
 
 def test_ties():

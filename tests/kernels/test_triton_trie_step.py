@@ -14,7 +14,7 @@ from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import toy_model
 from tests.helpers.trie_steps import call, case
-from tests.helpers.triton import DEVICE, MARKS
+from tests.helpers.triton import DEVICE, MARKS, apart
 
 pytestmark = MARKS
 
@@ -69,6 +69,14 @@ def test_equals_the_definition(users, items, beams, depth, spread, unfinished, a
             torch.equal(a, b)
             for a, b in zip((*found.unfinished, *found.all), (*again.unfinished, *again.all), strict=True)
         )
+
+
+@pytest.mark.parametrize("kind", ["prefix", "only"])
+def test_elements_may_lie_apart_in_memory(kind):
+    given = call(case(23, 2, 20, 3, 1, 5, kind), DEVICE) | {"num_unfinished": 3, "num_all": 4, "unique": True}
+    wanted = flr_kernels.trie_step(**given)
+    found = flr_kernels.trie_step(**given | {k: apart(x) for k, x in given.items() if k != "logits"})
+    assert all(map(torch.equal, (*found.unfinished, *found.all), (*wanted.unfinished, *wanted.all)))
 
 
 def test_ties_and_broken_logits():

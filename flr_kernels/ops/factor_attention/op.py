@@ -43,7 +43,7 @@ def _triton_check(h: Tensor, u: Tensor, *_) -> None:
 
 
 def _reference_forward(h: Tensor, u: Tensor, mask: Tensor | None, last_first: bool = False):
-    return reference.factor_attention(h, u, mask)
+    return reference.factor_attention(h, u, mask, reference.pooled_with_a_look)
 
 
 def _grouped(backward: Callable) -> Callable:

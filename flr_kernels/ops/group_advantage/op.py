@@ -59,12 +59,12 @@ def _forward(
 
 @dispatch.backward_op("group_advantage")
 def _backward(token_logprobs: Tensor, mask: Tensor | None, rewards: Tensor, d_rewards: Tensor, reward: str) -> Tensor:
-    return torch.empty_like(token_logprobs)
+    return token_logprobs.new_empty(token_logprobs.shape)
 
 
 @dispatch.forward_op("batch_advantage")
 def _batch_advantage(rewards: Tensor, partials: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(rewards)
+    return rewards.new_empty(rewards.shape)
 
 
 def _setup_context(ctx, inputs, output):

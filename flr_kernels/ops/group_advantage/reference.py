@@ -104,7 +104,7 @@ def group_advantage_backward(
     if reward == "given":
         inside = token_logprobs.reshape(-1).abs() <= MAX_REWARD
         return (d_rewards * inside).view_as(token_logprobs).to(token_logprobs.dtype)
-    weight = torch.ones_like(token_logprobs, dtype=d_rewards.dtype) if mask is None else mask.to(d_rewards.dtype)
+    weight = d_rewards.new_ones(token_logprobs.shape) if mask is None else mask.to(d_rewards.dtype).contiguous()
     mean = rewards.reshape(-1) if reward == "log_likelihood" else -(-rewards.reshape(-1)).log()
     d_mean = d_rewards if reward == "log_likelihood" else d_rewards * -rewards.reshape(-1)
     d_mean = d_mean * (mean > MIN_MEAN_LOGPROB) / weight.sum(-1).clamp_min(1)

@@ -107,10 +107,12 @@ class _KeepsLogits(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, target, logits, normaliser = ctx.saved_tensors
         needs_dh, needs_dw = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # create_graph: the operator refuses to be differentiated, these lines would not
+            dh, dw = _backward(hidden, weight, target, grad, needs_dh, needs_dw)
+            return dh if needs_dh else None, dw if needs_dw else None, None, None
         with torch.autocast(hidden.device.type, enabled=False):
             if ctx.backend == "triton":
                 d_logits = _triton["logits_gradient"](logits, normaliser, target, grad)

@@ -59,8 +59,8 @@ def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 def chunked_backward(
     hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape if needs_dh else (0,))
+    d_weight = weight.new_zeros(weight.shape if needs_dw else (0,), dtype=grad.dtype)
     for rows in row_blocks(hidden, weight):
         p = (hidden[rows] @ weight.T).to(grad.dtype).softmax(-1)
         d_logits = logits_gradient(hidden[rows], target[rows], p, grad[rows])

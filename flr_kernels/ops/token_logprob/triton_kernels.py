@@ -57,7 +57,7 @@ def _plan(logits: Spec, *dtypes: torch.dtype) -> Plan:
 
 def logits_gradient(logits: Tensor, normaliser: Tensor, target: Tensor, grad: Tensor) -> Tensor:
     """Gradient of logits [M, V], contiguous and in their dtype, for ``grad`` [M] of the log-probabilities."""
-    tensors = (logits, normaliser, target, grad.contiguous())
+    tensors = (logits, normaliser, target.contiguous(), grad.contiguous())
     (out,) = _plan(spec(logits), *(x.dtype for x in tensors[1:])).run(*tensors)
     return out
 
@@ -79,8 +79,8 @@ def backward(
     hidden: Tensor, weight: Tensor, target: Tensor, grad: Tensor, needs_dh: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """The reference's arguments and result; logits are computed again."""
-    d_hidden = torch.empty_like(hidden) if needs_dh else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight, dtype=grad.dtype) if needs_dw else weight.new_empty(0)
+    d_hidden = hidden.new_empty(hidden.shape if needs_dh else (0,))
+    d_weight = weight.new_zeros(weight.shape if needs_dw else (0,), dtype=grad.dtype)
     for x in reference.row_blocks(hidden, weight):
         _, logits, normaliser = with_logits(hidden[x], weight, target[x])
         d_logits = logits_gradient(logits, normaliser, target[x], grad[x])

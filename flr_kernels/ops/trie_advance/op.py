@@ -56,7 +56,7 @@ def _forward(
     behind = sees.shape[-1] + columns
     flat = [node.new_empty((users, size)) for size in (count, count, count, count, columns, columns)]
     rows = [sees.new_empty((users, size, behind)) for size in (count, 0 if keys is None else columns)]
-    return *flat[:4], torch.empty_like(overflow), *flat[4:], *rows  # type: ignore[return-value]
+    return *flat[:4], overflow.new_empty(overflow.shape), *flat[4:], *rows  # type: ignore[return-value]
 
 
 def _check_hypotheses(

@@ -181,8 +181,9 @@ def forward(
     """The reference's arguments and result."""
     filters = (tokens, node) if listed is None or offset is None else (listed, offset)
     flags = sees.view(torch.uint8), overflow.view(torch.uint8)
-    tensors = (score, node, parent, flags[0], depth, position, flags[1], tokens, leaf_begin, leaf_end, lengths,
-               node if keys is None else keys, *filters)  # fmt: skip
+    given = (score, node, parent, flags[0], depth, position, flags[1], tokens, leaf_begin, leaf_end, lengths,
+             node if keys is None else keys, *filters)  # fmt: skip
+    tensors = [x.contiguous() for x in given]
     users, count = node.shape
     plan = _plan(
         (users, count), (sees.shape[1], sees.shape[2]), columns, len(tokens), len(lengths), entries, deepest,

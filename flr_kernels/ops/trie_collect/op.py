@@ -48,7 +48,7 @@ def _forward(
     lengths: Tensor, scale: Tensor, listed: Tensor | None, offset: Tensor | None, entries: int, depth: int,
     longest: int, unique: bool, filter: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    same = (torch.empty_like(x) for x in (items, scores, broken, open_score))
+    same = (x.new_empty(x.shape) for x in (items, scores, broken, open_score))
     return *same, items.new_empty((len(items), 3))  # type: ignore[return-value]
 
 

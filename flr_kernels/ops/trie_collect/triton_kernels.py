@@ -130,8 +130,9 @@ def forward(
     """The reference's arguments and result."""
     flags = broken.view(torch.uint8), invalid.view(torch.uint8)
     filters = (lengths, items) if listed is None or offset is None else (listed, offset)
-    tensors = (items, scores, *flags, open_score, open_node, score, node, key, children, leaf_begin, leaf_end, item,
-               lengths, scale, *filters)  # fmt: skip
+    given = (items, scores, *flags, open_score, open_node, score, node, key, children, leaf_begin, leaf_end, item,
+             lengths, scale, *filters)  # fmt: skip
+    tensors = [x.contiguous() for x in given]
     plan = _plan(
         len(items), (items.shape[1], score.shape[1], open_score.shape[1]), len(lengths), entries, depth, longest,
         len(scale), unique, filter, items.device, *(x.dtype for x in tensors),

@@ -262,7 +262,8 @@ def forward(
     users, hypotheses = node.shape
     rows = logits.reshape(users * hypotheses, logits.shape[-1])
     filters = (tokens, node) if listed is None or offset is None else (listed, offset)
-    tensors = (rows, score, node, children, tokens, leaf_begin, leaf_end, *filters, *([] if norm is None else [norm]))
+    others = (score, node, children, tokens, leaf_begin, leaf_end, *filters, *([] if norm is None else [norm]))
+    tensors = (rows, *[x.contiguous() for x in others])
     plan = _plan(
         rows.stride(0), (users, hypotheses), entries, (num_unfinished, num_all), widest, unique, filter, rows.device,
         *(x.dtype for x in tensors),
