@@ -174,10 +174,11 @@ class Study:
         data, old = self.root / "new", self.root / "old"
         dataset.save(data)
         replay.save(old)
+        reinforced = {"rl_steps": rl_steps, "rl_learning_rate": a.rl_rate} if rl_steps else {}
         training = UpdateConfig(**self._training(folder), learning_rate=a.update_rate, max_steps=a.steps,
                                 embedding_learning_rate=3 * a.update_rate, num_train_epochs=a.update_epochs,
                                 reasoner_learning_rate=a.update_rate / 10, warmup_steps=0.1,
-                                rl_steps=rl_steps, rl_learning_rate=a.rl_rate)  # fmt: skip
+                                **reinforced)  # fmt: skip
         options = UpdateOptions(model=str(folder), data=str(data), replay=str(old), replay_share=a.share, card=False)
         started = time.process_time()
         outcome = update(options, self.augment, training)

@@ -1,10 +1,11 @@
 """What lists for many users cost: from measured times of prompts and searches to machine-hours.
 
     a prompt    F = 2 · weights · L + 2 · layers · D · L²          multiplications and additions, causal attention
-    a thought   T · K · (4 · D · L + 8 · D²)                       the reasoner over the history
+    a thought   T · K · (4 · D · L + 8 · D²)                       the reasoner over the history, N times
     a beam      2 · weights + 4 · layers · D · L                   one token of one hypothesis
     a head      2 · D · V                                          only with scoring ``full``
 
+A further thought is a token and a step. A mixture of K factors has K thoughts, each with beams and heads of its own.
 ``weights`` are those of the layers' matrices. Measured are the rate of prompts (operations a second) and, of a search,
 what a step costs a batch whatever it computes, and the rate of its beams. Everything else follows from them in
 proportion to the operations above, a step's own cost to the number of layers.
@@ -110,7 +111,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: the tokens of a prompt and of an item, the thought, the search, users at a time."""
+    """What is asked for: the tokens of a prompt and of an item, the thought (K = 0: none), the search."""
 
     prompt: int
     item_tokens: int
@@ -119,6 +120,8 @@ class Work:
     beams: int
     full: bool
     batch: int  # users that are computed together
+    thoughts: int = 1  # N, made one after the other
+    mixed: int = 1  # thoughts side by side, whose answers are mixed: K in a mixture
 
 
 def rates(results: Path, device: str) -> Rates:
@@ -213,12 +216,13 @@ def cost(size: Size, work: Work, at: Rates) -> dict[str, float]:
     >>> list(parts), round(1e6 * parts["prompt"], 2)
     (['prompt', 'thought', 'beams', 'steps', 'head'], 22.22)
     """
-    steps = work.item_tokens - 1
-    rows = 1 + steps * work.beams
+    steps, more = work.item_tokens - 1, max(work.thoughts * work.mixed - 1, 0)
+    rows = work.mixed * (1 + steps * work.beams)
+    reasoner = work.thoughts * size.thought_flops(work.prompt, work.factors, work.refinements)
     return {
         "prompt": size.prompt_flops(work.prompt) / at.prompt,
-        "thought": size.thought_flops(work.prompt, work.factors, work.refinements) / at.prompt,
-        "beams": steps * work.beams * size.beam_flops(work.prompt) / at.beam,
-        "steps": work.item_tokens * at.step * size.layers / work.batch,
+        "thought": (reasoner + more * size.beam_flops(work.prompt)) / at.prompt,
+        "beams": steps * work.beams * work.mixed * size.beam_flops(work.prompt) / at.beam,
+        "steps": (work.item_tokens + max(work.thoughts - 1, 0)) * at.step * size.layers / work.batch,
         "head": rows * size.head_flops() / at.beam if work.full else 0.0,
     }

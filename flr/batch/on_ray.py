@@ -99,7 +99,6 @@ class _Actor:
         said.disable_progress_bar()
         self.shards, self.broken = shards, ""
         try:
-            plan.check_here()
             self.worker = Worker(plan, plan.settings.device)
         except Exception as error:
             self.broken = f"worker: {type(error).__name__}: {error}"

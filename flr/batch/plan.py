@@ -159,11 +159,11 @@ class Plan:
                 raise ValueError(f"{told}, with {before}, got {now}; choose another output")
 
     def check_here(self) -> None:
-        """ValueError where this machine, which may be another one than the plan's, has another model or packages."""
+        """ValueError where a worker, later and maybe on another machine, has another model or packages."""
         if versions() != self.versions:
             raise ValueError(f"versions: expected those of the plan, {self.versions}, got {versions()} at a worker")
         if model_fingerprint(self.model, **self.hub) != self.fingerprint:
-            raise ValueError(f"model: expected the plan's, got another one in {self.model} of a worker's machine")
+            raise ValueError(f"model: expected the plan's, got another one in {self.model} where a worker loads it")
 
     @property
     def hub(self) -> dict[str, str]:

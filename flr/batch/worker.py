@@ -47,13 +47,15 @@ class Worker:
         device: where the model is put, as torch names it.
 
     Raises:
-        OSError, ValueError: the model cannot be loaded, or a column filters by an attribute that its catalogue lacks.
+        OSError, ValueError: the model cannot be loaded, is not that of the plan (any more), or its catalogue lacks an
+            attribute that a column filters by.
     """
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan = plan
         loading: dict[str, Any] = {**plan.hub, **plan.settings.loading()}
         self.recommender = Recommender.from_pretrained(plan.model, device, **loading)
+        plan.check_here()  # once it is loaded: it may have been replaced since the plan was made
         self.reader = RowReader(self.recommender, plan.settings)
         self.recommender.check(plan.settings.k, plan.settings.beams, plan.settings.scoring)
         if plan.files:

@@ -108,13 +108,16 @@ def measured(dataset: RecDataset, split: str, result: EvalResult | None) -> Eval
 
 
 def save_card(args: TrainingArguments, facts: ModelFacts, evaluation: Evaluation | None) -> None:
-    """Write the card of a model that was trained into its ``output_dir``."""
+    """Write the card of a model that was trained into its ``output_dir``; metrics of weights before go."""
     if args.should_save:
         _written(str(args.output_dir), facts, evaluation, trained=True)
 
 
 def update_card(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trained: bool = False) -> None:
-    """Bring metrics into the card in ``folder``; ``facts`` where it was ``trained`` or does not say what it is."""
+    """Bring metrics into the card in ``folder``; ``facts`` where it was ``trained`` or does not say what it is.
+
+    Of a model that was ``trained``, metrics that are there are those of other weights, and go.
+    """
     if Path(folder).is_dir():  # else a model on the Hub, whose card is its owner's
         _written(folder, facts, evaluation, trained)
 
@@ -130,6 +133,8 @@ def drop_measured(folder: str) -> None:
 
 def _written(folder: str, facts: ModelFacts, evaluation: Evaluation | None, trained: bool) -> None:
     try:
+        if trained:
+            drop_metrics(folder)
         write_card(folder, facts if trained or not has_model_part(folder) else None, evaluation)
     except (OSError, ValueError) as error:  # what was computed is worth more than its card
         voice.warn(f"the model card stays as it is: {error}")

@@ -118,7 +118,7 @@ def print_stability(names: list[str], table: list[list[float]]) -> None:
     """How alike the runs' factors divide histories."""
     shown = voice.table("How alike factors divide the histories' items (NMI; 1 is alike)", "run", *names)
     for name, row in zip(names, table, strict=True):
-        shown.add_row(name, *(f"{value:.2f}" for value in row))
+        shown.add_row(*voice.plain(name, *(f"{value:.2f}" for value in row)))
     voice.result(shown)
 
 

@@ -31,7 +31,9 @@ class PlanOptions:
 
     users: float = option(1e6, "Users a day, a list each.")
     items: float = option(1e5, "Items of the catalogue.")
-    model: str | None = option(None, "Folder of a model: its sizes, K and T. Instead of the next three.")
+    model: str | None = option(
+        None, "Folder of a model: its sizes, thought and scoring. Instead of hidden, layers and vocabulary."
+    )
     hidden: int | None = option(None, "Width of the backbone.")
     layers: int | None = option(None, "Its layers.")
     vocabulary: int | None = option(None, "Its vocabulary.")
@@ -41,7 +43,10 @@ class PlanOptions:
     beams: int = option(20, "Beams; at least k are used.")
     factors: int | None = option(None, "K, factors of the thought. Default: the model's, or 4.")
     refinements: int | None = option(None, "T, refinements of the thought. Default: the model's, or 1.")
-    scoring: str = option("catalogue", "catalogue or full: whether logits of the whole vocabulary are computed.")
+    scoring: str | None = option(
+        None,
+        "catalogue or full: whether logits of the whole vocabulary are computed. Default: the model's, or catalogue.",
+    )
     batch: int = option(32, "Users that are computed together; they share what a step costs whatever it computes.")
     device: str = option("cpu", "What was measured: cpu (one core), h100 or h200.")
     per_machine: int = option(1, "Devices (GPUs or cores) of a machine.")
@@ -67,7 +72,7 @@ class PlanOptions:
             value = getattr(self, name)
             check_option(self, f"a whole number from 1 to {most}", value is None or 1 <= value <= most, name)
         check_option(self, "more than 0 and at most 24", 0 < self.hours <= 24, "hours")
-        check_option(self, "catalogue or full", self.scoring in ("catalogue", "full"), "scoring")
+        check_option(self, "catalogue or full", self.scoring in (None, "catalogue", "full"), "scoring")
         price = self.price_per_hour
         ok = price is None or (math.isfinite(price) and price >= 0)
         check_option(self, "a number of at least 0", ok, "price_per_hour")
@@ -87,31 +92,49 @@ class PlanOptions:
         thought = config.get("flr")
         return Size.of_config(config), thought if isinstance(thought, dict) else {}
 
+    def processor(self) -> dict[str, Any]:
+        """What the model's processor says of its answers; nothing where there is none."""
+        from flr.files import read_json
+
+        file = Path(self.model or "") / "processor_config.json"
+        return read_json(file, 1 << 24) if self.model is not None and file.is_file() else {}
+
+
+def _thoughts(options: PlanOptions, saved: dict[str, Any]) -> dict[str, Any]:
+    """K and T, thoughts one after the other and side by side, as a configuration says where the options do not."""
+    has_factors = saved.get("variant", "flr") not in ("none", "anchor")
+    factors = options.factors or (int(saved.get("num_factors", 4)) if has_factors else 0)
+    return {
+        "factors": factors,
+        "refinements": options.refinements or int(saved.get("num_refinements", 1)),
+        "thoughts": int(saved.get("num_thoughts", 1)) if saved.get("variant") != "none" else 0,
+        "mixed": factors if saved.get("aggregation") == "mixture" else 1,
+    }
+
 
 def plan(options: PlanOptions) -> dict[str, Any]:
     """All figures, by name."""
     from flr.batch.cost import Work, cost, rates
 
-    size, thought = options.size()
-    factors = options.factors or int(thought.get("num_factors", 4)) or 1
-    refinements = options.refinements or int(thought.get("num_refinements", 1)) or 1
+    size, saved = options.size()
+    thought, processor = _thoughts(options, saved), options.processor()
+    full = (options.scoring or processor.get("scoring")) == "full"
     folder = Path(options.results) if options.results else Path(__file__).parents[2] / "bench/results"
     at = rates(folder, options.device)
     prompt = options.history * options.item_tokens + _PROMPT
     beams = max(options.beams, options.k)
-    ways = factors if thought.get("aggregation") == "mixture" else 1  # a mixture's beams have a row for each factor
-    rows, full = beams * ways, options.scoring == "full"
-    work = Work(prompt, options.item_tokens, factors, refinements, rows, full, options.batch)
+    work = Work(prompt, options.item_tokens, beams=beams, full=full, batch=options.batch, **thought)
     parts = cost(size, work, at)
     seconds = sum(parts.values())
     device_hours = seconds * options.users / 3600
     machine_hours = device_hours / options.per_machine
     trie = {"trie_bytes": int(options.items * (8 + 16 * options.item_tokens)), "weight_bytes": size.parameters * _BYTES}
-    figures = {"prompt_tokens": prompt, "beams": beams, "rows": rows, "K": factors, "T": refinements}
+    figures = {"prompt_tokens": prompt, "beams": beams, "parameters": size.parameters}
+    letters = {"factors": "K", "refinements": "T", "thoughts": "N"}
+    figures |= {letters.get(name, name): value for name, value in thought.items()}
     return {
         "device": at.device,
         **figures,
-        "parameters": size.parameters,
         "seconds_a_user": seconds,
         "parts": parts,
         "users_a_second": 1 / seconds,
@@ -121,7 +144,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "price_a_day": None if options.price_per_hour is None else machine_hours * options.price_per_hour,
         "memory": trie,
         "measured": list(at.measured),
-        "extrapolated": [*at.extrapolated, *_followed(options.batch)],
+        "extrapolated": [*at.extrapolated, *_followed(options.batch), *_left_out(processor.get("views"))],
     }
 
 
@@ -136,6 +159,13 @@ def _followed(users: int) -> list[str]:
     ]
 
 
+def _left_out(views: dict[str, float] | None) -> list[str]:
+    """What a model answers with beside the prompt, of which nothing is known here."""
+    if not views or not (views.get("weight") or views.get("neighbours")):
+        return []
+    return ["the model's views of single items and its neighbours are left out; flr batch shows users a second"]
+
+
 def main(argv: list[str]) -> int:
     options, rest = parse("plan", ABOUT, (PlanOptions,), argv)
     found = plan(options)
@@ -145,8 +175,8 @@ def main(argv: list[str]) -> int:
     table = voice.table(f"{what}, on {found['device']}", "part", "ms a user", "share")
     names = {
         "prompt": f"prompt, {found['prompt_tokens']} tokens",
-        "thought": f"thought, K = {found['K']}, T = {found['T']}",
-        "beams": f"beams, W = {found['beams']}" + f", {found['rows']} rows" * (found["rows"] > found["beams"]),
+        "thought": f"thought, K = {found['K']}, T = {found['T']}" + (f", N = {found['N']}" if found["N"] > 1 else ""),
+        "beams": f"beams, W = {found['beams']}" + (f" of {found['mixed']} thoughts" if found["mixed"] > 1 else ""),
         "steps": f"steps, {options.item_tokens}",
         "head": "logits of the vocabulary",
     }

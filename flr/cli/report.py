@@ -68,6 +68,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
     """
     from flr.evaluate import EvalResult, by_trait
     from flr.files import read_json
+    from flr.model.folder import UPDATE_NAME
     from flr.train.run_folder import LIKES_NAME, RUN_NAME, STATE_NAME, checkpoints
 
     places = [folder, *checkpoints(folder)]  # a run that has not ended has its checkpoints
@@ -92,7 +93,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
         for split, result in results.items()
     }
     likes = read_json(folder / LIKES_NAME).get("factors", []) if (folder / LIKES_NAME).is_file() else []
-    run = {"name": folder.name, "facts": _facts(summary, state, ended), "log": log, "metrics": list(_METRICS)}
+    facts = _facts(summary, state, ended)
+    if (folder / UPDATE_NAME).is_file():  # all else here is of the run
+        facts["State"] += "; its model was updated since"
+    run = {"name": folder.name, "facts": facts, "log": log, "metrics": list(_METRICS)}
     return {**run, "evaluations": evaluations, "likes": likes}, results
 
 

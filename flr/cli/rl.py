@@ -69,8 +69,9 @@ def train(
     trainer = LatentGRPOTrainer(model, args, processor, rows, dataset.valid)
     with training_run(trainer) as start:
         if not start.finished:
-            start.summary = _reinforce(trainer, options, args)
-            valid = trainer.valid_result()
+            ranks = args.eval_strategy != "no"
+            start.summary = _reinforce(trainer, options, args, ranks)
+            valid = trainer.valid_result() if ranks else None
     if not start.finished:
         keep_for_report(args, model, processor, dataset, valid)
         about = model_facts(model, processor, dataset, "flr rl", (data, args), options.model)
@@ -78,13 +79,13 @@ def train(
     return model.eval(), processor, start.summary
 
 
-def _reinforce(trainer: LatentGRPOTrainer, options: RLOptions, args: LatentGRPOConfig) -> dict[str, Any]:
-    """Train, and compare with the model given; returns the summary."""
-    names = [f"eval_{args.metric_for_best_model}", "eval_target_logprob"]
-    before = trainer.evaluate()
+def _reinforce(trainer: LatentGRPOTrainer, options: RLOptions, args: LatentGRPOConfig, ranks: bool) -> dict[str, Any]:
+    """Train, and where valid is ranked compare with the model given; returns the summary."""
+    names = [f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}", "eval_target_logprob"]
+    before = trainer.evaluate() if ranks else {}
     outcome = trainer.train()
     lines = list(trainer.state.log_history)  # the model chosen is evaluated at the last step again
-    after = trainer.evaluate()
+    after = trainer.evaluate() if ranks else {}
     history: dict[float, dict[str, float]] = {}
     for line in lines:
         if values := {name: line[name] for name in names if name in line}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ class UpdateOptions(WeightOptions):
     )
     replay: str | None = option(None, "Prepared folder whose train rows are old: some are learned beside the new ones.")
     replay_share: float = option(0.5, "Share of old rows among those that are learned, where there are so many.")
-    card: bool = option(True, "Write the metrics into the model card, README.md in the model's folder.")
+    card: bool = option(
+        True, "Write the metrics into the model card, README.md in the model's folder; those of before go either way."
+    )
 
     numbers: ClassVar[Mapping[str, Numbers]] = {"replay_share": SHARE}
 
@@ -78,6 +81,8 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
     from flr.data.times import seconds_of
     from flr.train.updates import update as run
 
+    from .card import drop_measured
+
     if augment.held_back:
         raise ValueError(f"held_back: expected 0 for an update, whose newest rows are valid's, got {augment.held_back}")
     since = None if options.since is None else seconds_of("since", options.since)
@@ -95,10 +100,21 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
         vary=augment.apply,
         watching=_watched,
         say=voice.note,
+        more={**_changed(augment), **_changed(options, "dtype")},
     )
-    if outcome.kept and outcome.after is not None and options.card:
-        _write_card(args.output_dir or options.model, dataset, outcome, (options, augment, args))
+    if outcome.kept and not outcome.repeated:
+        place = str(args.output_dir or options.model)
+        if outcome.after is not None and options.card:
+            _write_card(place, dataset, outcome, (options, augment, args))
+        else:
+            drop_measured(place)
     return outcome
+
+
+def _changed(options: Any, *names: str) -> dict[str, Any]:
+    """Options by name, of all or of ``names``, that do not have their default."""
+    fields = [field for field in dataclasses.fields(options) if not names or field.name in names]
+    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
 
 
 @contextlib.contextmanager

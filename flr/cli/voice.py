@@ -141,10 +141,11 @@ def fail(text: str) -> None:
 
 
 def table(title: str, *columns: str, text: int = 1) -> Table:
-    """A table whose first ``text`` columns are words, the others numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    """A table whose first ``text`` columns are words, the others numbers; title and heads are shown as they are."""
+    heading = Text(title, style="bold") if title else None
+    made = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(columns):
-        made.add_column(name, justify="left" if place < text else "right", overflow="fold")
+        made.add_column(Text(name), justify="left" if place < text else "right", overflow="fold")
     return made
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from flr.files import write_json, write_parquet
 
@@ -139,7 +140,7 @@ class EvalResult:
         table = Table(title=f"{rows}, by {level}; 95 % bootstrap intervals", **looks)
         table.add_column("metric")
         for result in results:
-            table.add_column(result.name, justify="right")
+            table.add_column(Text(result.name), justify="right")
         best = {m: max(r.metrics[level][m] for r in results) for m in metrics}
         for metric in metrics:
             cells = []

@@ -225,6 +225,8 @@ class UpdateConfig(SFTConfig):
     def _check_own(self) -> None:
         _check_flags(self, REFUSED_BY_UPDATE)
         Rewards.parse(self.rl_reward, "rl_reward")
+        options = ("rl_learning_rate", "rl_reward", "rl_group_size", "rl_likelihood_weight")
+        check_beside(self, dict.fromkeys(options, ("rl_steps", self.rl_steps > 0)))
         super()._check_own()
 
 
@@ -247,7 +249,7 @@ class LatentGRPOConfig(RecTrainingArguments):
     reward: str = option(
         "log_likelihood", "neg_perplexity, log_likelihood, hit@k, ndcg@k, mrr; several as name=weight,name=weight."
     )
-    reward_beams: int = option(20, "Beams of the rewards that decode (hit@k, ndcg@k, mrr).")
+    reward_beams: int = option(20, "Beams of the rewards that decode (hit@k, ndcg@k, mrr); at least k are used.")
     epsilon_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
     epsilon_high: float = option(0.2, "The ratio is clipped above 1 plus this.")
     num_iterations: int = option(1, "Optimizer steps on a batch, with its noise and rewards.")

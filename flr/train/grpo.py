@@ -143,7 +143,7 @@ class LatentGRPOTrainer(RecTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the users of the whole step here
         world = self.accelerator.num_processes
         self._block = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-        if len(train) < self._block and args.dataloader_drop_last:
+        if len(train) < self._block and (args.dataloader_drop_last or args.num_iterations > 1):
             raise ValueError(f"train: expected at least one batch of {self._block} users, got {len(train)} rows")
 
     def _batch(self, rows: list[Any]) -> dict[str, Any]:
@@ -326,7 +326,8 @@ class LatentGRPOTrainer(RecTrainer):
             raise ValueError(
                 "reward: expected a likelihood under FSDP and ZeRO-3, where decoding would gather at different times"
             )
-        lm, width, scoring = self.accelerator.unwrap_model(model), args.reward_beams, self.processor.scoring
+        lm, scoring = self.accelerator.unwrap_model(model), self.processor.scoring
+        width = max(args.reward_beams, min(self.rewards.longest_list, self.trie.num_items))
         ranks = None
         if out.prompts is not None:
             ranks = group_ranks(lm, out.prompts, self.trie, items, width, scoring)

@@ -56,7 +56,7 @@ NUMBERS: dict[str, Numbers] = {
     "rl_group_size": Numbers(2, whole=True),
     "rl_likelihood_weight": PROBABILITY,
     # latent GRPO's
-    "group_size": COUNT,
+    "group_size": Numbers(2, whole=True),
     "noise_scale": POSITIVE,
     "advantage_epsilon": NOT_NEGATIVE,
     "reward_beams": COUNT,

@@ -90,6 +90,12 @@ class Rewards:
         """Whether a term may ask for the ranks that constrained decoding gives."""
         return any(name not in LIKELIHOODS for name in self.terms)
 
+    @property
+    def longest_list(self) -> int:
+        """The largest k that a term looks at; 1 without one."""
+        cutoffs = [name.partition("@")[2] for name in self.terms if isinstance(name, str)]
+        return max((int(cutoff) for cutoff in cutoffs if cutoff), default=1)
+
     def of(self, inputs: RewardInputs) -> Tensor:
         """Rewards [B, G]."""
         batch, members, _ = inputs.logprobs.shape
@@ -137,7 +143,7 @@ class Rewards:
 
 def _check_name(name: str, option: str = "reward") -> None:
     metric, _, cutoff = name.partition("@")
-    ranking = (metric in ("hit", "ndcg") and cutoff.isdigit() and int(cutoff) > 0) or name == "mrr"
+    ranking = (metric in ("hit", "ndcg") and cutoff.isdecimal() and int(cutoff) > 0) or name == "mrr"
     if name not in LIKELIHOODS and not ranking:
         raise ValueError(f"{option}: expected {', '.join(LIKELIHOODS)}, mrr, hit@k or ndcg@k (=weight), got {name!r}")
 

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flr.files import PathLike, check_seal, read_json, write_json
+from flr.model.folder import UPDATE_NAME
 
 from .settings import check_same
 
@@ -130,14 +131,19 @@ def begin(output_dir: PathLike, settings: Mapping[str, Any], resume: str | bool 
         overwrite: delete what runs have left in ``output_dir`` first.
 
     Raises:
-        ValueError: ``output_dir`` or the checkpoint is of a run with other settings; names them. No whole checkpoint
-            where one was asked for.
+        ValueError: ``output_dir`` or the checkpoint is of a run with other settings; names them. ``output_dir`` holds
+            the model of an update. No whole checkpoint where one was asked for.
     """
     root = Path(output_dir)
     for rest in (root / STAGING, *root.glob(".checkpoint-*.old")):
         shutil.rmtree(rest, ignore_errors=True)
     if overwrite:
         _delete_run(root)
+    if (root / UPDATE_NAME).is_file():
+        raise ValueError(
+            f"output_dir: expected a folder whose model is no update's, got {root} with {UPDATE_NAME}. "
+            "Choose another output_dir, or delete what is there with --overwrite_output_dir true"
+        )
     word = "auto" if resume is None else str(resume).lower()
     start = Start()
     if word not in ("auto", *_TRUE, *_FALSE):
@@ -176,7 +182,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def _delete_run(root: Path) -> None:
     """Delete what a run writes, the record and the marks first, so that no rest passes for a model or a run."""
     kept = (LIKES_NAME, f"{VALID_NAME}/ranks.parquet", f"{VALID_NAME}/metrics.json")
-    for name in (RUN_NAME, *reversed(MARKS), STATE_NAME, *kept):
+    for name in (RUN_NAME, *reversed(MARKS), STATE_NAME, UPDATE_NAME, *kept):
         (root / name).unlink(missing_ok=True)
     for folder in checkpoints(root):
         discard(folder)

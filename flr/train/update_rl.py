@@ -37,6 +37,8 @@ def reinforcement(args: UpdateConfig, folder: Path, rows: int) -> LatentGRPOConf
     """The arguments of the steps on ``rows`` rows, whose run is in ``folder``."""
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * args.rl_steps))
+    decodes = Rewards.parse(args.rl_reward).may_decode
+    decoding: dict[str, Any] = {"reward_beams": args.eval_num_beams, "noise_target": _NOISE_TARGET} if decodes else {}
     return LatentGRPOConfig(
         **{name: getattr(args, name) for name in _SHARED},
         output_dir=str(folder),
@@ -46,13 +48,12 @@ def reinforcement(args: UpdateConfig, folder: Path, rows: int) -> LatentGRPOConf
         load_best_model_at_end=False,
         learning_rate=args.rl_learning_rate,
         reward=args.rl_reward,
-        reward_beams=args.eval_num_beams,
+        **decoding,
         group_size=args.rl_group_size,
         likelihood_weight=args.rl_likelihood_weight,
         likelihood_adaptive=True,
         kl_weight=_KL_WEIGHT,
         kl_target=_KL_TARGET,
-        noise_target=_NOISE_TARGET if Rewards.parse(args.rl_reward).may_decode else None,
         dataloader_drop_last=rows >= step,
     )
 

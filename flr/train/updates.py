@@ -27,7 +27,7 @@ from transformers import set_seed
 from flr.data import Augment, Interactions, RecDataset, RecProcessor
 from flr.data.growth import cut
 from flr.evaluate import EvalResult, evaluate
-from flr.files import check_seal, exclusive_folder, move_files, read_json, seal_folder, write_json
+from flr.files import check_seal, exclusive_folder, move_files, read_json, seal_folder, sha256, write_json
 from flr.model.backbone import causal_lm
 from flr.model.checkpoint import load_from
 from flr.model.fingerprint import model_fingerprint
@@ -84,6 +84,7 @@ def update(
     vary: Callable[[RecDataset, int, Interactions], tuple[Interactions, Augment]] | None = None,
     watching: Callable[[RecTrainer], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
     say: Callable[[str], None] = logger.info,
+    more: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Update a saved model, and put it into ``args.output_dir`` (default: its own folder) if it is not worse.
 
@@ -100,6 +101,7 @@ def update(
             mixture. Default: these as they are.
         watching: around the training, given the trainer.
         say: takes lines for the user.
+        more: what ``vary`` and ``loading`` go by, as plain values by name: a call with others is another update.
 
     Raises:
         ValueError: data that do not fit the model, an adapter whose items need new tokens, another process at work,
@@ -112,7 +114,7 @@ def update(
     output = Path(args.output_dir or model).resolve()
     work = output.parent / f".{output.name}.update"
     with _working(work):
-        job = _Job(model, revision, output, work, args, dataset, replay, share, since, say)
+        job = _Job(model, revision, output, work, args, dataset, replay, share, since, say, more or {})
         if (done := job.before_all()) is not None:
             return done
         return job.run(loading, vary, watching)
@@ -146,6 +148,7 @@ class _Job:
         share: float,
         since: float | None,
         say: Callable[[str], None],
+        more: Mapping[str, Any],
     ) -> None:
         self.model, self.revision, self.output, self.work, self.say = model, revision, output, work, say
         self.args, self.dataset, self.replay, self.share, self.since = args, dataset, replay, share, since
@@ -153,6 +156,7 @@ class _Job:
         digests = [[part.catalogue.digest(), rows_digest(part.train), rows_digest(part.valid)] for part in data]
         options = {name: value for name, value in args.to_dict().items() if name not in APART}
         asked = {"data": digests, "share": share, "since": since, "options": options}
+        asked |= {"more": dict(more)} if more else {}
         self.asked: dict[str, Any] = json.loads(json.dumps(asked, sort_keys=True, default=str))
 
     def before_all(self) -> Outcome | None:
@@ -167,7 +171,7 @@ class _Job:
         last = self._stored(self.output / UPDATE_NAME) if whole else None
         if last is not None and last.get("asked") == self.asked:
             same = self.output == Path(self.model).resolve() or self._fingerprint(self._source()) == last.get("before")
-            if same:
+            if same and last.get("weights", _weights(self.output)) == _weights(self.output):
                 return Outcome(True, str(last.get("why")), True, dict(last.get("facts", {})))
         return None
 
@@ -230,7 +234,8 @@ class _Job:
                 after = better
                 _, why, facts[METRIC] = decide(before, after, knows)
         trainer.save_model(str(self.work / _KEPT))
-        write_json(self.work / _KEPT / UPDATE_NAME, {**settings, "why": why, "facts": facts})
+        record = {**settings, "weights": _weights(self.work / _KEPT), "why": why, "facts": facts}
+        write_json(self.work / _KEPT / UPDATE_NAME, record)
         seal_folder(self.work / _KEPT)
         return dataclasses.replace(self._publish({"why": why, "facts": facts}), after=after)
 
@@ -328,6 +333,12 @@ def _sealed(folder: Path) -> bool:
     except (ValueError, OSError):
         return False
     return True
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model's files of weights by name: what was learned, whatever its answers are mixed with."""
+    forms = (form for form in MODEL_FILES if form.endswith("model*.safetensors"))
+    return {path.name: sha256(path) for form in forms for path in sorted(folder.glob(form))}
 
 
 def _linked(source: Path, target: Path) -> None:

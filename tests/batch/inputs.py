@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,8 @@ OPTIONS = {"k": 6, "num_beams": 10, "shard_size": 8}
 SHARDS = 6  # 30 and 16 users, at most 8 a shard
 
 
-def save_model(folder: Path) -> str:
-    build_recommender("sid").save_pretrained(folder)
+def save_model(folder: Path, **options: Any) -> str:
+    build_recommender("sid", **options).save_pretrained(folder)
     return str(folder)
 
 

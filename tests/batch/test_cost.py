@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-import flr
 from flr.batch.cost import Size, Work, cost, rates
 from flr.cli import main
-from tests.helpers.models import tiny_config, tiny_model
+from tests.helpers.models import tiny_config
 from tests.helpers.serving import save
 
 COMMITTED = Path(__file__).parents[2] / "bench/results"
@@ -70,6 +69,12 @@ def test_costs_rise_with_tokens_beams_factors_and_refinements(results):
         assert more[part] > parts[part], name
     assert cost(SIZE, replace(base, batch=8), found)["steps"] == pytest.approx(parts["steps"] / 2)
     assert cost(SIZE, replace(base, beams=40), found)["beams"] == pytest.approx(2 * parts["beams"])
+    full = replace(base, full=True)
+    parts, mixed = cost(SIZE, full, found), cost(SIZE, replace(full, mixed=2), found)
+    assert [round(mixed[part] / parts[part], 6) for part in ("prompt", "beams", "steps", "head")] == [1, 2, 1, 2]
+    second = cost(SIZE, replace(base, thoughts=2), found)
+    assert second["steps"] / parts["steps"] == pytest.approx(5 / 4)
+    assert second["thought"] == pytest.approx(2 * parts["thought"] + SIZE.beam_flops(128) / PROMPT)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
@@ -137,14 +142,31 @@ def test_a_saved_model_is_as_large_as_its_backbone(tmp_path, capsys):
     assert told["parameters"] == Size.of_config(config).parameters
 
 
-def test_a_mixture_s_beams_have_a_row_for_each_factor(tmp_path, capsys):
-    found = []
-    for aggregation in ("thought", "mixture"):
-        model = flr.patch_model(tiny_model(), num_factors=3, aggregation=aggregation)
-        model.save_pretrained(tmp_path / aggregation)
-        assert main(["plan", "--model", str(tmp_path / aggregation), "--json"]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    one, mixture = found
-    assert (one["rows"], mixture["rows"], mixture["beams"]) == (20, 60, 20)
-    assert mixture["parts"]["beams"] == pytest.approx(3 * one["parts"]["beams"])
-    assert mixture["parts"]["prompt"] == one["parts"]["prompt"]
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        ({"num_factors": 3, "aggregation": "mixture"}, {"K": 3, "N": 1, "mixed": 3}),
+        ({"num_factors": 3, "num_thoughts": 2}, {"K": 3, "N": 2, "mixed": 1}),
+        ({"variant": "anchor"}, {"K": 0, "N": 1, "mixed": 1}),
+        ({"variant": "none"}, {"K": 0, "N": 0, "mixed": 1}),
+    ],
+)
+def test_a_saved_model_is_planned_as_it_thinks_and_scores(tmp_path, capsys, thought, expected):
+    folder = save(tmp_path / "model", **thought)
+    file = folder / "processor_config.json"
+    saved = json.loads(file.read_text())
+
+    def planned(**processor):
+        file.write_text(json.dumps({**saved, **processor}))
+        assert main(["plan", "--model", str(folder), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    told = planned(scoring="catalogue")
+    assert {name: told[name] for name in expected} == expected
+    assert bool(told["parts"]["thought"]) == bool(expected["K"])
+    assert told["parts"]["head"] == 0
+    assert planned(scoring="full")["parts"]["head"] > 0
+    views = "the model's views"
+    assert not any(line.startswith(views) for line in told["extrapolated"])
+    seen = planned(views={"weight": 0.3, "decay": 0.6, "neighbours": 0.0})
+    assert any(line.startswith(views) for line in seen["extrapolated"])

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from flr.batch import BatchSettings, write_lists
+from flr.batch import BatchSettings, plan, write_lists
 from flr.batch.run import exclusive_folder
+from flr.batch.worker import Worker
 from flr.cli import main
 from flr.recommend import Recommender
 from tests.batch.inputs import OPTIONS, SHARDS, USERS, histories, read_lists, save_model, write_histories
@@ -124,6 +125,27 @@ def test_processes_give_the_same_and_one_that_dies_is_replaced(model, source, un
     assert done.failed == []
     assert read_lists(tmp_path / "out") == read_lists(undisturbed)
     assert not multiprocessing.active_children()
+
+
+def test_no_lists_are_made_of_a_model_that_has_taken_the_place_of_the_planned_one(model, source, tmp_path, monkeypatch):
+    """A worker loads it after the plan has looked at it; one that takes the place of a dead one, long after."""
+    place, other, look = tmp_path / "m", save_model(tmp_path / "other", num_factors=2), plan.look_at
+    shutil.copytree(model, place)
+    made = plan.Plan.make(str(place), [source], str(tmp_path / "out"), SETTINGS)
+
+    def replace_and_look(*given):
+        shutil.rmtree(place)
+        shutil.copytree(other, place)
+        return look(*given)
+
+    monkeypatch.setattr(plan, "look_at", replace_and_look)
+    for start in (
+        lambda: write_lists(str(place), [source], str(tmp_path / "out"), SETTINGS),
+        lambda: Worker(made, "cpu"),
+    ):
+        with pytest.raises(ValueError, match=r"model: expected the plan's, got another one in .*/m"):
+            start()
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 @pytest.mark.slow

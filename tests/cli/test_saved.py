@@ -136,6 +136,13 @@ def test_the_card_of_a_trained_model(start, tmp_path):
     assert main(["rl", *DATA, *TRAINING, *RL, "--model", str(start), "--output_dir", str(rl)]) == 0
     assert "`flr rl`" in (rl / "README.md").read_text()
     assert "someone" not in (rl / "README.md").read_text()
+    assert main(["evaluate", *DATA, "--model", str(rl), "--split", "test"]) == 0
+    assert {r.dataset_split for r in ModelCard.load(rl / "README.md").data.eval_results} == {"test", "valid"}
+    again = ["--model", str(start), "--output_dir", str(rl), "--overwrite_output_dir", "true", "--seed", "5"]
+    assert main(["rl", *DATA, *TRAINING, *RL, *again]) == 0
+    assert {r.dataset_split for r in ModelCard.load(rl / "README.md").data.eval_results} == {
+        "valid"
+    }  # of these weights
 
 
 def test_evaluate_brings_the_metrics_up_to_date(start, tmp_path, capsys):

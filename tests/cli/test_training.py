@@ -10,8 +10,9 @@ from flr.cli.on_ray import RayOptions
 from flr.cli.options import DataOptions
 from flr.cli.training import summarise
 from flr.config import FLRConfig
-from flr.data import planted_dataset
-from flr.train import SFTTrainer
+from flr.data import RecDataset, planted_dataset
+from flr.train import LatentGRPOTrainer, SFTTrainer
+from flr.train.base import RecTrainer
 
 
 def test_the_summary_has_length_and_speed_where_there_was_a_training():
@@ -45,16 +46,40 @@ def test_workers_on_a_cluster_are_a_number_beside_its_address(given, told):
     assert not RayOptions().elsewhere()
 
 
+SCRATCH = ["--hidden_size", "16", "--intermediate_size", "16", "--num_attention_heads", "2"]
+SHORT = ["--use_cpu", "true", "--max_steps", "1", "--load_best_model_at_end", "false", "--save_strategy", "no"]
+
+
 @pytest.mark.parametrize("strategy", ["no", "epoch"])
-def test_no_evaluation_means_none_at_the_end_either(tmp_path, monkeypatch, strategy):
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_no_evaluation_means_none_before_or_after_either(tmp_path, monkeypatch, capsys, command, strategy):
+    data = ["--planted_items", "20", "--planted_users", "40"]
+    argv = [command, *data, *SHORT, "--eval_strategy", strategy, "--output_dir", str(tmp_path / "run")]
+    if command == "rl":
+        assert main(["sft", *data, *SCRATCH, *SHORT, "--eval_strategy", "no", "--output_dir", str(tmp_path / "m")]) == 0
+        argv += ["--model", str(tmp_path / "m"), "--group_size", "2", "--metric_for_best_model", "eval_mrr"]
     ranked = []
-    rank = SFTTrainer._rank
-    monkeypatch.setattr(SFTTrainer, "_rank", lambda self, rows: (ranked.append(len(rows)), rank(self, rows))[1])
-    argv = ["sft", "--planted_items", "20", "--planted_users", "40", "--hidden_size", "16", "--intermediate_size", "16"]
-    argv += ["--num_attention_heads", "2", "--use_cpu", "true", "--max_steps", "1", "--eval_strategy", strategy]
-    argv += ["--load_best_model_at_end", "false", "--save_strategy", "no", "--output_dir", str(tmp_path)]
-    assert main(argv) == 0
-    assert bool(ranked) == (tmp_path / "valid").exists() == (strategy != "no")
+    rank = RecTrainer._rank
+    monkeypatch.setattr(RecTrainer, "_rank", lambda self, rows: (ranked.append(len(rows)), rank(self, rows))[1])
+    capsys.readouterr()
+    assert main([*argv, *(SCRATCH if command == "sft" else [])]) == 0
+    assert bool(ranked) == (tmp_path / "run" / "valid").exists() == (strategy != "no")
+    told = capsys.readouterr().out
+    assert ("Valid MRR: " in told) == ("TARGET_LOGPROB" in told) == (command == "rl" and strategy != "no")
+
+
+def test_without_valid_rows_the_evaluation_is_refused_before_the_first_step(tmp_path, monkeypatch, capsys):
+    whole = planted_dataset(num_items=20, num_users=40)
+    RecDataset(whole.catalogue, whole.train, whole.valid.select([]), whole.test, "short").save(tmp_path / "data")
+    data = ["--data", str(tmp_path / "data"), *SHORT]
+    assert main(["sft", *data, *SCRATCH, "--eval_strategy", "no", "--output_dir", str(tmp_path / "sft")]) == 0
+    rl = ["rl", *data, "--model", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "rl"), "--group_size", "2"]
+    assert main([*rl, "--eval_strategy", "no"]) == 0
+    for trainer in (SFTTrainer, LatentGRPOTrainer):
+        monkeypatch.setattr(trainer, "compute_loss", lambda *_, **__: pytest.fail("a step was made"))
+    for argv in (["sft", *data, *SCRATCH, "--output_dir", str(tmp_path / "other")], [*rl, "--seed", "5"]):
+        assert main([*argv, "--overwrite_output_dir", "true"]) == 1
+        assert "valid: expected rows to rank (or --eval_strategy no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

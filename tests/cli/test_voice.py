@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +16,7 @@ from rich.text import Text
 from flr.cli import COMMANDS, main, voice
 from flr.cli.compare import MODES
 from flr.cli.quickstart import REINFORCED
+from flr.evaluate import EvalResult
 from tests.helpers.serving import save
 
 DATA = ["--planted_items", "40", "--planted_users", "60"]
@@ -121,10 +123,19 @@ def test_a_terminal_has_one_live_line(tmp_path, monkeypatch):
 
 
 def test_titles_are_no_markup(capsys):
-    table = voice.table("[red]x[/red]", "item")
-    table.add_row(*voice.plain("[bold]Kind of Blue[/bold] [Remastered]"))
+    table = voice.table("After Blue [import] → [/b] Emma", "item", "[/dim] jazz")
+    table.add_row(*voice.plain("[bold]Kind of Blue[/bold] [Remastered]", ""))
     voice.result(table)
-    assert "[bold]Kind of Blue[/bold] [Remastered]" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for text in ("[bold]Kind of Blue[/bold] [Remastered]", "After Blue [import] → [/b] Emma", "[/dim] jazz"):
+        assert text in told
+
+
+def test_names_of_what_is_evaluated_are_no_markup(capsys):
+    ranks = {level: np.array([1]) for level in ("item", "title")}
+    found = EvalResult("runs [/v2]", ["u"], np.array([0]), ranks, np.array([[0]]), np.zeros((1, 1), np.float32), 1)
+    voice.result(found.table())
+    assert "runs [/v2]" in capsys.readouterr().out
 
 
 def test_what_the_package_logs_is_a_warning_in_the_same_voice(capsys, monkeypatch):

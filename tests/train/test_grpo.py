@@ -131,6 +131,14 @@ def test_ranks_behind_one_prompt_equal_those_of_repeated_prompts(tmp_path, codec
     assert not ours or codec != "id"
 
 
+@pytest.mark.parametrize("reward", ["hit@40", "hit@100000"])
+def test_beams_are_as_many_as_the_places_that_are_rewarded(tmp_path, reward):
+    """Of 40 items each is among the first 40, however few beams were asked for."""
+    train = grpo_trainer(tmp_path, "sid", reward=reward, reward_beams=2, max_steps=1, logging_steps=1)
+    train.train()
+    assert next(x["reward"] for x in train.state.log_history if "reward" in x) == 1
+
+
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 def test_iterations_on_a_batch(tmp_path, policy):
     """The second step on a batch has the first one's rewards, and a ratio that has moved."""
@@ -214,7 +222,7 @@ def test_reasoner_stays_in_float32(tmp_path):
     [
         ({"policy": "beams"}, "policy: expected one of thoughts, tokens"),
         ({"advantage": "ppo"}, "advantage: expected one of grpo"),
-        ({"group_size": 0}, "group_size: expected an integer >= 1, got 0"),
+        ({"group_size": 1}, "group_size: expected an integer >= 2, got 1"),  # nothing to compare a thought with
         ({"noise_scale": 0.0}, "noise_scale: expected a positive number"),
         ({"epsilon_low": -0.1}, "epsilon_low: expected a number >= 0"),
         ({"train_backbone": True}, "train_backbone: expected policy tokens"),
@@ -239,6 +247,9 @@ def test_unusable_models_and_data_are_refused(tmp_path):
         grpo_trainer(tmp_path, model=model, processor=processor)
     with pytest.raises(ValueError, match="train: expected at least one batch of 5000 users"):
         grpo_trainer(tmp_path, per_device_train_batch_size=5000)
+    repeated = {"num_iterations": 2, "dataloader_drop_last": False}  # whole batches all the same
+    with pytest.raises(ValueError, match="train: expected at least one batch of 5000 users"):
+        grpo_trainer(tmp_path, per_device_train_batch_size=5000, **repeated)
 
 
 def test_latentr3_variant_trains(tmp_path):

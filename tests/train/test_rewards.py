@@ -32,6 +32,8 @@ def test_rewards_are_weighted_sums():
     own = Rewards({"log_likelihood": 1.0, lambda x: x.logprobs[..., 0]: -1.0})
     torch.testing.assert_close(own.of(given), mean - given.logprobs[..., 0])
     assert ranking_reward(torch.zeros(2).long(), "mrr").tolist() == [0, 0]
+    with pytest.raises(ValueError, match="reward: expected neg_perplexity"):
+        Rewards.parse("hit@²")  # a digit and no number
     with pytest.raises(ValueError, match=r"reward: expected \[2, 3\] of a function"):
         Rewards({lambda x: x.logprobs: 1.0}).of(given)
 

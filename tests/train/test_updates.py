@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from flr.cli import main
 from flr.cli.update import NOT_KEPT
@@ -105,6 +106,11 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def measured_splits(folder) -> set[str]:
+    """Of which splits the model's card has metrics."""
+    return {result.dataset_split for result in ModelCard.load(folder / "README.md").data.eval_results or ()}
+
+
 def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -180,8 +186,37 @@ def test_the_same_update_is_done_once_and_a_reload_finds_it(models, tmp_path, ca
     assert main(["update", *options]) == 0
     assert "has learned these rows before; nothing to do" in capsys.readouterr().err
     assert same(weights(model), learned)
-    assert main(["update", *options, "--seed", "7"]) == 0  # another update
-    assert not same(weights(model), learned)
+    old = ["evaluate", "--model", str(model), "--data", str(models / "new"), "--split", "train"]
+    for other in (["--seed", "7"], ["--augment_reverse", "0.9"], ["--dtype", "bfloat16"]):  # another update
+        assert main(old) == 0
+        assert "train" in measured_splits(model)
+        card = other[0] != "--seed"
+        assert main(["update", *options, *other, "--card", str(card)]) == 0
+        assert measured_splits(model) == ({"valid"} if card else set())  # not those of other weights
+        assert "has learned these rows before" not in capsys.readouterr().err
+        assert not same(weights(model), learned)
+        learned = weights(model)
+
+
+def test_the_run_that_a_model_is_of_ends_with_its_update(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    model = tmp_path / "model"
+    run = ["sft", "--data", str(models / "old"), "--output_dir", str(model), *SFT, *SMALL, "--max_steps", "2"]
+    run += ["--codec", "id", "--variant", "anchor"]
+    update = ["update", "--model", str(model), "--data", str(models / "new"), *SFT, *UPDATE]
+    assert main(run) == main(update) == main(["report", str(model)]) == 0
+    assert "finished; its model was updated since" in (model / "report.html").read_text()
+    learned = weights(model)
+    assert main(run) == 1  # neither the end of that run nor a place to put it
+    assert "output_dir: expected a folder whose model is no update's" in capsys.readouterr().err
+    assert same(weights(model), learned)
+    assert main([*run, "--overwrite_output_dir", "true"]) == 0
+    assert main(update) == 0  # whose rows the new model has not learned
+    assert "has learned these rows before" not in capsys.readouterr().err
+    assert same(weights(model), learned)
+    save_file({name: 2 * tensor for name, tensor in learned.items()}, model / "model.safetensors", {"format": "pt"})
+    assert main(update) == 0  # nor this one
+    assert "has learned these rows before" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_updated_is_refused(models, tmp_path, capsys):
@@ -308,6 +343,13 @@ def test_reinforcement_takes_the_newest_rows_and_is_compared_on_all_that_decide(
     assert sorted(train.timestamps) == sorted(split()[1].train.timestamps)[-32:]
 
 
+def test_a_likelihood_is_a_reward_whatever_the_beams_of_the_evaluation(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
+    status, record = updated(models, "sid", tmp_path, *RL, "--rl_reward", "log_likelihood", "--eval_num_beams", "8")
+    assert status == 0
+    assert record["facts"]["rl"]["steps"] == 3
+
+
 def test_a_kill_while_it_is_reinforced_ends_at_the_same_weights(models, tmp_path, monkeypatch):
     monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
     monkeypatch.setattr("flr.train.update_rl.decide", lambda *_: (True, "kept: a test says so", {"all": {}}))
@@ -349,6 +391,7 @@ def test_what_cannot_be_reinforced_is_refused_before_anything_is_learned(models,
         (models / "sid", [*RL, "--rl_group_size", "1"], "rl_group_size: expected an integer >= 2, got 1"),
         (models / "sid", [*RL, "--rl_likelihood_weight", "2"], "rl_likelihood_weight: expected a number in [0, 1]"),
         (models / "sid", [*RL, "--rl_reward", "luck"], "luck"),
+        (models / "sid", ["--rl_reward", "mrr"], "rl_reward: expected rl_steps beside it"),
     ):
         assert updated(models, "sid", tmp_path, *options, model=model) == (1, {})
         assert expected in capsys.readouterr().err
