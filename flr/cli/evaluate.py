@@ -29,7 +29,9 @@ class EvaluateOptions(InferenceOptions):
     max_users: int | None = option(None, "Evaluate on that many rows only, evenly spread. Default: all.")
     output: str | None = option(None, "Folder for metrics.json and per-user ranks.parquet.")
     batch_size: int = option(64, "Users at a time; no influence on results.")
-    num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
+    num_beams: int = option(
+        20, "Beams, for codecs of several tokens an item; with fewer than k, metrics at k miss items."
+    )
     scoring: str = option("auto", "full, catalogue, or auto: what probabilities are normalised over.")
     method: str = option("auto", "auto, beam or exhaustive (every item scored).")
     exclude_seen: bool = option(False, "Never recommend an item of the history.")

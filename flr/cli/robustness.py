@@ -35,7 +35,9 @@ class RobustnessOptions(InferenceOptions):
     kinds: str = option(",".join(KINDS), f"Some of {', '.join(KINDS)}.")
     severities: str = option("0.2,0.5,0.8", "Shares of a history that are damaged, 0..1.")
     max_users: int | None = option(None, "Rank that many rows of the split only, evenly spread. Default: all.")
-    num_beams: int = option(20, "Beams, for codecs of several tokens an item.")
+    num_beams: int = option(
+        20, "Beams, for codecs of several tokens an item; with fewer than k, metrics at k miss items."
+    )
     batch_size: int = option(128, "Users at a time; no influence on results.")
     baselines: bool = option(True, "Rank by item-kNN, too.")
     damage_seed: int = option(0, "Seed of the damage, which is the same for all models.")

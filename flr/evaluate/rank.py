@@ -78,7 +78,7 @@ def evaluate(
         model: patched or plain causal LM. processor: its RecProcessor. interactions: the rows, e.g. ``dataset.test``.
         batch_size: users at a time, fewer where B·W·V logits would take more than 256 MiB, or B·C scores of all items
             more than that; results stay the same.
-        num_beams: W of the beam search.
+        num_beams: W of the beam search; with fewer than k, metrics at k miss items.
         scoring: "full" or "catalogue", see :mod:`flr.decode`; "auto" takes the processor's, that of training.
         method: "exhaustive" scores every item, so every target has its exact rank; "beam" ranks what a beam search
             gives, other targets have rank 0; "auto" is exhaustive where items are single tokens (one step answers).

@@ -92,7 +92,9 @@ class RecTrainingArguments(TrainingArguments):
         "start anew; or the folder of a checkpoint. Of a run with the same settings alone.",
     )
     overwrite_output_dir: bool = option(False, "Delete what an earlier run left in output_dir, and start anew.")
-    eval_num_beams: int = option(20, "Beams of the evaluation after every epoch.")
+    eval_num_beams: int = option(
+        20, "Beams of the evaluation after every epoch; with fewer than k, metrics at k miss items."
+    )
     eval_max_users: int | None = option(None, "Evaluate on that many users only, evenly spread. Default: all.")
     train_sampling_strategy: str = option(
         "random",
