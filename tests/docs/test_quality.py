@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flr.evaluate.metrics import row_metrics
@@ -124,6 +125,20 @@ def test_tables_of_a_part_are_of_the_ranks_that_are_kept(part):
     for line in lines:
         own, ranks = tables[line["tags"]["data"]][line["variant"]], read_ranks(folder, line)["test"]
         assert dict(own["each"])[line["seed"]] == pytest.approx(row_metrics(ranks)["ndcg@10"].mean())
+
+
+def test_the_mixture_needs_three_factors_by_other_kinds_and_the_sum_one():
+    mixture, one_sum = (
+        read_json(ROOT / f"docs/results/factors_instruments_{name}.json", 1 << 22) for name in ("mixture", "sum")
+    )
+    assert (mixture["enough"], one_sum["enough"]) == (3, 1)
+    lows, highs = ([interval[end] for interval in mixture["without"]] for end in (1, 2))
+    assert min(lows[:3]) > 0 > highs[3]
+    many = np.array(mixture["rows"]) >= 30
+    by_kind, of_sum = (np.array(found["by_kind"])[:, many] for found in (mixture, one_sum))
+    assert set(by_kind.argmax(0)) >= {0, 1, 2}
+    assert of_sum.max() < 0.05 < 0.2 < by_kind[:3].max(1).min()
+    assert one_sum["path"][-1][1][2] < 0  # better with one alone
 
 
 def test_on_cds_all_models_are_level_with_each_other_and_with_both_tables():
