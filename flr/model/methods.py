@@ -10,9 +10,18 @@ from typing import Any
 class Method:
     """A function bound to a model as an attribute of that instance; unlike a bound method it pickles and copies."""
 
-    def __init__(self, function: Callable[..., Any], model: Any, like: Callable[..., Any] | None = None) -> None:
-        """``like`` is the class's function whose signature callers shall see; that of ``function`` if None."""
-        self.__func__, self.__self__, self.like = function, model, like
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        model: Any,
+        like: Callable[..., Any] | None = None,
+        more: Callable[..., Any] | None = None,
+    ) -> None:
+        """``like`` is the class's function whose signature callers shall see; that of ``function`` if None.
+
+        ``more`` is one whose parameters they shall see beside these, which ``function`` takes as ``**kwargs``.
+        """
+        self.__func__, self.__self__, self.like, self.more = function, model, like, more
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
@@ -20,7 +29,16 @@ class Method:
     @property
     def __signature__(self) -> inspect.Signature:  # what Trainer and generate look at
         signature = inspect.signature(self.like or self.__func__)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        _, *parameters = signature.parameters.values()
+        if self.more is not None:
+            others = list(inspect.signature(self.more).parameters.values())[1:]
+            taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            parameters[-1:-1] = [
+                x.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+                for x in others
+                if x.name not in signature.parameters and x.kind in taken
+            ]
+        return signature.replace(parameters=parameters)
 
 
 def add_hooks(model: Any, before: Callable[..., Any], after: Callable[..., Any]) -> list[int]:

@@ -179,7 +179,7 @@ def _patch(model: Any, tokenizer: PreTrainedTokenizerBase | None, config: FLRCon
     )
     model.__dict__["_flr_patch"] = patch
     for name, function in _REPLACED.items():
-        setattr(model, name, Method(function, model))
+        setattr(model, name, Method(function, model, more=type(model).forward if name == "forward" else None))
     base.forward = Method(flr_base_forward, base, like=type(base).forward)
     base.__dict__["_flr_owner"] = model  # not as a submodule
     # An attribute of the class in most families, absent in some, and in none from transformers 5.24 on.

@@ -3,6 +3,8 @@
 The scripts know nothing of thoughts: prompts, collator, trainer and decoding are as anybody has them.
 """
 
+import inspect
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -177,3 +179,16 @@ def test_prefix_tuning_says_that_there_would_be_no_thought():
     with pytest.raises(ValueError, match="past_key_values: expected no tokens in the cache in training"):
         model(**batch)
     assert model(**batch, insert_thought=False).loss.isfinite()
+
+
+def test_columns_of_the_model_s_own_inputs_reach_it(tokenizer, tmp_path):
+    """Trainer passes on what the signature names; what a patch does not take is refused, and not left out."""
+    model = flr.patch_model(tiny_model("gpt2", vocab_size=len(tokenizer)), tokenizer)
+    names = inspect.signature(model.forward).parameters
+    assert set(inspect.signature(type(model).forward).parameters) - {"self"} <= set(names)
+    assert list(names)[-1] == "kwargs"
+    ids = tokenizer(ROWS[0]["prompt"])["input_ids"]
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]], "token_type_ids": [0] * len(ids), "group": 1}] * 4
+    trainer = Trainer(model, arguments(TrainingArguments, tmp_path), train_dataset=rows)
+    with pytest.raises(ValueError, match="token_type_ids: expected"):
+        trainer.train()
