@@ -116,14 +116,20 @@ def check_numbers(options: Any, table: Mapping[str, Numbers]) -> None:
             raise ValueError(f"{name}: expected {taken}, got {value!r}")
 
 
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Options by name, of all or of ``names``, that are not as by default."""
+    fields = [field for field in dataclasses.fields(options) if not names or field.name in names]
+    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
+
+
 def check_beside(options: Any, needed: Mapping[str, tuple[str, bool]]) -> None:
     """ValueError for the first option that is not as by default and has no effect without another.
 
     ``needed``: by its name, what the option needs, and whether that is there.
     """
-    for name, (what, there) in needed.items():
-        value = getattr(options, name)
-        if not there and value != type(options).__dataclass_fields__[name].default:
+    for name, value in given(options, *needed).items():
+        what, there = needed[name]
+        if not there:
             raise ValueError(f"{name}: expected {what} beside it, got {value!r} alone")
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flr.config import SHARE, Numbers, check_numbers, option
+from flr.config import SHARE, Numbers, check_numbers, given, option
 
 from . import voice
 from .options import AugmentOptions, check_option, in_words
@@ -100,7 +99,7 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
         vary=augment.apply,
         watching=_watched,
         say=voice.note,
-        more={**_changed(augment), **_changed(options, "dtype")},
+        more={**given(augment), **given(options, "dtype")},
     )
     if outcome.kept and not outcome.repeated:
         place = str(args.output_dir or options.model)
@@ -109,12 +108,6 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
         else:
             drop_measured(place)
     return outcome
-
-
-def _changed(options: Any, *names: str) -> dict[str, Any]:
-    """Options by name, of all or of ``names``, that do not have their default."""
-    fields = [field for field in dataclasses.fields(options) if not names or field.name in names]
-    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
 
 
 @contextlib.contextmanager

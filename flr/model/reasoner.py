@@ -105,13 +105,12 @@ class Reasoner(nn.Module):
         super().__init__()
         self.hidden_size = hidden_size
         self.config = config
-        self.measured(config.input_scale)
+        self.take_unit()
 
-    def measured(self, scale: float | None) -> None:
-        """Take ``scale`` as ``config.input_scale``."""
-        self.config.input_scale = scale
+    def take_unit(self) -> None:
+        """Go by ``config.input_scale``, which has been set."""
         # as text: a number that two models have differently is a symbol to a compiler, whose guards round its products
-        self._unit = repr(float(scale or 1.0))
+        self._unit = repr(float(self.config.input_scale or 1.0))
 
     @property
     def unit(self) -> float:

@@ -340,8 +340,8 @@ def find_traits(model: Any, patch: Any, scale: bool) -> None:
         if scale and config.input_scale is None:
             sample = table(torch.arange(min(len(table.weight), 4096), device=found.ids.device)).float()
             config.input_scale = float(sample.square().mean().sqrt()) or 1.0
-            if hasattr(model, "flr"):
-                model.flr.measured(config.input_scale)
+            if config.has_reasoner:
+                model.flr.take_unit()
         if scale and config.variant in ("flr", "offsets"):
             thought = model.flr(found.whole).thought.float()
             size = max(float(thought.square().mean().sqrt()), 1e-12)

@@ -81,14 +81,14 @@ class RecTrainer(Trainer):
         check_trainable(model)
         if args.deepspeed:
             check_dtypes(model)
-        if args.eval_strategy != "no" and not len(valid or ()):
-            wanted = "rows to rank (or --eval_strategy no, --load_best_model_at_end false), got none"
-            raise ValueError(f"valid: expected {wanted}")
+        if args.eval_strategy != "no" and not valid:
+            wanted = "rows to rank (or --eval_strategy no, --load_best_model_at_end false)"
+            raise ValueError(f"valid: expected {wanted}, got none")
         self.processor = processor
         processor.fit_positions(position_limit(causal_lm(model).config))
         processor.kept(train.histories)  # says what will be left out, once and before the first step
         self._best_result: EvalResult | None = None
-        self.valid = valid.spread(args.eval_max_users) if valid is not None and len(valid) else None
+        self.valid = valid.spread(args.eval_max_users) if valid else None
         self.trie = CatalogueTrie.from_codec(processor.item_codec)
         self.step_loss: Any = 0.0  # of the micro-batches since somebody set it to zero
         self.catalogue_loss = CatalogueLoss(self.trie) if processor.scoring == "catalogue" else None
