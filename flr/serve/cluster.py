@@ -90,6 +90,9 @@ class Cluster:
     def announce(self, more: int) -> None:
         """The replicas know best what is on its way to them."""
 
+    def check_room(self) -> None:
+        """And whether they have room for it."""
+
     async def answer(self, scope: Any, body: bytes) -> Reply:
         """A replica's answer to a request of the middleware; ``Unanswered`` where none gives one in time."""
         trace: Trace = scope["flr"]

@@ -37,7 +37,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .metrics import Metrics
-from .middleware import Trace, problem
+from .middleware import MAX_HEAD, Trace, problem
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
@@ -136,11 +136,26 @@ class Connections:
         logger.warning("connections were ended", extra={"fields": told})
 
 
+class _Joined(h11.Connection):
+    """h11's, which gives the head of an answer together with what follows it: one system call, one packet."""
+
+    _head = b""
+
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
+        output = super().send(event)
+        if isinstance(event, h11.Response):
+            self._head, output = output or b"", b""
+        elif self._head and output is not None:
+            self._head, output = b"", self._head + output
+        return output
+
+
 class Connection(H11Protocol):
     """uvicorn's protocol with a deadline in every state. Args: as uvicorn's, and ``shared``, all connections."""
 
     def __init__(self, *args: Any, shared: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn = _Joined(h11.SERVER, MAX_HEAD)
         self.shared = shared
         self._state: State | None = None
         self._half_closed = False

@@ -6,7 +6,8 @@ starts when it is full, when no other request is announced (received, but not in
 waited ``max_wait_ms``; so a request alone never waits, and while the worker is busy the next batch fills by itself. The
 oldest waiting request is always in the next batch, so no kind of request starves another.
 
-    full queue           QueueFull, at once; with the time after which there should be room, from the measured rate
+    full queue           QueueFull, at once; with the time after which there should be room, from the measured rate.
+                         What is announced has its place, so what is read and understood is not refused afterwards
     deadline passes      DeadlineExceeded, at once; one that waits is dropped, one that is being computed is answered
     caller is cancelled  the request is dropped if it still waits
     a batch fails        its requests are computed one by one, so that one bad request does not fail the others
@@ -168,10 +169,10 @@ class Engine:
             self._arrived.set()
 
     def check_room(self) -> None:
-        """Raise ``QueueFull`` when it is."""
-        if self._waiting >= self.settings.max_queue:
+        """Raise ``QueueFull`` where no place is left beside those that wait and those that are announced."""
+        if self._waiting + self._announced >= self.settings.max_queue:
             self.metrics.dropped.labels("full").inc()
-            ahead = self._waiting + self._computing
+            ahead = self._waiting + self._announced + self._computing
             wait = math.ceil(ahead / self._rate) if self._rate else 1
             raise QueueFull(min(max(wait, 1), _LONGEST_RETRY))
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from .engine import QueueFull
 from .metrics import Metrics
 from .settings import Settings, token_digest
 
@@ -59,6 +60,8 @@ class Core(Protocol):
     def alive(self) -> bool: ...
 
     def announce(self, more: int) -> None: ...
+
+    def check_room(self) -> None: ...
 
     async def ready(self) -> bool: ...
 
@@ -142,6 +145,7 @@ class Middleware(Generic[CoreT]):
                 self._check(scope, headers)
                 body = await self._body(headers, receive)
                 if batched:
+                    self._check_room()
                     trace.announced = True
                     self.engine.announce(1)
                 await self._run(scope, body, receive, answer)
@@ -171,6 +175,13 @@ class Middleware(Generic[CoreT]):
         if trace.announced:
             trace.announced = False
             self.engine.announce(-1)
+
+    def _check_room(self) -> None:
+        """Raise ``Refused`` where the queue is full, before anything is spent on a request that comes to nothing."""
+        try:
+            self.engine.check_room()
+        except QueueFull as full:
+            raise Refused(429, str(full), {"retry-after": str(full.retry_after)}) from None
 
     def _check(self, scope: Any, headers: dict[bytes, list[bytes]]) -> None:
         """Raise ``Refused`` unless host, token and content type are in order."""

@@ -201,7 +201,6 @@ async def _answer(
     trace = _trace(request)
     if engine.settings.log_histories:
         trace.fields["history"] = body.history
-    engine.check_room()
     model = engine.model
     query, unknown = await asyncio.to_thread(_query, model.recommender, body)
     job = Job(

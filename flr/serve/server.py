@@ -22,7 +22,7 @@ from flr.recommend import Recommender
 
 from .app import create_app, load
 from .connections import ACCEPTED_AT_ONCE, Connection, Connections, connection_limit
-from .middleware import MAX_HEAD, Middleware
+from .middleware import Middleware
 from .scaling import Scaling
 from .settings import Settings
 
@@ -222,5 +222,4 @@ def _config(app: Middleware[Any], settings: Settings, connections: Connections) 
         backlog=ACCEPTED_AT_ONCE,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=settings.drain_timeout_s,
-        h11_max_incomplete_event_size=MAX_HEAD,
     )

@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.serving import Process, save, serving
 
 uvicorn = pytest.importorskip("uvicorn")
+import h11  # noqa: E402
 from uvicorn.server import ServerState  # noqa: E402
 
 from flr.serve import Settings  # noqa: E402
@@ -80,6 +81,29 @@ def run(test, limit=50, **settings):
             server.close()
 
     asyncio.run(whole())
+
+
+def test_the_head_of_an_answer_goes_with_what_follows_it():
+    ours = module._Joined(h11.SERVER)
+    for asked, events in (
+        (GET, [h11.Data(data=b"ab"), h11.Data(data=b"c"), h11.EndOfMessage()]),
+        (GET.replace(b"GET", b"HEAD"), [h11.EndOfMessage()]),
+        (GET, [h11.InformationalResponse(status_code=100, headers=[]), h11.Data(data=b"abc"), h11.EndOfMessage()]),
+    ):
+        ours.receive_data(asked)
+        while ours.next_event() is not h11.PAUSED and ours.their_state is not h11.DONE:
+            pass
+        written = []
+        if isinstance(events[0], h11.InformationalResponse):
+            written.append(ours.send(events.pop(0)))
+            assert written.pop().startswith(b"HTTP/1.1 100")
+        assert ours.send(h11.Response(status_code=200, headers=[("content-length", "3")])) == b""
+        written = [ours.send(event) for event in events]
+        body = b"ab" if len(events) == 3 else b"abc" if len(events) == 2 else b""
+        assert written[0].startswith(b"HTTP/1.1 200")
+        assert written[0].endswith(b"\r\n\r\n" + body)
+        assert b"".join(written[1:]) == (b"c" if len(events) == 3 else b"")
+        ours.start_next_cycle()
 
 
 async def opened(server, message=b""):

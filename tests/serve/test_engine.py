@@ -136,6 +136,11 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(gated):
         assert engine.metrics.registry.get_sample_value("flr_queue_depth") == 0
         assert engine._rate > 0.5
         engine.check_room()
+        engine.announce(5)  # each of these has a place
+        with pytest.raises(QueueFull):
+            engine.check_room()
+        engine.announce(-1)
+        await engine.submit(job(engine, [0]))
 
     run(recommender, test, max_queue=5)
 

@@ -88,6 +88,36 @@ def test_token_settings(tmp_path, monkeypatch, tokens):
             Settings(**arguments)
 
 
+def test_a_full_queue_refuses_before_anything_is_understood(recommender, monkeypatch):
+    """What is on its way has a place, and gives it back where the request was wrong."""
+
+    async def test(client):
+        engine, reached = client.gate.engine, []
+        application = client.gate.fastapi
+
+        async def counted(scope, receive, send):
+            reached.append(scope["path"])
+            await application(scope, receive, send)
+
+        monkeypatch.setattr(client.gate, "fastapi", counted)
+        for _ in range(3):  # as many wrong ones as wanted take no place for good
+            assert (await client.post("/v1/recommend", json={"history": ["no such item"]})).status_code == 422
+        assert reached == ["/v1/recommend"] * 3
+        engine.announce(2)
+        for path in ("/v1/recommend", "/v1/explain"):
+            reply = await client.post(path, content=b"{", headers={"content-type": "application/json"})
+            assert reply.status_code == 429
+            assert 1 <= int(reply.headers["retry-after"]) <= 60
+            assert "too many requests wait" in reply.json()["error"]
+        assert reached == ["/v1/recommend"] * 3
+        assert metric(client, "flr_dropped_total", reason="full") == 2
+        assert (await client.get("/health")).status_code == 200
+        engine.announce(-2)
+        assert (await client.post("/v1/recommend", json={"history": ["item_1"]})).status_code == 200
+
+    with_client(recommender, test, max_queue=2)
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [
