@@ -10,8 +10,10 @@ from torch import nn
 
 from flr.files import naming, read_json
 
-from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_shapes
+from .backbone import is_patched
+from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, is_adapter, weight_shapes
 from .gguf import GGUF_KEY
+from .saved_config import write_config
 from .trained_rows import rows_alone
 
 _PREFIX = "base_model.model."  # of names of weights that PEFT writes
@@ -100,6 +102,12 @@ def keep_rows_alone(model: Any) -> Any:
         rows_alone(model)
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
     return model
+
+
+def write_beside(folder: Path, model: Any) -> None:
+    """Write config.json of the patched ``model`` beside an adapter in ``folder``: PEFT names the base model alone."""
+    if is_adapter(folder) and is_patched(model):
+        write_config(folder / CONFIG, model.config, model.config.flr)
 
 
 def merged(model: Any) -> Any:
