@@ -24,13 +24,13 @@ from flr.files import check_seal, exclusive_folder, move_files, place_folder, re
 from flr.model.adapter import write_beside
 from flr.model.backbone import causal_lm, may_look, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
+from flr.model.folder import MODEL_FILES
 
 from .factors import tracing
 from .finite import LateLook, check_finite, check_trainable, loss_fault, norm_fault, rows_at_fault
 from .prompts import keeping_prompts
 from .run_folder import (
     MARKS,
-    MODEL_FILES,
     RUN_NAME,
     STAGING,
     STATE_NAME,
