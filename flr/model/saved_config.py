@@ -18,6 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from flr.config import FLRConfig
 from flr.files import atomic_file, read_json
 
+from .adapter_mark import mark
 from .folder import CONFIG
 
 REMEDY = "pip install flr, then import flr"
@@ -161,5 +162,6 @@ def flr_save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: An
         self._flr_patch.original(self, "save_pretrained")(save_directory, *args, **kwargs)
         if getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True):
             to_json_file(Path(save_directory) / CONFIG)  # beside an adapter, where transformers writes none
+            mark(Path(save_directory), self)
     finally:
         config.__dict__.pop("to_json_file", None)
