@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import attribute
 from flr.explain.thinking import ThinkingPrompts, think
+from flr.model.adapter import write_beside
 from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, placed, position_limit
 from flr.model.checkpoint import load_from
 
@@ -135,6 +137,7 @@ class Recommender(QueryBuilder):
         model: Any = self.model
         with self._lock:
             model.save_pretrained(directory)
+            write_beside(Path(directory), causal_lm(model))
             self.processor.save_pretrained(directory)
 
     def push_to_hub(
