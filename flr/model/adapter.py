@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,19 @@ def keep_rows_alone(model: Any) -> Any:
         rows_alone(model)
         model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
     return model
+
+
+@contextlib.contextmanager
+def without_card(model: Any) -> Iterator[None]:
+    """Saves of ``model`` in the block write no card of PEFT's: a form to fill in, with the base model's folder."""
+    adapted = hasattr(model, "create_or_update_model_card")
+    if adapted:
+        model.__dict__["create_or_update_model_card"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if adapted:
+            del model.__dict__["create_or_update_model_card"]
 
 
 def write_beside(folder: Path, model: Any) -> None:
