@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,19 @@ def _save(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     if is_patched(lm := causal_lm(model)) and kwargs.get("is_main_process", True):
         for name in model.peft_config:
             mark(Path(save_directory) / ("" if name == "default" else name), lm)
+
+
+@contextlib.contextmanager
+def without_card(model: Any) -> Iterator[None]:
+    """Saves of ``model`` in the block write no card of PEFT's: a form to fill in, with the base model's folder."""
+    adapted = hasattr(model, "create_or_update_model_card")
+    if adapted:
+        model.__dict__["create_or_update_model_card"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if adapted:
+            del model.__dict__["create_or_update_model_card"]
 
 
 def write_beside(folder: Path, model: Any) -> None:

@@ -21,7 +21,7 @@ from flr.data import EpochSampler, InteractionDataset, Interactions, LengthGroup
 from flr.decode import CatalogueTrie
 from flr.evaluate import EvalResult, evaluate
 from flr.files import check_seal, exclusive_folder, move_files, place_folder, read_json, seal_folder
-from flr.model.adapter import write_beside
+from flr.model.adapter import without_card, write_beside
 from flr.model.backbone import causal_lm, may_look, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
 from flr.model.folder import MODEL_FILES
@@ -335,7 +335,7 @@ class RecTrainer(Trainer):
             in_main(self.args, lambda: check_finite(weights, step))
         else:
             check_finite(weights, step)
-        with contextlib.nullcontext() if _internal_call else writing(target):
+        with contextlib.nullcontext() if _internal_call else writing(target), without_card(model):
             if self.args.should_save and not _internal_call:
                 shutil.rmtree(staging, ignore_errors=True)
             if sharded:

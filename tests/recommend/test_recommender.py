@@ -238,6 +238,7 @@ def test_an_adapter_is_saved_with_what_it_is_read_by(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["flr"], init_lora_weights=False)
     adapted = Recommender(peft.get_peft_model(model, config).eval(), recommender.processor)
     adapted.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "README.md").exists()
     loaded = Recommender.from_pretrained(tmp_path / "adapter")
     assert type(loaded.model) is type(adapted.model)
     for a, b in zip(loaded.recommend(HISTORIES, k=3), adapted.recommend(HISTORIES, k=3), strict=True):
