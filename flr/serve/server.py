@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import logging
 import signal
@@ -162,6 +163,8 @@ def run(settings: Settings, scaling: Scaling | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # a log of JSON lines
     for loud in ("uvicorn", "httpx", "ray"):
         logging.getLogger(loud).setLevel(logging.WARNING)
+    gc.collect()
+    gc.freeze()  # else every few thousand requests all wait while what was imported is looked through
     token, _ = settings.tokens()
     bound = bind(settings.host, settings.port)
     with bound:
@@ -192,13 +195,12 @@ def _application(settings: Settings, scaling: Scaling | None) -> Iterator[Middle
         return
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    served = [load(settings)]
 
     def again() -> Recommender:
-        served[0] = load(settings, served[0])
-        return served[0]
+        return load(settings, app.engine.model.recommender)
 
-    yield create_app(served[0], settings, again)
+    app = create_app(load(settings), settings, again)
+    yield app
 
 
 def _limit(wanted: int) -> int:
