@@ -35,7 +35,7 @@ from flr.recommend.query import Query
 from flr.recommend.results import Explanation, Recommendation
 
 from .metrics import Metrics
-from .search import ItemSearch
+from .search import Hits, ItemSearch
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
@@ -72,6 +72,7 @@ class Loaded:
         """Build what is built at first use, and run a request of each kind; ``before`` may have the same catalogue."""
         catalogue, beams, scoring = recommender.processor.catalogue, settings.num_beams, settings.scoring
         catalogue.lookup("\0")
+        recommender.selection(where=dict.fromkeys(catalogue.attributes, ()))
         recommender.recommend([[]], k=1, num_beams=beams, scoring=scoring)  # type: ignore[arg-type]
         recommender.explain(catalogue.item_ids[:1], k=1, num_beams=beams)
         same = before is not None and before.recommender.processor.catalogue is catalogue
@@ -146,6 +147,7 @@ class Engine:
         """Begin to take jobs from the queue; call it on the event loop. After :meth:`close` it may be started again."""
         self._arrived = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, "flr-model")
+        self._searcher = ThreadPoolExecutor(1, "flr-search")  # of its own: what else runs in threads must not wait
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(_stopped)
 
@@ -164,6 +166,7 @@ class Engine:
                 await self._task
             self._task = None
             self._worker.shutdown(wait=True)
+            self._searcher.shutdown(wait=True, cancel_futures=True)
 
     def announce(self, more: int) -> None:
         """A request is on its way (1), or it has come or gone (-1)."""
@@ -200,6 +203,10 @@ class Engine:
             raise
         finally:
             timer.cancel()
+
+    async def search(self, model: Loaded, words: str) -> Hits:
+        """Items by parts of their titles or ids."""
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, model.search, words)
 
     async def ready(self) -> bool:
         """Whether requests are answered."""
