@@ -337,9 +337,18 @@ def _collect_after(model: Loaded) -> None:
 
     def collect() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
-            loop.call_soon_threadsafe(loop.run_in_executor, None, gc.collect)
+            loop.call_soon_threadsafe(loop.run_in_executor, None, _collect)
 
     weakref.finalize(model.recommender, collect).atexit = False
+
+
+def _collect() -> None:
+    """Collect what is frozen, too: the model that goes is, where the server has done so."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
 
 
 def _stopped(task: asyncio.Task[None]) -> None:

@@ -59,9 +59,9 @@ class Replica:
         behind: dict[str, Any] = {"host": "0.0.0.0", "allowed_hosts": [], "token_file": None, "admin_token_file": None}
         self.settings = dataclasses.replace(settings, **behind)
         self._stamp = _stamp(settings.model)
-        gc.freeze()  # as in a process of its own
         served = await asyncio.to_thread(load, self.settings)
         self.gate = create_app(served, self.settings, self._again, tokens=(None, None))
+        gc.freeze()  # as a server of one process does
         self.gate.engine.start()
         self._tried = 1
         self._loading = asyncio.Lock()

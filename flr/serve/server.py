@@ -163,8 +163,6 @@ def run(settings: Settings, scaling: Scaling | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # a log of JSON lines
     for loud in ("uvicorn", "httpx", "ray"):
         logging.getLogger(loud).setLevel(logging.WARNING)
-    gc.collect()
-    gc.freeze()  # else every few thousand requests all wait while what was imported is looked through
     token, _ = settings.tokens()
     bound = bind(settings.host, settings.port)
     with bound:
@@ -174,6 +172,8 @@ def run(settings: Settings, scaling: Scaling | None = None) -> int:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
         with _application(settings, scaling) as app:
+            gc.collect()
+            gc.freeze()  # else every few thousand requests wait while packages and catalogue are looked through
             connections = Connections(_limit(settings.max_connections), settings, app.metrics)
             server = Server(_config(app, settings, connections), app, settings, address, connections)
             server.run(sockets=[bound])

@@ -244,7 +244,8 @@ def test_a_reload_leaves_waiting_requests_with_their_model(gated):
     run(recommender, test, max_batch_size=1)
 
 
-def test_a_reload_gives_the_memory_of_the_old_model_back():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_reload_gives_the_memory_of_the_old_model_back(frozen):
     """Also where the new one cannot serve, and while nobody asks for anything."""
     alive = []
 
@@ -269,6 +270,8 @@ def test_a_reload_gives_the_memory_of_the_old_model_back():
 
     async def inside():
         engine = Engine(Loaded(load(), None, 1), Settings(max_wait_ms=0))
+        if frozen:
+            gc.freeze()
         engine.start()
         try:
             await test(engine)
@@ -280,7 +283,9 @@ def test_a_reload_gives_the_memory_of_the_old_model_back():
     gc.set_threshold(0)  # or chance would do it
     try:
         asyncio.run(inside())
+        assert bool(gc.get_freeze_count()) == frozen
     finally:
+        gc.unfreeze()
         gc.set_threshold(*threshold)
 
 

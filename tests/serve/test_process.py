@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import logging
 import os
@@ -327,17 +326,16 @@ def test_a_taken_port_and_a_missing_model_are_clear_errors(server, tmp_path, mon
         assert message in capsys.readouterr().err
 
 
-def test_no_collection_looks_through_what_was_imported(monkeypatch):
+def test_no_collection_looks_through_packages_and_catalogue(monkeypatch, recommender):
     """It took a fifth of a second, in which nobody was answered, and came every few thousand requests."""
     looked_at = []
 
-    @contextlib.contextmanager
-    def application(*_):
+    def connections(*_):
         looked_at.append((gc.get_freeze_count(), len(gc.get_objects())))
         raise InterruptedError
-        yield
 
-    monkeypatch.setattr(module, "_application", application)
+    monkeypatch.setattr(module, "load", lambda _: recommender)
+    monkeypatch.setattr(module, "Connections", connections)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     levels = {name: logging.getLogger(name).level for name in ("uvicorn", "httpx", "ray")}
