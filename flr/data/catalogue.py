@@ -17,7 +17,7 @@ import pyarrow as pa
 from flr.files import PathLike, naming, read_parquet, write_parquet
 
 from .frames import TEXT, as_table, column_names, find_column, has_column, holds_text, id_column, is_text, plain_array
-from .text_index import TextIndex
+from .text_index import TextColumn, TextIndex
 
 _ATTRIBUTE_PREFIX = "attribute:"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -77,6 +77,7 @@ class Catalogue:
             self.attributes[name] = _attribute(name, values, size)
         self._by_title: TextIndex | None = None
         self._by_folded: TextIndex | None = None
+        self._by_text: dict[str, TextColumn] = {}
 
     @classmethod
     def from_frame(
@@ -198,6 +199,16 @@ class Catalogue:
         if self._by_folded is None:
             self._by_folded = TextIndex(self.titles, _fold)
         return self._by_folded(text)
+
+    def having_text(self, attribute: str, texts: Iterable[str]) -> np.ndarray:
+        """bool [C]: which items have one of these texts as an attribute of text. Safe in threads.
+
+        The attribute cannot be changed in place afterwards; another array may be put in its place.
+        """
+        values, known = self.attributes[attribute], self._by_text.get(attribute)
+        if known is None or known.column is not values or values.flags.writeable:  # so are those of a copy
+            known = self._by_text[attribute] = TextColumn(values)
+        return known(texts)
 
     def suggest(self, text: str) -> str:
         """The end of an error about an unknown id or title: "; did you mean …?" with near ids and titles, or ""."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from zlib import crc32
 
 import numpy as np
+import pyarrow as pa
 
 
 class TextIndex:
@@ -51,3 +52,29 @@ class TextIndex:
     @staticmethod
     def _key(folded: str) -> int:
         return crc32(folded.encode("utf-8", "surrogatepass"))
+
+
+class TextColumn:
+    """Which places of a column hold one of some texts, in 4 bytes a place and what the different texts take.
+
+    Args:
+        column: StringDType [C]; it cannot be changed in place afterwards.
+
+    Example:
+        >>> column = TextColumn(np.array(["jazz", "folk", "jazz"], np.dtypes.StringDType()))
+        >>> column(["jazz", "rock"]).tolist()
+        [True, False, True]
+    """
+
+    def __init__(self, column: np.ndarray) -> None:
+        column.flags.writeable = False
+        self.column = column
+        numbered = pa.array(column.tolist(), pa.large_string()).dictionary_encode()
+        self._numbers, self._different = numbered.indices.to_numpy(), numbered.dictionary.to_pylist()
+        self._index = TextIndex(self._different)
+
+    def __call__(self, texts: Iterable[str]) -> np.ndarray:
+        """bool [C]."""
+        wanted = np.zeros(len(self._different), bool)
+        wanted[[place for text in texts if (place := self._index.first(text)) is not None]] = True
+        return wanted[self._numbers]

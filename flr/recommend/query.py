@@ -80,7 +80,8 @@ class QueryBuilder:
     ) -> tuple[np.ndarray, list[str]]:
         """Indices int64 [M] of ids and titles, and those skipped; ``name`` is what errors call the argument.
 
-        A title that several items share gives the first of them, with ``every`` all of them. Errors as :meth:`resolve`.
+        A title that several items share gives the first of them, with ``every`` all of them, and every item once.
+        Errors as :meth:`resolve`.
         """
         if on_unknown not in ("raise", "skip"):
             raise ValueError(f"on_unknown: expected 'raise' or 'skip', got {on_unknown!r}")
@@ -95,14 +96,21 @@ class QueryBuilder:
             return history.astype(np.int64), []
         indices: list[int] = []
         unknown: list[str] = []
+        asked: set[str] = set()  # with ``every``, since thousands of items may share a title that is given many times,
+        chosen: set[int] = set()  # in whatever letters
         for place, entry in enumerate(history):
             if not isinstance(entry, str):
                 raise ValueError(f"{name}[{place}]: expected an item id or a title (str), got {_typed(entry)}")
             if len(entry) > self._longest_text:  # near matches are searched in time quadratic in the length
                 most = f"an id or title of at most {self._longest_text} characters"
                 raise ValueError(f"{name}[{place}]: expected {most}, got {len(entry)}")
+            if entry in asked:
+                continue
             matches = catalogue.lookup(entry)
-            indices += matches if every else matches[:1]
+            indices += [match for match in matches if match not in chosen] if every else matches[:1]
+            if every and matches:
+                asked.add(entry)
+                chosen.update(matches)
             if not matches:
                 if on_unknown == "raise":
                     near = catalogue.suggest(entry) if suggest else ""
@@ -158,8 +166,9 @@ class QueryBuilder:
                 raise ValueError(f"where[{name!r}]: expected values of type {types[0].__name__}, got {value!r:.80}")
         if column.dtype.kind in "iuf":  # a number of any size compares as a float, exact to 2^53
             return np.isin(column.astype(np.float64), np.array([float(min(max(x, -1e300), 1e300)) for x in wanted]))
-        one_of = set(wanted)  # of text, NumPy's comparison takes no account of a null character at the end
-        return np.fromiter((value in one_of for value in column.tolist()), bool, len(column))
+        if column.dtype.kind == "b":
+            return np.array([False in wanted, True in wanted])[column.view(np.int8)]
+        return self.processor.catalogue.having_text(name, wanted)
 
     @staticmethod
     def query(

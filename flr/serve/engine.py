@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import time
+import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +35,7 @@ from flr.recommend.query import Query
 from flr.recommend.results import Explanation, Recommendation
 
 from .metrics import Metrics
-from .search import ItemSearch
+from .search import Hits, ItemSearch
 from .settings import Settings
 
 logger = logging.getLogger("flr.serve")
@@ -69,6 +72,7 @@ class Loaded:
         """Build what is built at first use, and run a request of each kind; ``before`` may have the same catalogue."""
         catalogue, beams, scoring = recommender.processor.catalogue, settings.num_beams, settings.scoring
         catalogue.lookup("\0")
+        recommender.selection(where=dict.fromkeys(catalogue.attributes, ()))
         recommender.recommend([[]], k=1, num_beams=beams, scoring=scoring)  # type: ignore[arg-type]
         recommender.explain(catalogue.item_ids[:1], k=1, num_beams=beams)
         same = before is not None and before.recommender.processor.catalogue is catalogue
@@ -143,6 +147,7 @@ class Engine:
         """Begin to take jobs from the queue; call it on the event loop. After :meth:`close` it may be started again."""
         self._arrived = asyncio.Event()
         self._worker = ThreadPoolExecutor(1, "flr-model")
+        self._searcher = ThreadPoolExecutor(1, "flr-search")  # of its own: what else runs in threads must not wait
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(_stopped)
 
@@ -161,6 +166,7 @@ class Engine:
                 await self._task
             self._task = None
             self._worker.shutdown(wait=True)
+            self._searcher.shutdown(wait=True, cancel_futures=True)
 
     def announce(self, more: int) -> None:
         """A request is on its way (1), or it has come or gone (-1)."""
@@ -198,6 +204,10 @@ class Engine:
         finally:
             timer.cancel()
 
+    async def search(self, model: Loaded, words: str) -> Hits:
+        """Items by parts of their titles or ids."""
+        return await asyncio.get_running_loop().run_in_executor(self._searcher, model.search, words)
+
     async def ready(self) -> bool:
         """Whether requests are answered."""
         return self.alive
@@ -230,14 +240,18 @@ class Engine:
         self._reloading = True
         started = time.monotonic()
         try:
-            self.model = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings, before))
+            loaded = await asyncio.to_thread(lambda: Loaded.warm(load(), generation, settings, before))
         except Exception as error:
             self.metrics.reloads.labels("failed").inc()
             told = {"event": "reload", "error": f"{type(error).__name__}: {error}"}
             logger.error("reload failed", extra={"fields": told})
+            traceback.clear_frames(error.__traceback__)  # which hold what was loaded
+            await asyncio.to_thread(gc.collect)
             raise
         finally:
             self._reloading = False
+        _collect_after(self.model)
+        self.model = loaded
         self.metrics.reloads.labels("done").inc()
         self.metrics.generation.set(generation)
         seconds = round(time.monotonic() - started, 3)
@@ -265,7 +279,11 @@ class Engine:
             job.future.set_exception(DeadlineExceeded())
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        while True:  # without variables: they would hold the last batch, and its model, until the next one
+            await self._answer(await self._next())
+
+    async def _next(self) -> list[Job]:
+        """The next batch, once it may start."""
         patience = self.settings.max_wait_ms / 1000
         while True:
             while not self._waiting:
@@ -283,26 +301,54 @@ class Engine:
             if not queue:
                 del self._buckets[head.bucket]
             self._count(-len(jobs))
-            self._computing = len(jobs)
-            began = time.monotonic()
-            results = await loop.run_in_executor(self._worker, _compute, jobs)
-            seconds = time.monotonic() - began
-            self._computing = 0
-            rate = len(jobs) / max(seconds, 1e-6)
-            self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
-            self.metrics.batch_seconds.observe(seconds)
-            self.metrics.batch_size.observe(len(jobs))
-            for job, result in zip(jobs, results, strict=True):
-                self.metrics.queue_seconds.observe(began - job.arrived)
-                if job.future.done():  # its caller has gone
-                    continue
-                if isinstance(result, Exception):
-                    job.future.set_exception(result)
-                else:
-                    job.future.set_result(Answer(result, began - job.arrived, len(jobs)))
+            return jobs
+
+    async def _answer(self, jobs: list[Job]) -> None:
+        """Compute a batch, and tell those who wait for it."""
+        loop = asyncio.get_running_loop()
+        self._computing = len(jobs)
+        began = time.monotonic()
+        results = await loop.run_in_executor(self._worker, _compute, jobs)
+        seconds = time.monotonic() - began
+        self._computing = 0
+        rate = len(jobs) / max(seconds, 1e-6)
+        self._rate = _MEMORY * self._rate + (1 - _MEMORY) * rate if self._rate else rate
+        self.metrics.batch_seconds.observe(seconds)
+        self.metrics.batch_size.observe(len(jobs))
+        for job, result in zip(jobs, results, strict=True):
+            self.metrics.queue_seconds.observe(began - job.arrived)
+            if job.future.done():  # its caller has gone
+                continue
+            if isinstance(result, Exception):
+                job.future.set_exception(result)
+            else:
+                job.future.set_result(Answer(result, began - job.arrived, len(jobs)))
 
     def _limit(self, job: Job) -> int:
         return min(self.settings.max_batch_size, job.model.recommender.rows_at_once(job.num_beams))
+
+
+def _collect_after(model: Loaded) -> None:
+    """Give a model's memory back once its last request is answered.
+
+    A patched model refers to itself, so Python frees it when it collects, which it may not do for hours.
+    """
+    loop = asyncio.get_running_loop()
+
+    def collect() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
+            loop.call_soon_threadsafe(loop.run_in_executor, None, _collect)
+
+    weakref.finalize(model.recommender, collect).atexit = False
+
+
+def _collect() -> None:
+    """Collect what is frozen, too: the model that goes is, where the server has done so."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
 
 
 def _stopped(task: asyncio.Task[None]) -> None:

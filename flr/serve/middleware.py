@@ -155,6 +155,11 @@ class Middleware(Generic[CoreT]):
                 await answer.whole(refused.status, problem(str(refused), trace), refused.headers)
         except Gone:
             answer.status = 499
+        except asyncio.CancelledError:  # nobody waits for it, or the time to drain is over
+            answer.status = answer.status or 499
+            if answer.begun or not self.draining:
+                raise
+            await answer.whole(503, problem("the server stops; try again in 1 s", trace), {"retry-after": "1"})
         except Exception:
             logger.exception("failed", extra={"fields": {"event": "error", "id": trace.id, "path": path}})
             if not answer.begun:

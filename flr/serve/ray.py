@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fcntl
+import gc
 import logging
 import os
 import tempfile
@@ -58,8 +59,9 @@ class Replica:
         behind: dict[str, Any] = {"host": "0.0.0.0", "allowed_hosts": [], "token_file": None, "admin_token_file": None}
         self.settings = dataclasses.replace(settings, **behind)
         self._stamp = _stamp(settings.model)
-        self._served = await asyncio.to_thread(load, self.settings)
-        self.gate = create_app(self._served, self.settings, self._again, tokens=(None, None))
+        served = await asyncio.to_thread(load, self.settings)
+        self.gate = create_app(served, self.settings, self._again, tokens=(None, None))
+        gc.freeze()  # as a server of one process does
         self.gate.engine.start()
         self._tried = 1
         self._loading = asyncio.Lock()
@@ -67,8 +69,7 @@ class Replica:
 
     def _again(self) -> Recommender:
         self._stamp = _stamp(self.settings.model)  # before reading: a change meanwhile is seen as one
-        self._served = load(self.settings, self._served)
-        return self._served
+        return load(self.settings, self.gate.engine.model.recommender)
 
     async def answer(self, request: Forwarded) -> Reply:
         """What the application answers; the deadline counts from when the request came to the front."""

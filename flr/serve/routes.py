@@ -91,7 +91,7 @@ def add_catalogue(app: FastAPI, engine: Engine, given_examples: Examples) -> Non
     ) -> Response:
         """Items of the catalogue by parts of their titles or ids."""
         model = engine.model
-        hits = await asyncio.to_thread(model.search, q)
+        hits = await engine.search(model, q)
         shown = [_item(model.recommender, index) for index in hits.indices[offset : offset + limit]]
         return _json({"items": shown, "total": len(hits.indices), "complete": hits.complete})
 

@@ -2,13 +2,30 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    create_model,
+    model_validator,
+)
 
 from .settings import Settings
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _ATTRIBUTES = 8  # of a filter
 _VALUES = 100  # of an attribute
+_FIELDS = 100  # of a body; each that is unknown costs an error
+
+
+def _bounded(body: Any) -> Any:
+    if isinstance(body, dict) and len(body) > _FIELDS:
+        raise ValueError(f"expected at most {_FIELDS} fields, got {len(body)}")
+    return body
 
 
 def request_models(settings: Settings) -> tuple[type[BaseModel], type[BaseModel]]:
@@ -42,8 +59,12 @@ def request_models(settings: Settings) -> tuple[type[BaseModel], type[BaseModel]
         ),
     }
     shares: Any = (bool, Field(False, description="Add every factor's share; costs some forward passes."))
-    recommend = create_model("RecommendRequest", __config__=_STRICT, shares=shares, **fields)
-    explain = create_model("ExplainRequest", __config__=_STRICT, **fields)
+    same: dict[str, Any] = {
+        "__config__": _STRICT,
+        "__validators__": {"bounded": model_validator(mode="before")(_bounded)},
+    }
+    recommend = create_model("RecommendRequest", **same, shares=shares, **fields)
+    explain = create_model("ExplainRequest", **same, **fields)
     return recommend, explain
 
 

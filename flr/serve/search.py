@@ -11,6 +11,7 @@ from flr.data import Catalogue
 _ENOUGH = 2000  # hits that are ranked; a query that has more is too short to rank well anyway
 _ROWS = 1 << 16  # that are joined at a time
 _LOOKED_AT = 20_000  # rows that hold the longest word
+_WINDOW = 1 << 20  # characters that are scanned at a time
 
 
 class Hits(NamedTuple):
@@ -53,7 +54,7 @@ class ItemSearch:
             return Hits(list(range(min(self.size, _ENOUGH))), self.size <= _ENOUGH)
         rarest = max(words, key=len)
         ranked: list[tuple[tuple[bool, bool, int], int]] = []
-        place, looked_at = self._text.find(rarest), 0
+        place, looked_at = self._find(rarest, 0), 0
         while place >= 0 and len(ranked) < _ENOUGH and looked_at < _LOOKED_AT:
             looked_at += 1
             index = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -61,5 +62,12 @@ class ItemSearch:
             if all(word in row for word in words):
                 starts = all(f" {word}" in f" {row}" or f"\t{word}" in row for word in words)
                 ranked.append(((not row.startswith(" ".join(words)), not starts, len(row)), index))
-            place = self._text.find(rarest, int(self._starts[index + 1]))
+            place = self._find(rarest, int(self._starts[index + 1]))
         return Hits([index for _, index in sorted(ranked)], place < 0)
+
+    def _find(self, word: str, first: int) -> int:
+        """Where the word stands next, or -1. Other threads run between two windows, and not during a scan in C."""
+        for begin in range(first, len(self._text), _WINDOW):
+            if (place := self._text.find(word, begin, begin + _WINDOW + len(word) - 1)) >= 0:
+                return place
+        return -1

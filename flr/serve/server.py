@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import logging
 import signal
@@ -171,6 +172,8 @@ def run(settings: Settings, scaling: Scaling | None = None) -> int:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
         with _application(settings, scaling) as app:
+            gc.collect()
+            gc.freeze()  # else every few thousand requests wait while packages and catalogue are looked through
             connections = Connections(_limit(settings.max_connections), settings, app.metrics)
             server = Server(_config(app, settings, connections), app, settings, address, connections)
             server.run(sockets=[bound])
@@ -192,13 +195,12 @@ def _application(settings: Settings, scaling: Scaling | None) -> Iterator[Middle
         return
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    served = [load(settings)]
 
     def again() -> Recommender:
-        served[0] = load(settings, served[0])
-        return served[0]
+        return load(settings, app.engine.model.recommender)
 
-    yield create_app(served[0], settings, again)
+    app = create_app(load(settings), settings, again)
+    yield app
 
 
 def _limit(wanted: int) -> int:

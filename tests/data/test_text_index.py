@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flr.data import Catalogue
-from flr.data.text_index import TextIndex
+from flr.data.text_index import TextColumn, TextIndex
 
 TEXTS = ["", "a", "A", "ß", "SS", "a", "\U0001f600", "codding", "gnu", "a b"]  # "codding" and "gnu" have one CRC-32
 
@@ -37,3 +37,11 @@ def test_memory_is_a_few_bytes_a_text():
     index = TextIndex(texts)
     held = [value for value in vars(index).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in held) == 8 * len(texts)
+
+
+def test_a_column_tells_where_texts_stand():
+    texts = [*TEXTS, "a\0", "a"]
+    column = TextColumn(np.array(texts, np.dtypes.StringDType()))
+    for wanted in ([], ["a"], ["a\0", "codding", "gnu"], ["nothing", "\ud800", ""], texts):
+        assert column(wanted).tolist() == [text in wanted for text in texts]
+    assert TextColumn(np.array([], np.dtypes.StringDType()))(["a"]).tolist() == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from flr.data import Catalogue, HistoryViews
 from flr.decode import score_all_items
+from flr.recommend.query import QueryBuilder
 from tests.helpers.catalogues import named_catalogue
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender
@@ -128,6 +132,8 @@ def test_a_title_in_a_filter_means_all_its_items():
     assert {r.index for r in recommender.recommend([[]], k=40, deny=["Twin"], shares=True)[0]} == set(range(2, 40))
     assert recommender.recommend([[]], k=5, allow=[], shares=True) == [[]]
     assert recommender.selection(["item_3", "x"], ["y"], on_unknown="skip")[2] == ["x", "y"]
+    assert recommender.selection(None, ["TWIN", "item_1", "Twin", "item_3"] * 9)[1].tolist() == [0, 1, 3]
+    assert recommender.resolve([["Twin", "Twin", "item_1"]]).histories[0].tolist() == [0, 0, 1]
 
 
 def test_filters_by_an_attribute_of_text():
@@ -142,6 +148,33 @@ def test_filters_by_an_attribute_of_text():
     assert recommender.selection(where={"sold": [False]})[0].tolist() == [False, True] * 20
     with pytest.raises(ValueError, match=r"where\['colour'\]: expected values of type str, got 3"):
         recommender.selection(where={"colour": [3]})
+
+
+def test_a_filter_by_text_does_not_read_every_text_anew():
+    size = 100_000
+    names = [f"i{i}" for i in range(size)]
+    brands = [f"brand {i % 500}" for i in range(size)]
+    builder = QueryBuilder(SimpleNamespace(catalogue=Catalogue(names, names, None, {"brand": brands})))
+
+    def seconds(work):
+        began = time.thread_time()
+        for _ in range(10):
+            work()
+        return time.thread_time() - began
+
+    def ask(*wanted):
+        return np.flatnonzero(builder.selection(where={"brand": wanted})[0]).tolist()
+
+    column = builder.processor.catalogue.attributes["brand"]
+    assert ask("brand 7", "nothing") == list(range(7, size, 500))
+    assert seconds(lambda: ask("brand 8")) < seconds(column.tolist) / 2
+    with pytest.raises(ValueError, match="read-only"):  # a change would not be seen
+        column[0] = "brand 7"
+    other = copy.deepcopy(builder)
+    other.processor.catalogue.attributes["brand"][0] = "brand 7"
+    assert 0 in np.flatnonzero(other.selection(where={"brand": ["brand 7"]})[0])
+    builder.processor.catalogue.attributes["brand"] = np.array(["x"] * size, column.dtype)
+    assert ask("brand 7") == []
 
 
 @pytest.mark.parametrize(

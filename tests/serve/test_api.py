@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -158,6 +160,46 @@ def test_malformed_bodies(recommender, body):
         assert problem["request_id"] == reply.headers["x-request-id"]
         assert metric(client, "flr_batch_size_count") == 0
 
+    with_client(recommender, test)
+
+
+def test_a_flood_of_unknown_fields_is_one_error(recommender):
+    async def test(client):
+        for path in ("/v1/recommend", "/v1/explain"):
+            reply = await client.post(path, json={"history": []} | {f"f{i}": 0 for i in range(10_000)})
+            assert reply.status_code == 422
+            [detail] = reply.json()["details"]
+            assert "expected at most 100 fields, got 10001" in detail["msg"]
+            reply = await client.post(path, json={"history": []} | {f"f{i}": 0 for i in range(30)})
+            assert [detail["type"] for detail in reply.json()["details"]] == ["extra_forbidden"] * 20
+
+    with_client(recommender, test)
+
+
+def test_searches_hold_up_no_recommendation(recommender):
+    """A hundred that take long: whatever else needs a thread has one."""
+    searching, done = threading.Event(), threading.Event()
+
+    def search(words):
+        searching.set()
+        assert done.wait(30)
+        return original(words)
+
+    async def test(client):
+        nonlocal original
+        engine = client.gate.engine
+        original = engine.model.search
+        engine.model = dataclasses.replace(engine.model, search=search)
+        searches = [asyncio.create_task(client.get("/v1/items?q=item")) for _ in range(100)]
+        assert await asyncio.to_thread(searching.wait, 30)
+        try:
+            answer = await asyncio.wait_for(client.post("/v1/recommend", json={"history": ["item_1"]}), 20)
+        finally:
+            done.set()
+        assert answer.status_code == 200
+        assert {reply.status_code for reply in await asyncio.gather(*searches)} == {200}
+
+    original = None
     with_client(recommender, test)
 
 

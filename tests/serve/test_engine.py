@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -240,6 +242,51 @@ def test_a_reload_leaves_waiting_requests_with_their_model(gated):
         assert engine.model.generation == 2
 
     run(recommender, test, max_batch_size=1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_reload_gives_the_memory_of_the_old_model_back(frozen):
+    """Also where the new one cannot serve, and while nobody asks for anything."""
+    alive = []
+
+    def load():
+        loaded = build_recommender("sid")
+        alive.append(weakref.ref(loaded.model))
+        if len(alive) == 4:
+            loaded.ranked = None  # it cannot be warmed
+        return loaded
+
+    async def test(engine):
+        engine._load = load
+        for count in (2, 3):
+            await engine.reload()
+            await engine.submit(job(engine, [0]))
+            await until(lambda: sum(model() is not None for model in alive) == 1)
+            assert len(alive) == count
+        with pytest.raises(TypeError):
+            await engine.reload()
+        await until(lambda: sum(model() is not None for model in alive) == 1)
+        assert engine.model.recommender.model is alive[2]()
+
+    async def inside():
+        engine = Engine(Loaded(load(), None, 1), Settings(max_wait_ms=0))
+        if frozen:
+            gc.freeze()
+        engine.start()
+        try:
+            await test(engine)
+        finally:
+            await engine.close()
+
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.set_threshold(0)  # or chance would do it
+    try:
+        asyncio.run(inside())
+        assert bool(gc.get_freeze_count()) == frozen
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)
 
 
 def test_closing_answers_what_waits(gated):

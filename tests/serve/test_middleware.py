@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 
 import pytest
 
@@ -116,6 +117,53 @@ def test_a_full_queue_refuses_before_anything_is_understood(recommender, monkeyp
         assert (await client.post("/v1/recommend", json={"history": ["item_1"]})).status_code == 200
 
     with_client(recommender, test, max_queue=2)
+
+
+def test_what_the_drain_has_no_time_for_is_told_to_come_again(recommender, monkeypatch):
+    """uvicorn cancels it then, and would answer 500 with a traceback in the log."""
+    opened, original = threading.Event(), recommender.ranked
+
+    def ranked(*arguments):
+        assert opened.wait(30)
+        return original(*arguments)
+
+    async def test(client):
+        monkeypatch.setattr(recommender, "ranked", ranked)
+        gate, sent, unread = client.gate, [], []
+
+        async def receive():
+            return unread.pop() if unread else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        async def cancelled(inside):
+            unread[:] = [{"type": "http.request", "body": b'{"history": []}', "more_body": False}]
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"15"), (b"host", b"127.0.0.1")]
+            scope = {"type": "http", "path": "/v1/recommend", "method": "POST", "query_string": b"", "headers": headers}
+            task = asyncio.create_task(gate(scope, receive, send))
+            while gate.engine._computing + gate.engine._waiting < inside:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait({task})
+            return task.cancelled()
+
+        try:
+            assert await cancelled(1)
+            assert sent == []
+            gate.draining = True
+            assert not await cancelled(2)
+        finally:
+            opened.set()
+        head, body = sent
+        assert head["status"] == 503
+        assert dict(head["headers"])[b"retry-after"] == b"1"
+        assert dict(head["headers"])[b"connection"] == b"close"
+        assert "the server stops" in json.loads(body["body"])["error"]
+        for status in ("499", "503"):
+            assert metric(client, "flr_requests_total", path="/v1/recommend", status=status) == 1
+
+    with_client(recommender, test)
 
 
 @pytest.mark.parametrize(

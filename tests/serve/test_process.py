@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from bench.load import Client, closed_loop, open_loop
 from flr.cli import main
 from flr.recommend.recommender import Recommender
+from flr.serve import server as module
 from flr.serve.server import bind
 from tests.helpers.catalogues import named_catalogue
 from tests.helpers.serving import Process, assert_same_items, mixed_requests, offline, save, serving
@@ -322,3 +324,28 @@ def test_a_taken_port_and_a_missing_model_are_clear_errors(server, tmp_path, mon
     ):
         assert main(["serve", *flags]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_no_collection_looks_through_packages_and_catalogue(monkeypatch, recommender):
+    """It took a fifth of a second, in which nobody was answered, and came every few thousand requests."""
+    looked_at = []
+
+    def connections(*_):
+        looked_at.append((gc.get_freeze_count(), len(gc.get_objects())))
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load", lambda _: recommender)
+    monkeypatch.setattr(module, "Connections", connections)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    levels = {name: logging.getLogger(name).level for name in ("uvicorn", "httpx", "ray")}
+    try:
+        with pytest.raises(InterruptedError):
+            module.run(module.Settings(port=0))
+    finally:
+        gc.unfreeze()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    [(frozen, others)] = looked_at
+    assert frozen > 100_000
+    assert others < frozen / 20

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
+import pytest
+
 from flr.data import Catalogue
+from flr.serve import search as module
 from flr.serve.search import ItemSearch
 
 
@@ -22,3 +28,22 @@ def test_search():
     assert search("\n\t ") == ([0, 1, 2, 3], True)
     many = ItemSearch(Catalogue([f"i{i}" for i in range(3000)], ["same"] * 3000))
     assert (len(many("same").indices), many("same").complete) == (2000, False)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 1 << 20])
+def test_every_hit_is_found_whatever_the_windows_and_no_scan_is_long(monkeypatch, window):
+    """A scan in C lets no other thread run."""
+
+    class Text(str):
+        def find(self, word, begin, end):
+            assert end - begin < window + len(word)
+            return super().find(word, begin, end)
+
+    monkeypatch.setattr(module, "_WINDOW", window)
+    draw = random.Random(0)
+    titles = ["".join(draw.choices("abc ", k=draw.randrange(12))) for _ in range(200)]
+    search = ItemSearch(Catalogue([f"i{i}" for i in range(200)], titles))
+    search._text = Text(search._text)
+    for letters in itertools.chain("abc", itertools.product("abc", repeat=3), itertools.product("abc", repeat=5)):
+        word = "".join(letters)
+        assert sorted(search(word).indices) == [i for i, title in enumerate(titles) if word in title]
