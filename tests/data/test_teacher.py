@@ -108,6 +108,7 @@ def test_batches_have_the_distribution_where_items_are_one_token_and_draws_elsew
     np.testing.assert_array_equal(drawn, again)
     later = [row._replace(epoch=3) for row in rows]
     assert (augment.drawn(taught, later, own, seed=3) != drawn).any()  # drawn anew in every epoch
+    assert (augment.drawn(taught, rows, own, seed=4) != drawn).any()
 
 
 def test_it_answers_to_the_history_that_is_left():
