@@ -69,7 +69,7 @@ def test_histories_with_items_of_others_and_strangers(kind, monkeypatch):
     rows = [generator.integers(0, SIZE, n % 7) for n in range(31)]
     together = found.scores(users, CSR.from_rows(rows)).toarray()
     assert found._cells <= 300 or len(found._kept) == 1
-    for n, (user, row) in enumerate(zip(users, rows, strict=True)):
+    for n, (user, row) in reversed(list(enumerate(zip(users, rows, strict=True)))):
         np.testing.assert_array_equal(fresh.scores([user], CSR.from_rows([row])).toarray()[0], together[n])
     table = found.table
     whole = weights(CSR.from_rows(rows[-1:]), table.history_decay) @ table.similarity.toarray()
