@@ -73,6 +73,11 @@ def test_split_equals_plain_construction(events, split, max_history):
         latest = {part: [row[4] for row in got if row[0] == part] for part in ("train", "valid", "test")}
         assert max(latest["train"]) < min(latest["valid"])
         assert max(latest["valid"]) < min(latest["test"])
+        times = sorted(row[4] for row in expected)
+        count = len(times)
+        places = [p for p in range(count + 1) if p in (0, count) or times[p - 1] < times[p]]
+        cuts = [min(places, key=lambda p, share=share: abs(p - share * count)) for share in (0.8, 0.9)]
+        assert [len(latest["train"]), len(latest["train"]) + len(latest["valid"])] == cuts
 
 
 def test_leave_one_out_states_its_leak():
