@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 
@@ -20,6 +21,7 @@ from flr.evaluate.metrics import (
     ranks_from_lists,
     ranks_from_scores,
     row_metrics,
+    top_items,
 )
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -98,6 +100,17 @@ def test_coverage_counts_items_of_the_first_ten():
     lists = np.array([[*range(10), 50], [*range(5), 20, 21, -1, -1, -1, -1]])
     assert coverage(lists, 100) == 12 / 100
     assert coverage(np.full((3, 5), -1), 7) == 0
+
+
+def test_the_first_of_equal_items_are_taken():
+    scores = torch.tensor(list(itertools.product([-math.inf, 0.0, 1.0], repeat=5)))
+    for k in range(1, 7):
+        best, items = top_items(scores, k)
+        for row, values, found in zip(scores.tolist(), best.tolist(), items.tolist(), strict=True):
+            order = sorted(range(5), key=lambda item, row=row: (-row[item], item))[:k]
+            assert values == [row[item] for item in order]
+            given = [item for item in order if row[item] > -math.inf]
+            assert found[: len(given)] == given
 
 
 def test_refuses():

@@ -67,9 +67,7 @@ def test_nothing_but_the_noise_is_left_to_chance(tmp_path):
 
 
 def test_a_step_goes_by_what_was_adapted(tmp_path):
-    train = grpo_trainer(
-        tmp_path, reward="mrr", noise_target=0.5, kl_weight=0.1, kl_target=1.0, noise_relative=False
-    )
+    train = grpo_trainer(tmp_path, reward="mrr", noise_target=0.5, kl_weight=0.1, kl_target=1.0, noise_relative=False)
     train.controls.values = {"noise_scale": torch.tensor(0.05), "kl_weight": torch.tensor(3.0)}
     with torch.no_grad():
         train.model.flr.output.mul_(1.1)
