@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from flr.config import FLRConfig
-from flr.model.reasoner import FactorizedReasoner, LatentR3Reasoner
+from flr.model.reasoner import FactorizedReasoner
+from flr.model.variants import LatentR3Reasoner
 
 from .backends import backend
 from .harness import kernel_clock, label, rotating, rotation

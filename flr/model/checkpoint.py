@@ -37,8 +37,8 @@ from .folder import (
 )
 from .gguf import GGUF_KEY, check_name, gguf_arguments, unpacked
 from .patch import patch_model
-from .reasoner import build_reasoner
 from .saved_config import SavedConfig, holds_patched_model, read_config
+from .variants import build_reasoner
 
 #: Keyword arguments of transformers' loaders that have one value here.
 _FIXED = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": False, "subfolder": ""}

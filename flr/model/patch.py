@@ -21,9 +21,9 @@ from .bypass import finish_call, flr_base_forward, note_call
 from .forward import flr_forward
 from .generate import flr_generate, flr_init_continuous_batching, flr_logits_processor, flr_stopping_criteria
 from .methods import Method, add_hooks, remove_hooks
-from .reasoner import build_reasoner
 from .saved_config import flr_save_pretrained
 from .shared_prompt import shares
+from .variants import build_reasoner
 from .verify import Traits, find_traits
 from .vocabulary import Tables, flr_resize_token_embeddings, grow, teach, thought_id
 

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from .backbone import causal_lm, is_patched
-from .reasoner import FactorizedReasoner, OffsetReasoner
+from .reasoner import FactorizedReasoner
+from .variants import OffsetReasoner
 
 #: Parameters whose first dimension is the factors.
 _PER_FACTOR = ("query", "factor_query", "key", "value", "output", "gate", "offset")

@@ -10,6 +10,7 @@ import flr
 import flr.model.reasoner
 import flr_kernels
 from flr.model.patch import reasoner_parameters
+from flr.model.variants import build_reasoner
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
 
@@ -287,7 +288,7 @@ def test_one_program_after_the_other_for_models_of_other_scales_and_sizes(varian
     torch._dynamo.reset()
     for size, scale in ((32, 0.0199), (32, 0.0598734), (32, 0.3053546), (48, 0.0221531)):
         config = flr.FLRConfig(variant=variant, num_factors=2, input_scale=scale)
-        made = flr.model.reasoner.build_reasoner(size, config)
+        made = build_reasoner(size, config)
         hidden = torch.randn(2, 3, size)
         thought = torch.compile(made, backend="eager", fullgraph=True)(hidden).thought
         torch.testing.assert_close(thought, made(hidden).thought)
