@@ -10,7 +10,7 @@ import flr
 import flr.model.reasoner
 import flr_kernels
 from flr.model.patch import reasoner_parameters
-from flr.model.variants import build_reasoner
+from flr.model.variants import OffsetReasoner, build_reasoner
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
 
@@ -88,7 +88,7 @@ def test_factors_are_those_of_the_definition(sparsity_target):
 def test_offsets_are_gated_as_factors_are():
     torch.manual_seed(0)
     config = flr.FLRConfig(variant="offsets", num_factors=3, gate_temperature=0.4, num_refinements=1)
-    reasoner = flr.model.reasoner.OffsetReasoner(16, config).double()
+    reasoner = OffsetReasoner(16, config).double()
     with torch.no_grad():
         for p in reasoner.parameters():
             p.add_(torch.randn_like(p))
@@ -110,7 +110,7 @@ def test_latentr3_is_one_attention_with_rotary_positions(sparsity_target):
     """Pairs (i, i + D/2) as complex numbers that turn with the absolute position, base 1000."""
     torch.manual_seed(0)
     config = flr.FLRConfig(variant="latentr3", sparsity_target=sparsity_target)
-    reasoner = flr.model.reasoner.build_reasoner(16, config).double()
+    reasoner = build_reasoner(16, config).double()
     h = 2 * torch.randn(2, 6, 16, dtype=torch.float64)
     mask = torch.tensor([[False, True, True, True, False, False], [True] * 6])
     out = reasoner(h, mask, 5)
@@ -136,7 +136,7 @@ def test_latentr3_is_one_attention_with_rotary_positions(sparsity_target):
 @pytest.mark.parametrize("variant", ["flr", "offsets", "latentr3"])
 def test_a_scale_of_the_thought_is_one_of_its_parameters(variant):
     torch.manual_seed(0)
-    reasoner, h = flr.model.reasoner.build_reasoner(16, flr.FLRConfig(variant=variant)), torch.randn(2, 5, 16)
+    reasoner, h = build_reasoner(16, flr.FLRConfig(variant=variant)), torch.randn(2, 5, 16)
     if variant == "flr":
         reasoner.config.num_refinements = 1
     expected = 3 * reasoner(h).thought
