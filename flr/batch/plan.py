@@ -40,6 +40,15 @@ class Shard(NamedTuple):
         return self.last - self.first
 
 
+def _reads(url: str, output: str) -> bool:
+    """Whether the files of ``output`` are histories of the folder ``url``."""
+    folder, place = Place.of(url, "histories"), Place.of(output, "output")
+    start = f"{folder.path.rstrip('/')}/"
+    if type(folder.system) is not type(place.system) or not f"{place.path}/".startswith(start):
+        return False
+    return not any(part[:1] in (".", "_") for part in place.path[len(start) :].split("/"))
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that decides the result of a run, and where things are.
@@ -74,6 +83,9 @@ class Plan:
         """
         if not histories:
             raise ValueError("histories: expected Parquet files, got none")
+        if holders := [url for url in histories if _reads(url, output)]:
+            wanted = "a place that is not read, so that the run can be continued"
+            raise ValueError(f"output: expected {wanted}, got {output} in the histories' folder {holders[0]}")
         found = model_fingerprint(model, **({} if revision is None else {"revision": revision}))
         files, user = look_at(find_files(histories), settings.user, settings.history)
         if user in OUTPUTS:

@@ -77,9 +77,10 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
     from flr.data.growth import in_catalogue
     from flr.evaluate import evaluate, evaluate_scorer
     from flr.evaluate.baselines import ItemKNN, LinearItems, Popularity
+    from flr.model.folder import local_folder
 
     from .card import measured, model_facts, update_card
-    from .report import with_popularity
+    from .report import for_report
 
     dataset = data.announce()
     model, processor = load_trained(options.model, None, options.revision, data=data, **options.as_saved())
@@ -102,7 +103,7 @@ def _results(options: EvaluateOptions, data: DataOptions, share: Share) -> list[
         share=share,
     )
     if options.output and share.rank == 0:
-        with_popularity(result, dataset).save(options.output)
+        for_report(result, dataset, local_folder(options.model, revision=options.revision)).save(options.output)
     if options.card and share.rank == 0:
         given = {"views": views != processor.views, "max_prompt_tokens": data.max_prompt_tokens is not None}
         if changed := [name for name, other in given.items() if other]:

@@ -21,6 +21,7 @@ ABOUT = (
 )
 _SPLITS = ("valid", "test")  # whose evaluations lie in folders of that name
 _METRICS = ("hr@10", "ndcg@10")
+_ANSWERED = "model"  # of an evaluation's settings: the digest of what answered
 
 
 @dataclass
@@ -31,10 +32,18 @@ class ReportOptions:
     output: str | None = option(None, "HTML file to write. None: report.html in the first run's folder.")
 
 
-def with_popularity(result: EvalResult, dataset: RecDataset) -> EvalResult:
-    """The result, which knows now how often each row's target is a target in training."""
+def for_report(result: EvalResult, dataset: RecDataset, model: Path) -> EvalResult:
+    """The result, which knows now what answered, and how often each row's target is a target in training.
+
+    Args:
+        result: of the model in the folder ``model``.
+        dataset: that the rows are of.
+    """
     import numpy as np
 
+    from flr.model.fingerprint import folder_fingerprint
+
+    result.settings[_ANSWERED] = folder_fingerprint(model)
     counts = np.bincount(dataset.train.targets, minlength=len(dataset.catalogue))
     result.traits["target_popularity"] = counts[result.targets].astype(np.int64)
     return result
@@ -51,7 +60,7 @@ def keep_for_report(args: Any, model: Any, processor: Any, dataset: RecDataset, 
     if not args.should_save or valid is None:
         return
     root = Path(str(args.output_dir))
-    with_popularity(valid, dataset).save(root / VALID_NAME)
+    for_report(valid, dataset, root).save(root / VALID_NAME)
     lm = causal_lm(model)
     attends = is_patched(lm) and lm._flr_patch.config.has_reasoner and lm._flr_patch.config.variant != "offsets"
     # a forward of one process alone would wait for the others
@@ -66,7 +75,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
     Raises:
         ValueError: the folder holds no training, finished or not.
     """
-    from flr.evaluate import EvalResult, by_trait
+    from flr.evaluate import by_trait
     from flr.files import read_json
     from flr.model.folder import UPDATE_NAME
     from flr.train.run_folder import LIKES_NAME, RUN_NAME, STATE_NAME, checkpoints
@@ -81,9 +90,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
         raise ValueError(f"{state_file}: expected the log of a training, got {type(log).__name__}")
     ended = (folder / RUN_NAME).is_file()
     summary = read_json(folder / RUN_NAME).get("summary", {}) if ended else {}
-    results = {
-        split: EvalResult.load(folder / split) for split in _SPLITS if (folder / split / "ranks.parquet").is_file()
-    }
+    results = _evaluations(folder)
     evaluations = {
         split: {
             "metrics": result.metrics["item"],
@@ -98,6 +105,22 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, EvalResult]]:
         facts["State"] += "; its model was updated since"
     run = {"name": folder.name, "facts": facts, "log": log, "metrics": list(_METRICS)}
     return {**run, "evaluations": evaluations, "likes": likes}, results
+
+
+def _evaluations(folder: Path) -> dict[str, EvalResult]:
+    """A run's evaluations by split, but for those of a model that the folder has no longer."""
+    from flr.evaluate import EvalResult
+    from flr.model.fingerprint import folder_fingerprint
+
+    places = {split: folder / split for split in _SPLITS if (folder / split / "ranks.parquet").is_file()}
+    found = {split: EvalResult.load(place) for split, place in places.items()}
+    now = folder_fingerprint(folder) if any(_ANSWERED in result.settings for result in found.values()) else None
+    for split, place in places.items():
+        if found[split].settings.get(_ANSWERED, now) != now:
+            again = f"flr evaluate --model {folder} --split {split} --output {place}"
+            voice.note(f"{place} is left out: {folder} has been changed since, and answers otherwise. Again: {again}")
+            del found[split]
+    return found
 
 
 def _facts(summary: dict[str, Any], state: dict[str, Any], ended: bool) -> dict[str, str]:

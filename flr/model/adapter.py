@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ from torch import nn
 
 from flr.files import naming, read_json
 
-from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weight_shapes
+from .adapter_mark import LIMIT, TOKENS, mark, unmarked
+from .backbone import causal_lm, is_patched
+from .folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, is_adapter, weight_shapes
 from .gguf import GGUF_KEY
+from .saved_config import write_config
 from .trained_rows import rows_alone
 
 _PREFIX = "base_model.model."  # of names of weights that PEFT writes
-_LIMIT = 1 << 26  # bytes of an adapter_config.json, which lists the tokens whose rows are the adapter's
-_TOKENS = "trainable_token_indices"
 
 
 def base_name(folder: Path) -> str:
@@ -25,7 +28,7 @@ def base_name(folder: Path) -> str:
     Raises:
         ValueError: adapter_config.json names none, or the weights are not in safetensors.
     """
-    name = read_json(folder / ADAPTER_CONFIG, _LIMIT).get("base_model_name_or_path")
+    name = read_json(folder / ADAPTER_CONFIG, LIMIT).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{folder / ADAPTER_CONFIG}: expected base_model_name_or_path, got {name!r}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -35,7 +38,7 @@ def base_name(folder: Path) -> str:
 
 def base_revision(folder: Path) -> str | None:
     """The branch, tag or commit of the base model that the adapter in ``folder`` was trained on, if it says one."""
-    revision = read_json(folder / ADAPTER_CONFIG, _LIMIT).get("revision")
+    revision = read_json(folder / ADAPTER_CONFIG, LIMIT).get("revision")
     if revision is not None and not isinstance(revision, str):
         raise ValueError(f"{folder / ADAPTER_CONFIG}: revision: expected a name, got {revision!r}")
     return revision
@@ -66,13 +69,13 @@ def check_adapter(folder: Path, reasoner: nn.Module | None, rows: range, made: b
     if not any("embed" in name or "wte" in name or "token_adapter" in name for name in shapes):
         raise ValueError(f"directory: expected {wanted} in {folder / ADAPTER_WEIGHTS}, found none")
     if any("token_adapter" in name for name in shapes):
-        given = read_json(folder / ADAPTER_CONFIG, _LIMIT).get(_TOKENS)
+        given = unmarked(read_json(folder / ADAPTER_CONFIG, LIMIT).get(TOKENS))
         lists = given.values() if isinstance(given, dict) else [given]
         for ids in lists:
             known = set(ids) if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else set()
             if missing := [row for row in rows if row not in known]:
                 got = f"none for {len(missing)} of them, e.g. {missing[0]}"
-                raise ValueError(f"{folder / ADAPTER_CONFIG}: {_TOKENS}: expected {wanted}, got {got}")
+                raise ValueError(f"{folder / ADAPTER_CONFIG}: {TOKENS}: expected {wanted}, got {got}")
 
 
 def adapts_thought(folder: Path) -> bool:
@@ -87,19 +90,51 @@ def wrap(model: Any, folder: Path, is_trainable: bool) -> Any:
     except ImportError as error:
         raise ValueError(f"peft: expected the package peft, which reads the adapter in {folder}, got none") from error
     with naming(folder, "an adapter that fits its base model"):
-        return keep_rows_alone(peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable))
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        if hasattr(config, TOKENS):
+            setattr(config, TOKENS, unmarked(getattr(config, TOKENS)))
+        options: dict[str, Any] = {"is_trainable": is_trainable, "config": config}
+        return saved_alone(peft.PeftModel.from_pretrained(model, str(folder), **options))
 
 
-def keep_rows_alone(model: Any) -> Any:
-    """``model``, a ``PeftModel``: where it holds rows of chosen tokens, it computes with them and saves them, alone.
+def saved_alone(model: Any) -> Any:
+    """``model``, a ``PeftModel`` around a patched one, which saves what is its own, and so that only flr loads it.
 
-    PEFT copies the table for them at every use, and saves it wherever the vocabulary has grown, although no other row
-    of it has changed.
+    Where it holds rows of chosen tokens, it computes with them alone, too: PEFT copies the table for them at every use,
+    and saves it wherever the vocabulary has grown, although no other row of it has changed.
     """
-    if getattr(model.peft_config[model.active_adapter], _TOKENS, None):
+    has_rows = bool(getattr(model.peft_config[model.active_adapter], TOKENS, None))
+    if has_rows:
         rows_alone(model)
-        model.save_pretrained = functools.partial(type(model).save_pretrained, model, save_embedding_layers=False)
+    model.save_pretrained = functools.partial(_save, model, **({"save_embedding_layers": False} if has_rows else {}))
     return model
+
+
+def _save(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if is_patched(lm := causal_lm(model)) and kwargs.get("is_main_process", True):
+        for name in model.peft_config:
+            mark(Path(save_directory) / ("" if name == "default" else name), lm)
+
+
+@contextlib.contextmanager
+def without_card(model: Any) -> Iterator[None]:
+    """Saves of ``model`` in the block write no card of PEFT's: a form to fill in, with the base model's folder."""
+    adapted = hasattr(model, "create_or_update_model_card")
+    if adapted:
+        model.__dict__["create_or_update_model_card"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        if adapted:
+            del model.__dict__["create_or_update_model_card"]
+
+
+def write_beside(folder: Path, model: Any) -> None:
+    """Write config.json of the patched ``model`` beside an adapter in ``folder``: PEFT names the base model alone."""
+    if is_adapter(folder) and is_patched(model):
+        write_config(folder / CONFIG, model.config, model.config.flr)
+        mark(folder, model)
 
 
 def merged(model: Any) -> Any:

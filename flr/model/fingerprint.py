@@ -9,14 +9,10 @@ from typing import Any
 from flr.files import sha256
 
 from .adapter import base_name, base_revision
-from .folder import BESIDE, INDEX, UPDATE_NAME, WEIGHTS, PathLike, is_adapter, local_folder
+from .folder import INDEX, MODEL_FILES, WEIGHTS, PathLike, is_adapter, local_folder
 
-_NOT_READ = (
-    "trainer_state.json",
-    "flr_run.json",
-    "manifest.json",
-    UPDATE_NAME,
-)  # of a training run, whose folder is the model's, too
+#: What MODEL_FILES does not name: tokenizers and weights in forms that only others write.
+_OTHERS = ("*.tiktoken", "*.model", "*.safetensors", "*.gguf")
 
 
 def model_fingerprint(directory: PathLike, **hub: Any) -> str:
@@ -33,16 +29,21 @@ def model_fingerprint(directory: PathLike, **hub: Any) -> str:
         OSError: no such folder or model, an adapter's base model included.
     """
     folder = local_folder(directory, **hub)
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    digest = _of_folder(folder)
     if is_adapter(folder) and not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
         base = model_fingerprint(base_name(folder), **{**hub, "revision": base_revision(folder)})
         digest.update(f"base {base}\n".encode())
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    patterns = (*BESIDE, "*.safetensors", "*.gguf")
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted((path for path in found if path.name not in _NOT_READ), key=lambda path: path.name)
+def folder_fingerprint(folder: Path) -> str:
+    """As :func:`model_fingerprint`, without the base model that an adapter names."""
+    return _of_folder(folder).hexdigest()
+
+
+def _of_folder(folder: Path) -> Any:
+    found = {path for form in (*MODEL_FILES, *_OTHERS) for path in folder.glob(form) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(found, key=lambda path: path.name):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest

@@ -22,6 +22,15 @@ PathLike = str | os.PathLike[str]
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+#: Files of a model and its processor, of any form that transformers writes.
+MODEL_FILES = (
+    "model*.safetensors", "model*.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json",
+    "config.json", "generation_config.json", "processor_config.json", "catalogue.parquet", "item_tokens.safetensors",
+    "item_knn.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
 #: What ``flr update`` writes beside a model: of which rows, and why it was kept.
 UPDATE_NAME = "flr_update.json"
 

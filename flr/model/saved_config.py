@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from flr.config import FLRConfig
 from flr.files import atomic_file, read_json
 
+from .adapter_mark import mark
 from .folder import CONFIG
 
 REMEDY = "pip install flr, then import flr"
@@ -98,6 +98,8 @@ def base_config(values: Any, name: str) -> PreTrainedConfig:
     if not isinstance(model_type, str) or model_type == MODEL_TYPE:
         raise ValueError(f"{name}: expected the configuration of a causal LM with its model_type, got {model_type!r}")
     own = {key: value for key, value in values.items() if key not in ("model_type", "transformers_weights")}
+    from transformers import AutoConfig  # at whose import this module must be whole: flr/__init__.py registers by it
+
     # its own writing of infinities, which it undoes when it reads a file
     own = getattr(PreTrainedConfig, "_decode_special_floats", lambda x: x)(own)
     try:
@@ -160,5 +162,6 @@ def flr_save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: An
         self._flr_patch.original(self, "save_pretrained")(save_directory, *args, **kwargs)
         if getattr(self, "_hf_peft_config_loaded", False) and kwargs.get("is_main_process", True):
             to_json_file(Path(save_directory) / CONFIG)  # beside an adapter, where transformers writes none
+            mark(Path(save_directory), self)
     finally:
         config.__dict__.pop("to_json_file", None)

@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from flr.decode.scoring import resolve_scoring
 from flr.explain.attention import item_attention
 from flr.explain.attribution import attribute
 from flr.explain.thinking import ThinkingPrompts, think
+from flr.model.adapter import without_card, write_beside
 from flr.model.backbone import causal_lm, evaluating, is_patched, mixes, placed, position_limit
 from flr.model.checkpoint import load_from
 
@@ -133,8 +135,9 @@ class Recommender(QueryBuilder):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model and processor into one folder, from which :meth:`from_pretrained` and every command load."""
         model: Any = self.model
-        with self._lock:
+        with self._lock, without_card(model):
             model.save_pretrained(directory)
+            write_beside(Path(directory), causal_lm(model))
             self.processor.save_pretrained(directory)
 
     def push_to_hub(

@@ -21,16 +21,16 @@ from flr.data import EpochSampler, InteractionDataset, Interactions, LengthGroup
 from flr.decode import CatalogueTrie
 from flr.evaluate import EvalResult, evaluate
 from flr.files import check_seal, exclusive_folder, move_files, place_folder, read_json, seal_folder
-from flr.model.backbone import causal_lm, is_patched, may_look, position_limit
+from flr.model.adapter import without_card, write_beside
+from flr.model.backbone import causal_lm, may_look, position_limit
 from flr.model.catalogue_loss import CatalogueLoss
-from flr.model.saved_config import write_config
+from flr.model.folder import MODEL_FILES
 
 from .factors import tracing
 from .finite import LateLook, check_finite, check_trainable, loss_fault, norm_fault, rows_at_fault
 from .prompts import keeping_prompts
 from .run_folder import (
     MARKS,
-    MODEL_FILES,
     RUN_NAME,
     STAGING,
     STATE_NAME,
@@ -335,7 +335,7 @@ class RecTrainer(Trainer):
             in_main(self.args, lambda: check_finite(weights, step))
         else:
             check_finite(weights, step)
-        with contextlib.nullcontext() if _internal_call else writing(target):
+        with contextlib.nullcontext() if _internal_call else writing(target), without_card(model):
             if self.args.should_save and not _internal_call:
                 shutil.rmtree(staging, ignore_errors=True)
             if sharded:
@@ -345,11 +345,7 @@ class RecTrainer(Trainer):
             if not self.args.should_save:
                 return
             self.processor.save_pretrained(staging)
-            lm = causal_lm(self.accelerator.unwrap_model(self.model))
-            if (staging / "adapter_config.json").is_file() and is_patched(
-                lm
-            ):  # PEFT writes the base model's name alone
-                write_config(staging / "config.json", lm.config, lm.config.flr)
+            write_beside(staging, causal_lm(model))
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
             if not _internal_call:
                 move_files(staging, target, last=MARKS, owned=MODEL_FILES)

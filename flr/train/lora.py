@@ -19,7 +19,7 @@ from torch import nn
 from flr.config import ALL_LINEAR
 from flr.data import RecProcessor
 from flr.data.codecs import END_TOKEN
-from flr.model.adapter import keep_rows_alone
+from flr.model.adapter import saved_alone
 from flr.model.backbone import is_patched
 
 from .precision import raise_trained
@@ -105,7 +105,7 @@ def add_lora(
     )
     adapted = peft.get_peft_model(model, config)
     config.base_model_name_or_path = base or config.base_model_name_or_path
-    return raise_trained(keep_rows_alone(adapted))
+    return raise_trained(saved_alone(adapted))
 
 
 def _targets(model: Any, names: Sequence[str]) -> str | list[str]:

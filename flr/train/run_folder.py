@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flr.files import PathLike, check_seal, read_json, write_json
-from flr.model.folder import UPDATE_NAME
+from flr.model.folder import MODEL_FILES, UPDATE_NAME
 
 from .settings import check_same
 
@@ -29,14 +29,6 @@ RUN_NAME, STATE_NAME = "flr_run.json", "trainer_state.json"
 STAGING = ".saving"
 #: A model folder is read by these; a save takes them away first and writes them last.
 MARKS = ("config.json", "processor_config.json")
-#: Files of a model and its processor, of any form that transformers writes.
-MODEL_FILES = (
-    "model*.safetensors", "model*.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json",
-    "config.json", "generation_config.json", "processor_config.json", "catalogue.parquet", "item_tokens.safetensors",
-    "item_knn.safetensors",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
-    "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 #: What a run keeps beside its model for ``flr report``: what each factor likes, and the ranks on the valid split.
 LIKES_NAME, VALID_NAME = "factors.json", "valid"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -31,7 +31,7 @@ from flr.files import check_seal, exclusive_folder, move_files, read_json, seal_
 from flr.model.backbone import causal_lm
 from flr.model.checkpoint import load_from
 from flr.model.fingerprint import model_fingerprint
-from flr.model.folder import UPDATE_NAME, is_adapter, local_folder
+from flr.model.folder import MODEL_FILES, UPDATE_NAME, is_adapter, local_folder
 from flr.model.vocabulary import grow
 
 from .arguments import UpdateConfig
@@ -39,7 +39,7 @@ from .base import RecTrainer
 from .features import init_grown_tokens
 from .grpo import check_one_thought
 from .precision import choose_autocast, raise_trained
-from .run_folder import MARKS, MODEL_FILES, STAGING
+from .run_folder import MARKS, STAGING
 from .settings import APART, rows_digest
 from .sft import SFTTrainer
 from .stream import METRIC, Stream, decide, stream

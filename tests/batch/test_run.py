@@ -182,6 +182,19 @@ def test_another_run_is_refused(model, source, undisturbed, tmp_path):
         write_lists(model, [source], str(tmp_path / "mine" / "work.txt"), SETTINGS)
 
 
+@pytest.mark.parametrize(("inside", "refused"), [("lists", True), ("lists/deeper", True), ("_lists", False)])
+def test_an_output_that_would_be_read_as_histories_is_refused(model, source, tmp_path, inside, refused):
+    """Its own parts would be in the way of a run that is continued."""
+    folder = shutil.copytree(source, tmp_path / "in")
+    arguments = (model, [str(folder)], str(folder / inside), SETTINGS)
+    if refused:
+        with pytest.raises(ValueError, match="output: expected a place that is not read"):
+            write_lists(*arguments)
+        assert not (folder / "lists").exists()
+    else:
+        assert write_lists(*arguments).failed == write_lists(*arguments).failed == []
+
+
 def test_two_runs_at_once_are_refused(model, source, undisturbed):
     def run():
         with pytest.raises(ValueError, match="output: expected a folder that no other run writes to"):

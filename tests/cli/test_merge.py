@@ -1,6 +1,7 @@
 """Adapters from the command line: trained on a plain model, taken by every command, merged into a whole one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,6 +86,20 @@ def test_a_merged_model_answers_as_the_adapter(adapter, base, tmp_path, capsys):
     assert {value.dtype for name, value in saved.items() if not name.startswith("flr.")} == {torch.bfloat16}
     assert {value.dtype for name, value in saved.items() if name.startswith("flr.")} == {torch.float32}
     assert (tmp_path / "own" / "README.md").is_file()
+
+
+def test_the_card_of_an_adapter_is_ours_and_keeps_what_others_wrote(adapter, base, tmp_path):
+    """PEFT's own is a form to fill in, names the base model's folder and calls a merged model an adapter."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    card = (folder / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert "library_name: peft" not in card
+    assert str(base) not in card
+    (folder / "README.md").write_text(card + "\nmy words\n")
+    options = ["--model", str(base), "--lora_rank", "2", "--max_steps", "2", "--num_factors", "2"]
+    assert main(["sft", *DATA, *TRAINING, *options, "--output_dir", str(folder), "--overwrite_output_dir", "true"]) == 0
+    assert "\nmy words\n" in (folder / "README.md").read_text()
 
 
 def test_what_cannot_be_merged_is_refused(adapter, base, tmp_path, capsys):

@@ -269,6 +269,28 @@ def test_the_weight_of_views_is_written_into_the_folder(start, tmp_path, capsys)
         assert f"{option}: expected" in capsys.readouterr().err
 
 
+def test_a_report_has_no_figures_of_what_a_folder_answered_before(start, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(start, folder)
+    (folder / "notes.json").write_text("{}")  # is not read with the model
+    test = ["evaluate", *DATA, "--model", str(folder), "--output", str(folder / "test"), "--baselines", "false"]
+    for changed, shown in (
+        ([], {"valid", "test"}),
+        (["views", *DATA, "--model", str(folder), "--weights", "0"], set()),
+    ):
+        assert main(changed or test) == 0
+        capsys.readouterr()
+        assert main(["report", str(folder), "--json"]) == 0
+        told = capsys.readouterr()
+        assert json.loads(told.out)["runs"][0]["evaluations"].keys() == shown
+        notes = " ".join(told.err.split())
+        for split in ("valid", "test"):
+            assert (f"--split {split} --output {folder / split}" in notes) == (split not in shown)
+    assert main(test) == main(["report", str(folder)]) == 0
+    assert f"Again: flr evaluate --model {folder} --split valid" in " ".join(capsys.readouterr().err.split())
+    assert "test split" in (folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("method", "decay"), [("item-knn", 0.6), ("linear", 0.8)])
 def test_neighbours_of_one_method(start, tmp_path, capsys, method, decay):
     folder = tmp_path / "model"

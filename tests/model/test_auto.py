@@ -130,7 +130,10 @@ for loader in "AutoModelForCausalLM", "AutoConfig":
 """
 
 
-@pytest.mark.parametrize("first", ["flr", "transformers", "transformers.modeling_utils", "transformers.pipelines"])
+_FIRST = ["flr", "transformers", "transformers.modeling_utils", "transformers.pipelines", "flr.model.saved_config"]
+
+
+@pytest.mark.parametrize("first", _FIRST)
 def test_whichever_is_imported_first(saved, first):
     code = _LOADERS.replace("FIRST", first)
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(saved[0])]

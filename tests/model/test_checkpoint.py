@@ -1,5 +1,6 @@
 """Patched models saved and loaded: whole, sharded, from the Hub, as adapters; and checkpoints of LatentR3."""
 
+import functools
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils.peft_utils import check_peft_version
 
 import flr
+from flr.model.adapter import write_beside
 from flr.model.patch import reasoner_parameters
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, VOCAB, build_recommender, patched_model, tiny_model
@@ -275,6 +277,36 @@ def test_an_adapter_on_a_patched_model(tmp_path, peft):
         flr.from_pretrained(tmp_path / "adapter", config=flr.FLRConfig(num_factors=2, thought_token_id=THOUGHT))
 
 
+@pytest.mark.parametrize("tokens", [None, [5, 7], {"embed_tokens": [5, 7]}], ids=["no rows", "rows", "rows of a table"])
+def test_loaders_that_would_leave_out_the_thought_refuse_an_adapter(tmp_path, peft, tokens):
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = _adapter(peft, flr.patch_model(base, config=flr.FLRConfig(num_factors=2)), trainable_token_indices=tokens)
+    wrapped.save_pretrained(tmp_path / "first")
+    write_beside(tmp_path / "first", wrapped.get_base_model())
+    loaded = flr.from_pretrained(tmp_path / "first")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    torch.testing.assert_close(loaded(**inputs).logits, wrapped(**inputs).logits)
+    loaded.save_pretrained(tmp_path / "second")
+    loaded.save_pretrained(tmp_path / "third", is_main_process=False)
+    assert not (tmp_path / "third" / "adapter_config.json").exists()
+    (tmp_path / "second" / "config.json").write_bytes((tmp_path / "first" / "config.json").read_bytes())
+    torch.testing.assert_close(flr.from_pretrained(tmp_path / "second")(**inputs).logits, wrapped(**inputs).logits)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        saved = (folder / "adapter_config.json").read_bytes()
+        assert saved == (tmp_path / "first" / "adapter_config.json").read_bytes()
+        (folder / "config.json").unlink()  # PEFT writes none
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        for load in (
+            peft.AutoPeftModelForCausalLM.from_pretrained,
+            transformers.AutoModelForCausalLM.from_pretrained,
+            functools.partial(peft.PeftModel.from_pretrained, plain),
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").load_adapter,
+        ):
+            with pytest.raises(ValueError, match=r"load this adapter by flr\.from_pretrained \(pip install flr\)"):
+                load(str(folder))
+
+
 def test_an_adapter_that_transformers_holds(tmp_path, peft):
     """What transformers itself writes for it, and finds with our model type beside it."""
     try:
@@ -287,6 +319,8 @@ def test_an_adapter_that_transformers_holds(tmp_path, peft):
     held.save_pretrained(tmp_path / "held")
     assert json.loads((tmp_path / "held" / "config.json").read_text())["flr"] == held.config.flr
     assert flr.is_patched(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "held").get_base_model())
+    with pytest.raises(ValueError, match=r"load this adapter by flr\.from_pretrained"):
+        peft.PeftModel.from_pretrained(tiny_model("qwen2"), str(tmp_path / "held"))
 
 
 def test_an_adapter_that_leaves_something_to_chance_is_refused(tmp_path, peft):

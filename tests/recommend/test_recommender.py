@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from flr import FLRConfig, patch_model, unpatch_model
 from flr.data import CSR, Catalogue, HistoryViews, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.decode.mixture import ViewMixture
@@ -223,6 +225,23 @@ def test_peft_model():
         recommender.recommend(HISTORIES, k=3, shares=True),
         strict=True,
     ):
+        assert_same_recommendations(a, b)
+
+
+def test_an_adapter_is_saved_with_what_it_is_read_by(tmp_path):
+    """PEFT writes no config.json, without which nobody knows what kind of thought the adapter's reasoner makes."""
+    peft = pytest.importorskip("peft")
+    recommender = build_recommender("title")
+    thought = FLRConfig.from_dict(recommender.model.config.flr)
+    unpatch_model(recommender.model).save_pretrained(tmp_path / "base")
+    model = patch_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config=thought)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["flr"], init_lora_weights=False)
+    adapted = Recommender(peft.get_peft_model(model, config).eval(), recommender.processor)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "README.md").exists()
+    loaded = Recommender.from_pretrained(tmp_path / "adapter")
+    assert type(loaded.model) is type(adapted.model)
+    for a, b in zip(loaded.recommend(HISTORIES, k=3), adapted.recommend(HISTORIES, k=3), strict=True):
         assert_same_recommendations(a, b)
 
 

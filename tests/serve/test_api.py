@@ -161,6 +161,19 @@ def test_malformed_bodies(recommender, body):
     with_client(recommender, test)
 
 
+def test_limits_of_requests_are_those_of_the_settings(recommender):
+    limits = {"max_k": 4, "max_num_beams": 6, "num_beams": 5, "max_history": 2, "max_filter": 3, "max_text": 9}
+    within = {"history": ["item_1"] * 2, "k": 4, "num_beams": 6, "deny": ["item_2"] * 3}
+    beyond = {"history": ["item_1"] * 3, "k": 5, "num_beams": 7, "deny": ["item_2"] * 4, "allow": ["item_1" + "0" * 4]}
+
+    async def test(client):
+        assert (await client.post("/v1/recommend", json=within)).status_code == 200
+        for name, value in beyond.items():
+            assert (await client.post("/v1/recommend", json={**within, name: value})).status_code == 422, name
+
+    with_client(recommender, test, **limits)
+
+
 def test_a_failure_is_a_500_without_its_text(recommender, monkeypatch, caplog):
     def broken(*_, **__):
         raise FloatingPointError("the secret reason")
