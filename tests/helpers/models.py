@@ -120,10 +120,12 @@ def patched_model(
     return model
 
 
-def trainable(codec: str = "id", views: HistoryViews | None = None, layers: int = 1, **config: Any):
-    """A patched Llama and its processor over the items of ``DATA``, whose titles differ in length."""
+def trainable(
+    codec: str = "id", views: HistoryViews | None = None, layers: int = 1, uneven: bool = False, **config: Any
+):
+    """A patched Llama and its processor over the items of ``DATA``, with titles of ``uneven`` length where wanted."""
     torch.manual_seed(0)
-    catalogue = UNEVEN if codec == "title" else DATA.catalogue
+    catalogue = UNEVEN if uneven else DATA.catalogue
     tokenizer = build_tokenizer(catalogue, codec, vocab_size=400)
     options = flr.FLRConfig(**{"anchor": "last", **config})
     processor = RecProcessor(

@@ -28,7 +28,7 @@ def batch_of(train, users=range(16)):
 @pytest.mark.parametrize("kind", ["grpo", "latentr3"])
 def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
     """On titles, whose targets differ in length; the reference is the reasoner as it was given."""
-    model, processor = trainable("title")
+    model, processor = trainable("title", uneven=True)
     given, relative = copy.deepcopy(model.double().flr), kind == "grpo"
     train = grpo_trainer(
         tmp_path, model=model, processor=processor, policy=policy, advantage=kind,
@@ -226,7 +226,7 @@ def test_what_is_logged(tmp_path):
 
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 def test_target_logprob_is_that_of_each_row(tmp_path, scoring):
-    model, processor = trainable("title")
+    model, processor = trainable("title", uneven=True)
     processor.scoring = scoring
     train = grpo_trainer(tmp_path, model=model, processor=processor, per_device_eval_batch_size=7)
     found = train.target_logprobs(DATA.valid)
