@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from flr.data import CATALOGUE_USER, Augment, Interaction
+from flr.data import CATALOGUE_USER, Augment, Interaction, Neighbours
+from flr.data.augment import row_keys
 from tests.helpers.catalogues import DATA
 
 EVERYTHING = Augment(reverse=0.4, prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)
@@ -79,6 +80,8 @@ def test_shuffle_is_local():
             assert a - b < 3  # items three or more apart keep their order
         moved += items != list(range(8))
     assert moved > 1500
+    some, _ = Augment(shuffle=0.2)(many())
+    assert (some.values[some.offsets[:-1]] != 0).any()  # which rows are shuffled says nothing of where items go
     still, _ = Augment(shuffle=0.0001)(many(100))
     assert still.row(0).tolist() == list(range(8))
 
@@ -93,11 +96,31 @@ def test_random_numbers_depend_on_seed_epoch_and_row_only():
         assert other[0].values.tolist() != base.values.tolist()
 
 
+def test_each_change_has_random_numbers_of_its_own():
+    def together(one, other):
+        return abs((one & other).mean() - one.mean() * other.mean())
+
+    histories, targets = Augment(prefix=0.5, suffix=0.5)(many(length=20))
+    assert together(targets != 99, histories.values[histories.offsets[:-1]] != 0) < 0.03
+    drops = Augment(drop_item=0.5)(many())[0]
+    last = np.array([7 in drops.row(row) for row in range(2000)])
+    assert together(last, Augment(prefix=0.5)(many())[1] != 99) < 0.03
+    assert together(last, Augment(reverse=0.5)(many())[1] != 99) < 0.03
+    pairs = Neighbours(np.tile([20, 30], (10, 1)).astype(np.int32), np.tile([0.5, 1.0], (10, 1)))
+    varied = Augment(single=0.5, neighbour=0.5, neighbours=pairs, decay=1.0)
+    histories, targets, sources = varied.with_sources(many())
+    assert together(histories.lengths == 1, sources >= 0) < 0.03
+    _, targets, sources = Augment(neighbour=1.0, neighbours=pairs, decay=1.0).with_sources(many())
+    assert together(targets == 20, sources < 4) < 0.03
+
+
 def test_rows_from_no_data_set_go_by_content():
     rows = [one([1, 2, 3, 4, 5, 6, 7], row=-1), one([1, 2, 3, 4, 5, 6, 8], row=-1)]
     first, _ = Augment(drop_item=0.5)(rows)
     again, _ = Augment(drop_item=0.5)(rows[::-1])
     assert first.row(0).tolist() == again.row(1).tolist()
+    rows = [one([1, 2], row=-1), one([1, 3], row=-1), one([1, 2], target=98, row=-1)]
+    assert len(set(row_keys(rows, 0).tolist())) == 3
 
 
 @pytest.mark.parametrize("name", ["reverse", "prefix", "suffix", "drop_item", "shuffle"])
@@ -118,3 +141,11 @@ def test_single_keeps_one_item_and_prefers_late_ones():
     counts = np.bincount(histories.values, minlength=6) / 3000
     expected = 0.5 ** np.arange(6)[::-1]
     np.testing.assert_allclose(counts, expected / expected.sum(), atol=0.03)
+
+
+def test_an_item_without_neighbours_replaces_no_target():
+    table = Neighbours(np.array([[5], [0]], np.int32), np.array([[1.0], [0.0]]))
+    rows = [one([0], row=0), one([1], row=1)]
+    _, targets, sources = Augment(neighbour=1.0, neighbours=table).with_sources(rows)
+    assert targets.tolist() == [5, 99]
+    assert sources.tolist() == [0, -1]

@@ -30,6 +30,26 @@ def test_collator_adds_soft_targets_for_one_token_codecs_only():
         assert ("soft_targets" in batch) == expected
 
 
+def test_a_target_is_seen_and_is_that_of_the_changed_row():
+    rows = [InteractionDataset(DATA.train)[(0, n)] for n in range(16)]
+    table = item_neighbours(DATA.train, DATA.catalogue, top=4)
+    augment = Augment(prefix=1.0, neighbours=table)
+    for codec in ("id", "title"):
+        _, processor = trainable(codec)
+        histories, targets, _ = augment.with_sources(rows, 5)
+        assert targets.tolist() != [row.target for row in rows]
+        batch = SFTCollator(processor, augment, 5)(rows)
+        sequences = [processor.item_codec.encode(int(target)) for target in targets]
+        prompts = processor.prompts(histories).tokens.lengths  # thoughts included
+        for n, tokens in enumerate(sequences):
+            assert batch["labels"][n][batch["labels"][n] != -100].tolist() == [int(token) for token in tokens]
+            assert int(batch["attention_mask"][n].sum()) == prompts[n] + len(tokens)
+        if codec == "id":
+            assert batch["soft_targets"][:, -1].tolist() == [int(tokens[0]) for tokens in sequences]
+        other = SFTCollator(processor, augment, 6)(rows)
+        assert not torch.equal(batch["labels"], other["labels"])
+
+
 PROCESSOR = RecProcessor(build_tokenizer(DATA.catalogue), DATA.catalogue)
 EVERYTHING = Augment(prefix=0.3, suffix=0.3, drop_item=0.3, shuffle=0.7)
 

@@ -88,6 +88,14 @@ def test_a_fit_in_small_parts_is_the_same_table_and_holds_few_pairs(monkeypatch)
     assert all(pairs[first] <= 200 or last == first + 1 for first, last in ranges)
 
 
+def test_a_table_of_a_grown_catalogue_says_the_same_of_known_items():
+    table = NeighbourTable.fit(TRAIN, 5, history_decay=0.3)
+    histories = CSR.from_rows([[0, 1], [4, 3, 1]])
+    scores = table.padded(7).scores(histories)
+    np.testing.assert_allclose(scores[:, :5], table.scores(histories))
+    assert not scores[:, 5:].any()
+
+
 @pytest.mark.parametrize("options", [{"history_decay": 0.0}, {"backward": -1.0}, {"top": 0}])
 def test_arguments_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):

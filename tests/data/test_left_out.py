@@ -61,15 +61,15 @@ def test_item_knn_is_exactly_that_without_the_user(seed):
 @pytest.mark.parametrize("kind", ["linear", "item_knn"])
 def test_histories_with_items_of_others_and_strangers(kind, monkeypatch):
     """Whatever is asked, in whatever order, with whatever is kept."""
-    monkeypatch.setattr(left_out, "_CELLS", 300)  # a few users' parts
+    monkeypatch.setattr(left_out, "_CELLS", 500)  # a few users' parts
     found = getattr(LeftOut, kind)(DATA.train, SIZE)
     fresh = getattr(LeftOut, kind)(DATA.train, SIZE)
     generator = np.random.default_rng(0)
-    users = [*generator.choice(USERS, 30), "nobody"]
+    users = [*generator.choice(USERS[:5], 30), "nobody"]
     rows = [generator.integers(0, SIZE, n % 7) for n in range(31)]
     together = found.scores(users, CSR.from_rows(rows)).toarray()
-    assert found._cells <= 300 or len(found._kept) == 1
-    for n, (user, row) in enumerate(zip(users, rows, strict=True)):
+    assert found._cells <= 500 or len(found._kept) == 1
+    for n, (user, row) in reversed(list(enumerate(zip(users, rows, strict=True)))):
         np.testing.assert_array_equal(fresh.scores([user], CSR.from_rows([row])).toarray()[0], together[n])
     table = found.table
     whole = weights(CSR.from_rows(rows[-1:]), table.history_decay) @ table.similarity.toarray()

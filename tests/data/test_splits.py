@@ -38,41 +38,59 @@ def test_k_core_equals_plain_peeling(events, minimum):
     assert got == [(f"u{u}", f"i{i}", float(t)) for u, i, t in left]
 
 
-@settings(max_examples=150, deadline=None)
-@given(EVENTS, st.sampled_from(["time", "leave_one_out"]), st.integers(1, 4))
-def test_split_equals_plain_construction(events, split, max_history):
-    report = ReadReport("log")
-    arguments = {"split": split, "max_history": max_history, "min_interactions": 1, "name": "x", "report": report}
-    try:
-        dataset = split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
-    except ValueError as error:
-        assert "rows from split=" in str(error)  # noqa: PT017
-        return
+def cut(times, share):
+    """The place in ascending times nearest to the share of them at which the time changes."""
+    count = len(times)
+    changes = [place for place in range(count + 1) if place in (0, count) or times[place - 1] < times[place]]
+    return min(changes, key=lambda place: abs(place - share * count))
+
+
+def by_definition(events, split, max_history):
+    """Part, user, history, target and time of every row, sorted."""
     plain: dict[str, list[tuple[int, str]]] = {}
     for user, item, time in dict.fromkeys(events):
         plain.setdefault(f"u{user}", []).append((time, f"i{item}"))
-    expected = []
+    rows = []
     for user, sequence in plain.items():
         sequence.sort(key=lambda event: event[0])  # stable: ties stay in the order of the file
         for place in range(1, len(sequence)):
             history = tuple(item for _, item in sequence[max(0, place - max_history) : place])
             left = len(sequence) - place
             part = "train" if len(sequence) < 3 or left > 2 else {1: "test", 2: "valid"}[left]
-            expected.append((part, user, history, sequence[place][1], sequence[place][0]))
+            rows.append((part, user, history, sequence[place][1], sequence[place][0]))
+    if split == "time":
+        rows.sort(key=lambda row: row[4])
+        times = [row[4] for row in rows]
+        first, second = cut(times, 0.8), cut(times, 0.9)
+        parts = ["train"] * first + ["valid"] * (second - first) + ["test"] * (len(rows) - second)
+        rows = [(part, *row[1:]) for part, row in zip(parts, rows, strict=True)]
+    return sorted(rows)
+
+
+LONG = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 99)), min_size=30, max_size=90)
+
+
+@settings(max_examples=150, deadline=None)
+@given(EVENTS | LONG, st.sampled_from(["time", "leave_one_out"]), st.integers(1, 4))
+def test_split_equals_plain_construction(events, split, max_history):
+    report = ReadReport("log")
+    arguments = {"split": split, "max_history": max_history, "min_interactions": 1, "name": "x", "report": report}
+    expected = by_definition(events, split, max_history)
+    empty = {"train", "valid", "test"} - {row[0] for row in expected}
+    try:
+        dataset = split_log(build(events), describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
+    except ValueError as error:
+        assert any(f"expected {part} rows from split=" in str(error) for part in empty)  # noqa: PT017
+        return
+    assert not empty
     names = dataset.catalogue.item_ids
     got = [
         (part, row.user, tuple(names[item] for item in row.history), names[row.target], row.timestamp)
         for part in ("train", "valid", "test")
         for row in getattr(dataset, part)
     ]
-    if split == "leave_one_out":
-        assert sorted(got) == sorted(expected)
-        assert any("leaks" in note for note in report.notes)
-    else:
-        assert sorted(row[1:] for row in got) == sorted(row[1:] for row in expected)
-        latest = {part: [row[4] for row in got if row[0] == part] for part in ("train", "valid", "test")}
-        assert max(latest["train"]) < min(latest["valid"])
-        assert max(latest["valid"]) < min(latest["test"])
+    assert sorted(got) == expected
+    assert any("leaks" in note for note in report.notes) == (split == "leave_one_out")
 
 
 def test_leave_one_out_states_its_leak():
@@ -83,6 +101,9 @@ def test_leave_one_out_states_its_leak():
     # users one after the other: from user u's test event, the training targets of the later users lie in the future
     assert "38 % of the training targets lie in the future" in report.notes[-1]
     assert "leak" in load_dataset.__doc__
+    at_once = build([(user, item, 7) for user, item, _ in events])
+    split_log(at_once, describe=lambda ids: titled_catalogue(ids, {}, report), **arguments)
+    assert "seen from a test event, 0 % of the training targets" in report.notes[-1]
 
 
 def test_split_errors():

@@ -1,7 +1,10 @@
 """A teacher's part of a target: its definition, that it has not seen what it teaches, draws, and what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from flr.data import CSR, Augment, InteractionDataset, Interactions, SFTCollator, Teacher
 from flr.data import teacher as teacher_module
@@ -78,6 +81,15 @@ def test_draws_follow_the_whole_distribution():
     np.add.at(expected, taught.items[0], taught.weights[0])
     expected[target] += 1 - taught.weights.sum()
     np.testing.assert_allclose(found, expected, atol=2e-4)
+    knows_nothing = type(taught)(taught.items, np.zeros_like(taught.weights))
+    assert draw(knows_nothing, np.array([target], np.int32), np.zeros(1)).tolist() == [target]
+
+
+def test_what_is_level_counts_against_the_target():
+    train = Interactions(["u", "u", "u"], [[0]] * 3, [1, 2, 3])
+    known = SimpleNamespace(scores=lambda users, histories: sp.csr_matrix([[0, 2.0, 2.0, 3.0]] * len(users)))
+    expected = np.mean([1 / np.log2(4), 1 / np.log2(4), 1])
+    assert teacher_module._ndcg(known, train) == pytest.approx(expected)
 
 
 def test_batches_have_the_distribution_where_items_are_one_token_and_draws_elsewhere():
@@ -108,6 +120,7 @@ def test_batches_have_the_distribution_where_items_are_one_token_and_draws_elsew
     np.testing.assert_array_equal(drawn, again)
     later = [row._replace(epoch=3) for row in rows]
     assert (augment.drawn(taught, later, own, seed=3) != drawn).any()  # drawn anew in every epoch
+    assert (augment.drawn(taught, rows, own, seed=4) != drawn).any()
 
 
 def test_it_answers_to_the_history_that_is_left():

@@ -130,6 +130,26 @@ def test_filters_make_no_list_shorter_and_change_no_score(scoring, views, option
     np.testing.assert_array_equal(mixture.best(histories, 5).items, first.items)
 
 
+@pytest.mark.parametrize("codec", ["id", "title"])
+def test_whatever_is_asked_together_and_before_a_user_gets_the_same(codec):
+    """Batches of two users, each with items that are not to be given, and a table that grows from call to call."""
+    model, processor = trainable(codec, HistoryViews(0.4))
+    sizes = {"num_beams": 6, "batch_size": 2}
+    histories = CSR.from_rows([[9, 8], [1, 2, 3], [30], [4, 5], [6, 0, 9]])
+    exclude = torch.tensor([[9, 8, -1], [1, 2, 3], [30, 7, 11], [12, -1, -1], [0, 6, 1]])
+    mixture = ViewMixture(model, processor, **sizes)
+    mixture.scores(CSR.from_rows([[20, 3]]))
+    together = mixture.scores(histories, exclude, least=5)
+    best = ViewMixture(model, processor, **sizes).best(histories, 5, exclude)
+    for user in range(5):
+        own = histories.take(np.array([user])), exclude[user : user + 1]
+        alone = ViewMixture(model, processor, **sizes).scores(*own, least=5)[0]
+        np.testing.assert_allclose(together[user], alone, rtol=1e-4)
+        np.testing.assert_allclose(best.scores[user], -np.sort(-alone)[:5], rtol=1e-4)
+        prompt = ViewMixture(model, processor, HistoryViews(0.0), **sizes).scores(*own)[0]
+        np.testing.assert_array_equal(best.parts[0][user] == -np.inf, prompt[best.items[user]] == -np.inf)
+
+
 def test_evaluation_scores_every_item_where_it_is_asked_to():
     model, processor = trainable("title", HistoryViews(0.4))
     shared = {"progress": False, "samples": 2, "num_beams": 20}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 
@@ -20,6 +21,7 @@ from flr.evaluate.metrics import (
     ranks_from_lists,
     ranks_from_scores,
     row_metrics,
+    top_items,
 )
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -100,6 +102,17 @@ def test_coverage_counts_items_of_the_first_ten():
     assert coverage(np.full((3, 5), -1), 7) == 0
 
 
+def test_the_first_of_equal_items_are_taken():
+    scores = torch.tensor(list(itertools.product([-math.inf, 0.0, 1.0], repeat=5)))
+    for k in range(1, 7):
+        best, items = top_items(scores, k)
+        for row, values, found in zip(scores.tolist(), best.tolist(), items.tolist(), strict=True):
+            order = sorted(range(5), key=lambda item, row=row: (-row[item], item))[:k]
+            assert values == [row[item] for item in order]
+            given = [item for item in order if row[item] > -math.inf]
+            assert found[: len(given)] == given
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="NaN"):
         ranks_from_scores(torch.tensor([[float("nan")]]), torch.tensor([0]))
@@ -145,6 +158,42 @@ def test_paired_difference_sees_what_two_intervals_do_not():
     assert difference.p_value < 0.01
     nothing = paired_difference(a, a)
     assert (nothing.mean, nothing.low, nothing.high, nothing.p_value) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_intervals_are_those_of_users_drawn_again_with_all_their_rows(level):
+    """The draws of numpy's generator, each resampling written out; a user's rows count as many times as the user."""
+    generator = np.random.default_rng(5)
+    a, b = generator.random(12), generator.random(12) + 0.1
+    rows = [[0, 1, 2, 3, 4, 5, 6], [7], [8, 9], [10, 11]]
+    users = [f"u{user}" for user, own in enumerate(rows) for _ in own]
+    drawn = np.random.default_rng(4).integers(0, 4, (301, 4))
+    means = {
+        name: np.array([np.concatenate([x[rows[user]] for user in draw]).mean() for draw in drawn])
+        for name, x in (("a", a), ("a - b", a - b), ("b - a", b - a))
+    }
+    options = {"samples": 301, "level": level, "seed": 4}
+
+    def bounds(name):
+        return pytest.approx(np.quantile(means[name], [(1 - level) / 2, (1 + level) / 2]))
+
+    assert bootstrap_intervals({"a": a, "b": b}, users, **options)["a"] == bounds("a")
+    for name, found in (
+        ("b - a", paired_difference(a, b, users, **options)),
+        ("a - b", paired_difference(b, a, users, **options)),
+    ):
+        tail = min((means[name] <= 0).sum(), (means[name] >= 0).sum())
+        assert 0 < tail < 150
+        assert (found.low, found.high) == bounds(name)
+        assert found.p_value == pytest.approx(2 * (tail + 1) / 302)
+        assert found.mean == pytest.approx((b - a).mean() * (1 if name == "b - a" else -1))
+
+
+def test_resamplings_made_in_blocks_are_all_different(monkeypatch):
+    values = np.random.default_rng(0).random(50)
+    whole = bootstrap_intervals({"x": values}, samples=300, seed=2)["x"]
+    monkeypatch.setattr("flr.evaluate.metrics._RESAMPLED_CELLS", 50)
+    assert bootstrap_intervals({"x": values}, samples=300, seed=2)["x"] == pytest.approx(whole, rel=1e-12)
 
 
 def test_a_long_name_of_one_user_takes_no_room_in_the_others():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flr.data import HistoryViews, NeighbourTable
+from flr.decode import CatalogueTrie, beam_search
 from flr.evaluate import evaluate, evaluate_scorer
 from flr.evaluate.baselines import ItemKNN
 from flr.evaluate.neighbours import fit_neighbours, fit_views
@@ -27,6 +28,32 @@ def test_each_weight_is_what_evaluation_gives_with_it():
     knn = evaluate_scorer(ItemKNN(DATA.train, size), DATA.valid, DATA.catalogue)
     assert knn.metrics["item"]["ndcg@10"] == pytest.approx(means[-1], abs=1e-3)
     assert len(np.unique(means)) == 3
+
+
+def test_views_of_the_processor_are_kept_and_its_own_table_is_not():
+    model, processor = trainable()
+    table = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    processor.item_knn, processor.views = table.padded(len(table)), HistoryViews(0.5, decay=0.9, neighbours=0.3)
+    fit = fit_neighbours(model, processor, table, DATA.valid, [0.0, 0.4])
+    for weight, mean in zip(fit.weights, fit.metrics["ndcg@10"].mean(1), strict=True):
+        views = HistoryViews(0.5, decay=0.9, neighbours=weight)
+        result = evaluate(model, processor, DATA.valid, progress=False, views=views)
+        assert result.metrics["item"]["ndcg@10"] == pytest.approx(mean, abs=1e-9)
+
+
+def test_as_many_items_take_part_as_there_are_beams():
+    """One beam gives one item, and a target that is another one is not found."""
+    model, processor = trainable("sid")
+    table = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    trie = CatalogueTrie.from_codec(processor.item_codec)
+    best = beam_search(model, processor(DATA.valid.histories), trie, 1, 1, processor.scoring).items[:, 0]
+    found = (best.numpy() == DATA.valid.targets).astype(float).tolist()
+    for fit in (
+        fit_neighbours(model, processor, table, DATA.valid, [0.0], num_beams=1),
+        fit_views(model, processor, DATA.valid, [0.0], num_beams=1),
+    ):
+        assert fit.metrics["hr@10"][0].tolist() == found
+    assert 0 < sum(found) < len(found)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])

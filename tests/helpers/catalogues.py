@@ -10,6 +10,13 @@ from flr.data import BadRow, Catalogue, Interactions, ReadReport, RecDataset, pl
 
 #: What the training tests train on.
 DATA = planted_dataset(num_items=40, num_users=60, seed=3)
+#: Its items, every third of which has a shorter title.
+UNEVEN = Catalogue(
+    DATA.catalogue.item_ids,
+    [title if place % 3 else str(place) for place, title in enumerate(DATA.catalogue.titles)],
+    DATA.catalogue.sids,
+    DATA.catalogue.attributes,
+)
 #: A title that breaks pages and plots which do not escape.
 NASTY = "<script>alert(1)</script> & \"A $5 <b>Wonder</b>\" 'x' $y$"
 

@@ -17,7 +17,7 @@ import flr
 from flr.data import Catalogue, HistoryViews, PromptTemplate, RecProcessor, build_tokenizer
 from flr.recommend.recommender import Recommender
 from scripts.families.tiny import enlarge_weights
-from tests.helpers.catalogues import DATA, named_catalogue
+from tests.helpers.catalogues import DATA, UNEVEN, named_catalogue
 
 VOCAB, HIDDEN = 61, 32
 THOUGHT = 60
@@ -120,14 +120,17 @@ def patched_model(
     return model
 
 
-def trainable(codec: str = "id", views: HistoryViews | None = None, layers: int = 1, **config: Any):
-    """A patched Llama and its processor over the items of ``DATA``."""
+def trainable(
+    codec: str = "id", views: HistoryViews | None = None, layers: int = 1, uneven: bool = False, **config: Any
+):
+    """A patched Llama and its processor over the items of ``DATA``, with titles of ``uneven`` length where wanted."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(DATA.catalogue, codec, vocab_size=400)
+    catalogue = UNEVEN if uneven else DATA.catalogue
+    tokenizer = build_tokenizer(catalogue, codec, vocab_size=400)
     options = flr.FLRConfig(**{"anchor": "last", **config})
     processor = RecProcessor(
         tokenizer,
-        DATA.catalogue,
+        catalogue,
         codec,
         num_thoughts=options.thought_count,
         views=views,

@@ -8,6 +8,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(params=["auto", "reference"])
+def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves a CPU here, which is the extension where one is built, and the definition in PyTorch."""
+    monkeypatch.setenv("FLR_BACKEND", request.param)
+
+
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Only Triton, and every tensor that is allocated without being filled starts as NaN."""

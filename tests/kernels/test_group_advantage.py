@@ -9,6 +9,7 @@ import torch.distributed as dist
 from flr_kernels import group_advantage
 from tests.helpers.processes import in_processes
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 USERS, GROUP = 13, 3
 #: How many users each process holds.
 SPLITS = {1: [[13]], 2: [[6, 7], [13, 0], [0, 13]], 4: [[4, 3, 3, 3], [0, 5, 0, 8], [0, 0, 0, 13]]}

@@ -45,6 +45,14 @@ def test_float64(family, layout):
     assert_equal(mixture(family), rows(layout), FLOAT64[family])
 
 
+def test_dropout_acts_on_the_thoughts_in_training_only():
+    model, batch = mixture(dropout=0.5).eval(), rows()
+    loss = model(**batch).loss
+    assert torch.equal(loss, model(**batch).loss)
+    model.train()
+    assert not torch.equal(model(**batch).loss, model(**batch).loss)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32(family):
     assert_equal(mixture(family, torch.float32), rows("columns"), 2e-5)

@@ -75,6 +75,27 @@ def test_float32(family, thoughts, backbone):
     assert_equal(*group_case(family, torch.float32, thoughts=thoughts, backbone=backbone), 2e-5)
 
 
+def test_regularisers_and_what_is_logged_are_those_of_the_members_thoughts():
+    """Every member encoded in full with its thoughts, from whose states each of them is made once more."""
+    model, prompts, group = group_case("phi", thoughts=2, refinements=2)
+    out, config = model(**prompts, group=group), model._flr_patch.config
+    embeds, mask = model.get_input_embeddings()(prompts["input_ids"]), prompts["attention_mask"].bool()
+    length, terms, made = embeds.shape[1] - 2, [], {}
+    for member in range(group.noise.shape[1]):
+        whole = torch.cat([embeds[:, :length], out.thoughts[:, member]], 1)
+        given = {"attention_mask": mask.long(), "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        hidden = model.base_model(inputs_embeds=whole, **given, use_cache=False).last_hidden_state
+        for n in range(2):
+            made[member, n] = model.flr(hidden[:, : length + n], mask[:, : length + n], length + n - 1)
+            losses = made[member, n].user_losses
+            terms.append(sum(getattr(config, f"{name}_weight") * value for name, value in losses.items()))
+    torch.testing.assert_close(out.regularisers, torch.stack(terms).mean(0))
+    assert (terms[1] - terms[3]).abs().max() > 1e-6
+    torch.testing.assert_close(out.thought_norm, made[0, 1].thought.norm(dim=-1).detach())
+    gates = made[0, 0].gates[:, -1].detach()
+    torch.testing.assert_close(out.gate_entropy, -(gates * gates.log()).sum(-1))
+
+
 @pytest.mark.parametrize("kind", ["dr_grpo", "rloo", "latentr3"])
 def test_every_kind_of_advantage(kind):
     assert_equal(*group_case("phi"), 1e-12, kind)

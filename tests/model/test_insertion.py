@@ -80,26 +80,26 @@ def test_embeddings_and_positions_of_the_callers_own(layout):
     assert (moved - expected.logits).abs().max() > 1e-3
 
 
-def own_loop(model, ids, mask, steps, positions, cache_length=False):
-    """The loop that users write: a prefill, then one token at a time; they count their own tokens."""
+def own_loop(model, ids, mask, steps, positions, cache_length=False, masked=True):
+    """Logits of the loop that users write: a prefill, then one token at a time; they count their own tokens."""
     last = mask.sum(1) - 1 if not mask[:, -1].all() else torch.full((len(ids),), ids.shape[1] - 1)
     place = (mask.cumsum(1) - 1).clamp_min(0)
     out = model(input_ids=ids, attention_mask=mask, **({"position_ids": place} if positions else {}))
-    chosen, new = out.logits[torch.arange(len(ids)), last].argmax(-1), []
-    for _ in range(steps):
-        new.append(chosen)
+    logits = [out.logits[torch.arange(len(ids)), last]]
+    for _ in range(steps - 1):
+        chosen = logits[-1].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         given = {"position_ids": mask.cumsum(1)[:, -1:] - 1} if positions else {}
         if cache_length:
             given["position_ids"] = torch.full((len(ids), 1), out.past_key_values.get_seq_length())
         out = model(
             input_ids=chosen[:, None],
-            attention_mask=None if cache_length else mask,
+            attention_mask=mask if masked and not cache_length else None,
             past_key_values=out.past_key_values,
             **given,
         )
-        chosen = out.logits[:, -1].argmax(-1)
-    return torch.stack(new, 1)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,14 @@ def test_a_loop_of_ones_own_equals_one_row_at_a_time(family, side):
         together = own_loop(model, ids, mask, 4, positions=True)
         for row, prompt in zip(together, prompts, strict=True):
             one = torch.ones_like(prompt)[None]
-            expected = model.generate(prompt[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
-            assert torch.equal(row, expected[0, len(prompt) :])
-            assert torch.equal(own_loop(model, prompt[None], one, 4, positions=False)[0], row)
-            assert torch.equal(own_loop(model, prompt[None], one, 4, positions=False, cache_length=True)[0], row)
+            greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+            given = model.generate(prompt[None], **greedy, output_logits=True, return_dict_in_generate=True)
+            expected = torch.cat(given.logits)
+            assert row.argmax(-1).tolist() == given.sequences[0, len(prompt) :].tolist()
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+            for positions, options in ((False, {}), (False, {"cache_length": True}), (True, {"masked": False})):
+                alone = own_loop(model, prompt[None], one, 4, positions, **options)[0]
+                torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_with_a_thought_and_one_with_insertion_off_are_left_alone():

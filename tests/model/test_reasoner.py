@@ -1,6 +1,7 @@
 """The reasoner: its size, its start, its regularisers, its dropout."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,9 +10,138 @@ import flr
 import flr.model.reasoner
 import flr_kernels
 from flr.model.patch import reasoner_parameters
-from flr.model.variants import build_reasoner
+from flr.model.variants import OffsetReasoner, build_reasoner
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, patched_model, tiny_model
+
+
+def unit(x, eps):
+    return x / (x.square().mean() + eps**2).sqrt()
+
+
+def pairs_mean(matrix):
+    count = len(matrix)
+    return sum(matrix[j, k] for j in range(count) for k in range(count) if j != k) / (count * (count - 1))
+
+
+def spread(p, count):
+    """Entropy by the largest that ``count`` outcomes have."""
+    return -(p * p.clamp_min(1e-300).log()).sum() / math.log(count)
+
+
+def factors_by_definition(r, h, seen, query):
+    """The thought, gates, attention and regularisers of one user: h [L, D], the columns seen, the query's column."""
+    config, eps = r.config, r.EPS * r.unit
+    z, gates, attention, losses = h[query], [], [], []
+    for _ in range(config.num_refinements):
+        f, alphas = [], []
+        for k in range(config.num_factors):
+            q = r.query[k] @ z + r.factor_query[k]
+            scores = torch.stack([q @ (r.key[k] @ h[column]) for column in seen]) / len(q) ** 0.5
+            alphas.append(scores.softmax(0))
+            f.append(r.output[k] @ (r.value[k] @ sum(a * h[column] for a, column in zip(alphas[k], seen, strict=True))))
+        logits = torch.stack([r.gate[k] @ z + r.gate_factor @ unit(f[k], eps) for k in range(config.num_factors)])
+        g = (logits / config.gate_temperature).softmax(0)
+        thought = sum(x * y for x, y in zip(g, f, strict=True))
+        z = unit(z + thought, r.EPS)
+        norms, alpha = torch.stack([x / (x.square().sum() + len(x) * eps**2).sqrt() for x in f]), torch.stack(alphas)
+        lengths = alpha.norm(dim=1)
+        of_gates = spread(g, config.num_factors)
+        of_attention = sum(spread(x, len(seen)) for x in alpha) / config.num_factors
+        sparsity = {"gate": of_gates, "attention": of_attention, "both": (of_gates + of_attention) / 2}
+        alike = pairs_mean((norms @ norms.T).square()), pairs_mean(alpha @ alpha.T / lengths[:, None] / lengths)
+        losses.append(torch.stack([*alike, sparsity[config.sparsity_target]]))
+        gates.append(g)
+        attention.append(alpha)
+    return thought, torch.stack(gates), torch.stack(attention), torch.stack(losses).mean(0)
+
+
+@pytest.mark.parametrize("sparsity_target", ["gate", "attention", "both"])
+def test_factors_are_those_of_the_definition(sparsity_target):
+    """Written out token by token and factor by factor; the query's column need not be one that is seen."""
+    torch.manual_seed(0)
+    config = flr.FLRConfig(
+        num_factors=3, num_refinements=2, gate_temperature=0.4, sparsity_target=sparsity_target, input_scale=0.7
+    )
+    reasoner = flr.model.reasoner.FactorizedReasoner(16, config).double()
+    with torch.no_grad():
+        for p in reasoner.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        reasoner.output.mul_(1e-4)  # so that ε is felt
+        reasoner.gate_factor.mul_(3)
+    h = torch.randn(2, 6, 16, dtype=torch.float64)
+    mask = torch.tensor([[False, True, True, False, True, False], [True] * 6])
+    out = reasoner(h, mask, torch.tensor([5, 4]))
+    for user, query in enumerate((5, 4)):
+        seen = mask[user].nonzero()[:, 0].tolist()
+        thought, gates, attention, losses = factors_by_definition(reasoner, h[user], seen, query)
+        torch.testing.assert_close(out.thought[user], thought)
+        torch.testing.assert_close(out.gates[user], gates)
+        torch.testing.assert_close(out.log_gates[user], gates[-1].log())
+        torch.testing.assert_close(out.attention[user][..., seen], attention)
+        own = torch.stack([out.user_losses[name][user] for name in ("orthogonality", "diversity", "sparsity")])
+        torch.testing.assert_close(own, losses)
+    last_seen = reasoner(h[:1], mask[:1]).thought  # by default the query is the last column that is seen
+    torch.testing.assert_close(last_seen[0], factors_by_definition(reasoner, h[0], [1, 2, 4], 4)[0])
+
+
+def test_offsets_are_gated_as_factors_are():
+    torch.manual_seed(0)
+    config = flr.FLRConfig(variant="offsets", num_factors=3, gate_temperature=0.4, num_refinements=1)
+    reasoner = OffsetReasoner(16, config).double()
+    with torch.no_grad():
+        for p in reasoner.parameters():
+            p.add_(torch.randn_like(p))
+    h = torch.randn(2, 5, 16, dtype=torch.float64)
+    out = reasoner(h)
+    for user in range(2):
+        logits = [
+            g @ h[user, -1] + reasoner.gate_factor @ unit(f, 1e-4)
+            for g, f in zip(reasoner.gate, reasoner.offset, strict=True)
+        ]
+        gates = (torch.stack(logits) / 0.4).softmax(0)
+        torch.testing.assert_close(out.gates[user, 0], gates)
+        torch.testing.assert_close(out.log_gates[user], gates.log())
+        torch.testing.assert_close(out.thought[user], gates @ reasoner.offset)
+
+
+@pytest.mark.parametrize("sparsity_target", ["gate", "attention", "both"])
+def test_latentr3_is_one_attention_with_rotary_positions(sparsity_target):
+    """Pairs (i, i + D/2) as complex numbers that turn with the absolute position, base 1000."""
+    torch.manual_seed(0)
+    config = flr.FLRConfig(variant="latentr3", sparsity_target=sparsity_target)
+    reasoner = build_reasoner(16, config).double()
+    h = 2 * torch.randn(2, 6, 16, dtype=torch.float64)
+    mask = torch.tensor([[False, True, True, True, False, False], [True] * 6])
+    out = reasoner(h, mask, 5)
+
+    def turned(x, position):
+        angle = position * 1000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+        return torch.complex(x[:8], x[8:]) * torch.polar(torch.ones(8, dtype=torch.float64), angle)
+
+    for user in range(2):
+        seen = mask[user].nonzero()[:, 0].tolist()
+        query = turned(reasoner.query(h[user, 5]), 5)
+        scores = [(query.conj() * turned(reasoner.key(h[user, column]), column)).real.sum() / 4 for column in seen]
+        alpha = torch.stack(scores).softmax(0)
+        torch.testing.assert_close(out.attention[user, 0, 0][seen], alpha)
+        thought = sum(a * reasoner.value(h[user, column]) for a, column in zip(alpha, seen, strict=True))
+        torch.testing.assert_close(out.thought[user], thought)
+        share = {"gate": 0.0, "attention": 1.0, "both": 0.5}[sparsity_target]
+        torch.testing.assert_close(out.user_losses["sparsity"][user], share * spread(alpha, len(seen)))
+    nothing = reasoner(h, torch.zeros_like(mask), 5)
+    assert not nothing.thought.any()
+
+
+@pytest.mark.parametrize("variant", ["flr", "offsets", "latentr3"])
+def test_a_scale_of_the_thought_is_one_of_its_parameters(variant):
+    torch.manual_seed(0)
+    reasoner, h = build_reasoner(16, flr.FLRConfig(variant=variant)), torch.randn(2, 5, 16)
+    if variant == "flr":
+        reasoner.config.num_refinements = 1
+    expected = 3 * reasoner(h).thought
+    reasoner.rescale(3.0)
+    torch.testing.assert_close(reasoner(h).thought, expected)
 
 
 def test_a_fresh_patch_starts_small_and_sums_exactly():

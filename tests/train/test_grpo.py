@@ -27,22 +27,26 @@ def batch_of(train, users=range(16)):
 @pytest.mark.parametrize("policy", ["thoughts", "tokens"])
 @pytest.mark.parametrize("kind", ["grpo", "latentr3"])
 def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
-    model, processor = trainable("sid")
+    """On titles, whose targets differ in length; the reference is the reasoner as it was given."""
+    model, processor = trainable("title", uneven=True)
+    given, relative = copy.deepcopy(model.double().flr), kind == "grpo"
     train = grpo_trainer(
-        tmp_path, model=model.double(), processor=processor, policy=policy, advantage=kind,
-        advantage_epsilon=1e-4, reward="neg_perplexity",
+        tmp_path, model=model, processor=processor, policy=policy, advantage=kind,
+        advantage_epsilon=0.05, reward="neg_perplexity", noise_relative=relative,
         kl_weight=0.1, regularise=True, **({} if kind == "grpo" else {"advantage_from_clean": False}),
     )  # fmt: skip
     with torch.no_grad():
-        train.reference.output.mul_(0.9)
+        model.flr.output.mul_(1.1)
     batch = batch_of(train)
+    assert batch["target_mask"].sum(1).unique().numel() > 1
     loss = train.compute_loss(train.model, dict(batch), num_items_in_batch=torch.tensor(32))
     gradients = gradients_of(train.model, loss)
-    group = GroupInputs(batch["targets"], batch["target_mask"], batch["noise"], 0.3, policy=policy)
-    group.reference = train.reference
+    group = GroupInputs(
+        batch["targets"], batch["target_mask"], batch["noise"], 0.3, relative, policy=policy, reference=given
+    )
     names = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
     out = train.model(**{k: batch[k] for k in names}, group=group)
-    _, advantages = two_pass.group_loss(out.logprobs, batch["target_mask"], kind)
+    _, advantages = two_pass.group_loss(out.logprobs, batch["target_mask"], kind, 0.05)
     advantages = advantages * (8.0 if kind == "latentr3" else 1.0)  # √(16 · 4)
     weight = batch["target_mask"][:, None] / batch["target_mask"].sum(1)[:, None, None]
     logp = (out.logprobs * weight).sum(-1) if policy == "tokens" else out.thought_logprobs.mean(-1)
@@ -50,6 +54,48 @@ def test_loss_is_that_of_the_definition(tmp_path, policy, kind):
     assert_same_gradients(gradients, gradients_of(train.model, users.sum() / 32), 1e-5)
     value = (-advantages.mean(1) + 0.1 * out.kl + out.regularisers).sum() / 32
     torch.testing.assert_close(loss, value, rtol=1e-6, atol=1e-6)
+    assert (out.kl > 0).all()
+
+
+def test_nothing_but_the_noise_is_left_to_chance(tmp_path):
+    train = grpo_trainer(tmp_path, policy="tokens")
+    train.model.model.layers[0].self_attn.attention_dropout = 0.5
+    losses = [
+        train.compute_loss(train.model.train(), batch_of(train), num_items_in_batch=torch.tensor(16)) for _ in range(2)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_step_goes_by_what_was_adapted(tmp_path):
+    train = grpo_trainer(tmp_path, reward="mrr", noise_target=0.5, kl_weight=0.1, kl_target=1.0, noise_relative=False)
+    train.controls.values = {"noise_scale": torch.tensor(0.05), "kl_weight": torch.tensor(3.0)}
+    with torch.no_grad():
+        train.model.flr.output.mul_(1.1)
+    loss = train.compute_loss(train.model, batch_of(train), num_items_in_batch=torch.tensor(16))
+    rollout = train._rollouts[0]
+    torch.testing.assert_close(rollout.actions[1], torch.full_like(rollout.actions[1], 0.05))
+    kl = train._sums["kl"][0]
+    expected = (-rollout.advantages.mean(1).sum() + 3.0 * kl) / 16
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_later_iteration_clips_at_either_bound(tmp_path):
+    train = grpo_trainer(tmp_path, policy="tokens", num_iterations=2, epsilon_low=0.001, epsilon_high=0.01)
+    batch = batch_of(train)
+    train.compute_loss(train.model, dict(batch), num_items_in_batch=torch.tensor(16))
+    rollout = train._rollouts[0]
+    with torch.no_grad():
+        train.model.flr.output.mul_(1.5)
+    train.state.global_step, train._micro_batch = 1, 0
+    loss = train.compute_loss(train.model, dict(batch), num_items_in_batch=torch.tensor(16))
+    group = GroupInputs(batch["targets"], batch["target_mask"], batch["noise"], 0.3)
+    names = ("input_ids", "attention_mask", "position_ids", "reasoner_mask")
+    ratio = (train.model(**{k: batch[k] for k in names}, group=group).logprobs[..., 0] - rollout.old[..., 0]).exp()
+    a = rollout.advantages
+    kept = torch.where(a > 0, ratio.clamp(max=1.01), ratio.clamp(min=0.999))
+    assert (ratio[a > 0] > 1.01).any()
+    assert (ratio[a < 0] < 0.999).any()
+    torch.testing.assert_close(loss, -(kept * a).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_it_learns_what_is_rewarded(tmp_path):
@@ -178,29 +224,29 @@ def test_what_is_logged(tmp_path):
     assert value["kl"] >= 0
 
 
-def test_target_logprob_is_the_supervised_loss(tmp_path):
-    train = grpo_trainer(tmp_path, "sid", per_device_eval_batch_size=7)
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_target_logprob_is_that_of_each_row(tmp_path, scoring):
+    model, processor = trainable("title", uneven=True)
+    processor.scoring = scoring
+    train = grpo_trainer(tmp_path, model=model, processor=processor, per_device_eval_batch_size=7)
     found = train.target_logprobs(DATA.valid)
-    again = grpo_trainer(tmp_path, "sid").target_logprobs(DATA.valid)
-    assert found == pytest.approx(again, rel=1e-5)
-    total = 0.0
+    expected = []
     for row in (DATA.valid[i] for i in range(len(DATA.valid))):
-        inputs = train.processor([row.history])
+        inputs = processor([row.history])
         del inputs["item_positions"]
-        tokens = torch.tensor([train.processor.item_codec.encode(row.target)])
-        ids = torch.cat([inputs["input_ids"], tokens], 1)
-        logp = train.model(
-            input_ids=ids, reasoner_mask=torch.nn.functional.pad(inputs["reasoner_mask"], (0, tokens.shape[1]))
-        )
-        logp = logp.logits[:, -tokens.shape[1] - 1 : -1].log_softmax(-1).gather(-1, tokens[..., None])
-        total += float(logp.detach().mean())
-    assert found.mean() == pytest.approx(total / len(DATA.valid), rel=1e-4)
+        score = score_all_items(model, inputs, processor.item_codec, scoring)[0, row.target]
+        expected.append(float(score) / len(processor.item_codec.encode(row.target)))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_backbone_trains_when_asked(tmp_path):
-    train = grpo_trainer(tmp_path, policy="tokens", train_backbone=True, learning_rate=1e-3)
+    train = grpo_trainer(tmp_path, policy="tokens", train_backbone=True, learning_rate=1e-3, weight_decay=0.1)
     groups = train.create_optimizer().param_groups
     assert {g["lr"] for g in groups} == {1e-3, 1e-4}
+    norm = train.model.model.layers[0].input_layernorm.weight
+    (own,) = (g for g in groups if any(p is norm for p in g["params"]))
+    assert own["weight_decay"] == 0
+    assert {g["weight_decay"] for g in groups if g is not own} == {0.1}
     before = train.model.model.layers[0].mlp.up_proj.weight.clone()
     train.train()
     assert not torch.equal(before, train.model.model.layers[0].mlp.up_proj.weight)

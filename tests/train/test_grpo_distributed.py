@@ -30,7 +30,7 @@ RUNS = {
         "reward_beams": 8,
     },
     "backbone": {"policy": "tokens", "train_backbone": True, "gradient_accumulation_steps": 2},
-    "adapters": {"policy": "tokens", "train_backbone": True, "adapters": True},
+    "adapters": {"policy": "tokens", "train_backbone": True, "adapters": True, "advantage": "latentr3"},
 }
 #: How eight users are split over processes when nothing is even.
 SPLITS = {1: [8], 2: [5, 3], 4: [1, 4, 1, 2]}

@@ -26,3 +26,10 @@ def test_clip_by_hand():
         torch.testing.assert_close(out.clipped, torch.tensor([0.2]))
         (gradient,) = torch.autograd.grad(out.loss.sum(), now)
         assert (gradient[0, 0] == 0).sum() == 1
+
+
+def test_what_is_clipped_is_counted_by_a_users_own_terms():
+    ratio = torch.tensor([[[2.0, 1.0, 2.0, 2.0]], [[2.0, 2.0, 1.0, 1.0]]])
+    mask = torch.arange(4) < torch.tensor([[2], [4]])
+    out = clipped_surrogate(ratio.log(), torch.zeros(2, 1, 4), mask, torch.ones(2, 1))
+    torch.testing.assert_close(out.clipped, torch.tensor([0.5, 0.5]))

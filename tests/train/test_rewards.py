@@ -41,12 +41,27 @@ def test_rewards_are_weighted_sums():
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "latentr3"])
 def test_advantages_of_a_likelihood_and_of_a_sum_agree(kind):
     given = inputs_of()
-    fused = Rewards.parse("neg_perplexity").advantages(given, kind, 1e-4)
+    fused = Rewards.parse("neg_perplexity").advantages(given, kind, 0.5)
     half = Rewards({"neg_perplexity": 0.5})
     summed = Rewards({**half.terms, half.of: 1.0})
-    other = summed.advantages(given, kind, 1e-4)
+    other = summed.advantages(given, kind, 0.5)
     for a, b in zip(fused, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    if kind == "grpo":
+        r = fused.rewards
+        torch.testing.assert_close(fused.advantages, (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 0.5))
+
+
+def test_the_weight_of_a_single_likelihood_counts():
+    given = inputs_of()
+    one, three = (Rewards.parse(text).advantages(given, "dr_grpo") for text in ("log_likelihood", "log_likelihood=3"))
+    for a, b in zip(one, three, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_the_longest_list_is_that_of_all_terms():
+    assert Rewards.parse("hit@3,ndcg@10,mrr").longest_list == 10
+    assert Rewards.parse("mrr").longest_list == 1
 
 
 def test_latentr3_from_the_groups_own_clean_member():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import flr
 from flr.cli import main
-from flr.data import RecProcessor, Teacher
+from flr.data import Interactions, RecProcessor, Teacher
 from flr.train.run_folder import begin, checkpoints, last_complete_checkpoint, newest_whole, rotate
 from flr.train.settings import differences, of_augment
 from tests.helpers.catalogues import DATA
@@ -159,7 +159,9 @@ def test_a_teacher_is_told_apart_by_what_its_answers_follow_from():
     assert of_augment(flr.data.Augment(teacher=other_bits)) == made()
     fewer = DATA.train.select(list(range(len(DATA.train) - 1)))
     linear = of_augment(flr.data.Augment(teacher=Teacher.fit(DATA.train, len(DATA.catalogue), "linear")))
+    alone = Interactions([str(n) for n in range(len(DATA.train))], DATA.train.histories, DATA.train.targets)
     others = [linear, made(weight=0.6), made(temperature=1.0), made(top=3), made(fewer), of_augment(flr.data.Augment())]
+    others.append(made(alone))
     for other in others:
         (difference,) = differences(made(), other)
         assert difference.startswith("augment_teacher was ")

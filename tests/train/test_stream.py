@@ -59,6 +59,15 @@ def result(ranks: list[int]) -> EvalResult:
     return EvalResult("model", users, np.zeros(size, np.int64), both, *empty, 9, samples=1)
 
 
+def test_what_one_user_lost_is_chance_however_many_rows_that_user_has():
+    """Of eleven users one has thirty rows, all of which are ranked worse; the others' are ranked as before."""
+    before, after = result([1] * 40), result([2] * 30 + [1] * 10)
+    before.users[:30] = after.users[:30] = ["u0"] * 30
+    kept, why, figures = decide(before, after, np.ones(40, bool))
+    assert kept, why
+    assert figures["known"]["difference"][0] < 0 == figures["known"]["difference"][2]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
     [
