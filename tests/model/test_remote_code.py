@@ -93,7 +93,7 @@ def test_a_tokenizers_class_is_one_of_tokenizers(tmp_path, name, file):
 
 
 #: Loaders of ours, which take no such option or refuse it, and PEFT's, which runs no code of a folder.
-_OURS = {"RecProcessor", "Recommender", "flr", "peft.PeftModel"}
+_OURS = {"RecProcessor", "Recommender", "flr", "peft.PeftConfig", "peft.PeftModel"}
 
 
 def _unsafe(source):
