@@ -21,6 +21,7 @@ import contextlib
 import gc
 import logging
 import math
+import threading
 import time
 import traceback
 import weakref
@@ -43,6 +44,7 @@ logger = logging.getLogger("flr.serve")
 Kind = Literal["recommend", "shares", "explain"]
 _LONGEST_RETRY = 60  # seconds
 _MEMORY = 0.8  # of the measured rate: weight of the past at each batch
+_collecting = threading.Lock()
 
 
 class QueueFull(Exception):
@@ -246,7 +248,7 @@ class Engine:
             told = {"event": "reload", "error": f"{type(error).__name__}: {error}"}
             logger.error("reload failed", extra={"fields": told})
             traceback.clear_frames(error.__traceback__)  # which hold what was loaded
-            await asyncio.to_thread(gc.collect)
+            await asyncio.to_thread(_collect)
             raise
         finally:
             self._reloading = False
@@ -343,12 +345,16 @@ def _collect_after(model: Loaded) -> None:
 
 
 def _collect() -> None:
-    """Collect what is frozen, too: the model that goes is, where the server has done so."""
-    frozen = gc.get_freeze_count()
-    gc.unfreeze()
-    gc.collect()
-    if frozen:
-        gc.freeze()
+    """Collect what is frozen, too: the model that goes is, where the server has done so.
+
+    One at a time: what one thread freezes again, another would not collect.
+    """
+    with _collecting:
+        frozen = gc.get_freeze_count()
+        gc.unfreeze()
+        gc.collect()
+        if frozen:
+            gc.freeze()
 
 
 def _stopped(task: asyncio.Task[None]) -> None:

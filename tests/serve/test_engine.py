@@ -244,6 +244,34 @@ def test_a_reload_leaves_waiting_requests_with_their_model(gated):
     run(recommender, test, max_batch_size=1)
 
 
+@pytest.fixture
+def collected_by_hand():
+    """Nothing is collected by chance, or frozen by others; what a test froze is collected afterwards."""
+    gc.collect()
+    threshold = gc.get_threshold()
+    gc.set_threshold(0)
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*threshold)
+
+
+def reloading(load, test, *, frozen):
+    """Runs ``test(engine)``, of an engine whose models ``load`` builds; where told, as after the server's start."""
+
+    async def inside():
+        engine = Engine(Loaded(load(), None, 1), Settings(max_wait_ms=0), load)
+        if frozen:
+            gc.freeze()
+        engine.start()
+        try:
+            await test(engine)
+        finally:
+            await engine.close()
+
+    asyncio.run(inside())
+
+
+@pytest.mark.usefixtures("collected_by_hand")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_reload_gives_the_memory_of_the_old_model_back(frozen):
     """Also where the new one cannot serve, and while nobody asks for anything."""
@@ -257,7 +285,6 @@ def test_a_reload_gives_the_memory_of_the_old_model_back(frozen):
         return loaded
 
     async def test(engine):
-        engine._load = load
         for count in (2, 3):
             await engine.reload()
             await engine.submit(job(engine, [0]))
@@ -268,25 +295,39 @@ def test_a_reload_gives_the_memory_of_the_old_model_back(frozen):
         await until(lambda: sum(model() is not None for model in alive) == 1)
         assert engine.model.recommender.model is alive[2]()
 
-    async def inside():
-        engine = Engine(Loaded(load(), None, 1), Settings(max_wait_ms=0))
-        if frozen:
-            gc.freeze()
-        engine.start()
-        try:
-            await test(engine)
-        finally:
-            await engine.close()
+    reloading(load, test, frozen=frozen)
+    assert bool(gc.get_freeze_count()) == frozen
 
-    gc.collect()
-    threshold = gc.get_threshold()
-    gc.set_threshold(0)  # or chance would do it
-    try:
-        asyncio.run(inside())
-        assert bool(gc.get_freeze_count()) == frozen
-    finally:
-        gc.unfreeze()
-        gc.set_threshold(*threshold)
+
+@pytest.mark.usefixtures("collected_by_hand")
+def test_a_failed_reload_gives_back_what_was_frozen_while_it_loaded(monkeypatch):
+    """By the collection for the model before it, which ends after the new one is read."""
+    alive, read, frozen, freeze = [], threading.Event(), threading.Event(), gc.freeze
+
+    def freeze_later():
+        assert read.wait(30)
+        freeze()
+        frozen.set()
+
+    def load():
+        loaded = build_recommender("sid")
+        alive.append(weakref.ref(loaded.model))
+        if len(alive) == 3:
+            loaded.ranked = None
+            read.set()
+            assert frozen.wait(30)
+        return loaded
+
+    async def test(engine):
+        monkeypatch.setattr(gc, "freeze", freeze_later)
+        await engine.reload()
+        await until(lambda: alive[0]() is None)
+        with pytest.raises(TypeError):
+            await engine.reload()
+        await until(lambda: alive[2]() is None)
+        assert engine.model.recommender.model is alive[1]()
+
+    reloading(load, test, frozen=True)
 
 
 def test_closing_answers_what_waits(gated):
