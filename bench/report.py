@@ -204,6 +204,23 @@ def suite(rows: list[Row], name: str) -> str:
     return markdown([*header, "competitor / ours (p20-p80)"], lines)
 
 
+def brief(rows: list[Row], name: str) -> str:
+    """A line for each case of a suite: what ours takes and holds, and what everything beside it does.
+
+    Our own other forms stand among the others; below 1 they are faster.
+    """
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["suite"] == name and "failed" not in row:
+            cases.setdefault(row["case"], []).append(row)
+    lines = []
+    for case, (ours, *others) in cases.items():
+        held = {row["variant"]: f", {number(row['peak_mb'])} MB" for row in (ours, *others) if "peak_mb" in row}
+        beside = [f"{x['variant']} **{ratio(x)}** ({between(x)}){held.get(x['variant'], '')}" for x in others]
+        lines.append([case, f"{number(ours['p50_ms'])} ms{held.get(ours['variant'], '')}", "; ".join(beside)])
+    return markdown(["case", "ours", "others: times as long (p20-p80), peak memory"], lines)
+
+
 def machine(rows: list[Row]) -> str:
     """Device, versions, commits, threads and ceilings of the rows shown."""
     runs = {(r["run"]["commit"], r["run"]["date"]): r["run"] for r in rows}
@@ -268,6 +285,7 @@ def tables(devices: dict[str, list[Row]]) -> dict[str, str]:
         "machine": per_device(machine),
         "scaling": per_device(growth),
         **{name: per_device(lambda rows, name=name: suite(rows, name)) for name in names if name != "scaling"},
+        **{f"{name}-brief": per_device(lambda rows, name=name: brief(rows, name)) for name in names},
     }
     found["all"] = "\n\n".join(f"#### {name.replace('_', ' ')}\n\n{found[name]}" for name in names if name != "scaling")
     return found

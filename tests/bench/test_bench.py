@@ -34,6 +34,9 @@ def test_a_report_shows_the_newest_commit_of_a_kind_of_work(tmp_path):
     assert "| s | x | eager | **4.00×** | 3.64-4.40 |  | 5×, **missed** |" in tables["targets"]
     assert "| s x | eager | **4.00×** | 3.64-4.40 |  | 5×: **missed** |" in tables["speed"]
     assert "failed: RuntimeError: no" in tables["s"]
+    assert tables["s-brief"].endswith("| x | 2.00 ms | eager **4.00×** (3.64-4.40) |")  # what failed has no time
+    held = [{**row, "peak_mb": 3.0 + place} for place, row in enumerate(devices["CPU Some 3.0"])]
+    assert report.brief(held, "s").endswith("| x | 2.00 ms, 3.00 MB | eager **4.00×** (3.64-4.40), 4.00 MB |")
     assert "| s | Some 3.0 | 0 of 1 | 4.00× eager, x | 4.00× eager, x |" in tables["summary"]
     text = "a\n<!-- bench:speed -->\nold\n<!-- /bench -->\nb\n"
     assert (

@@ -1,6 +1,5 @@
 """docs/quality.md shows the committed results, and what README says of them holds."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -209,15 +208,6 @@ def test_what_is_said_of_factors_that_begin_with_groups_holds():
     quickstart = read_json(ROOT / "docs/results/quickstart.json", 1 << 24)["rows"]
     offsets = [row["metrics"]["ndcg@10"] for row in quickstart if row["mode"] == "offsets-mixture"]
     assert min(offsets) > max(values("flr-mixture-groups", "ndcg@10"))
-
-
-def test_figures_that_were_measured_once_stand_in_the_log():
-    """The table of CDs and Office is of runs whose seeds and conditions docs/log.md has."""
-    section = re.search(r"## Amazon CDs and Office\n(.*?)\n## ", PAGE, re.S)[1]
-    figures = re.findall(r"(?<![\d.])\.\d{4}", section)
-    log = (ROOT / "docs/log.md").read_text()
-    assert len(figures) == 13
-    assert [figure for figure in figures if figure not in log] == []
 
 
 def test_the_tables_of_streams_are_those_of_the_results():
