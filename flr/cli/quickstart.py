@@ -82,7 +82,7 @@ def settings(
         learning_rate=3e-3,
         embedding_dropout=0.1,
         output_dropout=0.1,
-        reasoner_learning_rate=3e-4,
+        reasoner_learning_rate=2e-3,
         normalisation="catalogue",
         lr_scheduler_type="cosine",
         **_TRAINING,

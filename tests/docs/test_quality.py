@@ -161,53 +161,64 @@ def test_factors_help_in_histories_of_many_kinds():
         assert [low["flr-mixture", other] > 0 for low in lows] == [False, True, True]
 
 
-def test_factors_are_ahead_on_generated_data_and_find_its_interests():
-    report = read_json(ROOT / "docs/results/quickstart.json", 1 << 24)
-    ndcg = {}
+def mean(values):
+    return sum(values) / len(values)
+
+
+def quickstart():
+    """The report of the quickstart, and NDCG@10 by mode."""
+    report, ndcg = read_json(ROOT / "docs/results/quickstart.json", 1 << 24), {}
     for row in report["rows"]:
         ndcg.setdefault(row["mode"], []).append(row["metrics"]["ndcg@10"])
+    return report, ndcg
+
+
+def planted(mode, name):
+    """What six trainings of a mode of the planted data have."""
+    rows = read_json(ROOT / "docs/results/planted_binding.json", 1 << 20)["rows"]
+    found = {row["seed"]: row[name] for row in rows if row["mode"] == mode}
+    assert sorted(found) == list(range(6))
+    return list(found.values())
+
+
+def test_what_is_said_of_models_of_generated_data_holds():
+    """The page: what K factors are ahead of, mixtures far ahead and level, nothing by the rest."""
+    report, ndcg = quickstart()
+    assert {len(values) for values in ndcg.values()} == {3}
     assert min(ndcg["flr"]) > max(ndcg["anchor"])
-    assert min(ndcg["offsets-mixture"]) > max(ndcg["flr-mixture"])
+    for other in ("latentr3", "offsets"):
+        assert mean(ndcg["flr"]) > mean(ndcg[other]) + 0.02
+    one_sum = [value for mode, values in ndcg.items() if not mode.endswith("mixture") for value in values]
+    assert min(ndcg["flr-mixture"] + ndcg["offsets-mixture"]) > max(one_sum) + 0.05
+    assert mean(ndcg["offsets-mixture"]) >= mean(ndcg["flr-mixture"])
+    assert mean(ndcg["flr-plain"]) >= mean(ndcg["flr"])
+    assert abs(mean(ndcg["flr-rl"]) - mean(ndcg["flr"])) < 0.002
     assert all(found["nmi"] > 10 * found["chance"] for found in report["nmi"].values())
 
 
 def test_what_is_said_of_factors_and_interests_by_scores_holds():
-    """The page: more than attention shows, wholly in some trainings, .8 not in the mean; the first seeds are higher."""
+    """The page: more than attention shows, nearly wholly in some trainings, .8 not in the mean, not by regularisers."""
+    for mode in ("flr", "flr-mixture"):
+        scores = planted(mode, "nmi_scores")
+        assert all(a > b for a, b in zip(scores, planted(mode, "nmi_attention"), strict=True))
+        assert max(scores) > 0.8
+        assert mean(scores) < 0.8
+    assert max(planted("flr", "nmi_scores")) > 0.95
+    assert mean(planted("flr-plain", "nmi_scores")) > mean(planted("flr", "nmi_scores"))
+    assert max(planted("untrained", "nmi_scores")) < 0.35
     rows = read_json(ROOT / "docs/results/planted_binding.json", 1 << 20)["rows"]
-    modes = ("flr", "flr-plain", "flr-mixture", "untrained")
-    nmi = {mode: {row["seed"]: row["nmi_scores"] for row in rows if row["mode"] == mode} for mode in modes}
-    assert all(sorted(found) == list(range(6)) for found in nmi.values())
-    trained = [row for row in rows if row["mode"] in ("flr", "flr-mixture")]
-    assert all(row["nmi_scores"] > row["nmi_attention"] + 0.1 for row in trained)
-    for mode, first in (("flr", 0.83), ("flr-mixture", 0.85)):
-        found = nmi[mode]
-        assert max(found.values()) > 0.95
-        assert sum(found.values()) / 6 < 0.8
-        assert abs(sum(found[seed] for seed in range(3)) / 3 - first) < 0.006
-        assert sum(found[seed] for seed in range(3, 6)) < sum(found[seed] for seed in range(3))
-    assert sum(nmi["flr"][seed] > nmi["flr-plain"][seed] for seed in range(6)) == 5
-    assert max(nmi["untrained"].values()) < 0.35
     assert max(row["nmi_attention"] for row in rows if row["mode"] != "untrained-groups") < 0.6
     assert next(row for row in rows if row["mode"] == "latest")["nmi_attention"] < 0.2
 
 
 def test_what_is_said_of_factors_that_begin_with_groups_holds():
-    """The page: bound before and after training, the worst sum ahead of the best from a random start, offsets ahead."""
-    rows = read_json(ROOT / "docs/results/planted_binding.json", 1 << 20)["rows"]
-
-    def values(mode, name):
-        found = {row["seed"]: row[name] for row in rows if row["mode"] == mode}
-        assert sorted(found) == list(range(6))
-        return list(found.values())
-
-    assert min(values("untrained-groups", "nmi_scores")) > 0.999
-    assert sum(values("flr-groups", "nmi_scores")) / 6 > 0.98
-    assert sum(values("flr-mixture-groups", "nmi_scores")) / 6 > 0.9
-    assert min(values("flr-groups", "ndcg@10")) > max(values("flr", "ndcg@10"))
-    assert sum(values("flr-mixture-groups", "ndcg@10")) > sum(values("flr-mixture", "ndcg@10"))
-    quickstart = read_json(ROOT / "docs/results/quickstart.json", 1 << 24)["rows"]
-    offsets = [row["metrics"]["ndcg@10"] for row in quickstart if row["mode"] == "offsets-mixture"]
-    assert min(offsets) > max(values("flr-mixture-groups", "ndcg@10"))
+    """The page: bound before training, one sum mostly after it, both ahead of a random start, offsets as good."""
+    assert min(planted("untrained-groups", "nmi_scores")) > 0.999
+    after = {mode: mean(planted(f"{mode}-groups", "nmi_scores")) for mode in ("flr", "flr-mixture")}
+    assert after["flr"] > 0.8 > after["flr-mixture"]
+    gains = {mode: mean(planted(f"{mode}-groups", "ndcg@10")) - mean(planted(mode, "ndcg@10")) for mode in after}
+    assert gains["flr"] > gains["flr-mixture"] > 0
+    assert mean(quickstart()[1]["offsets-mixture"]) >= mean(planted("flr-mixture-groups", "ndcg@10"))
 
 
 def test_the_tables_of_streams_are_those_of_the_results():
