@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
+from .backbone import OUTPUT_CACHE
 from .catalogue_loss import CatalogueLoss
 from .head import several_logprobs
 from .reasoner import ReasonerOutput
@@ -54,9 +55,10 @@ class FLRCausalLMOutput(CausalLMOutputWithPast):
 
     def order(self, cache: str | None) -> None:
         """Put the fields into the order of the model's own output, whose cache has the name ``cache``."""
-        names = ("loss", "aux_loss", "logits", cache, "hidden_states", "attentions", "router_logits", "flr")
-        for name in names:
-            if name in self:
+        caches = (cache, OUTPUT_CACHE)  # since transformers 5.24 the second, whatever it was set as
+        held = set(self.keys())  # not `in self`, which knows former names
+        for name in ("loss", "aux_loss", "logits", *caches, "hidden_states", "attentions", "router_logits", "flr"):
+            if name in held:
                 self.move_to_end(name)
 
     def to_tuple(self) -> tuple[Any, ...]:

@@ -18,13 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
-import threading
 import time
 import traceback
-import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +32,7 @@ from flr.recommend import Recommender
 from flr.recommend.query import Query
 from flr.recommend.results import Explanation, Recommendation
 
+from .memory import collect, collect_after
 from .metrics import Metrics
 from .search import Hits, ItemSearch
 from .settings import Settings
@@ -44,7 +42,6 @@ logger = logging.getLogger("flr.serve")
 Kind = Literal["recommend", "shares", "explain"]
 _LONGEST_RETRY = 60  # seconds
 _MEMORY = 0.8  # of the measured rate: weight of the past at each batch
-_collecting = threading.Lock()
 
 
 class QueueFull(Exception):
@@ -248,11 +245,11 @@ class Engine:
             told = {"event": "reload", "error": f"{type(error).__name__}: {error}"}
             logger.error("reload failed", extra={"fields": told})
             traceback.clear_frames(error.__traceback__)  # which hold what was loaded
-            await asyncio.to_thread(_collect)
+            await asyncio.to_thread(collect)
             raise
         finally:
             self._reloading = False
-        _collect_after(self.model)
+        collect_after(self.model.recommender)
         self.model = loaded
         self.metrics.reloads.labels("done").inc()
         self.metrics.generation.set(generation)
@@ -328,33 +325,6 @@ class Engine:
 
     def _limit(self, job: Job) -> int:
         return min(self.settings.max_batch_size, job.model.recommender.rows_at_once(job.num_beams))
-
-
-def _collect_after(model: Loaded) -> None:
-    """Give a model's memory back once its last request is answered.
-
-    A patched model refers to itself, so Python frees it when it collects, which it may not do for hours.
-    """
-    loop = asyncio.get_running_loop()
-
-    def collect() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
-            loop.call_soon_threadsafe(loop.run_in_executor, None, _collect)
-
-    weakref.finalize(model.recommender, collect).atexit = False
-
-
-def _collect() -> None:
-    """Collect what is frozen, too: the model that goes is, where the server has done so.
-
-    One at a time: what one thread freezes again, another would not collect.
-    """
-    with _collecting:
-        frozen = gc.get_freeze_count()
-        gc.unfreeze()
-        gc.collect()
-        if frozen:
-            gc.freeze()
 
 
 def _stopped(task: asyncio.Task[None]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import fcntl
-import gc
 import logging
 import os
 import tempfile
@@ -37,6 +36,7 @@ from flr.recommend import Recommender
 
 from .app import create_app, create_front, load
 from .cluster import Cluster, Errors, Forwarded, Reply
+from .memory import freeze
 from .middleware import Middleware
 from .scaling import Scaling
 from .settings import Settings
@@ -61,7 +61,7 @@ class Replica:
         self._stamp = _stamp(settings.model)
         served = await asyncio.to_thread(load, self.settings)
         self.gate = create_app(served, self.settings, self._again, tokens=(None, None))
-        gc.freeze()  # as a server of one process does
+        freeze()  # as a server of one process does
         self.gate.engine.start()
         self._tried = 1
         self._loading = asyncio.Lock()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import json
 import logging
 import signal
@@ -23,6 +22,7 @@ from flr.recommend import Recommender
 
 from .app import create_app, load
 from .connections import ACCEPTED_AT_ONCE, Connection, Connections, connection_limit
+from .memory import freeze
 from .middleware import Middleware
 from .scaling import Scaling
 from .settings import Settings
@@ -172,8 +172,7 @@ def run(settings: Settings, scaling: Scaling | None = None) -> int:
             message = "anybody who reaches this address may use it: set a token"
             logger.warning("open", extra={"fields": {"event": "open", "url": address, "message": message}})
         with _application(settings, scaling) as app:
-            gc.collect()
-            gc.freeze()  # else every few thousand requests wait while packages and catalogue are looked through
+            freeze()
             connections = Connections(_limit(settings.max_connections), settings, app.metrics)
             server = Server(_config(app, settings, connections), app, settings, address, connections)
             server.run(sockets=[bound])

@@ -13,12 +13,11 @@ import transformers
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers.integrations.peft import MIN_PEFT_VERSION
-from transformers.utils.peft_utils import check_peft_version
 
 import flr
 from flr.model.adapter import write_beside
 from flr.model.patch import reasoner_parameters
+from tests.helpers.extras import needs_adapters_of_transformers
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import HIDDEN, THOUGHT, VOCAB, build_recommender, patched_model, tiny_model
 
@@ -309,10 +308,7 @@ def test_loaders_that_would_leave_out_the_thought_refuse_an_adapter(tmp_path, pe
 
 def test_an_adapter_that_transformers_holds(tmp_path, peft):
     """What transformers itself writes for it, and finds with our model type beside it."""
-    try:
-        check_peft_version(MIN_PEFT_VERSION)
-    except ValueError as error:  # transformers 5.24 beside PEFT 0.21, which was the newest
-        pytest.skip(str(error))
+    needs_adapters_of_transformers()
     patched_model("qwen2").save_pretrained(tmp_path / "base")
     held = flr.from_pretrained(tmp_path / "base")
     held.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))

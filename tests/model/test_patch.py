@@ -10,6 +10,7 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 
 import flr
 from flr.model.backbone import cache_argument, cache_of
+from tests.helpers.extras import needs_adapters_of_transformers
 from tests.helpers.inputs import supervised_batch
 from tests.helpers.models import FAMILIES, THOUGHT, VOCAB, patched_model, tiny_model
 
@@ -165,6 +166,8 @@ def test_a_model_that_has_adapters_is_refused_and_one_that_had_some_is_not(way):
     """PEFT would save the adapters without the reasoner, and a trained thought would be gone."""
     peft = pytest.importorskip("peft")
     model, lora = tiny_model(), peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    if way == "add_adapter":
+        needs_adapters_of_transformers()
     adapted = peft.get_peft_model(model, lora) if way == "get_peft_model" else model.add_adapter(lora)
     with pytest.raises(ValueError, match="expected one without adapters, with which PEFT saves no reasoner"):
         flr.patch_model(model)

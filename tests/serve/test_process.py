@@ -18,6 +18,7 @@ import pytest
 from bench.load import Client, closed_loop, open_loop
 from flr.cli import main
 from flr.recommend.recommender import Recommender
+from flr.serve import memory
 from flr.serve import server as module
 from flr.serve.server import bind
 from tests.helpers.catalogues import named_catalogue
@@ -336,6 +337,7 @@ def test_no_collection_looks_through_packages_and_catalogue(monkeypatch, recomme
 
     monkeypatch.setattr(module, "load", lambda _: recommender)
     monkeypatch.setattr(module, "Connections", connections)
+    monkeypatch.setattr(memory, "_frozen", False)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     levels = {name: logging.getLogger(name).level for name in ("uvicorn", "httpx", "ray")}

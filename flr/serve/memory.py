@@ -1,0 +1,52 @@
+"""What Python's collector looks at, and when a model that was replaced gives its memory back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import weakref
+
+_lock = threading.Lock()
+_frozen = False
+
+
+def freeze() -> None:
+    """Collect, and look no more at what stands now.
+
+    Else every few thousand requests wait while packages and catalogue are looked through.
+    """
+    global _frozen
+    with _lock:
+        _frozen = True
+        gc.collect()
+        gc.freeze()
+
+
+def collect() -> None:
+    """Collect what is not in use, also of what :func:`freeze` froze.
+
+    One at a time: what one thread freezes again, another would not collect. That the process froze is known here and
+    not asked of ``gc.get_freeze_count``, which counts immortal objects in Python 3.12.
+    """
+    with _lock:
+        if _frozen:
+            gc.unfreeze()
+        gc.collect()
+        if _frozen:
+            gc.freeze()
+
+
+def collect_after(gone: object) -> None:
+    """Collect once ``gone`` has no reference left; call it on the event loop, in whose threads that happens.
+
+    A patched model refers to itself, so Python frees it when it collects, which it may not do for hours.
+    """
+    loop = asyncio.get_running_loop()
+
+    def begin() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
+            loop.call_soon_threadsafe(loop.run_in_executor, None, collect)
+
+    weakref.finalize(gone, begin).atexit = False
