@@ -126,7 +126,9 @@ class _Merged(torch.autograd.Function):
         own = _attend(apart(query, members), _Part(key, value, own_mask, own_mask is None, scale))
         own_out, own_lse = together(own.out, members), together(own.lse, members)
         weight = torch.sigmoid(first.lse - own_lse)[..., None]  # exp(z_1 - z)
-        out = torch.lerp(own_out.to(weight.dtype), first.out.to(weight.dtype), weight).to(query.dtype)
+        out = torch.lerp(own_out.to(weight.dtype), first.out.to(weight.dtype), weight)
+        # torch 2.11 compiles a result of a cast to its own dtype with a gradient of 0
+        out = out if out.dtype == query.dtype else out.to(query.dtype)
         lse = torch.logaddexp(first.lse, own_lse)
         ctx.members, ctx.scale, ctx.randoms = members, scale, len(first.random)
         ctx.save_for_backward(
