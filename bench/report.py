@@ -209,12 +209,9 @@ def brief(rows: list[Row], name: str) -> str:
 
     Our own other forms stand among the others; below 1 they are faster.
     """
-    cases: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["suite"] == name and "failed" not in row:
-            cases.setdefault(row["case"], []).append(row)
-    lines = []
-    for case, (ours, *others) in cases.items():
+    own, lines = [row for row in rows if row["suite"] == name], []
+    for (_, case), ours in _ours(own).items():
+        others = [row for row in own if row["case"] == case and "ratio" in row]
         held = {row["variant"]: f", {number(row['peak_mb'])} MB" for row in (ours, *others) if "peak_mb" in row}
         beside = [f"{x['variant']} **{ratio(x)}** ({between(x)}){held.get(x['variant'], '')}" for x in others]
         lines.append([case, f"{number(ours['p50_ms'])} ms{held.get(ours['variant'], '')}", "; ".join(beside)])

@@ -19,7 +19,7 @@ from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.evaluate.metrics import row_metrics
 from flr.files import read_json, write_json
 
-from .marks import filled
+from .marks import filled, with_interval
 from .study.stats import Resampled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def table(found: dict[str, Any]) -> str:
     for shop in SHOPS:
         own = found[shop]
         mean, low, high = own["less item-kNN, test"]
-        less = f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+        less = with_interval(mean, low, high, "+")
         less = f"**{less}**" if low > 0 or high < 0 else less
         for name in (ItemKNN.name, LinearItems.name):
             values = [f"{x:.4f}" for split in ("valid", "test") for x in own[name][split]]

@@ -1,4 +1,4 @@
-"""Generated parts of a page, which stand between ``<!-- room:name -->`` and ``<!-- /room -->``."""
+"""Generated parts of a page, which stand between ``<!-- room:name -->`` and ``<!-- /room -->``, and cells of them."""
 
 import re
 
@@ -10,3 +10,9 @@ def filled(text: str, mark: str, made: str) -> str:
     if not count:
         raise ValueError(f"text: expected {begin.strip()} and {end}, got neither")
     return found
+
+
+def with_interval(mean: float, low: float, high: float, sign: str = "", digits: int = 4) -> str:
+    """A mean and its interval in a cell; ``sign`` "+" of a difference."""
+    mid, lower, upper = (f"{x:{sign}.{digits}f}" for x in (mean, low, high))
+    return f"{mid} ({lower} to {upper})"

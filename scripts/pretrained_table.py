@@ -16,7 +16,7 @@ import numpy as np
 
 from flr.evaluate.metrics import row_metrics
 
-from .marks import filled
+from .marks import filled, with_interval
 from .pretrained_study import chosen, finished, trials
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def difference(of: dict[int, Any], base: dict[int, Any], users: np.ndarray) -> s
     mean, low, high = interval(np.stack(pairs), users)
     bold = "**" if low > 0 or high < 0 else ""
     alone = "" if len(seeds) == len(of) == len(base) else f", seed {', '.join(map(str, seeds))} alone"
-    return f"{bold}{mean:+.4f} ({low:+.4f} to {high:+.4f}){bold}{alone}"
+    return f"{bold}{with_interval(mean, low, high, '+')}{bold}{alone}"
 
 
 def tables(done: dict[str, dict[str, Any]], trials_done: dict[str, dict[str, Any]]) -> str:
@@ -119,7 +119,7 @@ def tables(done: dict[str, dict[str, Any]], trials_done: dict[str, dict[str, Any
 def _measured(tests: list[dict[str, Any]], users: np.ndarray) -> list[str]:
     values = [by_row(test) for test in tests]
     mean, low, high = interval(np.stack([one["ndcg@10"] for one in values]), users)
-    return [f"{np.mean([one['hr@10'] for one in values]):.4f}", f"{mean:.4f} ({low:.4f} to {high:.4f})"]
+    return [f"{np.mean([one['hr@10'] for one in values]):.4f}", with_interval(mean, low, high)]
 
 
 def _budget(runs: list[dict[str, Any]]) -> str:

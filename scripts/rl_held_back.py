@@ -35,7 +35,7 @@ from flr.files import read_json, write_json
 from flr.model.checkpoint import from_pretrained
 from flr.train import LatentGRPOConfig, SFTConfig
 
-from .marks import filled
+from .marks import filled, with_interval
 
 #: Options of latent GRPO by way; None is supervised training of all weights.
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -125,7 +125,7 @@ def table(studies: list[dict[str, Any]]) -> str:
         for study in studies:
             for row in (row for row in study["rows"] if row["name"] == name):
                 d = row.get("difference")
-                change = "" if d is None else f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
+                change = "" if d is None else with_interval(d["mean"], d["low"], d["high"], "+")
                 cells = [name, str(study["seed"]), f"{row['rate']:g}" if "rate" in row else ""]
                 cells.append(f"{row['valid ndcg@10']:.4f}" if "rate" in row else "")
                 cells += [f"{row['hr@10']:.4f}", f"{row['ndcg@10']:.4f}", change, f"{row.get('cpu_seconds', '')}"]
@@ -137,9 +137,9 @@ def table(studies: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(report: dict[str, Any]) -> None:
-    """Put the table between its markers."""
-    PAGE.write_text(filled(PAGE.read_text(), "rl:held_back", table(report["studies"])))
+def page(text: str) -> str:
+    """The page with its table as the results say."""
+    return filled(text, "rl:held_back", table(read_json(RESULT, 1 << 24)["studies"]))
 
 
 def with_study(path: Path, study: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def main() -> int:
     if not args.table:
         write_json(args.results, with_study(args.results, study(args, Console(stderr=True))))
     if args.results == RESULT:
-        write_page(read_json(RESULT, 1 << 24))
+        PAGE.write_text(page(PAGE.read_text()))
     return 0
 
 

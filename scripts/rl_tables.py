@@ -12,11 +12,11 @@ import numpy as np
 
 from flr.files import read_json
 
-from .marks import filled
+from .marks import filled, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/rl.md"
-REWARDS = {"log_likelihood": "log-likelihood", "ndcg": "NDCG@10", "ndcg@10": "NDCG@10"}
+REWARDS = {"log_likelihood": "log-likelihood", "ndcg@10": "NDCG@10"}
 SPLITS = ("valid", "test")
 #: Of amazon-cds: split, name in the file, in the table, digits.
 LINES = (
@@ -31,8 +31,8 @@ LINES = (
 
 def change(cell: dict[str, Any], digits: int) -> str:
     """The mean change with its interval."""
-    mean, low, high = (f"{cell['difference'][name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+    found = cell["difference"]
+    return with_interval(found["mean"], found["low"], found["high"], "+", digits)
 
 
 def by_seed(cell: dict[str, Any], digits: int) -> str:

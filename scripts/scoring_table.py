@@ -10,7 +10,7 @@ from typing import Any
 
 from flr.files import read_json
 
-from .marks import filled
+from .marks import filled, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/training.md"
@@ -29,12 +29,11 @@ def line(what: str, report: dict[str, Any]) -> str:
     alike = []
     for way in WAYS[:2]:
         found = report["trained/scored"][way]
-        low, high = found["interval"][NAME]
-        alike.append(f"{found['mean'][NAME]:.4f} ({low:.4f} to {high:.4f})")
+        alike.append(with_interval(found["mean"][NAME], *found["interval"][NAME]))
     mean, low, high, _ = report["differences"]["catalogue/catalogue - full/full"][NAME]
     other = [f"{report['trained/scored'][way]['mean'][NAME]:.4f}" for way in WAYS[2:]]
     times = report["seconds full / catalogue"].values()
-    cells = [what, *alike, f"{mean:+.4f} ({low:+.4f} to {high:+.4f})", *other, f"{min(times):.1f} to {max(times):.1f}"]
+    cells = [what, *alike, with_interval(mean, low, high, "+"), *other, f"{min(times):.1f} to {max(times):.1f}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -130,9 +130,9 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write_page(report: dict) -> None:
-    """Put the table between its markers."""
-    PAGE.write_text(filled(PAGE.read_text(), "sid_study", table(report)))
+def page(text: str, result: Path = RESULT) -> str:
+    """The page with its table as the results say."""
+    return filled(text, "sid_study", table(read_json(result)))
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="Only write the page, from the result.")
     args = parser.parse_args()
     if args.table:
-        write_page(read_json(args.output))
+        PAGE.write_text(page(PAGE.read_text(), args.output))
         return
     if args.data is None:
         parser.error("data: expected the folder of inter.json and index.json, got none")
@@ -172,7 +172,7 @@ def main() -> None:
     write_json(args.output, report)
     print(json.dumps(report, indent=1))
     if args.output == RESULT:
-        write_page(report)
+        PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from flr.files import read_json, write_json
 from flr.model.checkpoint import load_from
 from flr.train import SFTConfig, UpdateConfig
 
-from .marks import filled
+from .marks import filled, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/quality.md"
@@ -301,7 +301,7 @@ def table(report: dict[str, Any]) -> str:
     means = [f"{found['all'][way][0]:.4f}" for way in ways]
     means += [f"{found['cpu_seconds'][way]:.0f}" for way in ways[1:]]
     lines.append(f"| **mean of those above** | | {' | '.join(means)} |\n")
-    told = ["{}: {:+.4f} ({:+.4f} to {:+.4f})".format(name, *d[:3]) for name, d in found["differences"].items()]
+    told = [f"{name}: {with_interval(*d[:3], '+')}" for name, d in found["differences"].items()]
     seeds = f"Seed {b['seeds'][0]}" if len(b["seeds"]) == 1 else f"Seeds {', '.join(map(str, b['seeds']))}, means"
     learning = f"{b['update_rate'] / b['rate']:g} of the learning rate"
     rl = ""

@@ -18,10 +18,8 @@ def freeze() -> None:
     Else every few thousand requests wait while packages and catalogue are looked through.
     """
     global _frozen
-    with _lock:
-        _frozen = True
-        gc.collect()
-        gc.freeze()
+    _frozen = True
+    collect()
 
 
 def collect() -> None:

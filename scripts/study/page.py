@@ -8,7 +8,7 @@ from typing import Any
 from flr.evaluate.baselines import ItemKNN, LinearItems
 from flr.files import read_json, write_json
 
-from ..marks import filled
+from ..marks import filled, with_interval
 from .kept import PARTS, keep, of_part
 from .summary import COMPARED, COMPARED_PAIRS, summary
 
@@ -69,7 +69,7 @@ def page(text: str) -> str:
 
 def _interval(values: list[float], sign: str = "", bold: bool = False) -> str:
     mean, low, high = values
-    text = f"{mean:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
+    text = with_interval(mean, low, high, sign)
     return f"**{text}**" if bold and (low > 0 or high < 0) else text
 
 

@@ -161,10 +161,6 @@ def test_factors_help_in_histories_of_many_kinds():
         assert [low["flr-mixture", other] > 0 for low in lows] == [False, True, True]
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def quickstart():
     """The report of the quickstart, and NDCG@10 by mode."""
     report, ndcg = read_json(ROOT / "docs/results/quickstart.json", 1 << 24), {}
@@ -187,12 +183,12 @@ def test_what_is_said_of_models_of_generated_data_holds():
     assert {len(values) for values in ndcg.values()} == {3}
     assert min(ndcg["flr"]) > max(ndcg["anchor"])
     for other in ("latentr3", "offsets"):
-        assert mean(ndcg["flr"]) > mean(ndcg[other]) + 0.02
+        assert np.mean(ndcg["flr"]) > np.mean(ndcg[other]) + 0.02
     one_sum = [value for mode, values in ndcg.items() if not mode.endswith("mixture") for value in values]
     assert min(ndcg["flr-mixture"] + ndcg["offsets-mixture"]) > max(one_sum) + 0.05
-    assert mean(ndcg["offsets-mixture"]) >= mean(ndcg["flr-mixture"])
-    assert mean(ndcg["flr-plain"]) >= mean(ndcg["flr"])
-    assert abs(mean(ndcg["flr-rl"]) - mean(ndcg["flr"])) < 0.002
+    assert np.mean(ndcg["offsets-mixture"]) >= np.mean(ndcg["flr-mixture"])
+    assert np.mean(ndcg["flr-plain"]) >= np.mean(ndcg["flr"])
+    assert abs(np.mean(ndcg["flr-rl"]) - np.mean(ndcg["flr"])) < 0.002
     assert all(found["nmi"] > 10 * found["chance"] for found in report["nmi"].values())
 
 
@@ -202,9 +198,9 @@ def test_what_is_said_of_factors_and_interests_by_scores_holds():
         scores = planted(mode, "nmi_scores")
         assert all(a > b for a, b in zip(scores, planted(mode, "nmi_attention"), strict=True))
         assert max(scores) > 0.8
-        assert mean(scores) < 0.8
+        assert np.mean(scores) < 0.8
     assert max(planted("flr", "nmi_scores")) > 0.95
-    assert mean(planted("flr-plain", "nmi_scores")) > mean(planted("flr", "nmi_scores"))
+    assert np.mean(planted("flr-plain", "nmi_scores")) > np.mean(planted("flr", "nmi_scores"))
     assert max(planted("untrained", "nmi_scores")) < 0.35
     rows = read_json(ROOT / "docs/results/planted_binding.json", 1 << 20)["rows"]
     assert max(row["nmi_attention"] for row in rows if row["mode"] != "untrained-groups") < 0.6
@@ -214,11 +210,11 @@ def test_what_is_said_of_factors_and_interests_by_scores_holds():
 def test_what_is_said_of_factors_that_begin_with_groups_holds():
     """The page: bound before training, one sum mostly after it, both ahead of a random start, offsets as good."""
     assert min(planted("untrained-groups", "nmi_scores")) > 0.999
-    after = {mode: mean(planted(f"{mode}-groups", "nmi_scores")) for mode in ("flr", "flr-mixture")}
+    after = {mode: np.mean(planted(f"{mode}-groups", "nmi_scores")) for mode in ("flr", "flr-mixture")}
     assert after["flr"] > 0.8 > after["flr-mixture"]
-    gains = {mode: mean(planted(f"{mode}-groups", "ndcg@10")) - mean(planted(mode, "ndcg@10")) for mode in after}
+    gains = {mode: np.mean(planted(f"{mode}-groups", "ndcg@10")) - np.mean(planted(mode, "ndcg@10")) for mode in after}
     assert gains["flr"] > gains["flr-mixture"] > 0
-    assert mean(quickstart()[1]["offsets-mixture"]) >= mean(planted("flr-mixture-groups", "ndcg@10"))
+    assert np.mean(quickstart()[1]["offsets-mixture"]) >= np.mean(planted("flr-mixture-groups", "ndcg@10"))
 
 
 def test_the_tables_of_streams_are_those_of_the_results():
