@@ -100,6 +100,21 @@ def test_an_index_out_of_range_is_an_index_error(name, argument, change):
         getattr(flr_kernels, name)(**given | {argument: change(given[argument])})
 
 
+def test_the_first_index_past_the_end_is_one_too():
+    given = arguments("trie_step")
+    nodes, listed = len(given["tokens"]), len(given["listed"])
+    last = given["children"].clone()
+    last[given["node"]] = -1  # which would be taken from the end
+    for name, value in (
+        ("node", torch.full_like(given["node"], nodes)),
+        ("children", torch.full_like(given["children"], nodes + 1)),
+        ("children", last),
+        ("offset", torch.full_like(given["offset"], listed - given["entries"] + 1)),
+    ):
+        with pytest.raises(IndexError, match=f"^{name}: expected"):
+            flr_kernels.trie_step(**given | {name: value})
+
+
 def test_no_users():
     given = arguments("trie_step")
     none = {name: given[name][:0] for name in ("logits", "score", "node", "offset")}
