@@ -50,6 +50,9 @@ def test_every_tensor_must_be_dense_and_beside_the_others(name, argument):
     function(**given)
     value = given[argument]
     changed = {"dense": value.to_sparse(), "tensor": [1]}
+    if value.dim() > 1:  # nested, by strides
+        with pytest.raises(ValueError, match=rf"^{argument}: expected a dense tensor, got a nested one"):
+            function(**given | {argument: torch.nested.as_nested_tensor(value)})
     if sum(isinstance(x, torch.Tensor) for x in given.values()) > 1:
         changed["device"] = value.to("meta")
     for expected, other in changed.items():

@@ -138,6 +138,10 @@ def test_registered():
         ({"norm": torch.zeros(2, 9)}, "norm: expected"),
         ({"filter": "prefix"}, "listed, offset: expected both"),
         ({"filter": "some"}, "filter: expected one of"),
+        (
+            {"filter": "only", "listed": torch.zeros(9).long(), "offset": torch.zeros(1).long(), "entries": 3},
+            "offset: expected B of node = 2, got 1",
+        ),
         ({"widest": 0}, "widest: expected an integer from 1"),
         ({"num_all": -1}, "num_all: expected an integer from 0"),
     ],
