@@ -99,8 +99,10 @@ def test_numbers_and_names(name, argument, values):
 )
 def test_an_index_out_of_range_is_an_index_error(name, argument, change):
     given = arguments(name)
-    with pytest.raises(IndexError, match=rf"^[\w, ]*{argument}[\w, ]*: expected"):
-        getattr(flr_kernels, name)(**given | {argument: change(given[argument])})
+    for learned in (False, True) if name == "token_logprob" else (False,):
+        given |= {"hidden": given["hidden"].requires_grad_(learned)} if learned else {}
+        with pytest.raises(IndexError, match=rf"^[\w, ]*{argument}[\w, ]*: expected"):
+            getattr(flr_kernels, name)(**given | {argument: change(given[argument])})
 
 
 def test_the_first_index_past_the_end_is_one_too():

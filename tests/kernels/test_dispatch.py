@@ -153,11 +153,16 @@ def test_compiled_graphs_hold_the_operator():
     assert "flr.factor_attention.default" in seen
 
 
-def test_autocast_is_off_inside():
-    given = call("factor_attention")
-    expected = flr_kernels.factor_attention(**given)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["factor_attention", "factor_aggregate", "token_logprob", "group_advantage"])
+def test_autocast_is_off_inside(name, learned):
+    given = call(name)
+    for x in given.values():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_(learned)
+    expected = leaves(getattr(flr_kernels, name)(**given))
     with torch.autocast("cpu", torch.bfloat16):
-        found = flr_kernels.factor_attention(**given)
+        found = leaves(getattr(flr_kernels, name)(**given))
         assert torch.is_autocast_enabled("cpu")
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
