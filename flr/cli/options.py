@@ -59,7 +59,9 @@ class DataOptions:
     views_weight: float | None = option(
         None, "Weight of one-item views in the answer, 0..1 (see flr.decode.mixture). Default: none, or as saved."
     )
-    views_decay: float = option(0.6, "Views: weight of an item relative to the next later one.")
+    views_decay: float | None = option(
+        None, "Views: weight of an item relative to the next later one. Default: 0.6, or as saved."
+    )
     max_title_tokens: int | None = option(None, "Codec title: tokens kept of a title.")
     vocab_size: int = option(8192, "Codec title: size of the tokenizer trained from scratch.")
     planted_items: int = option(500, "Generated data: items.")
@@ -69,7 +71,7 @@ class DataOptions:
         "max_history": COUNT,
         "max_prompt_tokens": COUNT.or_none,
         "views_weight": PROBABILITY.or_none,
-        "views_decay": Numbers(0, 1, "(]"),
+        "views_decay": Numbers(0, 1, "(]").or_none,
         "max_title_tokens": COUNT.or_none,
         "vocab_size": COUNT,
         "planted_items": Numbers(8, whole=True),  # two of each of four interests
@@ -88,10 +90,11 @@ class DataOptions:
         from flr.data import HistoryViews
 
         if self.views_weight is None:
-            if self.views_decay not in (DataOptions.views_decay, None if saved is None else saved.decay):
+            if self.views_decay not in (None, None if saved is None else saved.decay):
                 raise ValueError(f"views_decay: expected a views_weight beside it, got {self.views_decay:g} alone")
             return saved
-        return HistoryViews(self.views_weight, self.views_decay, 0.0 if saved is None else saved.neighbours)
+        own = saved or HistoryViews()
+        return dataclasses.replace(own, weight=self.views_weight, decay=self.views_decay or own.decay)
 
     def check_model(self, model: str, processor: RecProcessor) -> None:
         """ValueError where an option says otherwise than the processor of a saved ``model``."""

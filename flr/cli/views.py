@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     dataset = data.announce()
     model, processor = options.loaded(data, dataset)
     saved = before = processor.views or HistoryViews(weight=0.0)
-    if data.views_decay != DataOptions().views_decay:  # one that has its default is taken for not given
+    if data.views_decay is not None:
         saved = replace(saved, decay=data.views_decay)
     processor.views = saved
     rows = dataset.valid.spread(options.max_users)

@@ -47,6 +47,19 @@ def test_numbers_out_of_range_are_refused_by_the_flags_name(options, name):
         assert str(error.value) == f"{name}: expected {options.numbers[name]}, got {value!r}"
 
 
+def test_views_are_those_that_are_asked_for_and_as_saved_where_nothing_is_said():
+    saved = HistoryViews(0.25, 0.8, 0.1)
+    assert DataOptions().views() is None
+    assert DataOptions().views(saved) == DataOptions(views_decay=0.8).views(saved) == saved
+    assert DataOptions(views_weight=0.5).views() == HistoryViews(0.5, 0.6)
+    assert DataOptions(views_weight=0.5, views_decay=0.9).views() == HistoryViews(0.5, 0.9)
+    assert DataOptions(views_weight=0.5).views(saved) == HistoryViews(0.5, 0.8, 0.1)
+    assert DataOptions(views_weight=0.0, views_decay=0.6).views(saved) == HistoryViews(0.0, 0.6, 0.1)
+    for before in (None, saved):
+        with pytest.raises(ValueError, match="views_decay: expected a views_weight beside it"):
+            DataOptions(views_decay=0.6).views(before)
+
+
 def test_the_ranges_are_those_of_what_is_called():
     least = {name: int(DataOptions.numbers[f"planted_{name}"].low) for name in ("items", "users")}
     planted_dataset(num_items=least["items"], num_users=least["users"])
