@@ -22,20 +22,26 @@ class Stream:
 
     Attributes:
         growth: the model's catalogue with the new items.
-        train: new rows, then rows of the replay.
+        fresh: new rows, with their times.
+        train: new rows, then rows of the replay; times only where all have them.
         everything: new rows, then all old ones.
         valid: the newest rows, which decide.
-        new_rows, replay_rows: how many of ``train`` are which.
+        replay_rows: how many of ``train`` are of the replay.
         notes: lines for the user.
     """
 
     growth: Growth
+    fresh: Interactions
     train: Interactions
     everything: Interactions
     valid: Interactions
-    new_rows: int
     replay_rows: int
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def new_rows(self) -> int:
+        """How many of ``train`` are new."""
+        return len(self.fresh)
 
 
 def stream(
@@ -86,7 +92,7 @@ def stream(
     drawn = np.sort(np.random.default_rng(seed).permutation(len(old))[:number])
     mixture = joined(fresh, old.select(drawn))
     valid = replaced(dataset.valid, growth.places).spread(valid_rows)
-    return Stream(growth, mixture, joined(fresh, old), valid, len(fresh), len(drawn), notes)
+    return Stream(growth, fresh, mixture, joined(fresh, old), valid, len(drawn), notes)
 
 
 def _known_rows(replay: RecDataset, catalogue: Catalogue) -> Interactions:

@@ -256,13 +256,12 @@ class _Job:
         after: EvalResult,
         knows: np.ndarray,
     ) -> tuple[EvalResult | None, dict[str, Any]]:
-        fresh = rows.train.select(np.arange(rows.new_rows))
-        args = reinforcement(self.args, self.work / _RL, len(fresh))
+        args = reinforcement(self.args, self.work / _RL, rows.new_rows)
 
         def evaluated() -> EvalResult:
             return self._evaluated(model, processor, rows.valid, _REINFORCED)
 
-        return reinforce(model, processor, fresh, args, watching, evaluated, after, before, knows)
+        return reinforce(model, processor, rows.fresh, args, watching, evaluated, after, before, knows)
 
     def _evaluated(self, model: Any, processor: RecProcessor, rows: Interactions, name: str) -> EvalResult:
         """The evaluation in the folder ``name``, made where it is not there."""

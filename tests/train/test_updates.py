@@ -393,6 +393,10 @@ def test_every_part_of_an_update_gets_its_options(models, tmp_path, monkeypatch)
     more += ["--num_train_epochs", "0.3", "--max_steps", "1000", "--gradient_accumulation_steps", "3"]
     more += ["--replay_share", "0.25", "--augment_reverse", "0.3", "--teacher", "item-knn", "--revision", "main"]
     more += ["--rl_steps", "1", "--rl_group_size", "2", "--data_format", "prepared", "--dtype", "bfloat16"]
+    old, new = split()
+    plain = (Interactions(part.users, part.histories, part.targets) for part in (old.train, old.valid, old.test))
+    RecDataset(old.catalogue, *plain, "timeless").save(tmp_path / "timeless")
+    more += ["--replay", str(tmp_path / "timeless")]
     status, record = updated(models, "sid", tmp_path, *more, model=model)
     assert status == 0
     rows = seen["rows"]
@@ -405,6 +409,7 @@ def test_every_part_of_an_update_gets_its_options(models, tmp_path, monkeypatch)
     assert seen["changes"].reverse == 0.3
     assert len(seen["changes"].teacher.left_out.train) == len(rows.everything) > len(rows.train)
     assert len(seen["fresh"]) == rows.new_rows < len(rows.train)
+    assert seen["fresh"].timestamps.tolist() == new.train.timestamps.tolist()  # which the replay has not
     assert [after is found[2] for after, found in zip(seen["decided"], seen["ranked"][1:], strict=True)] == [True] * 2
     assert record["facts"]["ndcg@10"]["all"]["rows"] == 2  # of the second decision
 
