@@ -53,3 +53,13 @@ def test_the_method_whose_best_weight_ranks_better_is_taken(better, monkeypatch,
     assert main(call) == 0
     views = HistoryViews(0.3)
     assert saved == [(views, views, tried[1][better])]
+
+
+@pytest.mark.parametrize(("table", "share", "dropped"), [(None, 0.3, False), (None, 0.4, True), ("another", 0.3, True)])
+def test_metrics_go_where_answers_are_others(table, share, dropped, monkeypatch):
+    seen = []
+    monkeypatch.setattr("flr.data.processor_folder.save_views", lambda *what: seen.append(what))
+    monkeypatch.setattr("flr.cli.card.drop_measured", lambda folder: seen.append("dropped"))
+    views = HistoryViews(share)
+    NeighbourOptions(model="here").save(HistoryViews(0.3), views, table)
+    assert seen == [("here", views, table), *["dropped"] * dropped]
