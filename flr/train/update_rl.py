@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import set_seed
 
 from flr.data import Interactions, RecProcessor
 from flr.evaluate import EvalResult
@@ -106,7 +105,6 @@ def reinforce(
     """
     reasoner = causal_lm(model).flr
     kept_weights = copy.deepcopy(reasoner.state_dict())
-    set_seed(args.seed)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     taken = newest(rows, args.max_steps * step)
     trainer = LatentGRPOTrainer(model, args, processor, taken)
