@@ -45,7 +45,8 @@ def inductor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
-    with config.patch(fx_graph_cache=False):  # a test compiles what it is about
+    # a test compiles what it is about, to scalar programs, which take three quarters of the time
+    with config.patch({"fx_graph_cache": False, "cpp.simdlen": 1}):
         yield
 
 
