@@ -236,6 +236,20 @@ def test_ties_go_to_the_smaller_index():
     assert beam_search(model, toy_inputs(), trie, 2, 2).items.tolist() == [[3, 4]] * 3
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_hypothesis_that_can_still_tie_goes_on(kernel, monkeypatch):
+    """Its next token is certain, so that it will end level with the best item so far, whose index is greater."""
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kernel)
+    model = toy_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([20]), 200.0))
+    trie = CatalogueTrie.from_codec(codec_of([(10, 20, 20), (11, 20), (10, 21, 20)]))
+    found = beam_search(model, toy_inputs(), trie, 2, 1)
+    assert found.items.tolist() == [[0]] * 3
+    assert found.scores.tolist() == [[-200.0]] * 3
+
+
 def test_empty_batch(model):
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(1)))
     empty = {"input_ids": torch.zeros(0, 4, dtype=torch.int64)}
@@ -260,6 +274,9 @@ def test_fails_closed(model):
         beam_search(model, inputs, trie, exclude=torch.full((3, 1), 14))
     with pytest.raises(ValueError, match="labels"):
         beam_search(model, {**inputs, "labels": inputs["input_ids"]}, trie)
+    hidden = flr.decode.prompts.prefill(model, inputs, trie.depth, want_hidden=True)
+    with pytest.raises(ValueError, match="prompts: expected logits as their states under scoring 'full', got hidden"):
+        beam_search(model, inputs, trie, prompts=hidden)
     with pytest.raises(ValueError, match="items of one token"):
         rank_one_token(model, inputs, trie)
 
@@ -274,6 +291,21 @@ def test_broken_logits_are_an_error(value):
         for scoring in ("full", "catalogue"):
             with pytest.raises(FloatingPointError):
                 call(model, toy_inputs(), trie, scoring=scoring)
+
+
+def test_an_infinite_logit_is_an_error_whatever_its_token():
+    """Of one outside the catalogue it would take all probability, and leave every item as good as another."""
+    for sequences in (random_catalogue(1), [(t,) for t in range(10, 20)]):
+        for token in (sequences[3][0], VOCAB - 1):
+            model, trie = toy_model("llama"), CatalogueTrie.from_codec(codec_of(sequences))
+
+            def broken(_, args, out, token=token):
+                out[1, -1, token] = torch.inf  # of one user
+
+            model.lm_head.register_forward_hook(broken)
+            for call in (beam_search, score_all_items, *([rank_one_token] if trie.depth == 1 else [])):
+                with pytest.raises(FloatingPointError):
+                    call(model, toy_inputs(), trie)
 
 
 def test_titles_that_repeat_and_begin_each_other_end_to_end():
