@@ -159,13 +159,13 @@ class ViewMixture:
         whole = _nothing(count, size)
         if own.any():  # an empty history has its prompt alone
             self._given(histories, exclude, allowed).add(whole, users, users, np.zeros(count))
-        single = _nothing(count, size)
-        if views.weight > 0 and views.neighbours < 1 and len(kept.values):
+        single, asks = _nothing(count, size), views.weight > 0 and views.neighbours < 1
+        if asks and len(kept.values):
             single = self._singles(kept, self._known(kept.values), self._row[kept.values])
         weight = torch.from_numpy(own).log()[:, None]
         table = self._neighbours(histories)
         may = _may(count, size, exclude, allowed)
-        if may is not None and views.weight > 0 and self.num_beams is not None:
+        if may is not None and asks and self.num_beams is not None:
             given = (whole + weight > -torch.inf) | (single > -torch.inf)
             given = given[:, :-1] if table is None else given[:, :-1] | (table > -torch.inf)
             few = (given & may).sum(1) < may.sum(1).minimum(torch.as_tensor(least))

@@ -230,6 +230,17 @@ def test_item_knn_takes_part_with_its_weight(codec):
     np.testing.assert_allclose(whole * np.exp(prompts) + rest, np.exp(best.scores), rtol=1e-3, atol=1e-7)
 
 
+def test_item_knn_alone_asks_the_model_nothing():
+    model, processor = trainable("title", HistoryViews(0.3, neighbours=1.0))
+    processor.item_knn = NeighbourTable.fit(DATA.train.select([0]), 40)  # knows few items
+    histories, exclude = CSR.from_rows([[1, 2, 3], []]), torch.tensor([[4, 5], [-1, -1]])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("asked"))
+    scores = np.exp(ViewMixture(model, processor).scores(histories, exclude, least=40))
+    expected = processor.item_knn.probabilities(histories)
+    expected[0, [4, 5]] = 0
+    np.testing.assert_allclose(scores, expected)
+
+
 def test_a_weight_of_item_knn_without_a_table_is_refused(tmp_path):
     model, processor = trainable(views=HistoryViews(0.0, neighbours=0.5))
     with pytest.raises(ValueError, match=r"neighbours: expected 0 without a table of item-kNN, got 0\.5"):
