@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import flr.decode.beam
 import flr.decode.prompts
+import flr.decode.search
 from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
 from tests.helpers.catalogues import codec_of, random_catalogue
@@ -224,7 +225,7 @@ def test_length_penalty_divides_by_length(model, length_penalty):
             assert_ranked(found, expected, k, tolerance=1e-3)
 
 
-def test_ties_go_to_the_smaller_index():
+def test_ties_go_to_the_smaller_index(monkeypatch):
     model = toy_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token as likely as any other
@@ -234,6 +235,25 @@ def test_ties_go_to_the_smaller_index():
         assert beam_search(model, toy_inputs(), trie, 5, 5, scoring).items.tolist() == [[0, 1, 2, 3, 4]] * 3
     # too few beams: those with lexicographically smaller tokens stay
     assert beam_search(model, toy_inputs(), trie, 2, 2).items.tolist() == [[3, 4]] * 3
+    # of whatever depth, and in whatever block of candidates
+    trie = CatalogueTrie.from_codec(codec_of([(11, 5), (11, 6), (10, 20, 5), (10, 20, 6)]))
+    for size in (flr.decode.search._MAX_CANDIDATES, 1):
+        monkeypatch.setattr(flr.decode.search, "_MAX_CANDIDATES", size)
+        assert beam_search(model, toy_inputs(), trie, 2, 2, "catalogue").items.tolist() == [[2, 3]] * 3
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 5, 9])
+def test_a_last_place_that_is_shared_goes_to_the_smaller_tokens(num_beams):
+    """Whoever stands before it."""
+    model, first = toy_model("llama"), 15
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([first]), 1.0))
+    tokens = range(10, 40)
+    sequences = [(t, 9) for t in reversed(tokens)]
+    found = beam_search(model, toy_inputs(), CatalogueTrie.from_codec(codec_of(sequences)), num_beams, num_beams)
+    kept = {first, *[t for t in tokens if t != first][: num_beams - 1]}
+    assert {sequences[i][0] for i in found.items[0].tolist()} == kept
 
 
 @pytest.mark.parametrize("kernel", [False, True])
@@ -266,8 +286,9 @@ def test_fails_closed(model):
         beam_search(model, {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, trie)
     with pytest.raises(ValueError, match="scoring: expected one of"):
         beam_search(model, inputs, trie, scoring="fast")
-    with pytest.raises(ValueError, match="num_beams, k: expected"):
-        beam_search(model, inputs, trie, num_beams=0)
+    for number in ("num_beams", "k"):
+        with pytest.raises(ValueError, match="num_beams, k: expected"):
+            beam_search(model, inputs, trie, **{number: 0})
     with pytest.raises(ValueError, match="allowed: expected bool"):
         beam_search(model, inputs, trie, allowed=torch.ones(3, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="exclude: expected item indices"):
