@@ -298,8 +298,9 @@ def test_fails_closed(model):
     hidden = flr.decode.prompts.prefill(model, inputs, trie.depth, want_hidden=True)
     with pytest.raises(ValueError, match="prompts: expected logits as their states under scoring 'full', got hidden"):
         beam_search(model, inputs, trie, prompts=hidden)
-    with pytest.raises(ValueError, match="items of one token"):
-        rank_one_token(model, inputs, trie)
+    for tokens in (trie, CatalogueTrie.from_sequences([12, 13, 14], [0, 2, 3])):
+        with pytest.raises(ValueError, match="items of one token"):
+            rank_one_token(model, inputs, tokens)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

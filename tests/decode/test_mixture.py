@@ -145,17 +145,18 @@ def test_filters_make_no_list_shorter_and_change_no_score(scoring, views, option
 
 @pytest.mark.parametrize("codec", ["id", "title"])
 def test_whatever_is_asked_together_and_before_a_user_gets_the_same(codec):
-    """Batches of two users, each with items that are not to be given, and a table that grows from call to call."""
+    """Batches of two users, each with items that may be given and that may not, and a table that grows meanwhile."""
     model, processor = trainable(codec, HistoryViews(0.4))
     sizes = {"num_beams": 6, "batch_size": 2}
     histories = CSR.from_rows([[9, 8], [1, 2, 3], [30], [4, 5], [6, 0, 9]])
     exclude = torch.tensor([[9, 8, -1], [1, 2, 3], [30, 7, 11], [12, -1, -1], [0, 6, 1]])
+    allowed = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     mixture = ViewMixture(model, processor, **sizes)
     mixture.scores(CSR.from_rows([[20, 3]]))
-    together = mixture.scores(histories, exclude, least=5)
-    best = ViewMixture(model, processor, **sizes).best(histories, 5, exclude)
+    together = mixture.scores(histories, exclude, allowed, least=5)
+    best = ViewMixture(model, processor, **sizes).best(histories, 5, exclude, allowed)
     for user in range(5):
-        own = histories.take(np.array([user])), exclude[user : user + 1]
+        own = histories.take(np.array([user])), exclude[user : user + 1], allowed[user : user + 1]
         alone = ViewMixture(model, processor, **sizes).scores(*own, least=5)[0]
         np.testing.assert_allclose(together[user], alone, rtol=1e-4)
         np.testing.assert_allclose(best.scores[user], -np.sort(-alone)[:5], rtol=1e-4)
@@ -239,6 +240,18 @@ def test_item_knn_alone_asks_the_model_nothing():
     expected = processor.item_knn.probabilities(histories)
     expected[0, [4, 5]] = 0
     np.testing.assert_allclose(scores, expected)
+
+
+def test_views_are_not_asked_again_where_item_knn_has_enough_items():
+    model, processor = trainable("title", HistoryViews(1.0, neighbours=0.4))
+    processor.item_knn = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    mixture, histories = ViewMixture(model, processor, num_beams=5), CSR.from_rows([[1, 2, 3]])
+    exclude = torch.arange(30)[None]
+    first = mixture.scores(histories, exclude)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("asked again"))
+    given = mixture.best(histories, 5, exclude)
+    np.testing.assert_allclose(given.scores[0], -np.sort(-first[0])[:5], rtol=1e-6)
+    assert given.scores.min() > -np.inf
 
 
 def test_a_weight_of_item_knn_without_a_table_is_refused(tmp_path):
