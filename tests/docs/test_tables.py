@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import rl_held_back, rl_tables, scoring_table, sid_study
+from scripts import matrix_table, rl_held_back, rl_tables, scoring_table, sid_study
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,6 +21,7 @@ TESTED = {
     "bench": "bench/test_bench.py",
     "chaos": "docs/test_reliability.py",
     "engines": "docs/test_scale.py",
+    "installation": "docs/test_tables.py",
     "kernel": "docs/test_kernels.py",
     "length_grouping": "docs/test_length_grouping.py",
     "prompt_cache": "docs/test_prompt_cache.py",
@@ -104,7 +105,7 @@ def test_every_generated_part_is_tested():
 
 
 @pytest.mark.parametrize(
-    "script", [rl_held_back, rl_tables, scoring_table, sid_study], ids=lambda script: script.__name__
+    "script", [matrix_table, rl_held_back, rl_tables, scoring_table, sid_study], ids=lambda script: script.__name__
 )
 def test_tables_are_of_the_committed_results(script):
     text = script.PAGE.read_text()
