@@ -90,7 +90,8 @@ def beam_search(
         whose probability is 0 is not returned. A user without allowed items gets -1 throughout.
 
     Raises:
-        ValueError: an argument out of range, prompts padded on the right, a token outside the model's vocabulary.
+        ValueError: an argument out of range, prompts padded on the right or encoded for the other scoring, a token
+            outside the model's vocabulary.
         FloatingPointError: the model gave NaN or infinite logits where a choice had to be made.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,6 +123,8 @@ def beam_search(
                 return found
             log_weights, prompts = ways_together(model, inputs, trie.depth, want_hidden=scoring == "catalogue")
         check_vocabulary(trie, prompts.vocabulary)
+        if scoring == "full" and prompts.head_rows is not None:
+            raise ValueError("prompts: expected logits as their states under scoring 'full', got hidden states")
         if log_weights is not None:
             return MixedSearch(log_weights, *arguments, prompts.head_rows, struck).run(prompts)
         if struck is not None:

@@ -344,7 +344,8 @@ def _category_mask(
         raise ValueError(f"categories: expected int64 [{trie.num_items}], got {got}")
     if not isinstance(wanted, torch.Tensor):
         number = int(wanted or 0)
-        wanted = torch.full((batch_size,), number - (number >> 63 << 64), dtype=torch.int64)  # as int64 reads the bits
+        number -= max(number, 0) >> 63 << 64  # as int64 reads the bits
+        wanted = torch.full((batch_size,), number, dtype=torch.int64)
     if wanted.dtype != torch.int64 or wanted.shape != (batch_size,):
         raise ValueError(f"wanted: expected int64 [{batch_size}] or a number, got {wanted.dtype} {list(wanted.shape)}")
     different, which = wanted.to(trie.device).unique(return_inverse=True)

@@ -110,7 +110,7 @@ class ViewMixture:
         histories: CSR,
         exclude: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
-        least: int = 0,
+        least: int | np.ndarray = 0,
     ) -> np.ndarray:
         """Log-probabilities, float64 [B, C], of B histories; -inf for items that may not be given, or that none gives.
 
@@ -120,7 +120,11 @@ class ViewMixture:
         return torch.logaddexp(whole + weight, rest).numpy()
 
     def best(
-        self, histories: CSR, k: int, exclude: torch.Tensor | None = None, allowed: torch.Tensor | None = None
+        self,
+        histories: CSR,
+        k: int | np.ndarray,
+        exclude: torch.Tensor | None = None,
+        allowed: torch.Tensor | None = None,
     ) -> Mixed:
         """The k best items of those that may be given; the mixture is not normalised again.
 
@@ -129,13 +133,14 @@ class ViewMixture:
 
         Args:
             histories: of B users.
-            k: how many items; all of them where the catalogue has fewer.
+            k: how many items, of all or int64 [B] of each user: lists are as long as the longest, and what a user is
+                given does not depend on what others want. All items where the catalogue has fewer.
             exclude: int64 [B, E], -1 past the end. allowed: bool [C] or [B, C].
         """
         whole, weight, rest = self._parts(histories, exclude, allowed, k)
         scores = torch.logaddexp(whole + weight, rest).float()
         index = torch.arange(scores.shape[1])
-        items = order_key(scores, index).topk(min(k, len(index)), dim=1).indices
+        items = order_key(scores, index).topk(min(int(np.max(k)), len(index)), dim=1).indices
         chosen, alone, rest = (x.gather(1, items) for x in (scores, whole, rest))
         weight = weight.expand_as(alone).masked_fill(alone == -torch.inf, -torch.inf)
         return Mixed(
@@ -144,7 +149,7 @@ class ViewMixture:
 
     @torch.inference_mode()
     def _parts(
-        self, histories: CSR, exclude: torch.Tensor | None, allowed: torch.Tensor | None, least: int
+        self, histories: CSR, exclude: torch.Tensor | None, allowed: torch.Tensor | None, least: int | np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Whole prompts' log-probabilities [B, C], their log weights [B, 1], and the rest with its weights [B, C]."""
         count, size = len(histories.offsets) - 1, len(self.processor.catalogue)
@@ -154,16 +159,16 @@ class ViewMixture:
         whole = _nothing(count, size)
         if own.any():  # an empty history has its prompt alone
             self._given(histories, exclude, allowed).add(whole, users, users, np.zeros(count))
-        single = _nothing(count, size)
-        if views.weight > 0 and views.neighbours < 1 and len(kept.values):
+        single, asks = _nothing(count, size), views.weight > 0 and views.neighbours < 1
+        if asks and len(kept.values):
             single = self._singles(kept, self._known(kept.values), self._row[kept.values])
         weight = torch.from_numpy(own).log()[:, None]
         table = self._neighbours(histories)
         may = _may(count, size, exclude, allowed)
-        if may is not None and views.weight > 0 and self.num_beams is not None:
+        if may is not None and asks and self.num_beams is not None:
             given = (whole + weight > -torch.inf) | (single > -torch.inf)
             given = given[:, :-1] if table is None else given[:, :-1] | (table > -torch.inf)
-            few = (given & may).sum(1) < may.sum(1).clamp_max(least)
+            few = (given & may).sum(1) < may.sum(1).minimum(torch.as_tensor(least))
             for user in few.nonzero()[:, 0].tolist():
                 single[user] = self._singles_again(kept.take(np.array([user])), user, exclude, allowed)
         whole, rest = whole[:, :-1], single[:, :-1]
@@ -195,7 +200,8 @@ class ViewMixture:
             used, column = np.unique(row, return_inverse=True)
             weights = sp.csr_matrix((np.exp(share).astype(np.float32), (user, column)), (len(total), len(used)))
             mixed = weights @ np.exp(given.logs[used])
-            if (mixed[kept.lengths > 0] > 0).all():  # where float32 holds them all, in a third of the time
+            # in a third of the time, where float32 holds them all with all its digits
+            if (mixed[kept.lengths > 0] >= np.finfo(np.float32).tiny).all():
                 total[:, :-1] = torch.from_numpy(mixed).double().log_()
                 return total
         for age in range(int(kept.lengths.max())):

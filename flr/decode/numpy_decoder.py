@@ -87,6 +87,8 @@ def decode(
             logits = row.astype(np.float64)
             chosen = logits[tokens[to]]
             total = np.logaddexp.reduce(chosen if local else logits)
+            if not np.isfinite(total):
+                raise FloatingPointError("the model's logits are NaN or infinite: no ranking can be made of them")
             scored = zip(to.tolist(), (score + chosen - total).tolist(), strict=True)
             continued += [(value, child, [*path, int(tokens[child])]) for child, value in scored if value > -np.inf]
         continued.sort(key=lambda one: (-one[0], begin[one[1]]))

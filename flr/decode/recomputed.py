@@ -29,6 +29,7 @@ class RecomputedSession:
         self.model, self.hidden = model, hidden
         self.prompts = {k: v for k, v in prepared.items() if k not in ("attention_mask", "position_ids")}
         self.mask = prepared["attention_mask"] != 0  # [B, L]
+        _refuse_gaps(self.mask, prepared.get("position_ids"))
         takes = forward_parameters(type(causal_lm(model)).forward)
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         if "use_cache" in takes:
@@ -109,6 +110,14 @@ class RecomputedSession:
         with lm_head_inputs(self.model, skip=self.hidden) as seen:
             out = self.model(**arguments, **self.options)
         return seen[-1][:, -1] if self.hidden else out.logits[:, -1]
+
+
+def _refuse_gaps(mask: torch.Tensor, positions: torch.Tensor | None) -> None:
+    """ValueError for prompts that are not their tokens alone, one after the other: no mask, no positions are passed."""
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        raise ValueError("attention_mask: expected padding before the prompt alone where it is encoded anew, got gaps")
+    if positions is not None and bool((positions != mask.cumsum(1) - 1)[mask].any()):
+        raise ValueError("position_ids: expected 0, 1, 2, … where prompts are encoded anew, got others")
 
 
 def _rows(value: Any, rows: torch.Tensor, count: int) -> Any:

@@ -273,8 +273,7 @@ class Search:
         """Those that end an item alone."""
         if complete is None:
             return None
-        others = ~self._is_complete(complete.node) | (complete.key == _DEAD)
-        return complete._replace(score=complete.score.masked_fill(others, -torch.inf))
+        return complete._replace(score=complete.score.masked_fill(~self._is_complete(complete.node), -torch.inf))
 
     def pick(self, score: torch.Tensor, node: torch.Tensor, count: int) -> Continuations:
         """The ``count`` best continuations of score [B, w, c], in order; node [B, w, c], or [1, 1, c]."""

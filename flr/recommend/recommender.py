@@ -304,7 +304,8 @@ class Recommender(QueryBuilder):
         if not queries:
             return [], None
         histories = [query.history for query in queries]
-        k = max(query.k for query in queries)
+        own_k = np.array([query.k for query in queries])
+        k = int(own_k.max())
         if num_beams < k:
             raise ValueError(f"num_beams: expected at least the largest k, {k}, got {num_beams}")
         exclude, allowed = exclusions(queries), allowances(queries)
@@ -323,10 +324,9 @@ class Recommender(QueryBuilder):
                 items, scores = best.items.cpu().numpy(), best.scores.cpu().numpy()
             else:
                 mixture = self._mixture_of(views, num_beams, scoring)
-                items, scores, mixed_with = mixture.best(CSR.from_rows(histories), k, exclude, allowed)
+                items, scores, mixed_with = mixture.best(CSR.from_rows(histories), own_k, exclude, allowed)
                 exclude = allowed = None  # struck out of the mixture, which is not normalised again
-            own_k = np.array([[query.k] for query in queries])
-            items = np.where(np.arange(items.shape[1]) < own_k, items, -1)
+            items = np.where(np.arange(items.shape[1]) < own_k[:, None], items, -1)
             base, contributions = np.full(items.shape, None), np.zeros((*items.shape, 0))
             influence = contributions
             if prompts is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import flr.decode.beam
 import flr.decode.prompts
+import flr.decode.search
 from flr.data import Catalogue, build_codec, build_tokenizer
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
 from tests.helpers.catalogues import codec_of, random_catalogue
@@ -224,7 +225,7 @@ def test_length_penalty_divides_by_length(model, length_penalty):
             assert_ranked(found, expected, k, tolerance=1e-3)
 
 
-def test_ties_go_to_the_smaller_index():
+def test_ties_go_to_the_smaller_index(monkeypatch):
     model = toy_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token as likely as any other
@@ -234,6 +235,39 @@ def test_ties_go_to_the_smaller_index():
         assert beam_search(model, toy_inputs(), trie, 5, 5, scoring).items.tolist() == [[0, 1, 2, 3, 4]] * 3
     # too few beams: those with lexicographically smaller tokens stay
     assert beam_search(model, toy_inputs(), trie, 2, 2).items.tolist() == [[3, 4]] * 3
+    # of whatever depth, and in whatever block of candidates
+    trie = CatalogueTrie.from_codec(codec_of([(11, 5), (11, 6), (10, 20, 5), (10, 20, 6)]))
+    for size in (flr.decode.search._MAX_CANDIDATES, 1):
+        monkeypatch.setattr(flr.decode.search, "_MAX_CANDIDATES", size)
+        assert beam_search(model, toy_inputs(), trie, 2, 2, "catalogue").items.tolist() == [[2, 3]] * 3
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 5, 9])
+def test_a_last_place_that_is_shared_goes_to_the_smaller_tokens(num_beams):
+    """Whoever stands before it."""
+    model, first = toy_model("llama"), 15
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([first]), 1.0))
+    tokens = range(10, 40)
+    sequences = [(t, 9) for t in reversed(tokens)]
+    found = beam_search(model, toy_inputs(), CatalogueTrie.from_codec(codec_of(sequences)), num_beams, num_beams)
+    kept = {first, *[t for t in tokens if t != first][: num_beams - 1]}
+    assert {sequences[i][0] for i in found.items[0].tolist()} == kept
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_a_hypothesis_that_can_still_tie_goes_on(kernel, monkeypatch):
+    """Its next token is certain, so that it will end level with the best item so far, whose index is greater."""
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kernel)
+    model = toy_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([20]), 200.0))
+    trie = CatalogueTrie.from_codec(codec_of([(10, 20, 20), (11, 20), (10, 21, 20)]))
+    found = beam_search(model, toy_inputs(), trie, 2, 1)
+    assert found.items.tolist() == [[0]] * 3
+    assert found.scores.tolist() == [[-200.0]] * 3
 
 
 def test_empty_batch(model):
@@ -252,16 +286,21 @@ def test_fails_closed(model):
         beam_search(model, {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, trie)
     with pytest.raises(ValueError, match="scoring: expected one of"):
         beam_search(model, inputs, trie, scoring="fast")
-    with pytest.raises(ValueError, match="num_beams, k: expected"):
-        beam_search(model, inputs, trie, num_beams=0)
+    for number in ("num_beams", "k"):
+        with pytest.raises(ValueError, match="num_beams, k: expected"):
+            beam_search(model, inputs, trie, **{number: 0})
     with pytest.raises(ValueError, match="allowed: expected bool"):
         beam_search(model, inputs, trie, allowed=torch.ones(3, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="exclude: expected item indices"):
         beam_search(model, inputs, trie, exclude=torch.full((3, 1), 14))
     with pytest.raises(ValueError, match="labels"):
         beam_search(model, {**inputs, "labels": inputs["input_ids"]}, trie)
-    with pytest.raises(ValueError, match="items of one token"):
-        rank_one_token(model, inputs, trie)
+    hidden = flr.decode.prompts.prefill(model, inputs, trie.depth, want_hidden=True)
+    with pytest.raises(ValueError, match="prompts: expected logits as their states under scoring 'full', got hidden"):
+        beam_search(model, inputs, trie, prompts=hidden)
+    for tokens in (trie, CatalogueTrie.from_sequences([12, 13, 14], [0, 2, 3])):
+        with pytest.raises(ValueError, match="items of one token"):
+            rank_one_token(model, inputs, tokens)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -274,6 +313,21 @@ def test_broken_logits_are_an_error(value):
         for scoring in ("full", "catalogue"):
             with pytest.raises(FloatingPointError):
                 call(model, toy_inputs(), trie, scoring=scoring)
+
+
+def test_an_infinite_logit_is_an_error_whatever_its_token():
+    """Of one outside the catalogue it would take all probability, and leave every item as good as another."""
+    for sequences in (random_catalogue(1), [(t,) for t in range(10, 20)]):
+        for token in (sequences[3][0], VOCAB - 1):
+            model, trie = toy_model("llama"), CatalogueTrie.from_codec(codec_of(sequences))
+
+            def broken(_, args, out, token=token):
+                out[1, -1, token] = torch.inf  # of one user
+
+            model.lm_head.register_forward_hook(broken)
+            for call in (beam_search, score_all_items, *([rank_one_token] if trie.depth == 1 else [])):
+                with pytest.raises(FloatingPointError):
+                    call(model, toy_inputs(), trie)
 
 
 def test_titles_that_repeat_and_begin_each_other_end_to_end():

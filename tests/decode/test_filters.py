@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from flr.decode import CatalogueTrie, beam_search
+from flr.decode import CatalogueTrie, beam_search, item_filter
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.inputs import toy_inputs
 
@@ -36,6 +37,17 @@ def test_lists_and_categories_equal_the_mask_they_stand_for(model, kind, scoring
     assert found.items.tolist() == expected.items.tolist()
     assert (found.items >= 0).any()
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [5, 2**63, 2**63 | 5, -1])
+def test_a_number_of_categories_is_read_by_its_bits(number):
+    """Bit 63 is the sign of an int64: both ways of writing it mean the same."""
+    trie = CatalogueTrie.from_sequences([5, 6, 7, 8], [0, 1, 2, 3, 4])
+    bits = [1, 4, 2, 2**63]
+    found = item_filter(trie, 1, categories=torch.from_numpy(np.array(bits, np.uint64).view(np.int64)), wanted=number)
+    leaf = torch.arange(4)[None]
+    expected = [[int(bool(each & number)) for each in bits]]
+    assert found.count(leaf, leaf + 1).tolist() == expected
 
 
 def test_excluded_subtree_takes_no_beam(model):

@@ -59,15 +59,28 @@ def test_views_are_saved_and_used_by_evaluation(tmp_path):
         ViewMixture(model, loaded)
 
 
-@pytest.fixture(scope="module")
-def unlikely():
-    """Forty items of so many tokens that float32 holds the probability of none, and a model that was not trained."""
+def unlikely_items(words):
+    """Forty items of so many words, and a model that was not trained."""
     rng = np.random.default_rng(0)
-    titles = [" ".join(rng.choice(["kaban", "lorel", "mivin", "nator"], 30)) + f" {i}" for i in range(40)]
+    titles = [" ".join(rng.choice(["kaban", "lorel", "mivin", "nator"], words)) + f" {i}" for i in range(40)]
     catalogue = Catalogue([f"item_{i}" for i in range(40)], titles)
     processor = RecProcessor(build_tokenizer(catalogue, "title", vocab_size=400), catalogue, "title")
-    model = tiny_llama(len(processor.tokenizer), num_hidden_layers=1).eval()
-    return model, processor
+    return tiny_llama(len(processor.tokenizer), num_hidden_layers=1).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def unlikely():
+    """So many words that float32 holds the probability of none."""
+    return unlikely_items(30)
+
+
+def test_items_that_float32_holds_with_few_digits_are_told_apart():
+    """Below 1.2e-38 its numbers lose digits before they become 0."""
+    model, processor = unlikely_items(15)
+    scores = ViewMixture(model, processor, HistoryViews(1.0), num_beams=None).scores(CSR.from_rows([[5]]))
+    alone = score_all_items(model, processor([[5]]), processor.item_codec).numpy()
+    assert -103 < alone.min() < alone.max() < -88
+    np.testing.assert_allclose(scores, alone, rtol=1e-6)
 
 
 @pytest.mark.parametrize("views", [HistoryViews(0.3), HistoryViews(1.0), HistoryViews(0.3, neighbours=0.4)])
@@ -132,22 +145,41 @@ def test_filters_make_no_list_shorter_and_change_no_score(scoring, views, option
 
 @pytest.mark.parametrize("codec", ["id", "title"])
 def test_whatever_is_asked_together_and_before_a_user_gets_the_same(codec):
-    """Batches of two users, each with items that are not to be given, and a table that grows from call to call."""
+    """Batches of two users, each with items that may be given and that may not, and a table that grows meanwhile."""
     model, processor = trainable(codec, HistoryViews(0.4))
     sizes = {"num_beams": 6, "batch_size": 2}
     histories = CSR.from_rows([[9, 8], [1, 2, 3], [30], [4, 5], [6, 0, 9]])
     exclude = torch.tensor([[9, 8, -1], [1, 2, 3], [30, 7, 11], [12, -1, -1], [0, 6, 1]])
+    allowed = torch.rand(5, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     mixture = ViewMixture(model, processor, **sizes)
     mixture.scores(CSR.from_rows([[20, 3]]))
-    together = mixture.scores(histories, exclude, least=5)
-    best = ViewMixture(model, processor, **sizes).best(histories, 5, exclude)
+    together = mixture.scores(histories, exclude, allowed, least=5)
+    best = ViewMixture(model, processor, **sizes).best(histories, 5, exclude, allowed)
     for user in range(5):
-        own = histories.take(np.array([user])), exclude[user : user + 1]
+        own = histories.take(np.array([user])), exclude[user : user + 1], allowed[user : user + 1]
         alone = ViewMixture(model, processor, **sizes).scores(*own, least=5)[0]
         np.testing.assert_allclose(together[user], alone, rtol=1e-4)
         np.testing.assert_allclose(best.scores[user], -np.sort(-alone)[:5], rtol=1e-4)
         prompt = ViewMixture(model, processor, HistoryViews(0.0), **sizes).scores(*own)[0]
         np.testing.assert_array_equal(best.parts[0][user] == -np.inf, prompt[best.items[user]] == -np.inf)
+
+
+def test_a_list_does_not_depend_on_how_many_items_others_want():
+    """Views alone find few of the items that may be given; whoever has enough of them is not searched again."""
+    model, processor = trainable("title", HistoryViews(1.0))
+    rng, again = np.random.default_rng(0), 0
+    for _ in range(4):
+        allowed = torch.zeros(40, dtype=torch.bool)
+        allowed[rng.permutation(40)[:14]] = True
+        histories, wanted = CSR.from_rows([[1, 2, 30], [1, 2, 30]]), np.array([2, 10])
+        mixture = ViewMixture(model, processor, num_beams=10)
+        together = mixture.best(histories, wanted, allowed=allowed)
+        for user, k in enumerate(wanted.tolist()):
+            alone = mixture.best(CSR.from_rows([[1, 2, 30]]), k, allowed=allowed)
+            np.testing.assert_array_equal(together.items[user, :k], alone.items[0])
+            np.testing.assert_allclose(together.scores[user, :k], alone.scores[0], rtol=1e-5)
+        again += not np.allclose(together.scores[0, :2], together.scores[1, :2], rtol=1e-3)
+    assert again  # what one asks for would change what the other is given
 
 
 def test_evaluation_scores_every_item_where_it_is_asked_to():
@@ -197,6 +229,29 @@ def test_item_knn_takes_part_with_its_weight(codec):
         ViewMixture(model, processor, HistoryViews(0.0), num_beams=40).scores(histories), best.items, 1
     )
     np.testing.assert_allclose(whole * np.exp(prompts) + rest, np.exp(best.scores), rtol=1e-3, atol=1e-7)
+
+
+def test_item_knn_alone_asks_the_model_nothing():
+    model, processor = trainable("title", HistoryViews(0.3, neighbours=1.0))
+    processor.item_knn = NeighbourTable.fit(DATA.train.select([0]), 40)  # knows few items
+    histories, exclude = CSR.from_rows([[1, 2, 3], []]), torch.tensor([[4, 5], [-1, -1]])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("asked"))
+    scores = np.exp(ViewMixture(model, processor).scores(histories, exclude, least=40))
+    expected = processor.item_knn.probabilities(histories)
+    expected[0, [4, 5]] = 0
+    np.testing.assert_allclose(scores, expected)
+
+
+def test_views_are_not_asked_again_where_item_knn_has_enough_items():
+    model, processor = trainable("title", HistoryViews(1.0, neighbours=0.4))
+    processor.item_knn = NeighbourTable.fit(DATA.train, len(processor.catalogue))
+    mixture, histories = ViewMixture(model, processor, num_beams=5), CSR.from_rows([[1, 2, 3]])
+    exclude = torch.arange(30)[None]
+    first = mixture.scores(histories, exclude)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("asked again"))
+    given = mixture.best(histories, 5, exclude)
+    np.testing.assert_allclose(given.scores[0], -np.sort(-first[0])[:5], rtol=1e-6)
+    assert given.scores.min() > -np.inf
 
 
 def test_a_weight_of_item_knn_without_a_table_is_refused(tmp_path):

@@ -59,6 +59,15 @@ def test_lists_are_those_of_beam_search(recommender, scoring, num_beams, k, shar
     assert found_any
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_logits_that_are_not_finite_are_refused(recommender, value, scoring, tmp_path):
+    recommender.trie.save(tmp_path / "trie.safetensors")
+    arrays, size = load_trie(tmp_path / "trie.safetensors"), recommender.trie.max_token + 1
+    with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
+        decode(arrays, lambda paths: np.full((len(paths), size), value), scoring=scoring)
+
+
 def test_another_file_is_refused(tmp_path):
     from safetensors.numpy import save_file
 

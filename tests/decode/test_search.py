@@ -10,8 +10,9 @@ import torch
 import flr.decode.beam
 import flr.decode.prompts
 import flr.decode.search
-from flr.decode import CatalogueTrie, beam_search
+from flr.decode import CatalogueTrie, beam_search, score_all_items
 from tests.helpers.catalogues import codec_of, random_catalogue
+from tests.helpers.comparisons import assert_ranked
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import VOCAB
 
@@ -88,6 +89,18 @@ def test_few_beams_do_not_depend_on_batch_blocks_or_k(model, monkeypatch, scorin
             other = beam_search(model, toy_inputs(), trie, 6, 6, scoring)
         assert other.items.tolist() == expected.items.tolist()
         torch.testing.assert_close(other.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["packed", "kernel", "expanded"])
+def test_users_that_choose_at_the_root_do_not_wait_for_those_that_read_a_chain_first(model, monkeypatch, kind):
+    """The second user's allowed items begin with a chain, the others' with a choice."""
+    monkeypatch.setattr(flr.decode.beam, "runs_as_kernel", lambda *_: kind == "kernel")
+    if kind == "expanded":
+        monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
+    trie = CatalogueTrie.from_codec(codec_of([(10, 11, 12, 5), (10, 11, 12, 6), (20, 5), (20, 6), (21, 5)]))
+    allowed = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]).bool()
+    found = beam_search(model, toy_inputs(), trie, 5, 5, "catalogue", allowed)
+    assert_ranked(found, score_all_items(model, toy_inputs(), trie, "catalogue", allowed=allowed), 5)
 
 
 def test_catalogue_scoring_stops_at_unique_prefixes(model):

@@ -12,6 +12,7 @@ import flr.decode.packed
 import flr.decode.prompts
 from flr.decode import CatalogueTrie, beam_search, score_all_items
 from flr.model.backbone import cache_of
+from flr.model.verify import Traits
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
 from tests.helpers.inputs import row_of, toy_inputs
@@ -34,12 +35,14 @@ def test_all_families_equal_naive(family, attention, scoring):
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
-@pytest.mark.parametrize("window", [4, 8])
+@pytest.mark.parametrize("window", [4, 8, "one too few"])
 def test_short_sliding_window_falls_back_and_is_exact(family, window, caplog):
     flr.model.backbone.warn_once.cache_clear()
-    model, inputs = toy_model(family, sliding_window=window), toy_inputs((7, 7, 7))
     sequences = random_catalogue(seed=4)
     trie = CatalogueTrie.from_codec(codec_of(sequences))
+    if window == "one too few":  # for the prompt and all tokens of an item but the last, which is not read
+        window = 7 + trie.depth - 2
+    model, inputs = toy_model(family, sliding_window=window), toy_inputs((7, 7, 7))
     with caplog.at_level("WARNING"):
         for scoring in ("full", "catalogue"):
             expected = naive_scores(model, inputs, sequences, scoring)
@@ -74,16 +77,52 @@ def test_attention_without_a_4d_mask_falls_back():
     assert obstacle == "flash_attention_2 attention takes no 4-D mask"
 
 
+def without_packing(monkeypatch, kind):
+    """Sessions of another kind, whatever the model can do."""
+    if kind == "expanded":
+        monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
+    else:
+        monkeypatch.setattr(flr.decode.prompts, "traits_of", lambda _: Traits(steps=False))
+
+
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
-def test_expanded_session_equals_packed(monkeypatch, scoring):
-    model, inputs = toy_model("llama"), toy_inputs()
+@pytest.mark.parametrize("kind", ["expanded", "recomputed"])
+def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
+    """Users with one item and with few leave the batch before the others."""
+    model, inputs = toy_model("llama"), toy_inputs((7, 3, 5, 4))
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=40)))
-    packed = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
-    monkeypatch.setattr(flr.decode.prompts, "obstacle", lambda *_: "test")
-    expanded = beam_search(model, inputs, trie, 5, 5, scoring), score_all_items(model, inputs, trie, scoring, chunk=7)
-    assert packed[0].items.tolist() == expanded[0].items.tolist()
-    torch.testing.assert_close(packed[0].scores, expanded[0].scores, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(packed[1], expanded[1], atol=1e-5, rtol=1e-5)
+    allowed = torch.ones(4, 40, dtype=torch.bool)
+    allowed[0, 1:] = allowed[2, 3:] = False
+    arguments = model, inputs, trie
+    packed = [beam_search(*arguments, 5, 5, scoring, allowed), beam_search(*arguments, 5, 5, scoring)]
+    scored = score_all_items(*arguments, scoring, 7, allowed)
+    without_packing(monkeypatch, kind)
+    other = [beam_search(*arguments, 5, 5, scoring, allowed), beam_search(*arguments, 5, 5, scoring)]
+    for expected, found in zip(packed, other, strict=True):
+        assert found.items.tolist() == expected.items.tolist()
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(score_all_items(*arguments, scoring, 7, allowed), scored, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_and_gaps_are_read_as_given_or_refused(monkeypatch):
+    model, inputs = toy_model("llama"), toy_inputs()
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5)))
+    wide = {**inputs, "position_ids": inputs["position_ids"] * 2}
+    gap = {name: inputs[name].clone() for name in ("input_ids", "attention_mask")}
+    gap["attention_mask"][0, 2] = 0
+    scores = [score_all_items(model, given, trie) for given in (inputs, wide, gap)]
+    assert not any(torch.allclose(scores[0][0], other[0], atol=0.1) for other in scores[1:])
+    with monkeypatch.context() as patch:
+        without_packing(patch, "expanded")
+        for given, expected in zip((inputs, wide, gap), scores, strict=True):
+            torch.testing.assert_close(score_all_items(model, given, trie), expected, atol=1e-5, rtol=1e-5)
+    without_packing(monkeypatch, "recomputed")
+    padding = {**inputs, "position_ids": inputs["position_ids"].masked_fill(inputs["attention_mask"] == 0, 1)}
+    torch.testing.assert_close(score_all_items(model, padding, trie), scores[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="position_ids: expected 0, 1, 2, … where prompts are encoded anew"):
+        beam_search(model, wide, trie)
+    with pytest.raises(ValueError, match="attention_mask: expected padding before the prompt alone"):
+        beam_search(model, gap, trie)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -202,9 +202,11 @@ def test_bad_filters(recommender, arguments, message):
         recommender.recommend([[]], **arguments)
 
 
-def test_queries_of_any_kind_share_a_batch():
+@pytest.mark.parametrize("views", [None, HistoryViews(1.0)])
+def test_queries_of_any_kind_share_a_batch(views):
     """k, seen items, allow-lists and deny-lists differ; every answer is that of the query alone."""
     recommender = build_recommender("sid")
+    recommender.processor.views = views
     rng = np.random.default_rng(0)
     queries = []
     for _ in range(12):
