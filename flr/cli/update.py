@@ -103,7 +103,7 @@ def update(options: UpdateOptions, augment: AugmentOptions, args: UpdateConfig) 
     )
     if outcome.kept and not outcome.repeated:
         place = str(args.output_dir or options.model)
-        if outcome.after is not None and options.card:
+        if options.card:
             _write_card(place, dataset, outcome, (options, augment, args))
         else:
             drop_measured(place)

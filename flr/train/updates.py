@@ -166,11 +166,11 @@ class _Job:
         """What an earlier call has done already; None where the work is still to be done."""
         kept, stored = self.work / _KEPT, self._stored(self.work / _SETTINGS)
         whole = all((self.output / name).is_file() for name in MARKS)
-        finished = stored is not None and stored.get("asked") == self.asked and _sealed(kept)
-        # the output is half moved, or as it was
-        if finished and (not whole or self._fingerprint(self.output) == stored.get("output")) and self._learned(stored):
-            self.say(f"The update was finished before; its files are moved into {self.output} now.")
-            return self._publish(read_json(kept / UPDATE_NAME))
+        if stored is not None and stored.get("asked") == self.asked and _sealed(kept):
+            waits = not whole or self._fingerprint(self.output) == stored.get("output")  # half moved, or as it was
+            if waits and self._learned(stored):
+                self.say(f"The update was finished before; its files are moved into {self.output} now.")
+                return self._publish(read_json(kept / UPDATE_NAME))
         last = self._stored(self.output / UPDATE_NAME) if whole else None
         if last is not None and last.get("asked") == self.asked and self._learned(last):
             now = _weights(self.output)

@@ -102,6 +102,7 @@ class FunctionMode(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_the_registered_operator_runs_where_operators_are_watched(ways):
     taken, _ = ways
     given = call("factor_attention")
@@ -128,6 +129,8 @@ def test_the_registered_operator_runs_where_operators_are_watched(ways):
     assert "flr::factor_attention" in {e.key for e in profiled.key_averages()}
     with forward_ad.dual_level():
         assert run()[1] == ["factor_attention"]
+    traced = torch.jit.trace(lambda h: run(h=h)[0].context, given["h"])
+    assert "flr::factor_attention" in str(traced.graph)
     meta = {k: v.to("meta") for k, v in given.items()}
     assert run(**meta)[0].context.is_meta
     with pytest.raises(RuntimeError, match="functorch"):  # torch.library's own word

@@ -179,6 +179,7 @@ def test_a_finished_update_is_moved_where_it_is_the_one_that_is_asked_for(
     assert updated(models, "id", tmp_path, *more, model=model)[0] == 0
     assert ("The update was finished before" in capsys.readouterr().err) == (case == "same")
     assert same(weights(tmp_path / "out"), cut[1]) == (case in ("same", "damaged", "output"))
+    assert "flr update" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / ".out.update").exists()
     assert not rest.exists()
     if case == "model":  # what is there now is of the other one
@@ -412,6 +413,7 @@ def test_every_part_of_an_update_gets_its_options(models, tmp_path, monkeypatch)
     assert seen["fresh"].timestamps.tolist() == new.train.timestamps.tolist()  # which the replay has not
     assert [after is found[2] for after, found in zip(seen["decided"], seen["ranked"][1:], strict=True)] == [True] * 2
     assert record["facts"]["ndcg@10"]["all"]["rows"] == 2  # of the second decision
+    assert record["asked"]["more"] == {"augment_reverse": 0.3, "teacher": "item-knn", "dtype": "bfloat16"}
 
 
 def test_new_rows_of_a_model_begin_with_what_is_known(models):
