@@ -108,6 +108,29 @@ def test_nan_stays_in_its_group_and_masked_tokens_have_no_effect():
     assert group_advantage(logp, mask, 2, "latentr3").advantages.isnan().all()
 
 
+def test_elements_may_lie_apart_in_memory():
+    generator = torch.Generator().manual_seed(0)
+    logp, mask = -torch.rand(6, 5, generator=generator), torch.rand(6, 5, generator=generator) < 0.6
+
+    def laid(x):
+        wide = torch.stack([x, x], -1).flatten(1)  # every element twice
+        return [
+            x.T.contiguous().T,
+            wide[:, ::2],
+            torch.cat([x, x], 1)[:, :5],
+            x[:1].expand(6, 5),
+            x[:, :1].expand(6, 5),
+        ]
+
+    for values, kept in [*((x, mask) for x in laid(logp)), *((logp, x) for x in laid(mask))]:
+        found = group_advantage(values, kept, 3, "rloo")
+        wanted = group_advantage(values.contiguous(), kept.contiguous(), 3, "rloo")
+        assert all(map(torch.equal, found, wanted))
+    rewards = torch.stack([logp[:, 0], logp[:, 1]], 1)[:, 0]
+    found, wanted = (group_advantage(x, None, 3, reward="given") for x in (rewards, rewards.contiguous()))
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_the_process_group_is_checked():
     with pytest.raises(ValueError, match="process_group: expected a torch"):
         group_advantage(-torch.rand(2, 3), None, 2, "latentr3", process_group="world")
