@@ -130,9 +130,9 @@ def test_gates_are_made_in_the_precision_of_the_result():
 @pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_means_of_many_tokens_are_taken_in_float64(dtype):
-    logp = -torch.rand(4, 3001).to(dtype)
     mask = torch.rand(4, 3001) < 0.9
-    for kept in (None, mask):
+    for scale, kept in ((1, None), (1, mask), (1e-6, mask)):  # the last are float16's smallest
+        logp = -(scale * torch.rand(4, 3001)).to(dtype)
         rewards = flr_kernels.group_advantage(logp, kept, 2, "dr_grpo", "log_likelihood").rewards
         rows = logp.double() if kept is None else logp.double().masked_fill(~mask, torch.nan)
         torch.testing.assert_close(rewards, rows.nanmean(1).float().view(2, 2), rtol=1.2e-7, atol=0)
