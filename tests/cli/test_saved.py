@@ -258,8 +258,8 @@ def test_the_weight_of_views_is_written_into_the_folder(start, tmp_path, capsys)
     assert fit["decay"] == 0.9
     assert RecProcessor.from_pretrained(folder).views == replace(before, weight=fit["best"], decay=0.9)
     assert main([*arguments, "--views_decay", "0.6", "--dry_run", "--max_users", "7"]) == 0
-    fit = _result(capsys)
-    assert (fit["decay"], fit["rows"]) == (0.6, 7)
+    few = _result(capsys)
+    assert (few["decay"], few["rows"]) == (0.6, 7)
     evaluation = ["evaluate", *DATA, "--model", str(folder), "--split", "valid", "--json", "--baselines", "false"]
     assert main(evaluation) == 0
     result = next(iter(_result(capsys).values()))
