@@ -198,7 +198,7 @@ def test_a_table_that_is_expected_is_made_at_once_of_what_takes_part():
 def test_a_catalogue_too_large_for_a_table_of_every_item_is_refused(monkeypatch):
     monkeypatch.setattr("flr.decode.mixture._MAX_DENSE", 40 * 40 - 1)
     model, processor = trainable("id", HistoryViews(0.4))
-    with pytest.raises(ValueError, match="views: expected at most 39 items where each is scored .*, got 40"):
+    with pytest.raises(ValueError, match=r"views: expected at most 39 items where each is scored .*, got 40"):
         ViewMixture(model, processor)
     ViewMixture(model, processor, HistoryViews(0.0))
 
