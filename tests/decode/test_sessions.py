@@ -85,6 +85,16 @@ def without_packing(monkeypatch, kind):
         monkeypatch.setattr(flr.decode.prompts, "traits_of", lambda _: Traits(steps=False))
 
 
+def test_what_is_packed_fits_the_smallest_window():
+    model = toy_model("mistral", sliding_window=8)
+    past = cache_of(model(**{name: toy_inputs()[name] for name in ("input_ids", "attention_mask")}, use_cache=True))
+    assert flr.decode.packed.obstacle(model, past, 8) is None
+    assert flr.decode.packed.obstacle(model, past, 9) == "prompt plus item can exceed the attention window of 8 tokens"
+    model.config.attention_chunk_size = 6
+    assert flr.decode.packed.obstacle(model, past, 6) is None
+    assert flr.decode.packed.obstacle(model, past, 7) == "prompt plus item can exceed the attention window of 6 tokens"
+
+
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("kind", ["expanded", "recomputed"])
 def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
