@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ import transformers
 import flr.decode.packed
 import flr.decode.prompts
 from flr.decode import CatalogueTrie, beam_search, score_all_items
+from flr.decode.prompts import prefill
 from flr.model.backbone import cache_of
 from flr.model.verify import Traits
 from tests.helpers.catalogues import codec_of, random_catalogue
@@ -98,10 +100,11 @@ def test_what_is_packed_fits_the_smallest_window():
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("kind", ["expanded", "recomputed"])
 def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
-    """Users with one item and with few leave the batch before the others."""
+    """Users with one item and with few leave the batch before the others; hypotheses are of different depths."""
     model, inputs = toy_model("llama"), toy_inputs((7, 3, 5, 4))
-    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=40)))
-    allowed = torch.ones(4, 40, dtype=torch.bool)
+    chain = [(*range(30, 33), *s) for s in random_catalogue(4, 12, 4, 2)]
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=30) + chain))
+    allowed = torch.ones(4, 42, dtype=torch.bool)
     allowed[0, 1:] = allowed[2, 3:] = False
     arguments = model, inputs, trie
     packed = [beam_search(*arguments, 5, 5, scoring, allowed), beam_search(*arguments, 5, 5, scoring)]
@@ -112,6 +115,35 @@ def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
         assert found.items.tolist() == expected.items.tolist()
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(score_all_items(*arguments, scoring, 7, allowed), scored, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["packed", "expanded", "recomputed"])
+def test_a_tree_leaves_the_session_as_it_was(monkeypatch, kind):
+    if kind != "packed":
+        without_packing(monkeypatch, kind)
+    model, inputs = toy_model("llama"), toy_inputs()
+    session, fresh = (prefill(model, inputs, 4).session for _ in range(2))
+    nodes = np.array([12, 13, 14]), np.array([-1, -1, 1]), np.array([1, 1, 2])
+    first = session.tree(*nodes)
+    torch.testing.assert_close(session.tree(*nodes), first)
+    tokens, parents, lengths = torch.tensor([[12, 13, 14]] * 3), torch.zeros(3, 2).long(), torch.tensor([[1, 2]] * 3)
+    after = session.step(tokens, parents, lengths)
+    torch.testing.assert_close(after, fresh.step(tokens, parents, lengths))
+    torch.testing.assert_close(after, first[:, [0, 2]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_that_takes_a_token_at_a_time_is_given_one(monkeypatch):
+    model, inputs, columns = toy_model("llama"), toy_inputs(), []
+    trie = CatalogueTrie.from_codec(codec_of([(10, 20, 21, 5), (10, 20, 21, 6), (11, 20, 5), (11, 20, 6)]))
+    expected = beam_search(model, inputs, trie, 4, 4, "catalogue")
+    without_packing(monkeypatch, "expanded")
+    monkeypatch.setattr(flr.decode.prompts, "traits_of", lambda _: Traits(pieces=False))
+    model.register_forward_pre_hook(lambda m, a, k: columns.append(k["input_ids"].shape[1]), with_kwargs=True)
+    found = beam_search(model, inputs, trie, 4, 4, "catalogue")
+    assert set(columns[1:]) == {1}
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_and_gaps_are_read_as_given_or_refused(monkeypatch):
