@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import flr.decode.packed
 import flr.decode.prompts
 from flr.decode import CatalogueTrie, beam_search, score_all_items
 from flr.decode.prompts import prefill
+from flr.decode.session import lm_head_inputs
 from flr.model.backbone import cache_of
+from flr.model.head import HeadRows
 from flr.model.verify import Traits
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
@@ -117,6 +120,32 @@ def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
     torch.testing.assert_close(score_all_items(*arguments, scoring, 7, allowed), scored, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["packed", "expanded", "recomputed"])
+def test_an_lm_head_whose_rows_cannot_be_used_gives_logits_of_the_vocabulary(monkeypatch, kind):
+    model, inputs = toy_model("llama"), toy_inputs()
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5)))
+    expected = beam_search(model, inputs, trie, 5, 5, "catalogue")
+    if kind != "packed":
+        without_packing(monkeypatch, kind)
+    monkeypatch.setattr(HeadRows, "of", lambda *_: None)
+    assert prefill(model, inputs, trie.depth, want_hidden=True).head_rows is None
+    found = beam_search(model, inputs, trie, 5, 5, "catalogue")
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_are_taken_from_the_own_thread_alone():
+    model, states, other = toy_model("llama"), torch.randn(2, 1, 32), []
+    with lm_head_inputs(model, skip=True) as seen:
+        thread = threading.Thread(target=lambda: other.append(model.lm_head(states)))
+        thread.start()
+        thread.join()
+        own = model.lm_head(2 * states)
+    assert other[0].shape == (2, 1, VOCAB)
+    assert own.shape == (2, 0, VOCAB)
+    assert [x.tolist() for x in seen] == [(2 * states).tolist()]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["packed", "expanded", "recomputed"])
 def test_a_tree_leaves_the_session_as_it_was(monkeypatch, kind):
@@ -172,7 +201,9 @@ def test_padding_and_batch_do_not_matter(family):
     model = toy_model(family)
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=6, num_items=40)))
     together = beam_search(model, toy_inputs(), trie, 6, 6)
-    padded = beam_search(model, toy_inputs(pad_to=20), trie, 6, 6)
+    wide = toy_inputs(pad_to=20)
+    del wide["position_ids"]  # counted from the first token that is seen
+    padded = beam_search(model, wide, trie, 6, 6)
     assert together.items.tolist() == padded.items.tolist()
     torch.testing.assert_close(together.scores, padded.scores, atol=1e-5, rtol=1e-5)
     inputs = toy_inputs()
