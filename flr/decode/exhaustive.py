@@ -202,7 +202,6 @@ def edge_scores(
     raw = raw.masked_fill(count == 0, -torch.inf)
     index = row.expand_as(raw)
     top = raw.new_full((len(raw), states.shape[1]), -torch.inf).scatter_reduce_(1, index, raw, "amax")
-    top = top.masked_fill(top == -torch.inf, 0.0)
     total = torch.zeros_like(top).scatter_add_(1, index, (raw - top.gather(1, index)).exp())
     norm = (top + total.log()).gather(1, index)
     return (raw - norm).masked_fill(count == 0, -torch.inf)
