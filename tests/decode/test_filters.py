@@ -84,6 +84,23 @@ def test_whatever_is_given_together_is_the_mask_that_it_stands_for(allowed, excl
                     assert counts[row, a, b] == len([x for x in where if a <= x < b])
 
 
+def test_an_allow_list_without_entries_allows_nothing():
+    trie = CatalogueTrie.from_sequences([5, 6, 7], [0, 1, 2, 3])
+    ends = torch.tensor([[0]]), torch.tensor([[3]])
+    empty = torch.zeros(1, 0, dtype=torch.int64)
+    for nothing in (empty, empty - 1, torch.tensor([[-1, -1]])):
+        assert item_filter(trie, 1, only=nothing).count(*ends).item() == 0
+        assert item_filter(trie, 1, exclude=nothing).count(*ends).item() == 3
+
+
+@pytest.mark.parametrize("name", ["exclude", "only"])
+@pytest.mark.parametrize("items", [[[-2]], [[3]], [[True]], [[0.0]], [0], [[0], [1]]])
+def test_lists_that_are_none_of_items_are_refused(name, items):
+    trie = CatalogueTrie.from_sequences([5, 6, 7], [0, 1, 2, 3])
+    with pytest.raises(ValueError, match=rf"^{name}: expected (int64 \[1, E\]|item indices 0\.\.2 or -1), got"):
+        item_filter(trie, 1, **{name: torch.tensor(items)})
+
+
 @pytest.mark.parametrize("number", [5, 2**63, 2**63 | 5, -1])
 def test_a_number_of_categories_is_read_by_its_bits(number):
     """Bit 63 is the sign of an int64: both ways of writing it mean the same."""
