@@ -6,7 +6,8 @@
 #     3.10, 3.13  that Python with constraints.txt
 # FOLDER (default: a temporary one, removed at the end) gets a copy of the tracked files and the environment: 3 to 8 GB with
 # a CUDA build of torch. Tests that need a GPU or a browser are skipped where there is none. uv finds Pythons on PATH, or
-# fetches them. The outcome is one line at the end: versions, counts, minutes.
+# fetches them. The outcome is one line at the end (versions, counts, minutes), and FOLDER/outcome.json for
+# scripts/matrix_table.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
@@ -34,6 +35,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-1}" # as pip: an index behind a proxy has one that uv's own list lacks
 unset PYTHONPATH VIRTUAL_ENV
 mkdir -p "$folder/source"
+commit=$(git describe --always --dirty --exclude '*')
 git ls-files -z | tar --null -T - -c | tar -x -C "$folder/source"
 cd "$folder/source"
 [[ -x ../venv/bin/python ]] || uv venv -q --python "$python" ../venv
@@ -42,11 +44,17 @@ uv pip install -q "${options[@]}" -e ".[test,bench]"
 SECONDS=0
 status=0
 python -m pytest -q -n "${MATRIX_WORKERS:-2}" "$@" 2>&1 | tee "$folder/pytest.txt" || status=$?
-python - "$kind" "$SECONDS" "$(tail -n 1 "$folder/pytest.txt")" <<'PYTHON'
-import platform, sys
+python - "$kind" "$SECONDS" "$commit" "$(tail -n 1 "$folder/pytest.txt")" "$folder/outcome.json" <<'PYTHON'
+import datetime, json, platform, re, sys
 from importlib.metadata import version
+kind, seconds, commit, last, file = sys.argv[1:]
 names = ("torch", "triton", "transformers", "accelerate", "peft", "numpy", "tokenizers")
-versions = ", ".join(f"{name} {version(name)}" for name in names)
-print(f"{sys.argv[1]}: Python {platform.python_version()}, {versions}: {sys.argv[3].strip('= ')}; {int(sys.argv[2]) / 60:.0f} minutes")
+versions = {"python": platform.python_version(), **{name: version(name) for name in names}}
+tests = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
+minutes = round(int(seconds) / 60)
+run = {"kind": kind, "commit": commit, "date": f"{datetime.date.today()}", "versions": versions, "tests": tests, "minutes": minutes}
+with open(file, "w") as out:
+    json.dump(run, out)
+print(f"{kind}: {', '.join(map(' '.join, versions.items()))}: {last.strip('= ')}; {minutes} minutes")
 PYTHON
 exit "$status"

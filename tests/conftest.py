@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests.helpers.garbage import set_apart
+
 if TYPE_CHECKING:
     from tests.helpers.ray_cluster import TwoNodes
 
@@ -45,7 +47,8 @@ def inductor(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
-    with config.patch(fx_graph_cache=False):  # a test compiles what it is about
+    # a test compiles what it is about, to scalar programs, which take three quarters of the time
+    with config.patch({"fx_graph_cache": False, "cpp.simdlen": 1}):
         yield
 
 
@@ -64,6 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mark and devices < (needed := mark.args[0] if mark.args else 1):
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device{'s' * (needed > 1)}"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    set_apart()
 
 
 @pytest.hookimpl(optionalhook=True)

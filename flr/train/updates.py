@@ -40,7 +40,7 @@ from .features import init_grown_tokens
 from .grpo import check_one_thought
 from .precision import choose_autocast, raise_trained
 from .run_folder import MARKS, STAGING
-from .settings import APART, rows_digest
+from .settings import APART, digest, rows_digest
 from .sft import SFTTrainer
 from .stream import METRIC, Stream, decide, stream
 from .update_rl import reinforce, reinforcement, run_to_end
@@ -153,7 +153,10 @@ class _Job:
         self.model, self.revision, self.output, self.work, self.say = model, revision, output, work, say
         self.args, self.dataset, self.replay, self.share, self.since = args, dataset, replay, share, since
         data = [dataset, *([] if replay is None else [replay])]
-        digests = [[part.catalogue.digest(), rows_digest(part.train), rows_digest(part.valid)] for part in data]
+        digests = [
+            [part.catalogue.digest(), rows_digest(part.train), rows_digest(part.valid), digest([part.train.timestamps])]
+            for part in data  # times, too: by them rows are new, and the newest
+        ]
         options = {name: value for name, value in args.to_dict().items() if name not in APART}
         asked = {"data": digests, "share": share, "since": since, "options": options}
         asked |= {"more": dict(more)} if more else {}
@@ -165,15 +168,19 @@ class _Job:
         whole = all((self.output / name).is_file() for name in MARKS)
         finished = stored is not None and stored.get("asked") == self.asked and _sealed(kept)
         # the output is half moved, or as it was
-        if finished and (not whole or self._fingerprint(self.output) == (stored or {}).get("output")):
+        if finished and (not whole or self._fingerprint(self.output) == stored.get("output")) and self._learned(stored):
             self.say(f"The update was finished before; its files are moved into {self.output} now.")
             return self._publish(read_json(kept / UPDATE_NAME))
         last = self._stored(self.output / UPDATE_NAME) if whole else None
-        if last is not None and last.get("asked") == self.asked:
-            same = self.output == Path(self.model).resolve() or self._fingerprint(self._source()) == last.get("before")
-            if same and last.get("weights", _weights(self.output)) == _weights(self.output):
+        if last is not None and last.get("asked") == self.asked and self._learned(last):
+            now = _weights(self.output)
+            if last.get("weights", now) == now:
                 return Outcome(True, str(last.get("why")), True, dict(last.get("facts", {})))
         return None
+
+    def _learned(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether an earlier call began with this model, which in place is not there any more."""
+        return self.output == Path(self.model).resolve() or self._fingerprint(self._source()) == earlier.get("before")
 
     @staticmethod
     def _stored(file: Path) -> dict[str, Any] | None:

@@ -53,8 +53,8 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``architectures`` ("8.0 9.0+PTX") runs on a device: same major, minor no newer; PTX, any newer.
 
     Example:
-        >>> [runs_on("8.0 9.0+PTX", c) for c in ((8, 6), (7, 5), (9, 0), (12, 0))]
-        [True, False, True, True]
+        >>> [runs_on("8.0 9.0+PTX", c) for c in ((8, 0), (8, 6), (7, 5), (9, 0), (12, 0))]
+        [True, True, False, True, True]
     """
     for name in architectures.split():
         major, minor = map(int, name.removesuffix("+PTX").split("."))

@@ -4,10 +4,11 @@ import dataclasses
 import importlib
 import pkgutil
 
+import numpy as np
 import pytest
 
 import flr.cli
-from flr.cli.options import DataOptions
+from flr.cli.options import AugmentOptions, DataOptions
 from flr.cli.sids import SidsOptions
 from flr.data import HistoryViews, planted_dataset
 from flr.sids.quantize import MAX_LEVELS
@@ -62,3 +63,20 @@ def test_the_ranges_are_those_of_what_is_called():
             else:
                 with pytest.raises(ValueError, match=f"{field}: expected"):
                     HistoryViews(**{field: value})
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(AugmentOptions) if f.name.startswith("augment_")])
+def test_every_chance_of_a_variation_reaches_the_rows(name):
+    dataset = planted_dataset(num_items=20, num_users=30)
+    _, augment = AugmentOptions(**{name: 0.4}).apply(dataset, max_history=10)
+    field = name.removeprefix("augment_")
+    chances = [f.name for f in dataclasses.fields(augment) if f"augment_{f.name}" in AugmentOptions.numbers]
+    assert {chance: getattr(augment, chance) for chance in chances} == {**dict.fromkeys(chances, 0.0), field: 0.4}
+
+
+@pytest.mark.parametrize("option", [{"neighbour_content": 0.0}, {"neighbour_temperature": 0.3}])
+def test_what_shapes_neighbours_reaches_them(option):
+    dataset = planted_dataset(num_items=20, num_users=30)
+    _, plain = AugmentOptions(augment_neighbour=0.4).apply(dataset, max_history=10)
+    _, shaped = AugmentOptions(augment_neighbour=0.4, **option).apply(dataset, max_history=10)
+    assert not np.allclose(plain.neighbours.cumulative, shaped.neighbours.cumulative)

@@ -30,6 +30,7 @@ def test_the_table_is_the_solution(options, monkeypatch):
     np.testing.assert_allclose(table.similarity.toarray(), expected, atol=2e-6)
     assert (expected < 0).any()
     assert table.history_decay == 0.8
+    assert table.popularity.tolist() == np.bincount(DATA.train.targets, minlength=40).tolist()
     kept = fit_linear(DATA.train, 40, top=5, **options).similarity.toarray()
     for row, whole in zip(kept, expected, strict=True):
         largest = np.sort(np.abs(whole))[-5:]

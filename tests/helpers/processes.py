@@ -15,10 +15,13 @@ import flr
 
 
 def _rank(
-    rank: int, source: str, function: Callable[..., Any], world: int, folder: str, arguments: tuple[Any, ...]
-) -> None:
+    rank: int, source: str, environment: dict[str, str], function: Callable[..., Any], world: int, folder: str,
+    arguments: tuple[Any, ...],
+) -> None:  # fmt: skip
     assert flr.__file__ == source, f"expected flr of {source}, got that of {flr.__file__}"
     torch.set_num_threads(1)
+    os.environ.clear()  # that of the server that forked this, as it was when it started
+    os.environ |= environment
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # for accelerate, which finds the group made
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -34,6 +37,6 @@ def in_processes(function: Callable[..., Any], world: int, folder: Path, *argume
     """
     # a server that has imported everything forks: cheaper than imports in every process
     mp.get_context("forkserver").set_forkserver_preload(["tests.helpers.training"])
-    given = (flr.__file__, function, world, str(folder), arguments)
+    given = (flr.__file__, dict(os.environ), function, world, str(folder), arguments)
     mp.start_processes(_rank, given, world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

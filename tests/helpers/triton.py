@@ -4,6 +4,8 @@ Importing it skips the module where neither ``TRITON_INTERPRET=1`` is set nor th
 ``test_triton_backend.py`` sets it in a process of its own, because it must be set before the kernels are imported.
 """
 
+import functools
+import inspect
 import math
 
 import pytest
@@ -12,6 +14,26 @@ import torch
 from flr_kernels import reference
 from flr_kernels.backends import triton_config
 
+
+def quicken():
+    """The interpreter finds the language's members once, and not at every call of a function within a kernel."""
+    from triton.runtime import interpreter
+
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache  # first called before anything is replaced
+    def builtins(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch(package, builder, scope):
+        for name in builtins(package):
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch
+
+
 INTERPRETED = triton_config.interpreted()
 if INTERPRETED:
     DEVICE = "cpu"
@@ -19,6 +41,8 @@ elif torch.cuda.is_available():
     DEVICE = "cuda"
 else:
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
+if INTERPRETED:
+    quicken()
 #: Every module takes them as its ``pytestmark``.
 MARKS = [pytest.mark.usefixtures("triton_backend"), *([] if INTERPRETED else [pytest.mark.gpu])]
 

@@ -50,6 +50,9 @@ def test_every_tensor_must_be_dense_and_beside_the_others(name, argument):
     function(**given)
     value = given[argument]
     changed = {"dense": value.to_sparse(), "tensor": [1]}
+    if value.dim() > 1:  # nested, by strides
+        with pytest.raises(ValueError, match=rf"^{argument}: expected a dense tensor, got a nested one"):
+            function(**given | {argument: torch.nested.as_nested_tensor(value)})
     if sum(isinstance(x, torch.Tensor) for x in given.values()) > 1:
         changed["device"] = value.to("meta")
     for expected, other in changed.items():
@@ -96,8 +99,25 @@ def test_numbers_and_names(name, argument, values):
 )
 def test_an_index_out_of_range_is_an_index_error(name, argument, change):
     given = arguments(name)
-    with pytest.raises(IndexError, match=rf"^[\w, ]*{argument}[\w, ]*: expected"):
-        getattr(flr_kernels, name)(**given | {argument: change(given[argument])})
+    for learned in (False, True) if name == "token_logprob" else (False,):
+        given |= {"hidden": given["hidden"].requires_grad_(learned)} if learned else {}
+        with pytest.raises(IndexError, match=rf"^[\w, ]*{argument}[\w, ]*: expected"):
+            getattr(flr_kernels, name)(**given | {argument: change(given[argument])})
+
+
+def test_the_first_index_past_the_end_is_one_too():
+    given = arguments("trie_step")
+    nodes, listed = len(given["tokens"]), len(given["listed"])
+    last = given["children"].clone()
+    last[given["node"]] = -1  # which would be taken from the end
+    for name, value in (
+        ("node", torch.full_like(given["node"], nodes)),
+        ("children", torch.full_like(given["children"], nodes + 1)),
+        ("children", last),
+        ("offset", torch.full_like(given["offset"], listed - given["entries"] + 1)),
+    ):
+        with pytest.raises(IndexError, match=f"^{name}: expected"):
+            flr_kernels.trie_step(**given | {name: value})
 
 
 def test_no_users():

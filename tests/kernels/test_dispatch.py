@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flr_kernels
@@ -91,6 +92,16 @@ def test_both_ways_give_the_same_to_the_bit(name, ways):
         assert torch.equal(a, b)
 
 
+class FunctionMode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **kwargs or {})
+
+
 def test_the_registered_operator_runs_where_operators_are_watched(ways):
     taken, _ = ways
     given = call("factor_attention")
@@ -109,6 +120,9 @@ def test_the_registered_operator_runs_where_operators_are_watched(ways):
     with Mode() as mode:
         assert run()[1] == ["factor_attention"]
     assert "flr.factor_attention.default" in mode.seen
+    with FunctionMode() as functions:
+        assert run()[1] == ["factor_attention"]
+    assert "flr.factor_attention.default" in functions.seen
     with torch.profiler.profile() as profiled:
         run()
     assert "flr::factor_attention" in {e.key for e in profiled.key_averages()}
@@ -139,11 +153,16 @@ def test_compiled_graphs_hold_the_operator():
     assert "flr.factor_attention.default" in seen
 
 
-def test_autocast_is_off_inside():
-    given = call("factor_attention")
-    expected = flr_kernels.factor_attention(**given)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["factor_attention", "factor_aggregate", "token_logprob", "group_advantage"])
+def test_autocast_is_off_inside(name, learned):
+    given = call(name)
+    for x in given.values():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x.requires_grad_(learned)
+    expected = leaves(getattr(flr_kernels, name)(**given))
     with torch.autocast("cpu", torch.bfloat16):
-        found = flr_kernels.factor_attention(**given)
+        found = leaves(getattr(flr_kernels, name)(**given))
         assert torch.is_autocast_enabled("cpu")
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -224,11 +243,15 @@ class Told(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_results_lie_in_memory_as_compiled_graphs_are_told(name):
-    tensors = [k for k, x in call(name).items() if isinstance(x, torch.Tensor) and x.dim() > 1]
+def test_results_lie_in_memory_as_compiled_graphs_are_told(name, dtype):
+    arrays = {k: x for k, x in call(name).items() if isinstance(x, torch.Tensor)}
+    floats = [k for k, x in arrays.items() if x.is_floating_point() and k != "score"]
+    tensors = [k for k, x in arrays.items() if x.dim() > 1]
     for turned in ([], *([k] for k in tensors), tensors):
         given = call(name)
+        given |= {k: given[k].to(dtype) for k in floats}
         for k in turned:  # the first dimension's elements beside each other
             given[k] = given[k].movedim(0, -1).contiguous().movedim(-1, 0)
         wanted = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]

@@ -34,13 +34,16 @@ def test_log_normaliser_takes_what_the_kernel_does_not(monkeypatch):
     logits = torch.randn(4, 50)
     for other in (logits.double(), logits.bfloat16(), logits.T):
         assert dispatch.select("log_normaliser", other) == "reference"
-        torch.testing.assert_close(flr_kernels.log_normaliser(other).double(), other.double().logsumexp(-1))
+        found = flr_kernels.log_normaliser(other)
+        torch.testing.assert_close(found.double(), other.double().logsumexp(-1))
+        assert found.dtype == (torch.float64 if other.dtype == torch.float64 else torch.float32)
         monkeypatch.setenv("FLR_BACKEND", "log_normaliser=host")
         with pytest.raises(ValueError, match="backend 'host' expects"):
             flr_kernels.log_normaliser(other)
         monkeypatch.delenv("FLR_BACKEND")
     module = extension.load()
     view, out = extension._view(logits), extension._view(torch.empty(4))
+    assert extension._view(logits[2:, 1:])[-1] == 4 * (200 - 101)  # of its storage, what is left
     for views, message in (
         ((extension._view(logits.double()), out, -1, 0), "logits: expected float32"),
         ((extension._view(logits.T), out, -1, 0), "contiguous last dimension"),
@@ -60,8 +63,8 @@ def test_log_normaliser_is_a_log_sum_of_exponentials():
     torch.testing.assert_close(flr_kernels.log_normaliser(logits).double(), expected, rtol=1e-6, atol=1e-6)
     compiled = torch.compile(flr_kernels.log_normaliser, fullgraph=True, backend="eager")
     assert torch.equal(compiled(logits), flr_kernels.log_normaliser(logits))
-    for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="logits: expected"):
+    for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 0)):
+        with pytest.raises(ValueError, match=r"logits: expected (shape|dtype|V >= 1, got 0)"):
             flr_kernels.log_normaliser(bad)
 
 
@@ -77,9 +80,13 @@ def test_normaliser(dtype):
     assert not log_normaliser(broken).isfinite().any()
 
 
-def test_a_row_whose_first_logits_are_far_below_keeps_its_digits():
-    """The reference's form for a CPU looks at 64 of them first."""
+@pytest.mark.parametrize("cells", [10, 1 << 18])
+@pytest.mark.parametrize("far", [1e3, 1e6])
+def test_a_row_whose_first_logits_are_far_below_keeps_its_digits(far, cells, monkeypatch):
+    """The reference's form for a CPU looks at 64 of them first, of as many rows as there is room for, or of one."""
+    module = sys.modules["flr_kernels.ops.log_normaliser.reference"]
+    monkeypatch.setattr(module, "CACHED_CELLS", cells)
     logits = torch.randn(3, 500)
-    logits[1, :64] -= 1e6
-    found = sys.modules["flr_kernels.ops.log_normaliser.reference"].blockwise(logits)
+    logits[1, :64] -= far
+    found = module.blockwise(logits)
     torch.testing.assert_close(found.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=1e-6)

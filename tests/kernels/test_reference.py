@@ -73,10 +73,11 @@ def test_factor_attention_extreme_logits_stay_finite():
         assert torch.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
-def test_weights_of_equal_scores_sum_to_one_however_large_they_are(size):
-    h, u = torch.full((1, 3, 2), size, requires_grad=True), torch.ones(1, 2, 2)
-    out = flr_kernels.factor_attention(h, u)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e8, -1e8, -1e12])
+def test_weights_of_equal_scores_sum_to_one_however_large_they_are(size, masked):
+    h, u = torch.full((1, 4 if masked else 3, 2), size, requires_grad=True), torch.ones(1, 2, 2)
+    out = flr_kernels.factor_attention(h, u, torch.tensor([[True, False, True, True]]) if masked else None)
     torch.testing.assert_close(out.context, h[:, :2], rtol=1e-6, atol=0)
     torch.testing.assert_close(out.overlap, torch.full((1, 2, 2), 1 / 3), rtol=1e-6, atol=0)
     torch.testing.assert_close(out.entropy, torch.full((1, 2), math.log(3)), rtol=1e-6, atol=0)
@@ -119,12 +120,31 @@ def test_factor_aggregate_gradcheck_and_definition(factors):
     assert (out.gate_entropy <= math.log(factors) + 1e-12).all()
 
 
+def test_gates_are_made_in_the_precision_of_the_result():
+    f, logits = torch.randn(2, 3, 4), torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    out, wanted = flr_kernels.factor_aggregate(f, logits), flr_kernels.factor_aggregate(f, logits.float())
+    assert all(map(torch.equal, out, wanted))
+    assert torch.autograd.grad(out.thought.sum(), logits)[0].dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_means_of_many_tokens_are_taken_in_float64(dtype):
+    logp = -torch.rand(4, 3001).to(dtype)
+    mask = torch.rand(4, 3001) < 0.9
+    for kept in (None, mask):
+        rewards = flr_kernels.group_advantage(logp, kept, 2, "dr_grpo", "log_likelihood").rewards
+        rows = logp.double() if kept is None else logp.double().masked_fill(~mask, torch.nan)
+        torch.testing.assert_close(rewards, rows.nanmean(1).float().view(2, 2), rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("group", [2, 4])
 @pytest.mark.parametrize("reward", ["neg_perplexity", "log_likelihood", "given"])
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "latentr3"])
-def test_group_advantage_by_hand(kind, reward):
+def test_group_advantage_by_hand(kind, reward, group):
     torch.manual_seed(0)
-    group, length = 4, 3
+    length = 3
     logp = -torch.rand(2 * group, length, dtype=torch.float64) * 3
     mask = torch.rand(2 * group, length) < 0.7
     mask[:, 0] = True
@@ -157,6 +177,7 @@ def test_group_advantage_rewards_pass_gradients_and_advantages_do_not(reward):
     assert not flr_kernels.group_advantage(logp, mask, 2).advantages.requires_grad
 
 
+@pytest.mark.usefixtures("cpu_backend")
 def test_rewards_that_were_cut_have_no_gradient():
     for reward in ("neg_perplexity", "log_likelihood"):
         logp = torch.tensor([[-50.0, -20.0], [-1.0, -2.0]], requires_grad=True)
@@ -165,7 +186,9 @@ def test_rewards_that_were_cut_have_no_gradient():
         assert (grad[0] == 0).all()
         assert (grad[1] != 0).all()
     given = torch.tensor([1e14, -1e14, 3.0, 4.0], requires_grad=True)
-    (grad,) = torch.autograd.grad(flr_kernels.group_advantage(given, None, 2, reward="given").rewards.sum(), given)
+    rewards = flr_kernels.group_advantage(given, None, 2, reward="given").rewards
+    torch.testing.assert_close(rewards, torch.tensor([[math.exp(30), -math.exp(30)], [3, 4]]), rtol=1e-7, atol=0)
+    (grad,) = torch.autograd.grad(rewards.sum(), given)
     assert grad.tolist() == [0, 0, 1, 1]
 
 
@@ -173,6 +196,7 @@ def test_a_gate_of_zero_leaves_gradients_finite():
     f, logits = torch.randn(1, 3, 4, requires_grad=True), torch.tensor([[0.0, -math.inf, -200.0]], requires_grad=True)
     out = flr_kernels.factor_aggregate(f, logits)
     assert out.gates.tolist() == [[1, 0, 0]]
+    assert out.gate_entropy.tolist() == [0]
     for grad in torch.autograd.grad(out.thought.sum() + out.gate_entropy.sum(), (f, logits)):
         assert grad.isfinite().all()
 
@@ -232,6 +256,10 @@ def test_opcheck_and_fullgraph_compile():
         (
             lambda: flr_kernels.factor_attention(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4), torch.ones(2, 3)),
             "mask: expected dtype torch.bool",
+        ),
+        (
+            lambda: flr_kernels.factor_attention(torch.zeros(2, 3, 4), torch.zeros(2, 1, 4), torch.ones(2, 1).bool()),
+            r"mask: expected \(B, L\) of h",
         ),
         (lambda: flr_kernels.factor_aggregate(torch.zeros(2, 3, 4), torch.zeros(2, 4)), "gate_logits: expected"),
         (lambda: flr_kernels.factor_aggregate(torch.zeros(2, 3, 4), torch.zeros(2, 3), eps=0), "eps: expected"),

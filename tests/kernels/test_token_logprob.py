@@ -35,6 +35,7 @@ def test_token_logprob_in_chunks_equals_its_definition(chunk, kept, monkeypatch)
     frozen = flr_kernels.token_logprob(hidden, weight.detach(), target)
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden, grad)[0], expected[0])
     assert flr_kernels.token_logprob(hidden[:0], weight, target[:0]).shape == (0,)
+    assert len(REFERENCE.row_blocks(hidden, weight)) == {1: 7, 25: 4}.get(chunk, 1)  # of 11 logits a row
 
 
 def test_the_weights_gradient_is_summed_in_float32(monkeypatch):

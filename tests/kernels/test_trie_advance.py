@@ -33,10 +33,15 @@ def test_definition(items, beams, depth, spread, room, kind):
     own = found.seen[..., -width:] if width else found.seen
     assert own.diagonal(dim1=1, dim2=2)[padding].all()  # softmax over nothing would be NaN
     assert ((found.tokens >= 0) & (found.tokens <= made["trie"].max_token)).all()
+    before = made["depth"].gather(1, made["parent"])
+    for user, row in enumerate(padding):
+        first = {int(made["position"][user] + depth) for depth in before[user]}
+        assert set(found.positions[user][row].tolist()) <= first  # within what the model has positions for
 
 
 def test_a_token_each():
     made = advance_case(5, 3, 30, 6, 2, 4, ways=False)
+    made["depth"] = torch.tensor([1, 4, 2, 3]).expand(3, -1)  # by parent
     found = flr_kernels.trie_advance(**advance_call(made))
     for user in range(3):
         wanted = naive_advance(made, user)
@@ -44,6 +49,16 @@ def test_a_token_each():
             assert getattr(found, name)[user].tolist() == wanted[name], name
     assert found.overflow.tolist() == made["overflow"].tolist()
     assert found.last.tolist() == torch.arange(3 * made["columns"]).view(3, -1).tolist()
+
+
+@pytest.mark.parametrize("ways", [False, True])
+def test_hypotheses_that_are_none_read_some_token(ways):
+    """The step before leaves them at the root, which has none."""
+    made = advance_case(5, 3, 30, 6, 2, 4, ways=ways)
+    made["score"][:, -1], made["node"][:, -1] = -torch.inf, 0
+    found = flr_kernels.trie_advance(**advance_call(made))
+    assert ((found.tokens >= 0) & (found.tokens <= made["trie"].max_token)).all()
+    assert found.lengths[:, -1].tolist() == [0 if ways else 1] * 3
 
 
 @pytest.mark.parametrize("ways", [False, True])

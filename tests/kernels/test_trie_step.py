@@ -47,6 +47,59 @@ def test_equal_scores_go_to_the_smaller_leaf():
     assert found.unfinished.node.shape == (1, 0)
 
 
+def test_equal_scores_go_to_the_smaller_leaf_whatever_its_depth():
+    """Nodes are numbered level by level: the deeper ones, of the smaller leaves, have the larger numbers."""
+    trie = CatalogueTrie.from_sequences([1, 1, 1, 1, 1, 2, 2, 1, 2, 2], [0, 3, 6, 8, 10])
+    arrays = {name: getattr(trie, name) for name in ("children", "tokens", "leaf_begin", "leaf_end")}
+    node, start = torch.tensor([[2, 3]]), torch.zeros(1, 2)  # (2,) and (1, 1)
+    assert trie.leaf_begin[node[0]].tolist() == [2, 0]
+    found = flr_kernels.trie_step(torch.zeros(1, 2, 4), start, node, **arrays, num_unfinished=0, num_all=4, widest=2)
+    assert trie.leaf_begin[found.all.node[0]].tolist() == [0, 1, 2, 3]
+    assert found.all.parent.tolist() == [[1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("norm", [None, torch.zeros(2, 3)])
+def test_a_forbidden_token_is_no_continuation(norm):
+    arguments = case(4, 2, 20, 3, 0, 30)
+    arguments["score"][:] = 0.0
+    trie = arguments["trie"]
+    child = int(trie.children[0])
+    arguments["logits"][..., int(trie.tokens[child])] = -torch.inf
+    norm = None if norm is None else norm[:, : arguments["node"].shape[1]]
+    most = int(trie.children[1]) - child
+    found = flr_kernels.trie_step(**call(arguments, num_unfinished=0, num_all=most, norm=norm))
+    assert (found.all.score > -torch.inf).sum(1).tolist() == [most - 1] * 2
+    assert found.all.node[:, -1].tolist() == [0, 0]
+    assert not (found.all.node == child).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_every_dtype_are_added_in_float32(dtype):
+    arguments = case(5, 3, 40, 4, 1, 6)
+    arguments["logits"] = arguments["logits"].to(dtype)
+    found = flr_kernels.trie_step(**call(arguments, num_unfinished=3, num_all=7))
+    wanted = flr_kernels.trie_step(
+        **call(arguments | {"logits": arguments["logits"].float()}, num_unfinished=3, num_all=7)
+    )
+    for one, other in zip((*found.unfinished, *found.all), (*wanted.unfinished, *wanted.all), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_children_of_a_hypothesis_that_is_none_are_not_counted():
+    trie = CatalogueTrie.from_sequences([1, 1, 1, 2, 1, 3, 2, 1, 2, 2], [0, 2, 4, 6, 8, 10])
+    arrays = {name: getattr(trie, name) for name in ("children", "tokens", "leaf_begin", "leaf_end")}
+    node = torch.tensor([[1, 2]])  # of three children and of two
+
+    def step(score):
+        return flr_kernels.trie_step(torch.zeros(1, 2, 4), score, node, **arrays, num_unfinished=0, num_all=4, widest=2)
+
+    found = step(torch.tensor([[-torch.inf, 0.0]]))
+    assert found.all.parent.tolist() == [[1, 1, 0, 0]]
+    assert (found.all.score > -torch.inf).sum() == 2
+    with pytest.raises(ValueError, match="widest: expected at least 3"):
+        step(torch.zeros(1, 2))
+
+
 def test_normalisers_that_are_not_finite_are_reported():
     arguments = case(1, 3, 20, 2, 1, 5)
     arguments["score"][:] = 0.0
@@ -85,6 +138,10 @@ def test_registered():
         ({"norm": torch.zeros(2, 9)}, "norm: expected"),
         ({"filter": "prefix"}, "listed, offset: expected both"),
         ({"filter": "some"}, "filter: expected one of"),
+        (
+            {"filter": "only", "listed": torch.zeros(9).long(), "offset": torch.zeros(1).long(), "entries": 3},
+            "offset: expected B of node = 2, got 1",
+        ),
         ({"widest": 0}, "widest: expected an integer from 1"),
         ({"num_all": -1}, "num_all: expected an integer from 0"),
     ],

@@ -117,29 +117,30 @@ def test_registering_again_changes_nothing(saved):
     assert type(AutoConfig.from_pretrained(saved[0])) is FLRModelConfig
 
 
-#: Each loader in a process of its own, both of which have imported the same.
+#: A process for each first import and loader; what neither library belongs to is imported before them all.
 _LOADERS = """
-import os, sys, FIRST, flr
-for loader in "AutoModelForCausalLM", "AutoConfig":
-    child = os.fork()
-    if child == 0:
-        import transformers
-        print(loader, hasattr(getattr(transformers, loader).from_pretrained(sys.argv[1]), "flr"), flush=True)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, loader
+import importlib, os, sys
+import huggingface_hub, numpy, safetensors.torch, tokenizers, torch._dynamo
+assert "transformers" not in sys.modules and "flr" not in sys.modules
+for first in sys.argv[2:]:
+    for loader in "AutoModelForCausalLM", "AutoConfig":
+        child = os.fork()
+        if child == 0:
+            importlib.import_module(first)
+            import flr, transformers
+            print(first, loader, hasattr(getattr(transformers, loader).from_pretrained(sys.argv[1]), "flr"), flush=True)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, (first, loader)
 """
 
 
-_FIRST = ["flr", "transformers", "transformers.modeling_utils", "transformers.pipelines", "flr.model.saved_config"]
-
-
-@pytest.mark.parametrize("first", _FIRST)
-def test_whichever_is_imported_first(saved, first):
-    code = _LOADERS.replace("FIRST", first)
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(saved[0])]
+def test_whichever_is_imported_first(saved):
+    firsts = ["flr", "transformers", "transformers.modeling_utils", "transformers.pipelines", "flr.model.saved_config"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", _LOADERS, str(saved[0]), *firsts]
     outcome = subprocess.run(command, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
-    assert outcome.stdout.splitlines() == ["AutoModelForCausalLM True", "AutoConfig True"]
+    expected = [f"{first} {loader} True" for first in firsts for loader in ("AutoModelForCausalLM", "AutoConfig")]
+    assert outcome.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ import pytest
 from flr.serve import memory
 from flr.serve.engine import DeadlineExceeded, Engine, Job, Loaded, QueueFull
 from tests.helpers.comparisons import assert_same_recommendations
+from tests.helpers.garbage import set_apart
 from tests.helpers.models import build_recommender
 from tests.helpers.serving import Settings
 
@@ -255,6 +256,7 @@ def collected_by_hand(monkeypatch):
     gc.set_threshold(0)
     yield
     gc.unfreeze()
+    set_apart()
     gc.set_threshold(*threshold)
 
 

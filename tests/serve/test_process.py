@@ -22,6 +22,7 @@ from flr.serve import memory
 from flr.serve import server as module
 from flr.serve.server import bind
 from tests.helpers.catalogues import named_catalogue
+from tests.helpers.garbage import set_apart
 from tests.helpers.serving import Process, assert_same_items, mixed_requests, offline, save, serving
 
 SECONDS = float(os.environ.get("FLR_LOAD_SECONDS", "10"))
@@ -341,11 +342,13 @@ def test_no_collection_looks_through_packages_and_catalogue(monkeypatch, recomme
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     levels = {name: logging.getLogger(name).level for name in ("uvicorn", "httpx", "ray")}
+    gc.unfreeze()  # what the tests set apart
     try:
         with pytest.raises(InterruptedError):
             module.run(module.Settings(port=0))
     finally:
         gc.unfreeze()
+        set_apart()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
     [(frozen, others)] = looked_at

@@ -1,82 +1,31 @@
 """``flr update``: a model of every kind takes in new rows and items, whole or not at all, if it is not worse."""
 
 import json
+import math
 import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+import flr.data
 from flr.cli import main
 from flr.cli.update import NOT_KEPT
-from flr.data import Catalogue, Interactions, RecDataset, RecProcessor, planted_dataset
-from flr.data.growth import joined, replaced
+from flr.data import Catalogue, Interactions, NeighbourTable, RecDataset, RecProcessor
+from flr.data.growth import grow_catalogue
+from flr.files import exclusive_folder
 from flr.model.checkpoint import load_from
+from flr.model.vocabulary import grow
 from flr.recommend import Recommender
-from flr.train import LatentGRPOTrainer
+from flr.train import SFTTrainer, UpdateConfig, init_grown_tokens, updates
 from flr.train.run_folder import MARKS
-from scripts.stream_study import by_time, over_used_items
-from tests.helpers.kills import in_child, kill_at
-
-WHOLE = planted_dataset(num_items=60, num_users=80, split="time", seed=2)
-SFT = ["--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--learning_rate", "3e-3"]
-SMALL = ["--hidden_size", "32", "--intermediate_size", "32", "--max_steps", "40", "--eval_strategy", "no"]
-SMALL += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--per_device_train_batch_size", "32"]
-UPDATE = ["--max_steps", "6", "--per_device_train_batch_size", "16", "--save_steps", "2"]
-
-
-def catalogue():
-    """Of the last eight items, which come later, two share title and codes with a known one that was alone in both."""
-    whole = WHOLE.catalogue
-    twins = [5 if item in (55, 57) else item for item in range(len(whole))]
-    titles = [whole.titles[item] for item in twins]
-    return Catalogue(whole.item_ids, titles, [whole.sids[item] for item in twins])
-
-
-def split():
-    """Old rows over their items; new rows over theirs, in another order: eight are new, some are absent."""
-    rows = by_time(joined(joined(WHOLE.train, WHOLE.valid), WHOLE.test))
-    late = rows.targets >= 52
-    late |= np.array([(row.history >= 52).any() for row in rows])
-    old, new = rows.select(~late), rows.select(late)
-    learned, newest = new.select(np.arange(len(new) - 40)), new.select(np.arange(len(new) - 40, len(new)))
-    known = over_used_items("old", catalogue(), old, old.select(np.arange(9)))
-    later = over_used_items("new", catalogue(), learned, newest)
-    order = np.random.default_rng(0).permutation(len(later.catalogue))
-    items = later.catalogue
-    mixed = Catalogue(*([column[item] for item in order] for column in (items.item_ids, items.titles, items.sids)))
-    places = np.argsort(order)
-    parts = [replaced(part, places) for part in (later.train, later.valid, later.test)]
-    return known, RecDataset(mixed, *parts, "new")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    old, new = split()
-    old.save(folder / "old")
-    new.save(folder / "new")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(data):
-    """A model by codec; the one of titles has a thought without factors, the one of ids a control."""
-    for codec, variant in (("id", "anchor"), ("sid", "flr"), ("title", "none")):
-        more = ["--codec", codec, "--variant", variant, "--num_factors", "2", "--anchor", "last", "--vocab_size", "300"]
-        folder = ["--data", str(data / "old"), "--output_dir", str(data / codec)]
-        assert main(["sft", *folder, *SFT, *SMALL, *more]) == 0
-    return data
-
-
-def updated(models, codec: str, tmp_path, *more: str, model=None) -> tuple[int, dict]:
-    out = tmp_path / "out"
-    options = ["--data", str(models / "new"), "--replay", str(models / "old"), "--output_dir", str(out)]
-    model = str(models / codec if model is None else model)
-    status = main(["update", "--model", model, *options, *SFT, *UPDATE, *more])
-    return status, json.loads((out / "flr_update.json").read_text()) if out.is_dir() else {}
+from scripts.stream_study import over_used_items
+from tests.helpers.kills import in_child, kill_at, killed_inside
+from tests.helpers.updates import SFT, SMALL, UPDATE, WHOLE, answering, catalogue, same, split, twice, updated, weights
 
 
 @pytest.mark.parametrize("codec", ["id", "sid", "title"])
@@ -102,17 +51,9 @@ def test_a_model_takes_in_new_items_and_known_ones_keep_their_tokens(models, cod
     assert "was trained on, or items of it, got 'item_" in capsys.readouterr().err
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def measured_splits(folder) -> set[str]:
     """Of which splits the model's card has metrics."""
     return {result.dataset_split for result in ModelCard.load(folder / "README.md").data.eval_results or ()}
-
-
-def same(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_kill_at_any_change_of_files_ends_at_the_same_weights(models, tmp_path):
@@ -154,6 +95,111 @@ def test_a_kill_at_any_change_of_files_ends_at_the_same_weights(models, tmp_path
     assert sorted(path.name for path in cut.parent.iterdir()) == ["model"]  # nothing stays behind
 
 
+def asked(dataset, replay=None, share=0.5, since=None, more=None, **options) -> dict:
+    """By what a call is known again."""
+    args = UpdateConfig(use_cpu=True, **{"max_steps": 6, **options})
+    job = updates._Job("m", None, Path("out"), Path("work"), args, dataset, replay, share, since, print, more or {})
+    return job.asked
+
+
+def test_a_call_with_anything_else_to_learn_or_to_learn_by_is_another_update():
+    old, new = split()
+    train, valid, test = new.train, new.valid, new.test
+
+    def of(train=train, valid=valid, catalogue=new.catalogue):
+        return RecDataset(catalogue, train, valid, test, "new")
+
+    items = new.catalogue
+    titles = Catalogue(items.item_ids, [*items.titles[:-1], "another"], items.sids)
+    later = Interactions(train.users, train.histories, train.targets, train.timestamps + 1)
+    plain = asked(new, old)
+    assert asked(of(), old, logging_steps=7, output_dir="there", per_device_eval_batch_size=3) == plain
+    others = [
+        asked(of(train.select(np.arange(len(train) - 1))), old), asked(of(valid=valid.select([0])), old),
+        asked(of(later), old), asked(of(catalogue=titles), old), asked(new), asked(new, of(valid.select([0, 1, 2]))),
+        asked(new, old, share=0.25), asked(new, old, since=9.0), asked(new, old, more={"augment_reverse": 0.5}),
+        *(asked(new, old, **{name: value}) for name, value in (
+            ("seed", 1), ("max_steps", 5), ("learning_rate", 1.0), ("num_train_epochs", 2), ("eval_max_users", 3),
+            ("eval_num_beams", 3), ("rl_steps", 2), ("per_device_train_batch_size", 3))),
+    ]  # fmt: skip
+    assert len({json.dumps(found) for found in (plain, *others)}) == 1 + len(others)
+
+
+def test_what_is_left_of_another_update_is_no_part_of_this_one(models, tmp_path, monkeypatch):
+    work, seen = tmp_path / ".out.update", []
+    names = ("before", "after", "run", "rl", "reinforced", "kept")
+    for name in names:
+        (work / name).mkdir(parents=True)
+        (work / name / "metrics.json").write_text("{}")
+    (work / "settings.json").write_text('{"asked": "something else"}')
+
+    def stop(seed):
+        seen.extend(sorted(path.name for path in work.iterdir()))
+        raise ValueError(f"stop: {seed}")
+
+    monkeypatch.setattr(updates, "set_seed", stop)
+    assert updated(models, "id", tmp_path, "--seed", "4") == (1, {})
+    assert seen == [".lock", "settings.json"]
+    assert not work.exists()  # there is nothing to go on from
+
+
+@pytest.fixture(scope="module")
+def cut(models, tmp_path_factory):
+    """An update of the model of ids, whose files could not be moved, and the weights that it has learned."""
+    folder = tmp_path_factory.mktemp("cut")
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "decide", lambda *_: (True, "kept: a test says so", {}))
+        patch.setattr(updates._Job, "_publish", full)
+        assert updated(models, "id", folder, "--max_steps", "2", "--card", "false") == (1, {})
+    return folder, weights(folder / ".out.update" / "kept")
+
+
+@pytest.mark.parametrize("case", ["same", "rows", "model", "damaged", "output"])
+def test_a_finished_update_is_moved_where_it_is_the_one_that_is_asked_for(
+    models, cut, case, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(updates, "decide", lambda *_: (True, "kept: a test says so", {}))
+    shutil.copytree(cut[0], tmp_path, dirs_exist_ok=True)
+    more, model, rest = ["--max_steps", "2"], models / "id", tmp_path / "out" / "model-00001-of-00002.safetensors"
+    if case == "rows":
+        more += ["--replay_share", "0.3"]
+    if case == "model":
+        model = shutil.copytree(model, tmp_path / "other")
+        twice(model)
+    if case == "damaged":
+        with open(tmp_path / ".out.update" / "kept" / "model.safetensors", "r+b") as file:
+            file.truncate(1000)
+    if case == "output":  # somebody has put a model there since
+        shutil.copytree(model, tmp_path / "out")
+        rest.write_bytes(b"of a larger one")
+    assert updated(models, "id", tmp_path, *more, model=model)[0] == 0
+    assert ("The update was finished before" in capsys.readouterr().err) == (case == "same")
+    assert same(weights(tmp_path / "out"), cut[1]) == (case in ("same", "damaged", "output"))
+    assert not (tmp_path / ".out.update").exists()
+    assert not rest.exists()
+    if case == "model":  # what is there now is of the other one
+        assert updated(models, "id", tmp_path, *more)[0] == 0
+        assert same(weights(tmp_path / "out"), cut[1])
+
+
+def test_two_processes_do_not_update_one_model(models, tmp_path, capsys):
+    def hold(stay):
+        with exclusive_folder(tmp_path / ".out.update"):
+            stay()
+
+    def meanwhile(child):
+        assert updated(models, "id", tmp_path) == (1, {})
+        assert (
+            f"no other run writes to, got {tmp_path / '.out.update'}, which process {child}" in capsys.readouterr().err
+        )
+
+    assert killed_inside(hold, meanwhile) == -signal.SIGKILL
+
+
 def test_an_update_that_is_worse_changes_nothing_and_says_so(models, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(models / "sid", model)
@@ -186,6 +232,7 @@ def test_the_same_update_is_done_once_and_a_reload_finds_it(models, tmp_path, ca
     assert main(["update", *options]) == 0
     assert "has learned these rows before; nothing to do" in capsys.readouterr().err
     assert same(weights(model), learned)
+    assert measured_splits(model) == {"valid"}
     old = ["evaluate", "--model", str(model), "--data", str(models / "new"), "--split", "train"]
     for other in (["--seed", "7"], ["--augment_reverse", "0.9"], ["--dtype", "bfloat16"]):  # another update
         assert main(old) == 0
@@ -251,6 +298,10 @@ def test_what_cannot_be_updated_is_refused(models, tmp_path, capsys):
     few = over_used_items("few", catalogue(), old.train.select(np.arange(5)), old.valid.select(np.arange(2)))
     refused("replay: expected rows over items of the model or of data, got 'item_43' and 8 others",
             dataset=few, more=["--replay", str(tmp_path / "replay")])  # fmt: skip
+    assert main(["update", "--model", "nobody/nothing", "--data", str(models / "new"), *SFT]) == 1
+    assert "output_dir: expected a folder for the updated model, got none for 'nobody/nothing'" in (
+        capsys.readouterr().err
+    )
     assert main(["update", "--model", str(models / "id")]) == 1
     assert "data: expected a prepared folder, got None" in capsys.readouterr().err
 
@@ -278,121 +329,98 @@ def test_an_adapter_learns_new_titles_and_refuses_new_tokens(models, tmp_path, c
     RecDataset(plain, new.train, new.valid, new.test, "plain").save(tmp_path / "plain")
     more = ["--data", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "out")]
     assert main(["update", "--model", str(tmp_path / "title"), *more, *SFT, *UPDATE]) == 0
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert updates._weights(tmp_path / "out").keys() == {"adapter_model.safetensors"}
     assert "20 items have another title in the data and keep theirs" in capsys.readouterr().err
     assert main(["recommend", "--model", str(tmp_path / "out"), "--history", "item_55"]) == 0
 
 
-RL = ["--rl_steps", "3", "--rl_group_size", "4", "--rl_learning_rate", "1e-2"]
+def test_every_part_of_an_update_gets_its_options(models, tmp_path, monkeypatch):
+    model = shutil.copytree(models / "sid", tmp_path / "model")
+    config = json.loads((model / "processor_config.json").read_text())
+    (model / "processor_config.json").write_text(json.dumps(config | {"scoring": "catalogue"}))
+    seen = {"ranked": [], "decided": [], "formats": []}
+    load_dataset, stream, evaluate, load_from, reinforce = (
+        flr.data.load_dataset, updates.stream, updates.evaluate, updates.load_from, updates.reinforce
+    )  # fmt: skip
 
+    def loads(folder, form):
+        seen["formats"].append(form)
+        return load_dataset(folder, form)
 
-def answering(*answers):
-    """In place of ``decide``: these answers, one a call."""
-    kept = iter(answers)
-    figures = {"all": {"difference": [0.0, 0.0, 0.0, 0.0]}}
-    return lambda *_: (found := next(kept), f"{'kept' if found else 'not kept'}: a test says so", figures)
+    def streams(*args, **limits):
+        seen["limits"], seen["rows"] = limits, stream(*args, **limits)
+        return seen["rows"]
 
+    def ranks(*args, **options):
+        seen["ranked"].append((options["output_dir"].name, options["num_beams"], evaluate(*args, **options)))
+        return seen["ranked"][-1][2]
 
-@pytest.mark.parametrize(
-    ("answers", "kept"),
-    [
-        ([True, True], True),
-        ([False], False),  # worse than the supervised model
-        ([True, False], False),  # no worse than that, and worse than the model before the update
-    ],
-)
-def test_reinforcement_moves_the_reasoner_alone_and_goes_where_it_is_worse(
-    models, tmp_path, capsys, monkeypatch, answers, kept
-):
-    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
-    assert updated(models, "sid", tmp_path)[0] == 0
-    supervised = weights(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr("flr.train.update_rl.decide", answering(*answers))
-    capsys.readouterr()
-    status, record = updated(models, "sid", tmp_path, *RL)
+    def loaded(*args, **options):
+        seen["loading"] = options
+        return load_from(*args, **options)
+
+    class Watched(SFTTrainer):
+        def __init__(self, model, args, processor, train, valid, changes):
+            seen.update(args=args, changes=changes)
+            super().__init__(model, args, processor, train, valid, changes)
+
+    def reinforces(model, processor, fresh, *more):
+        seen["fresh"] = fresh
+        return reinforce(model, processor, fresh, *more)
+
+    def decide(before, after, known):
+        seen["decided"].append(after)
+        figures = {"rows": len(seen["decided"]), "before": 0.0, "after": 0.0, "difference": [0.0] * 4}
+        return True, "kept: a test says so", {"all": figures}
+
+    monkeypatch.setattr(flr.data, "load_dataset", loads)
+    for name, put in (("stream", streams), ("evaluate", ranks), ("load_from", loaded), ("SFTTrainer", Watched),
+                      ("reinforce", reinforces), ("decide", decide)):  # fmt: skip
+        monkeypatch.setattr(updates, name, put)
+    monkeypatch.setattr("flr.train.update_rl.decide", answering(True, True))
+    more = [
+        "--seed",
+        "5",
+        "--eval_max_users",
+        "20",
+        "--since",
+        "1970-01-02",
+        "--eval_num_beams",
+        "7",
+        "--dtype",
+        "bfloat16",
+    ]
+    more += ["--num_train_epochs", "0.3", "--max_steps", "1000", "--gradient_accumulation_steps", "3"]
+    more += ["--replay_share", "0.25", "--augment_reverse", "0.3", "--teacher", "item-knn", "--revision", "main"]
+    more += ["--rl_steps", "1", "--rl_group_size", "2", "--data_format", "prepared", "--dtype", "bfloat16"]
+    status, record = updated(models, "sid", tmp_path, *more, model=model)
     assert status == 0
-    rl = record["facts"]["rl"]
-    assert (rl["kept"], rl["steps"], rl["rows"]) == (kept, 3, 48)
-    assert rl["why"].startswith("kept" if kept else "not kept")
-    assert f"Reinforcement, 3 steps on 48 rows: {rl['why']}." in capsys.readouterr().out
-    found = weights(tmp_path / "out")
-    moved = {name for name in found if not torch.equal(found[name], supervised[name])}
-    assert found.keys() == supervised.keys()
-    assert bool(moved) == kept
-    assert all(".flr." in f".{name}" for name in moved)
+    rows = seen["rows"]
+    assert seen["formats"] == ["prepared"] * 2
+    assert seen["limits"] == {"share": 0.25, "since": 86400.0, "seed": 5, "valid_rows": 20}
+    assert [found[:2] for found in seen["ranked"]] == [(name, 7) for name in ("before", "after", "reinforced")]
+    assert (seen["loading"]["revision"], seen["loading"]["dtype"]) == ("main", "bfloat16")
+    assert record["facts"]["steps"] == seen["args"].max_steps == math.ceil(0.3 * len(rows.train) / 48) == 3
+    assert seen["args"].normalisation == "catalogue"
+    assert seen["changes"].reverse == 0.3
+    assert len(seen["changes"].teacher.left_out.train) == len(rows.everything) > len(rows.train)
+    assert len(seen["fresh"]) == rows.new_rows < len(rows.train)
+    assert [after is found[2] for after, found in zip(seen["decided"], seen["ranked"][1:], strict=True)] == [True] * 2
+    assert record["facts"]["ndcg@10"]["all"]["rows"] == 2  # of the second decision
 
 
-def test_reinforcement_takes_the_newest_rows_and_is_compared_on_all_that_decide(models, tmp_path, monkeypatch):
-    """Without a replaced decision: two steps at a small rate change nothing beyond chance."""
-    seen = []
-
-    class Watched(LatentGRPOTrainer):
-        def __init__(self, model, args, processor, train, *more):
-            seen.append((args, train))
-            super().__init__(model, args, processor, train, *more)
-
-    monkeypatch.setattr("flr.train.update_rl.LatentGRPOTrainer", Watched)
-    more = ["--max_steps", "30", "--rl_steps", "2", "--rl_learning_rate", "1e-6", "--rl_likelihood_weight", "0.4"]
-    status, record = updated(models, "sid", tmp_path, *more)
-    assert status == 0
-    assert record["facts"]["rl"]["kept"]
-    assert record["facts"]["rl"]["ndcg@10"]["rows"] == 40
-    ((args, train),) = seen
-    assert (args.is_hybrid, args.likelihood_weight, args.reward, args.max_steps) == (True, 0.4, "ndcg@10", 2)
-    assert sorted(train.timestamps) == sorted(split()[1].train.timestamps)[-32:]
-
-
-def test_a_likelihood_is_a_reward_whatever_the_beams_of_the_evaluation(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
-    status, record = updated(models, "sid", tmp_path, *RL, "--rl_reward", "log_likelihood", "--eval_num_beams", "8")
-    assert status == 0
-    assert record["facts"]["rl"]["steps"] == 3
-
-
-def test_a_kill_while_it_is_reinforced_ends_at_the_same_weights(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("flr.train.updates.decide", lambda *_: (True, "kept: a test says so", {}))
-    monkeypatch.setattr("flr.train.update_rl.decide", lambda *_: (True, "kept: a test says so", {"all": {}}))
-    more = [*RL, "--rl_steps", "4", "--save_steps", "2", "--card", "false"]
-
-    def attempt(name, kill=0):
-        def run():
-            torch.set_num_threads(1)
-            if kill:
-                kill_at(kill, tmp_path / name)
-            return updated(models, "sid", tmp_path / name, *more)[0]
-
-        return in_child(run)
-
-    assert attempt("quiet") == 0
-    rl = tmp_path / "cut" / ".out.update" / "rl"
-    seen, status = [], -9
-    for kill in (330, *[110] * 6):  # the supervised steps have ended; then some way at a time
-        if (status := attempt("cut", kill)) != -9:
-            break
-        whole = (rl / "model.safetensors").is_file()
-        seen.append("ended" if whole else "begun" if any(rl.glob("checkpoint-*")) else "not begun")
-    assert status == 0
-    assert {"begun", "ended"} <= set(seen), seen
-    assert same(weights(tmp_path / "cut" / "out"), weights(tmp_path / "quiet" / "out"))
-
-
-def test_what_cannot_be_reinforced_is_refused_before_anything_is_learned(models, tmp_path, capsys):
-    mixture = ["--codec", "sid", "--aggregation", "mixture", "--num_factors", "2", "--max_steps", "1"]
-    where = ["--data", str(models / "old"), "--output_dir", str(tmp_path / "mixture")]
-    assert main(["sft", *where, *SFT, *SMALL, *mixture]) == 0
-    capsys.readouterr()
-    none = "model: expected a patched model of variant flr, offsets or latentr3, got one without a reasoner"
-    for model, options, expected in (
-        (models / "title", RL, none),
-        (models / "id", RL, none),
-        (tmp_path / "mixture", RL, "aggregation: expected thought for latent GRPO, which perturbs one thought"),
-        (models / "sid", ["--rl_steps", "-1"], "rl_steps: expected an integer >= 0, got -1"),
-        (models / "sid", [*RL, "--rl_group_size", "1"], "rl_group_size: expected an integer >= 2, got 1"),
-        (models / "sid", [*RL, "--rl_likelihood_weight", "2"], "rl_likelihood_weight: expected a number in [0, 1]"),
-        (models / "sid", [*RL, "--rl_reward", "luck"], "luck"),
-        (models / "sid", ["--rl_reward", "mrr"], "rl_reward: expected rl_steps beside it"),
-    ):
-        assert updated(models, "sid", tmp_path, *options, model=model) == (1, {})
-        assert expected in capsys.readouterr().err
-        assert not (tmp_path / ".out.update").exists()
+def test_new_rows_of_a_model_begin_with_what_is_known(models):
+    known = RecProcessor.from_pretrained(models / "id")
+    items = grow_catalogue(known.catalogue, split()[1].catalogue).catalogue
+    grown = known.grown(items)
+    (model, _), (wanted, _) = load_from(models / "id"), load_from(models / "id")
+    assert updates.grow_model(model, known, grown) == []
+    grow(wanted, len(grown.tokenizer))
+    init_grown_tokens(wanted, grown, len(known.tokenizer))
+    assert same(model.state_dict(), wanted.state_dict())
+    new = model.get_input_embeddings().weight[len(known.tokenizer) : len(grown.tokenizer)]
+    assert len(new.unique(dim=0)) > 1  # not one mean for all
+    grown.item_knn = NeighbourTable.fit(WHOLE.train, len(items))
+    (line,) = updates.grow_model(model, known, grown)
+    assert line.startswith("The table of flr neighbours says nothing of the new items")
+    assert updates.grow_model(model, grown, grown) == []

@@ -54,7 +54,6 @@ def _merged(
     new = torch.where(is_item, score / scale[lengths[leaf].long()], -torch.inf)
     items = torch.cat([items, torch.where(is_item, item[leaf].long(), -1)], dim=1)
     scores, count = torch.cat([scores, new], dim=1), scores.shape[1]
-    order = order_key(scores, items.clamp_min(0)).masked_fill(scores == -torch.inf, _DEAD)
-    index = order.topk(count, dim=1).indices
+    index = order_key(scores, items.clamp_min(0)).topk(count, dim=1).indices
     found = scores.gather(1, index)
     return items.gather(1, index).masked_fill(found == -torch.inf, -1), found

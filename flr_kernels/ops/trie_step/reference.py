@@ -53,7 +53,7 @@ def trie_step(
     logit = logits.gather(-1, token).float().masked_fill(~inside, -torch.inf)
     if norm is None:
         norm = logit.logsumexp(-1)
-    total = logit - norm[..., None] + score[..., None].masked_fill(~live, 0.0)
+    total = logit - norm[..., None] + score[..., None]
     key = torch.where(inside & (total > -torch.inf), order_key(total, low), dead)
     ends = count == 1 if unique else children[child] == children[child + 1]
 
