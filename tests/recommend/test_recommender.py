@@ -338,6 +338,16 @@ def test_views_are_those_of_the_scoring_that_is_asked_for():
     assert other == copy.deepcopy(recommender).recommend(HISTORIES, k=3, scoring="catalogue")
 
 
+def test_explanations_together_say_of_each_history_what_was_read():
+    recommender = build_recommender()
+    longer = np.arange(recommender.processor.max_history + 3)
+    queries = [recommender.query(history, 3) for history in (np.array([4, 5]), longer)]
+    short, long = recommender.explained(queries, [[], ["?"]], 20, "full")
+    assert [item.used for item in short.history] == [True, True]
+    assert [item.used for item in long.history] == [False] * 3 + [True] * recommender.processor.max_history
+    assert (short.unknown, long.unknown) == ([], ["?"])
+
+
 def test_views_without_weight_are_the_model_alone():
     recommender = build_recommender("title")
     expected = recommender.recommend(HISTORIES, k=5, exclude_seen=True, scoring="catalogue")
