@@ -130,7 +130,7 @@ def _first_token_scores(
     # the root's children are the leaves in order
     scores = logits.index_select(1, trie.tokens[1:][trie.leaf_of_item].long()).float()
     if scoring == "full":
-        return scores.sub_(_normaliser(logits)[:, None])
+        return scores.sub_(log_normaliser(logits)[:, None])
     return torch.log_softmax(scores if denied is None else scores.masked_fill_(denied, -torch.inf), dim=-1)
 
 
@@ -165,12 +165,6 @@ def _checked(scores: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _normaliser(logits: torch.Tensor) -> torch.Tensor:
-    """``log_normaliser``, NaN where it is infinite, which would give every item probability 0 in silence."""
-    norm = log_normaliser(logits)
-    return norm.masked_fill(norm.isinf(), torch.nan)
-
-
 def edge_scores(
     states: torch.Tensor,
     head_rows: HeadRows | None,
@@ -196,13 +190,12 @@ def edge_scores(
         every = (torch.arange(users, device=states.device)[:, None] * nodes + row).flatten()
         raw = head_rows(states.flatten(0, 1), every, token.repeat(users)).view(users, -1)
     if scoring == "full":
-        return raw - _normaliser(states)[:, row]
+        return raw - log_normaliser(states)[:, row]
     begin, end = trie.leaf_begin[child].long(), trie.leaf_end[child].long()
     count = allows.count(begin.expand(len(raw), -1), end.expand(len(raw), -1))
     raw = raw.masked_fill(count == 0, -torch.inf)
     index = row.expand_as(raw)
     top = raw.new_full((len(raw), states.shape[1]), -torch.inf).scatter_reduce_(1, index, raw, "amax")
-    top = top.masked_fill(top == -torch.inf, 0.0)
     total = torch.zeros_like(top).scatter_add_(1, index, (raw - top.gather(1, index)).exp())
     norm = (top + total.log()).gather(1, index)
     return (raw - norm).masked_fill(count == 0, -torch.inf)

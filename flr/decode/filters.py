@@ -241,7 +241,7 @@ class _Exclusion(_Listed):
         rank = self._rank(end)
         # entries j..rank-1 are ..., end-2, end-1 as long as gap[j] == end - rank
         run = torch.searchsorted(self.gap, (end - rank).flatten(1)).view(end.shape)
-        return end - 1 - (rank - run.minimum(rank))
+        return end - 1 - (rank - run)
 
 
 def item_filter(

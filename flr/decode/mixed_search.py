@@ -37,8 +37,7 @@ class MixedSearch(Search):
         self, states: torch.Tensor, running: Continuations, step: int, num_beams: int, complete_width: int
     ) -> tuple[Continuations | None, Continuations | None, torch.Tensor]:
         ways, width = self.weights.shape[-1], running.score.shape[1]
-        dead = running.score == -torch.inf
-        weights = self.weights[:, :width].masked_fill(dead[..., None], -torch.inf)
+        weights = self.weights[:, :width]
         apart = states.unflatten(-1, (ways, -1)).flatten(1, 2)  # [B, w · K, X]
         each = Continuations(*(x.repeat_interleave(ways, 1) for x in running))
         candidates = Candidates(self, apart, each, step)

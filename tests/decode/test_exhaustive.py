@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flr.decode import CatalogueTrie, beam_search, rank_one_token, score_all_items
-from tests.helpers.catalogues import codec_of
+from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
 from tests.helpers.inputs import toy_inputs
 from tests.helpers.models import FAMILIES, VOCAB, toy_model
@@ -37,3 +37,25 @@ def test_one_token_items_need_one_forward():
     rank_one_token(model, inputs, trie)
     score_all_items(model, inputs, trie)
     assert len(calls) == 3
+
+
+def blocks_of(sequences, chunk):
+    """Inner nodes of each block: items in their order, as many as have at most ``chunk`` together, at least one."""
+    found, nodes = [], set()
+    for sequence in sorted(sequences):
+        own = {sequence[:length] for length in range(1, len(sequence))}
+        if nodes and len(nodes | own) > chunk:
+            found.append(len(nodes))
+            nodes = set()
+        nodes |= own
+    return [*found, len(nodes)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 11, 100])
+def test_a_forward_reads_as_many_nodes_as_a_block_may_have(chunk):
+    model, inputs, sequences = toy_model("llama"), toy_inputs(), random_catalogue(3, 40, 5, 3)
+    trie, columns = CatalogueTrie.from_codec(codec_of(sequences)), []
+    model.register_forward_pre_hook(lambda m, a, k: columns.append(k["input_ids"].shape[1]), with_kwargs=True)
+    scores = score_all_items(model, inputs, trie, chunk=chunk)
+    assert columns[1:] == blocks_of(sequences, chunk)
+    torch.testing.assert_close(scores, score_all_items(model, inputs, trie), atol=1e-5, rtol=1e-5)

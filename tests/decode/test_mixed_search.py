@@ -124,10 +124,22 @@ def test_a_step_is_one_forward_behind_a_prompt_that_is_encoded_once():
     assert max(widths[2:]) <= 16
 
 
+@torch.no_grad()
+def test_a_thought_that_is_given_is_continued_alone():
+    model, inputs, sequences = mixture(), prompts(), random_catalogue(3)
+    trie, (_, scores) = CatalogueTrie.from_codec(codec_of(sequences)), factor_scores(model, inputs, sequences)
+    apart, _ = ways_of.thoughts_apart(model, inputs)
+    for k, thought in enumerate(apart.thoughts.unbind(1)):
+        given = {**inputs, "thoughts": thought[:, None]}
+        torch.testing.assert_close(score_all_items(model, given, trie), scores[:, k], atol=1e-4, rtol=1e-5)
+        assert_ranked(beam_search(model, given, trie, 14, 9), scores[:, k], 9)
+
+
 def test_refused():
     model, trie = mixture(), CatalogueTrie.from_sequences([12, 13], [0, 1, 2])
     ids = torch.tensor([[5, 6, THOUGHT], [5, 6, 7]])
-    with pytest.raises(ValueError, match="input_ids: expected prompts that end with one thought token"):
-        beam_search(model, {"input_ids": ids}, trie)
+    for given in (ids, torch.tensor([[5, THOUGHT, THOUGHT]]), ids[:1, 2:]):
+        with pytest.raises(ValueError, match="input_ids: expected prompts that end with one thought token"):
+            beam_search(model, {"input_ids": given}, trie)
     with pytest.raises(ValueError, match=r"inputs: expected .* with aggregation mixture, got token_type_ids too"):
         beam_search(model, {"input_ids": ids[:1], "token_type_ids": ids[:1] * 0}, trie)

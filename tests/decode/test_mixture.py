@@ -182,6 +182,27 @@ def test_a_list_does_not_depend_on_how_many_items_others_want():
     assert again  # what one asks for would change what the other is given
 
 
+def test_a_table_that_is_expected_is_made_at_once_of_what_takes_part():
+    model, processor = trainable("id", HistoryViews(1.0))
+    rows = [[9, 8], [30], list(range(processor.max_history + 5))]
+    histories, asked = CSR.from_rows(rows), []
+    model.register_forward_pre_hook(lambda m, a, k: asked.append(len(k["input_ids"])), with_kwargs=True)
+    mixture = ViewMixture(model, processor)
+    mixture.expect(histories)
+    first = mixture.scores(histories.take(np.array([1])))
+    assert asked == [len({9, 8, 30, *rows[2][5:]})]
+    np.testing.assert_array_equal(mixture.scores(histories)[1], first[0])
+    assert len(asked) == 1
+
+
+def test_a_catalogue_too_large_for_a_table_of_every_item_is_refused(monkeypatch):
+    monkeypatch.setattr("flr.decode.mixture._MAX_DENSE", 40 * 40 - 1)
+    model, processor = trainable("id", HistoryViews(0.4))
+    with pytest.raises(ValueError, match=r"views: expected at most 39 items where each is scored .*, got 40"):
+        ViewMixture(model, processor)
+    ViewMixture(model, processor, HistoryViews(0.0))
+
+
 def test_evaluation_scores_every_item_where_it_is_asked_to():
     model, processor = trainable("title", HistoryViews(0.4))
     shared = {"progress": False, "samples": 2, "num_beams": 20}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flr.decode import beam_search
+from flr.decode import CatalogueTrie, beam_search
 from flr.decode import numpy_decoder as module
 from flr.decode.numpy_decoder import decode, load_trie
 from tests.helpers.models import build_recommender
@@ -66,6 +66,22 @@ def test_logits_that_are_not_finite_are_refused(recommender, value, scoring, tmp
     arrays, size = load_trie(tmp_path / "trie.safetensors"), recommender.trie.max_token + 1
     with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
         decode(arrays, lambda paths: np.full((len(paths), size), value), scoring=scoring)
+
+
+def test_ties_and_hypotheses_that_overtake(tmp_path):
+    """Smaller tokens stay where beams are few, smaller items come first, and a best item ends no search of two."""
+    trie = CatalogueTrie.from_sequences([14, 9, 12, 9, 13, 9, 10, 9, 11, 9], range(0, 11, 2))
+    trie.save(tmp_path / "trie.safetensors")
+    arrays = load_trie(tmp_path / "trie.safetensors")
+    assert decode(arrays, lambda paths: np.zeros((len(paths), 15)), 2, 2)[0] == [3, 4]
+    assert decode(arrays, lambda paths: np.zeros((len(paths), 15)), 5, 5)[0] == [0, 1, 2, 3, 4]
+    CatalogueTrie.from_sequences([5, 6, 7, 8, 7, 9], [0, 1, 2, 4, 6]).save(tmp_path / "trie.safetensors")
+    after = {(): {5: 5.0, 6: 1.0, 7: 4.0}, (7,): {8: 9.0, 9: 1.0}}
+
+    def next_logits(paths):
+        return np.array([[after[tuple(path)].get(token, 0.0) for token in range(10)] for path in paths])
+
+    assert decode(load_trie(tmp_path / "trie.safetensors"), next_logits, 3, 2)[0] == [0, 2]
 
 
 def test_another_file_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from flr.decode import CatalogueTrie, beam_search
 from flr.decode.packed import PackedSession
 from tests.helpers.catalogues import codec_of
 from tests.helpers.inputs import toy_inputs
+from tests.helpers.models import VOCAB
 
 
 def titles(seed):
@@ -36,7 +37,7 @@ def forwards(model, *args, **kwargs):
 @pytest.mark.parametrize("room", [1 << 26, 3 * 100 * 9])
 def test_results_equal_those_of_token_by_token(model, seed, room, monkeypatch):
     sequences, rng = titles(seed), random.Random(seed)
-    trie = CatalogueTrie.from_codec(codec_of(sequences))
+    trie, users = CatalogueTrie.from_codec(codec_of(sequences)), 3
     some = torch.tensor([[rng.random() < 0.6 for _ in sequences] for _ in range(3)])
     options = {"allowed": rng.choice([None, some]), "length_penalty": rng.choice([0.0, 0.7, -0.5])}
     arguments = toy_inputs(), trie, rng.randint(1, 5), rng.randint(1, 4)
@@ -47,6 +48,7 @@ def test_results_equal_those_of_token_by_token(model, seed, room, monkeypatch):
     assert found.items.tolist() == expected.items.tolist()
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=1e-5)
     assert len(fewer) <= len(each)
+    assert all(users * columns * VOCAB <= room for columns in fewer if columns > arguments[2])
     assert sum(fewer) <= sum(each) + 3 * len(fewer)  # no token is read that the other way leaves, padding aside
 
 
@@ -60,6 +62,12 @@ def test_a_forward_for_each_branching(model):
         expected, each = forwards(model, toy_inputs(), trie, 3, 3)
     assert found.items.tolist() == expected.items.tolist()
     assert (len(fewer), len(each)) == (2, 22)
+    # items that may not be given make no branching
+    more = CatalogueTrie.from_codec(codec_of([*sequences, (10, 11, 20, 30), (10, 12, 21, 21, 31)]))
+    exclude = torch.tensor([[3, 4]] * 3)
+    filtered, columns = forwards(model, toy_inputs(), more, 3, 3, exclude=exclude)
+    assert filtered.items.tolist() == expected.items.tolist()
+    assert len(columns) == 2
     torch.testing.assert_close(found.scores, expected.scores, atol=2e-5, rtol=1e-5)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,7 +13,10 @@ import transformers
 import flr.decode.packed
 import flr.decode.prompts
 from flr.decode import CatalogueTrie, beam_search, score_all_items
+from flr.decode.prompts import prefill
+from flr.decode.session import lm_head_inputs
 from flr.model.backbone import cache_of
+from flr.model.head import HeadRows
 from flr.model.verify import Traits
 from tests.helpers.catalogues import codec_of, random_catalogue
 from tests.helpers.comparisons import assert_ranked
@@ -85,13 +90,24 @@ def without_packing(monkeypatch, kind):
         monkeypatch.setattr(flr.decode.prompts, "traits_of", lambda _: Traits(steps=False))
 
 
+def test_what_is_packed_fits_the_smallest_window():
+    model = toy_model("mistral", sliding_window=8)
+    past = cache_of(model(**{name: toy_inputs()[name] for name in ("input_ids", "attention_mask")}, use_cache=True))
+    assert flr.decode.packed.obstacle(model, past, 8) is None
+    assert flr.decode.packed.obstacle(model, past, 9) == "prompt plus item can exceed the attention window of 8 tokens"
+    model.config.attention_chunk_size = 6
+    assert flr.decode.packed.obstacle(model, past, 6) is None
+    assert flr.decode.packed.obstacle(model, past, 7) == "prompt plus item can exceed the attention window of 6 tokens"
+
+
 @pytest.mark.parametrize("scoring", ["full", "catalogue"])
 @pytest.mark.parametrize("kind", ["expanded", "recomputed"])
 def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
-    """Users with one item and with few leave the batch before the others."""
+    """Users with one item and with few leave the batch before the others; hypotheses are of different depths."""
     model, inputs = toy_model("llama"), toy_inputs((7, 3, 5, 4))
-    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=40)))
-    allowed = torch.ones(4, 40, dtype=torch.bool)
+    chain = [(*range(30, 33), *s) for s in random_catalogue(4, 12, 4, 2)]
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5, num_items=30) + chain))
+    allowed = torch.ones(4, 42, dtype=torch.bool)
     allowed[0, 1:] = allowed[2, 3:] = False
     arguments = model, inputs, trie
     packed = [beam_search(*arguments, 5, 5, scoring, allowed), beam_search(*arguments, 5, 5, scoring)]
@@ -102,6 +118,61 @@ def test_other_sessions_equal_packed(monkeypatch, kind, scoring):
         assert found.items.tolist() == expected.items.tolist()
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(score_all_items(*arguments, scoring, 7, allowed), scored, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["packed", "expanded", "recomputed"])
+def test_an_lm_head_whose_rows_cannot_be_used_gives_logits_of_the_vocabulary(monkeypatch, kind):
+    model, inputs = toy_model("llama"), toy_inputs()
+    trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=5)))
+    expected = beam_search(model, inputs, trie, 5, 5, "catalogue")
+    if kind != "packed":
+        without_packing(monkeypatch, kind)
+    monkeypatch.setattr(HeadRows, "of", lambda *_: None)
+    assert prefill(model, inputs, trie.depth, want_hidden=True).head_rows is None
+    found = beam_search(model, inputs, trie, 5, 5, "catalogue")
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_are_taken_from_the_own_thread_alone():
+    model, states, other = toy_model("llama"), torch.randn(2, 1, 32), []
+    with lm_head_inputs(model, skip=True) as seen:
+        thread = threading.Thread(target=lambda: other.append(model.lm_head(states)))
+        thread.start()
+        thread.join()
+        own = model.lm_head(2 * states)
+    assert other[0].shape == (2, 1, VOCAB)
+    assert own.shape == (2, 0, VOCAB)
+    assert [x.tolist() for x in seen] == [(2 * states).tolist()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["packed", "expanded", "recomputed"])
+def test_a_tree_leaves_the_session_as_it_was(monkeypatch, kind):
+    if kind != "packed":
+        without_packing(monkeypatch, kind)
+    model, inputs = toy_model("llama"), toy_inputs()
+    session, fresh = (prefill(model, inputs, 4).session for _ in range(2))
+    nodes = np.array([12, 13, 14]), np.array([-1, -1, 1]), np.array([1, 1, 2])
+    first = session.tree(*nodes)
+    torch.testing.assert_close(session.tree(*nodes), first)
+    tokens, parents, lengths = torch.tensor([[12, 13, 14]] * 3), torch.zeros(3, 2).long(), torch.tensor([[1, 2]] * 3)
+    after = session.step(tokens, parents, lengths)
+    torch.testing.assert_close(after, fresh.step(tokens, parents, lengths))
+    torch.testing.assert_close(after, first[:, [0, 2]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_that_takes_a_token_at_a_time_is_given_one(monkeypatch):
+    model, inputs, columns = toy_model("llama"), toy_inputs(), []
+    trie = CatalogueTrie.from_codec(codec_of([(10, 20, 21, 5), (10, 20, 21, 6), (11, 20, 5), (11, 20, 6)]))
+    expected = beam_search(model, inputs, trie, 4, 4, "catalogue")
+    without_packing(monkeypatch, "expanded")
+    monkeypatch.setattr(flr.decode.prompts, "traits_of", lambda _: Traits(pieces=False))
+    model.register_forward_pre_hook(lambda m, a, k: columns.append(k["input_ids"].shape[1]), with_kwargs=True)
+    found = beam_search(model, inputs, trie, 4, 4, "catalogue")
+    assert set(columns[1:]) == {1}
+    assert found.items.tolist() == expected.items.tolist()
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_and_gaps_are_read_as_given_or_refused(monkeypatch):
@@ -130,7 +201,9 @@ def test_padding_and_batch_do_not_matter(family):
     model = toy_model(family)
     trie = CatalogueTrie.from_codec(codec_of(random_catalogue(seed=6, num_items=40)))
     together = beam_search(model, toy_inputs(), trie, 6, 6)
-    padded = beam_search(model, toy_inputs(pad_to=20), trie, 6, 6)
+    wide = toy_inputs(pad_to=20)
+    del wide["position_ids"]  # counted from the first token that is seen
+    padded = beam_search(model, wide, trie, 6, 6)
     assert together.items.tolist() == padded.items.tolist()
     torch.testing.assert_close(together.scores, padded.scores, atol=1e-5, rtol=1e-5)
     inputs = toy_inputs()

@@ -116,11 +116,14 @@ def test_filters_equal_ranking_everything_and_striking_out(codec, scoring):
         assert all(a >= b - 1e-5 for a, b in itertools.pairwise(order))
 
 
-def test_filters_under_views():
+@pytest.mark.parametrize("scoring", ["full", "catalogue"])
+def test_filters_under_views(scoring):
+    """They strike items out, of contributions as of scores; nothing is normalised again."""
     recommender = build_recommender("sid")
     recommender.processor.views = HistoryViews(weight=0.5)
-    every = recommender.recommend(HISTORIES, k=40, num_beams=40, shares=True)
-    some = recommender.recommend(HISTORIES, k=40, num_beams=40, allow=np.arange(20), deny=["item_2"], shares=True)
+    options = {"k": 40, "num_beams": 40, "scoring": scoring, "shares": True}
+    every = recommender.recommend(HISTORIES, **options)
+    some = recommender.recommend(HISTORIES, allow=np.arange(20), deny=["item_2"], **options)
     for a, b in zip(every, some, strict=True):
         assert_same_recommendations([r for r in a if r.index < 20 and r.index != 2], b)
 
@@ -220,3 +223,21 @@ def test_queries_of_any_kind_share_a_batch(views):
         assert len(found) <= query.k
     with pytest.raises(ValueError, match="num_beams: expected at least the largest k"):
         recommender.ranked(queries, 2, "full", False)
+
+
+def test_a_mask_of_one_query_is_not_that_of_another():
+    recommender = build_recommender()
+    few = np.arange(40) < 3
+    queries = [recommender.query(np.array([5]), 40, allowed=mask) for mask in (None, few, None)]
+    lists, _ = recommender.ranked(queries, 40, "full", False)
+    assert [len(found) for found in lists] == [40, 3, 40]
+
+
+def test_auto_is_the_scoring_of_the_processor():
+    recommender = build_recommender("title")
+    for scoring in ("catalogue", "full"):
+        recommender.processor.scoring = scoring
+        expected = recommender.recommend(HISTORIES, k=3, scoring=scoring)
+        assert recommender.recommend(HISTORIES, k=3) == expected
+        other = {"full": "catalogue", "catalogue": "full"}[scoring]
+        assert recommender.recommend(HISTORIES, k=3, scoring=other) != expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import threading
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flr import FLRConfig, patch_model, unpatch_model
-from flr.data import CSR, Catalogue, HistoryViews, RecProcessor
+from flr.data import CSR, Catalogue, HistoryViews, NeighbourTable, RecProcessor
 from flr.decode import CatalogueTrie, score_all_items
 from flr.decode.mixture import ViewMixture
 from flr.recommend import recommender as module
 from flr.recommend.recommender import Recommender
+from tests.helpers.catalogues import DATA
 from tests.helpers.comparisons import assert_same_recommendations
 from tests.helpers.models import build_recommender, tiny_model
 
@@ -137,7 +139,7 @@ def test_many_users_are_worked_off_in_parts(monkeypatch):
 def test_seen_items_and_short_lists():
     recommender = build_recommender()
     found = recommender.recommend(
-        [["item_3", "item_4"], ["item_4"] * 11 + ["item_3"]], k=100, exclude_seen=True, shares=True
+        [["item_3", "item_4"], ["item_4"] + ["item_3"] * 11], k=100, exclude_seen=True, shares=True
     )
     assert [len(x) for x in found] == [38, 38]
     for x in found:
@@ -291,6 +293,11 @@ def test_parts_are_cut_so_that_masks_over_the_catalogue_fit(recommender, monkeyp
     assert recommender.rows_at_once(10) == 2
     monkeypatch.setattr("flr.recommend.recommender._MAX_MASKS", items - 1)
     assert recommender.rows_at_once(10) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("flr.recommend.recommender._MAX_SCORES", 2 * items)  # of a mixture over views
+    assert recommender.rows_at_once(10) > 2
+    monkeypatch.setattr(recommender.processor, "views", HistoryViews(0.5))
+    assert recommender.rows_at_once(10) == 2
 
 
 def test_parts_are_cut_by_the_logits_of_every_thought(monkeypatch):
@@ -307,6 +314,38 @@ def test_views_of_one_token_items_keep_their_table_whatever_the_beams():
     kept = recommender._mixture
     recommender.recommend([["item_1"]], k=30)
     assert recommender._mixture is kept
+
+
+def test_item_knn_takes_part_where_single_items_do_not():
+    recommender = build_recommender()
+    alone = recommender.recommend(HISTORIES, k=40)
+    recommender.processor.item_knn = NeighbourTable.fit(DATA.train, 40)
+    recommender.processor.views = HistoryViews(0.0, neighbours=0.5)
+    rows = CSR.from_rows(recommender.resolve(HISTORIES).histories)
+    shares = recommender.processor.item_knn.probabilities(rows)
+    for found, own, share in zip(recommender.recommend(HISTORIES, k=40), alone, shares, strict=True):
+        expected = {r.index: np.log(0.5 * np.exp(r.score) + 0.5 * share[r.index]) for r in own}
+        assert len(found) == 40
+        np.testing.assert_allclose([r.score for r in found], [expected[r.index] for r in found], rtol=1e-4)
+
+
+def test_views_are_those_of_the_scoring_that_is_asked_for():
+    recommender = build_recommender("title")
+    recommender.processor.views = HistoryViews(0.5)
+    first, other, again = (recommender.recommend(HISTORIES, k=3, scoring=x) for x in ("full", "catalogue", "full"))
+    assert first == again
+    assert other != first
+    assert other == copy.deepcopy(recommender).recommend(HISTORIES, k=3, scoring="catalogue")
+
+
+def test_explanations_together_say_of_each_history_what_was_read():
+    recommender = build_recommender()
+    longer = np.arange(recommender.processor.max_history + 3)
+    queries = [recommender.query(history, 3) for history in (np.array([4, 5]), longer)]
+    short, long = recommender.explained(queries, [[], ["?"]], 20, "full")
+    assert [item.used for item in short.history] == [True, True]
+    assert [item.used for item in long.history] == [False] * 3 + [True] * recommender.processor.max_history
+    assert (short.unknown, long.unknown) == ([], ["?"])
 
 
 def test_views_without_weight_are_the_model_alone():
