@@ -7,7 +7,10 @@ import contextlib
 import gc
 import threading
 import weakref
+from typing import Any
 
+#: Seconds from the end of what is replaced to a collection, and from that to another.
+_PAUSES = (0.1, 1.0)
 _lock = threading.Lock()
 _frozen = False
 
@@ -36,15 +39,26 @@ def collect() -> None:
             gc.freeze()
 
 
-def collect_after(gone: object) -> None:
+def collect_after(gone: Any) -> None:
     """Collect once ``gone`` has no reference left; call it on the event loop, in whose threads that happens.
 
-    A patched model refers to itself, so Python frees it when it collects, which it may not do for hours.
+    Its model refers to itself, so Python frees it when it collects, which it may not do for hours. A collection finds
+    it when ``gone`` has let go of it, which the thread that had the last reference does after it has told of the end:
+    so a little later, and once more if the model is there still.
     """
-    loop = asyncio.get_running_loop()
+    loop, model = asyncio.get_running_loop(), weakref.ref(gone.model)
+    tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps none alive
+
+    async def collected() -> None:
+        for pause in _PAUSES:
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(collect)
+            if model() is None:
+                break
+        tasks.clear()
 
     def begin() -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
-            loop.call_soon_threadsafe(loop.run_in_executor, None, collect)
+            loop.call_soon_threadsafe(lambda: tasks.add(loop.create_task(collected())))
 
     weakref.finalize(gone, begin).atexit = False

@@ -10,6 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from flr.serve import memory
 from flr.serve.engine import DeadlineExceeded, Engine, Job, Loaded, QueueFull
@@ -334,6 +335,26 @@ def test_a_failed_reload_gives_back_what_was_frozen_while_it_loaded(monkeypatch)
         assert engine.model.recommender.model is alive[1]()
 
     reloading(load, test, frozen=True)
+
+
+@pytest.mark.usefixtures("collected_by_hand")
+def test_a_thread_that_is_slow_to_let_go_of_a_model_keeps_none():
+    """The last reference ends in a thread, which others interrupt between its telling of that and what follows."""
+    model, gone = torch.nn.Module(), torch.nn.Module()
+    model.own = [model]
+    gone.model = model
+    alive = weakref.ref(model)
+    slow = weakref.ref(gone, lambda _: time.sleep(0.5))  # called after what is registered later
+    held = [gone]
+    del model, gone
+
+    async def inside():
+        memory.collect_after(held[0])
+        await asyncio.to_thread(held.clear)
+        assert slow() is None
+        await until(lambda: alive() is None)
+
+    asyncio.run(inside())
 
 
 def test_closing_answers_what_waits(gated):
