@@ -140,10 +140,12 @@ def test_the_mixture_needs_three_factors_by_other_kinds_and_the_sum_one():
     assert one_sum["path"][-1][1][2] < 0  # better with one alone
 
 
+OTHERS = {table["data"]: table for table in read_json(ROOT / "docs/results/study_others.json", 1 << 22)["tables"]}
+
+
 def test_on_cds_all_models_are_level_with_each_other_and_with_both_tables():
     """README and the page; the first seed by itself would have said otherwise."""
-    (table,) = read_json(ROOT / "docs/results/study_others.json", 1 << 22)["tables"]
-    assert table["data"] == "amazon-cds"
+    table = OTHERS["amazon-cds"]
     assert {own["seeds"] for own in table["models"].values()} == {3}
     found = [own[less]["test"] for own in table["models"].values() for less in ("less_knn", "less_linear")]
     found += [interval for _, _, (_, *interval) in table["pairs"]]
@@ -151,6 +153,15 @@ def test_on_cds_all_models_are_level_with_each_other_and_with_both_tables():
     for name, own in table["models"].items():
         first, *others = (value for _, value in own["each"])
         assert (first - max(others) > 0.002) == (name not in ("none", "anchor")), name
+
+
+def test_on_office_models_with_a_thought_are_level_and_behind_item_knn_by_no_more_than_chance():
+    table = OTHERS["amazon-office"]
+    assert {own["seeds"] for own in table["models"].values()} == {2}
+    thoughts = [(one, other) for one, other, _ in table["pairs"] if "none" not in (one, other)]
+    assert ("flr-mixture", "anchor") in thoughts
+    assert all(low < 0 < high for one, other, (_, _, low, high) in table["pairs"] if (one, other) in thoughts)
+    assert all(own["less_knn"]["test"][0] < 0 < own["less_knn"]["test"][2] for own in table["models"].values())
 
 
 def test_factors_help_in_histories_of_many_kinds():
