@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from flr.cli.backbone import ModelOptions  # noqa: E402
 from flr.cli.options import AugmentOptions, DataOptions  # noqa: E402
 from flr.cli.parsing import parse  # noqa: E402
 from flr.config import FLRConfig  # noqa: E402
-from flr.data import HistoryViews, RecDataset, RecProcessor  # noqa: E402
+from flr.data import RecDataset, RecProcessor  # noqa: E402
 from flr.evaluate import evaluate  # noqa: E402
 from flr.evaluate.metrics import paired_difference, row_metrics  # noqa: E402
 from flr.files import write_json  # noqa: E402
@@ -83,9 +84,8 @@ def measured(
         rows = getattr(dataset, split)
         found[split, METRICS[0]] = trainer.target_logprobs(rows)
         for weight in views:
-            processor.views = (
-                saved if weight is None else HistoryViews(weight, parts[1].views_decay) if weight else None
-            )
+            asked = saved if weight is None else replace(parts[1], views_weight=weight).views()
+            processor.views = asked if weight != 0 else None
             beams = parts[2].eval_num_beams
             result = evaluate(model, processor, rows, num_beams=beams, batch_size=256, progress=False, samples=1)
             values = row_metrics(result.ranks["item"])
