@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flr.data import Interactions, RecDataset, fit_linear, load_dataset
 from flr.evaluate import evaluate_scorer
 from flr.evaluate.baselines import ItemKNN, LinearItems
@@ -43,14 +45,19 @@ def measured(dataset: RecDataset) -> dict[str, Any]:
         for scorer in scorers:
             result = evaluate_scorer(scorer, rows, dataset.catalogue, samples=1)
             by_row = row_metrics(result.ranks["item"])
-            found.setdefault(scorer.name, {})[split] = [round(float(by_row[m].mean()), 6) for m in ("hr@10", "ndcg@10")]
+            found.setdefault(scorer.name, {})[split] = _means(by_row)
             each.append(by_row["ndcg@10"][None])
         found[f"less item-kNN, {split}"] = [round(x, 6) for x in Resampled(rows.users).difference(*each)]
     forward = copy.copy(scorers[-1])
     forward.table = fit_linear(dataset.train, len(dataset.catalogue), backward=0.0)
     ranks = evaluate_scorer(forward, dataset.valid, dataset.catalogue, samples=1).ranks["item"]
-    found[FORWARD] = [round(float(row_metrics(ranks)[m].mean()), 6) for m in ("hr@10", "ndcg@10")]
+    found[FORWARD] = _means(row_metrics(ranks))
     return found
+
+
+def _means(by_row: dict[str, np.ndarray]) -> list[float]:
+    """HR@10 and NDCG@10."""
+    return [round(float(by_row[name].mean()), 6) for name in ("hr@10", "ndcg@10")]
 
 
 def table(found: dict[str, Any]) -> str:
